@@ -1,0 +1,87 @@
+# fastnn: `make demo` sets everything up and runs the main job, `make test` sets up and runs the tests.
+# Needs Python 3.11, gcc and cmake. Everything is installed into .venv; a second run only does what changed.
+
+PYTHON      ?= python3.11
+VENV        ?= .venv
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Formatting depends on the formatter's version, so these two are pinned.
+LINTERS     := ruff==0.17.5 clang-format==23.1.5
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+EXTRAS  := test,demo
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
+CPP     := $(shell find src -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+RUFF    := python tests bench examples
+
+.PHONY: demo test build lint format bench sanitize clean
+
+demo: build
+	$(BIN)/python -m fastnn demo
+
+test: build
+	$(BIN)/python -m pytest
+
+build: $(VENV)/stamps/fastnn
+
+lint: $(VENV)/stamps/lint
+	$(BIN)/ruff check $(RUFF)
+	$(BIN)/ruff format --check $(RUFF)
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(VENV)/stamps/lint
+	$(BIN)/ruff check --fix --quiet $(RUFF)
+	$(BIN)/ruff format --quiet $(RUFF)
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+# Every row of the speed table, written to bench/results/, and the table in README.md made anew from them.
+bench: build
+	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/readme.py
+
+# The kernels' tests and the hypothesis tests of bad input, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The instrumented extension lives in build/sanitize/site beside links to the Python sources. `-S` keeps the
+# environment's .pth files out, whose editable-install hook would import the ordinary build instead.
+SANITIZE := build/sanitize
+SITE      = $(abspath $(SANITIZE)/site):$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+sanitize: build
+	cmake -S . -B $(SANITIZE) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTNN_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSKBUILD_PROJECT_NAME=fastnn \
+	    -DSKBUILD_PROJECT_VERSION=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("fastnn"))') \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build $(SANITIZE) --parallel 2
+	rm -rf $(SANITIZE)/site
+	mkdir -p $(SANITIZE)/site/fastnn
+	ln -s $(abspath python/fastnn)/* $(SANITIZE)/site/fastnn/
+	cp $$(find $(SANITIZE) -name '_cpu*.so' -not -path '*/site/*') $(SANITIZE)/site/fastnn/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	    PYTHONPATH=$(SITE) $(BIN)/python -S -m pytest -p no:cacheprovider -m "not timing" $(SANITIZE_TESTS)
+SANITIZE_TESTS ?= tests/kernels
+
+clean:
+	rm -rf build dist demo-results .pytest_cache .ruff_cache .hypothesis $(VENV)/stamps
+	find python tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/stamps/venv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(@D)
+	touch $@
+
+$(VENV)/stamps/$(TORCH): $(VENV)/stamps/venv
+	$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	touch $@
+
+$(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
+	$(PIP) install $(LINTERS)
+	touch $@
+
+# Editable, so that a change of Python needs no new build; without build isolation, so that a change of C++
+# compiles only the files it touches.
+$(VENV)/stamps/fastnn: $(SOURCES) $(VENV)/stamps/$(TORCH)
+	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
+	    > $(VENV)/stamps/build-requires.txt
+	$(PIP) install ninja -r $(VENV)/stamps/build-requires.txt
+	$(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
