@@ -9,8 +9,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 LINTERS     := ruff==0.17.5 clang-format==23.1.5
 
 BIN     := $(VENV)/bin
+TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
-EXTRAS  := test,demo
+EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
 CPP     := $(shell find src -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 RUFF    := python tests bench examples
@@ -69,7 +70,7 @@ $(VENV)/stamps/venv:
 	mkdir -p $(@D)
 	touch $@
 
-$(VENV)/stamps/$(TORCH): $(VENV)/stamps/venv
+$(TORCH_STAMP): $(VENV)/stamps/venv
 	$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
 	touch $@
 
@@ -79,7 +80,7 @@ $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
 
 # Editable, so that a change of Python needs no new build; without build isolation, so that a change of C++
 # compiles only the files it touches.
-$(VENV)/stamps/fastnn: $(SOURCES) $(VENV)/stamps/$(TORCH)
+$(VENV)/stamps/fastnn: $(SOURCES) $(TORCH_STAMP)
 	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 	    > $(VENV)/stamps/build-requires.txt
 	$(PIP) install ninja -r $(VENV)/stamps/build-requires.txt
