@@ -46,7 +46,7 @@ def _elementwise(name, peer, magnitude, samples=_anything, *, out=False, exact=F
             out=out,
             exact=exact,
             product=False,
-        )  # fmt: skip
+        )
     )
 
 

@@ -41,9 +41,7 @@ class Sample:
 
     def wide(self) -> Sample:
         """The same call in float64, or int64 where the tensor holds integers."""
-        return self.map(
-            lambda t: t.detach().to(torch.float64 if t.is_floating_point() else torch.int64)
-        )
+        return self.map(lambda t: t.detach().to(torch.float64 if t.is_floating_point() else torch.int64))
 
     def tensors(self) -> list[torch.Tensor]:
         values = (*self.args, *self.kwargs.values())
@@ -98,9 +96,7 @@ class Case:
     def resolve(self) -> Callable[..., torch.Tensor]:
         """fastnn's own function for this op."""
         if not self.function:
-            raise ValueError(
-                f"case {self.name!r} names no function of fastnn; pass one to verify()"
-            )
+            raise ValueError(f"case {self.name!r} names no function of fastnn; pass one to verify()")
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(module), name)
 

@@ -80,9 +80,7 @@ def first_wrong_class(
 
 def _classes(tensor: torch.Tensor) -> torch.Tensor:
     """0 finite, 1 NaN, 2 plus infinity, 3 minus infinity."""
-    return (
-        tensor.isnan().long() + 2 * (tensor == math.inf).long() + 3 * (tensor == -math.inf).long()
-    )
+    return tensor.isnan().long() + 2 * (tensor == math.inf).long() + 3 * (tensor == -math.inf).long()
 
 
 def looks_like(unit_error: float) -> str:

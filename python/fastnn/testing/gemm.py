@@ -182,7 +182,7 @@ register(
         lambda added, a, b, **_: a.shape[-1] + 3,
         "fastnn:addmm",
         out=True,
-    )  # fmt: skip
+    )
 )
 register(
     Case(
@@ -193,7 +193,7 @@ register(
         lambda added, a, b, **_: a.shape[-1] + 3,
         "fastnn:baddbmm",
         out=True,
-    )  # fmt: skip
+    )
 )
 register(
     Case(
@@ -203,7 +203,7 @@ register(
         _linear_magnitude,
         lambda x, *_: x.shape[-1] + 1,
         "fastnn.functional:linear",
-    )  # fmt: skip
+    )
 )
 register(
     Case(
@@ -214,7 +214,7 @@ register(
         lambda x, *_: x.shape[-1] + 8,
         "fastnn.functional:linear_act",
         exact=False,
-    )  # fmt: skip
+    )
 )
 register(
     Case(
@@ -224,5 +224,34 @@ register(
         _bilinear_magnitude,
         lambda x, y, *_: x.shape[-1] + y.shape[-1] + 2,
         "fastnn.functional:bilinear",
-    )  # fmt: skip
+    )
+)
+
+
+def _int_mm(make: Maker) -> Iterator[Sample]:
+    for number, (m, k, n) in enumerate(_MKN):
+        # The extremes, where a product of two bytes summed in pairs saturates 16 bits.
+        a, b = make(m, k), make(k, n, dtype=torch.int8)
+        if number % 2:
+            a, b = torch.full_like(a, torch.iinfo(a.dtype).min or 255), torch.full_like(b, -128)
+        yield Sample((a, b))
+
+
+def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of 8-bit integers in int32, by way of float64, in which it is exact; torch._int_mm refuses uint8."""
+    return a @ b if a.dtype == torch.int64 else (a.double() @ b.double()).to(torch.int32)
+
+
+register(
+    Case(
+        "int_mm",
+        int_mm,
+        _int_mm,
+        _product,
+        _depth,
+        "fastnn.functional:int_mm",
+        dtypes=(torch.int8, torch.uint8),
+        differentiable=False,
+        product=False,
+    )
 )

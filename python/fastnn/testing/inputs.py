@@ -83,18 +83,14 @@ class Maker:
             requires_grad = False
         return tensor.requires_grad_(requires_grad)
 
-    def _numbers(
-        self, shape: tuple[int, ...], reduced: int | None, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _numbers(self, shape: tuple[int, ...], reduced: int | None, dtype: torch.dtype) -> torch.Tensor:
         if self.values == "integer" or not dtype.is_floating_point:
             low = 0 if dtype == torch.uint8 else -4
             return torch.randint(low, 5, shape, generator=self._generator)
         numbers = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         if self.values == "wide":
             reach = 4 if dtype == torch.float16 else 20
-            numbers *= torch.exp2(
-                torch.randint(-reach, reach + 1, shape, generator=self._generator).double()
-            )
+            numbers *= torch.exp2(torch.randint(-reach, reach + 1, shape, generator=self._generator).double())
         elif self.values == "cancelling" and reduced is not None and shape[reduced] >= 2:
             half = shape[reduced] // 2
             first = numbers.narrow(reduced, 0, half)

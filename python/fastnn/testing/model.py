@@ -135,17 +135,13 @@ def verify_model(
     theirs = _run(_quiet(copy.deepcopy(model)), inputs, loss, wide=False)
     reference = _run(exact, inputs, loss, wide=True)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    report = ModelReport(
-        ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) or "float32"
-    )
+    report = ModelReport(", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) or "float32")
     for name, value in reference.items():
         if name not in ours or name not in theirs:
             raise ValueError(f"{name} exists in one of the models only")
         u = roundoff(theirs[name].dtype)
         report.compared.append(
-            Compared(
-                name, relative_error(ours[name], value), relative_error(theirs[name], value), u
-            )
+            Compared(name, relative_error(ours[name], value), relative_error(theirs[name], value), u)
         )
     return report
 
@@ -153,14 +149,10 @@ def verify_model(
 def _check_same_parameters(model: torch.nn.Module, converted: torch.nn.Module) -> None:
     mine, theirs = dict(model.named_parameters()), dict(converted.named_parameters())
     if mine.keys() != theirs.keys():
-        raise ValueError(
-            f"parameters differ: {sorted(mine.keys() ^ theirs.keys())} are in one model only"
-        )
+        raise ValueError(f"parameters differ: {sorted(mine.keys() ^ theirs.keys())} are in one model only")
     for name, parameter in mine.items():
         if not torch.equal(parameter, theirs[name]):
-            raise ValueError(
-                f"parameter {name} has different values in the two models; copy one from the other first"
-            )
+            raise ValueError(f"parameter {name} has different values in the two models; copy one from the other first")
 
 
 def _quiet(model: torch.nn.Module) -> torch.nn.Module:
@@ -199,10 +191,7 @@ def _run(
     else:
         output = model(*fresh)
     outputs = [t for t in _tensors(output) if t.is_floating_point()]
-    found = {
-        ("output" if len(outputs) == 1 else f"output {i}"): t.detach()
-        for i, t in enumerate(outputs)
-    }
+    found = {("output" if len(outputs) == 1 else f"output {i}"): t.detach() for i, t in enumerate(outputs)}
     if loss is not None:
         total: torch.Tensor | None = loss(output)
     else:

@@ -81,10 +81,7 @@ class Report:
             "precision": self.precision,
             "passed": self.passed,
             "rows": [
-                {
-                    k: v if not isinstance(v, float) or math.isfinite(v) else None
-                    for k, v in vars(row).items()
-                }
+                {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(row).items()}
                 for row in self.rows
             ],
             "findings": [vars(finding) for finding in self.findings],
@@ -93,9 +90,7 @@ class Report:
     def raise_if_failed(self) -> None:
         """AssertionError with the findings, for use in a test."""
         if not self.passed:
-            raise AssertionError(
-                f"{self.op}:\n" + "\n".join(f"  {finding}" for finding in self.findings)
-            )
+            raise AssertionError(f"{self.op}:\n" + "\n".join(f"  {finding}" for finding in self.findings))
 
 
 def verify(
@@ -204,9 +199,7 @@ class _Judge:
     def _problem(self, row: Row, layout: str, sample: Sample | str, problem: str) -> None:
         row.problems += 1
         if row.problems <= _FINDINGS_KEPT:
-            self.report.findings.append(
-                Finding(row.dtype, row.values, layout, str(sample), problem)
-            )
+            self.report.findings.append(Finding(row.dtype, row.values, layout, str(sample), problem))
 
     def results(self, values: str) -> None:
         row = self._row(values)
@@ -224,10 +217,12 @@ class _Judge:
         allowed = self.limit * max(torchs, _FLOOR[self.dtype])
         if self.full_precision and not mine <= allowed:
             self._problem(
-                row, "all layouts", f"{row.samples} calls",
+                row,
+                "all layouts",
+                f"{row.samples} calls",
                 f"its root-mean-square error is {mine / torchs if torchs else math.inf:.3g} times torch's, like a "
                 f"computation in {looks_like(mine * self.roundoff.compute)}",
-            )  # fmt: skip
+            )
 
     def _one(self, row: Row, values: str, sample: Sample, ours: _Pool, peers: _Pool) -> str | None:
         """Runs one call and returns what is wrong with it."""
@@ -250,11 +245,7 @@ class _Judge:
         if values == "integer" and self.case.exact:
             error, peer_error = (result - rounded).abs(), (peer - rounded).abs()
             # torch rounds some half precision sums twice; a result that does the same is no indexing bug.
-            wrong = (
-                ((result != rounded) & ~(error <= peer_error.max())).nonzero()
-                if error.numel()
-                else ()
-            )
+            wrong = ((result != rounded) & ~(error <= peer_error.max())).nonzero() if error.numel() else ()
             if len(wrong):
                 at = tuple(wrong[0].tolist())
                 return (
@@ -278,13 +269,7 @@ class _Judge:
             + (1 + r.compute) * r.result * reference.abs()
             + r.tiny * (depth + 2)
         )
-        judged = (
-            reference.isfinite()
-            & magnitude.isfinite()
-            & result.isfinite()
-            & peer.isfinite()
-            & ~edge
-        )
+        judged = reference.isfinite() & magnitude.isfinite() & result.isfinite() & peer.isfinite() & ~edge
         error = (result.double() - reference)[judged].abs()
         peer_error = (peer.double() - reference)[judged].abs()
         if not error.numel():
@@ -318,9 +303,7 @@ class _Judge:
                 for out, layout in ((plain, "contiguous"), (strided, "sliced")):
                     returned = sample.call(self.function, out=out)
                     if returned is not out:
-                        self._problem(
-                            row, layout, sample, "did not return the tensor given as out="
-                        )
+                        self._problem(row, layout, sample, "did not return the tensor given as out=")
                     # Not bit for bit: torch's own sums differ in order between contiguous and strided results.
                     error = relative_error(out, expected)
                     if not error <= 32 * self.roundoff.result:
@@ -331,9 +314,7 @@ class _Judge:
                             f"out= differs from the plain result by {error:.3g}",
                         )
                 if not surroundings_intact(plain):
-                    self._problem(
-                        row, "contiguous", sample, "wrote outside the tensor given as out="
-                    )
+                    self._problem(row, "contiguous", sample, "wrote outside the tensor given as out=")
                 if shape and not spread[..., 1::2].isnan().all():
                     self._problem(row, "sliced", sample, "wrote between the elements of out=")
 
@@ -351,22 +332,24 @@ class _Judge:
                 exact = _gradients(self.case.reference or self.case.peer, wide, cotangent.double())
                 peer = _gradients(self.case.peer, sample, cotangent)
                 mine = _gradients(self.function, sample, cotangent)
-                for number, (reference, theirs, got) in enumerate(
-                    zip(exact, peer, mine, strict=True)
-                ):
+                for number, (reference, theirs, got) in enumerate(zip(exact, peer, mine, strict=True)):
                     if (got is None) != (theirs is None):
                         self._problem(
-                            row, layout, sample,
+                            row,
+                            layout,
+                            sample,
                             f"the gradient of tensor argument {number} is "
                             f"{'missing' if got is None else 'not None, but torch gives none'}",
-                        )  # fmt: skip
+                        )
                     elif got is not None:
                         if got.shape != theirs.shape or got.dtype != theirs.dtype:
                             self._problem(
-                                row, layout, sample,
+                                row,
+                                layout,
+                                sample,
                                 f"the gradient of tensor argument {number} is {tuple(got.shape)} {got.dtype}, "
                                 f"torch's {tuple(theirs.shape)} {theirs.dtype}",
-                            )  # fmt: skip
+                            )
                             continue
                         error, peer_error = (
                             relative_error(got, reference),
@@ -376,18 +359,22 @@ class _Judge:
                         peers.add(torch.tensor([peer_error], dtype=torch.float64))
                         if not math.isfinite(error) and math.isfinite(peer_error):
                             self._problem(
-                                row, layout, sample,
+                                row,
+                                layout,
+                                sample,
                                 f"the gradient of tensor argument {number} is not finite",
-                            )  # fmt: skip
+                            )
         mine_rms, torchs = ours.value(), peers.value()
         row.ratio = mine_rms / torchs if torchs else math.nan
         floor = (16 if self.dtype == torch.float64 else 0.5) * self.roundoff.result
         if self.full_precision and not mine_rms <= self.limit * max(torchs, floor):
             self._problem(
-                row, "all layouts", f"{row.samples} calls",
+                row,
+                "all layouts",
+                f"{row.samples} calls",
                 f"relative error of the gradients {mine_rms:.3g}, torch's {torchs:.3g}: like a computation in "
                 f"{looks_like(mine_rms)}",
-            )  # fmt: skip
+            )
 
 
 def _gradients(
