@@ -217,7 +217,10 @@ enum ActivationKind : int {
   kGeluTanh = 3,
   kSilu = 4,
   kSigmoid = 5,
-  kTanh = 6
+  kTanh = 6,
+  // not activations: the functions they are made of, which the tests measure
+  kExp = 7,
+  kErf = 8
 };
 
 // 1 / (1 + exp(-x)), without overflow and with the subnormal results of the left tail
@@ -249,10 +252,12 @@ FASTNN_INLINE V forward(V x) {
   if constexpr (kind == kSilu) return x * sigmoid<M>(x);
   if constexpr (kind == kSigmoid) return sigmoid<M>(x);
   if constexpr (kind == kTanh) return M::tanh(x);
+  if constexpr (kind == kExp) return M::exp(x);
+  if constexpr (kind == kErf) return M::erf(x);
   return x;
 }
 
-// The derivative, of the output y for sigmoid and tanh, of the input x for the others.
+// The derivative in terms of x: the output for sigmoid and tanh, the input for the others.
 template <class M, int kind, class V>
 FASTNN_INLINE V derivative(V x) {
   const V one = V::set1(1);
