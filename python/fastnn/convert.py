@@ -1,0 +1,378 @@
+"""One line that makes an existing model faster: ``model = fastnn.convert(model)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from . import _state, nn
+from .nn.conv1d import conv1d_class, is_conv1d
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Predicate = Callable[[str, torch.nn.Module], bool]
+Selection = str | type | Predicate | Iterable[str | type | Predicate]
+
+#: Which class takes the place of which. A new family adds its layers here, one line each.
+REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Linear: nn.Linear,
+    torch.nn.Bilinear: nn.Bilinear,
+    torch.nn.ReLU: nn.ReLU,
+    torch.nn.GELU: nn.GELU,
+    torch.nn.SiLU: nn.SiLU,
+    torch.nn.Sigmoid: nn.Sigmoid,
+    torch.nn.Tanh: nn.Tanh,
+}
+
+#: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.
+REPLACEMENTS_BY_NAME: dict[
+    str,
+    tuple[Callable[[torch.nn.Module], bool], Callable[[type[torch.nn.Module]], type[torch.nn.Module]]],
+] = {
+    "Conv1D": (is_conv1d, conv1d_class),
+}
+
+#: Blocks of fastnn alone, and the torch class that holds the same layers.
+BLOCKS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {nn.MLP: torch.nn.Sequential}
+
+_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Leaves of torch.nn that compute nothing worth a kernel: they are neither replaced nor complained about.
+_STRUCTURAL = (
+    torch.nn.Identity,
+    torch.nn.Flatten,
+    torch.nn.Unflatten,
+    torch.nn.Sequential,
+    torch.nn.ModuleList,
+    torch.nn.ModuleDict,
+    torch.nn.modules.dropout._DropoutNd,
+)
+
+
+class ConversionError(RuntimeError):
+    """``convert(..., strict=True)`` met modules that fastnn cannot replace; :attr:`rows` lists them."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        lines = "\n".join(f"  {row.name}: {row.kind}: {row.reason}" for row in rows)
+        super().__init__(f"convert(strict=True): {len(rows)} modules cannot be replaced:\n{lines}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one module."""
+
+    #: Its name in the model, or ``(model)`` for the model itself. A shared module has all its names, comma-separated.
+    name: str
+    #: Its class, or the torch class that it had before it was replaced.
+    kind: str
+    #: ``replaced``; ``available`` (``convert`` would replace it); ``kept`` (fastnn cannot replace it); or ``note``.
+    status: str
+    #: The fastnn class that runs it or would run it; empty if there is none.
+    replacement: str
+    #: Why it was kept, or what else there is to know; may be empty.
+    reason: str
+    #: How many numbers its own parameters hold.
+    parameters: int
+    #: Whether ``prepack_`` keeps a packed copy of its weight.
+    prepacked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What :func:`report` found: :attr:`rows`, one a module, and the calls that fell back to torch so far."""
+
+    rows: list[Row]
+    #: (op, reason) -> number of calls that went to torch in this process.
+    fallbacks: dict[tuple[str, str], int]
+
+    def with_status(self, status: str) -> list[Row]:
+        """The rows that have this status."""
+        return [row for row in self.rows if row.status == status]
+
+    @property
+    def replaced(self) -> list[Row]:
+        """The modules that fastnn runs."""
+        return self.with_status("replaced")
+
+    @property
+    def not_replaced(self) -> list[Row]:
+        """The modules that torch runs, whether fastnn could replace them or not."""
+        return [row for row in self.rows if row.status in ("available", "kept")]
+
+    def __str__(self) -> str:
+        done, total = len(self.replaced), len(self.replaced) + len(self.not_replaced)
+        numbers = sum(row.parameters for row in self.rows)
+        covered = sum(row.parameters for row in self.replaced)
+        share = f", {100 * covered / numbers:.1f} % of {numbers:,} parameters" if numbers else ""
+        lines = [f"fastnn runs {done} of {total} modules{share}"]
+        if self.rows:
+            cells = [("module", "class", "status", "runs as", "remark")]
+            for row in self.rows:
+                remark = "; ".join(part for part in (row.reason, "weight prepacked" if row.prepacked else "") if part)
+                cells.append((row.name, row.kind, row.status, row.replacement, remark))
+            widths = [max(len(line[column]) for line in cells) for column in range(4)]
+            cells.insert(1, (*tuple("-" * width for width in widths), "-" * 6))
+            for line in cells:
+                padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+                lines.append("  ".join([*padded, line[4]]).rstrip())
+        if self.fallbacks:
+            lines.append("calls that went to torch in this process:")
+            lines += [f"  {op}: {reason}: {count}" for (op, reason), count in sorted(self.fallbacks.items())]
+        return "\n".join(lines)
+
+
+def convert(
+    model: Model,
+    *,
+    only: Selection | None = None,
+    skip: Selection | None = None,
+    strict: bool = False,
+) -> Model:
+    """Replace, in place, each module that fastnn has a faster class for; return the model.
+
+    A module is replaced by giving it another class, so that its parameters, buffers, hooks, ``state_dict`` and
+    identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
+    Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
+    ``Conv1D``. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
+    :func:`revert` undoes it all.
+
+    Args:
+        model: any module; it may itself be the one replaced.
+        only: replace these alone; a name pattern (``"encoder.*"``, as for :mod:`fnmatch`), a module class, a predicate
+            ``f(name, module) -> bool``, or several of these. A pattern or class that meets a module means all
+            modules inside it as well; a predicate is asked about each one.
+        skip: leave these; the same forms.
+        strict: raise, before anything is changed, if a module that was asked for computes something and cannot be
+            replaced.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``only`` or ``skip`` none of the forms above.
+        ValueError: a name pattern meets no module.
+        ConversionError: under ``strict``; it names every module in question and the reason.
+    """
+    _check_model("convert", model)
+    chosen = _select("only", only, model) if only is not None else None
+    left = _select("skip", skip, model) if skip is not None else set()
+    wanted = [
+        (names, module)
+        for names, module in _named_modules(model)
+        if (chosen is None or id(module) in chosen) and id(module) not in left
+    ]
+    if strict:
+        failing = [row for names, module in wanted if (row := _row(names, module)) and row.status == "kept"]
+        if failing:
+            raise ConversionError(failing)
+    for _, module in wanted:
+        target, _ = _examine(module)
+        if target is not None:
+            module.__class__ = target
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert` and :func:`fastnn.prepack_`, in place: every fastnn layer gets torch's class; return the model.
+
+    Layers that were made as ``fastnn.nn`` layers from the start become torch's as well, and an ``MLP`` a
+    ``torch.nn.Sequential`` of the same layers. Subclasses that a program defined itself stay.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model("revert", model)
+    for _, module in _named_modules(model):
+        original = _original_class(type(module))
+        if original is not None:
+            module.__dict__.pop("_packed_weight", None)
+            module.__class__ = original
+    return model
+
+
+def report(model: torch.nn.Module) -> Report:
+    """Tell which modules of the model fastnn runs, which it does not, and why; ``print`` it for a table.
+
+    Containers and modules that compute nothing of their own (dropout, flatten, identity) have no row.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model("report", model)
+    rows = [row for names, module in _named_modules(model) if (row := _row(names, module))]
+    return Report(rows, dict(_state.fallbacks()))
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _named_modules(model: torch.nn.Module) -> list[tuple[list[str], torch.nn.Module]]:
+    """Every module once, with all the names it goes by."""
+    found: dict[int, tuple[list[str], torch.nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), ([], module))[0].append(name)
+    return list(found.values())
+
+
+def _select(argument: str, selection: Selection, model: torch.nn.Module) -> set[int]:
+    """The ids of the modules that an ``only`` or ``skip`` argument means."""
+    if isinstance(selection, (str, type)) or callable(selection):
+        selection = [selection]
+    if not isinstance(selection, Iterable):
+        raise TypeError(f"convert: {argument} must be names, module classes or a predicate, got {selection!r}")
+    chosen: set[int] = set()
+    for choice in selection:
+        if isinstance(choice, str):
+            matches = [m for n, m in model.named_modules(remove_duplicate=False) if fnmatch.fnmatchcase(n, choice)]
+            if not matches:
+                raise ValueError(f"convert: {argument}={choice!r} matches the name of no module")
+            chosen.update(_ids_inside(matches))
+        elif isinstance(choice, type):
+            if not issubclass(choice, torch.nn.Module):
+                raise TypeError(f"convert: {argument} names {choice.__name__}, which is no torch.nn.Module class")
+            chosen.update(_ids_inside(m for m in model.modules() if isinstance(m, choice)))
+        elif callable(choice):
+            named = model.named_modules(remove_duplicate=False)
+            chosen.update(id(module) for name, module in named if choice(name, module))
+        else:
+            raise TypeError(f"convert: {argument} must be names, module classes or a predicate, got {choice!r}")
+    return chosen
+
+
+def _ids_inside(modules: Iterable[torch.nn.Module]) -> Iterator[int]:
+    for module in modules:
+        for inner in module.modules():
+            yield id(inner)
+
+
+def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str]:
+    """The class to give to the module, or None and the reason (empty if there is nothing to replace)."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "TorchScript: its code is compiled already; convert the model before scripting it"
+    target = REPLACEMENTS.get(kind)
+    if target is None and kind.__name__ in REPLACEMENTS_BY_NAME:
+        matches, make = REPLACEMENTS_BY_NAME[kind.__name__]
+        target = make(kind) if matches(module) else None
+    if target is None:
+        return None, _why_kept(module)
+    if "forward" in module.__dict__:
+        return None, "its forward was set on the instance, which would go on calling torch"
+    for parameter in module.parameters(recurse=False):
+        if parameter.dtype not in _FLOAT_DTYPES:
+            return None, f"{str(parameter.dtype).removeprefix('torch.')} parameters"
+    return target, ""
+
+
+def _why_kept(module: torch.nn.Module) -> str:
+    """Why a module whose class is not in the tables stays; empty if it computes nothing of its own."""
+    kind = type(module)
+    base = next((known for known in REPLACEMENTS if issubclass(kind, known)), None)
+    if isinstance(module, LazyModuleMixin):
+        become = getattr(kind, "cls_to_become", None)
+        if become in REPLACEMENTS:
+            return f"lazy: it becomes {become.__name__} on its first call; convert after that"
+        return "lazy: its shape is not known before its first call"
+    if parametrize.is_parametrized(module):
+        return "parametrized: register_parametrization gave it a class of its own; convert before registering"
+    if _is_fully_sharded(kind):
+        return "fully_shard gave it a class of its own; convert before sharding" if base else ""
+    if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")):
+        return "quantized module" if "quantized" in kind.__module__ else "module of torch.ao"
+    if kind is torch.nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return "MultiheadAttention reads its weight and never calls it"
+    if base is not None:
+        forward = "with a forward of its own" if kind.forward is not base.forward else "(only exact types are replaced)"
+        return f"subclass of torch.nn.{base.__name__} {forward}"
+    if isinstance(module, _STRUCTURAL):
+        return ""
+    has_own_state = any(True for _ in module.parameters(recurse=False))
+    if kind.__module__.startswith("torch."):
+        if kind.__name__.startswith("_"):
+            return ""  # such as the function inside a parametrization: part of something with a name
+        return f"fastnn has no {kind.__name__}" if has_own_state or not module._modules else ""
+    return "fastnn does not know what it computes with its parameters" if has_own_state else ""
+
+
+def _is_fully_sharded(kind: type) -> bool:
+    # By name: importing torch.distributed.fsdp takes a second, and not every build of torch has it.
+    return any(base.__name__ == "FSDPModule" for base in kind.__bases__)
+
+
+def _original_class(kind: type) -> type | None:
+    """The class a fastnn layer had before, or None for any other class.
+
+    ``register_parametrization`` and ``fully_shard`` put a class made at run time on top of a layer's class; the answer
+    is then the same class on top of torch's.
+    """
+    for torch_class, fast_class in REPLACEMENTS.items():
+        if kind is fast_class:
+            return torch_class
+    if kind in BLOCKS:
+        return BLOCKS[kind]
+    original = kind.__dict__.get("_original_class")
+    if original is not None:
+        return original
+    made_at_run_time = _is_fully_sharded(kind) or (
+        kind.__name__.startswith("Parametrized") and len(kind.__bases__) == 1
+    )
+    if made_at_run_time:
+        bases = tuple(_original_class(base) or base for base in kind.__bases__)
+        if bases != kind.__bases__:
+            prefix = "FSDP" if _is_fully_sharded(kind) else "Parametrized"
+            body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            return type(prefix + bases[-1].__name__, bases, body)
+    return None
+
+
+def _row(names: list[str], module: torch.nn.Module) -> Row | None:
+    """The report's row for a module; None if it computes nothing of its own."""
+    kind = type(module)
+    name = ", ".join(name or "(model)" for name in names)
+    own = sum(parameter.numel() for parameter in _initialized(module))
+    original = _original_class(kind)
+    if original is not None:
+        prepacked = "_packed_weight" in module.__dict__
+        fast = next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))
+        where = _where_it_runs(module)
+        return Row(name, _class_name(original), "replaced", f"fastnn.nn.{fast.__name__}", where, own, prepacked)
+    target, reason = _examine(module)
+    if target is not None:
+        return Row(name, _class_name(kind), "available", f"fastnn.nn.{target.__name__}", "", own)
+    if reason:
+        return Row(name, _class_name(kind), "kept", "", reason, own)
+    if isinstance(module, torch.nn.TransformerEncoderLayer):
+        reason = "in eval mode without gradients torch runs the whole layer as one call of its own and calls no child"
+        return Row(name, _class_name(kind), "note", "", reason, own)
+    return None
+
+
+def _initialized(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in module.parameters(recurse=False):
+        if not isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+            yield parameter
+
+
+def _where_it_runs(module: torch.nn.Module) -> str:
+    """A warning if the layer's parameters are such that its calls go to torch."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.device.type not in ("cpu", "meta"):
+            return f"runs on torch: parameters on {parameter.device}"
+        if parameter.dtype not in _FLOAT_DTYPES:
+            return f"runs on torch: {str(parameter.dtype).removeprefix('torch.')} parameters"
+        if type(parameter) not in (torch.Tensor, torch.nn.Parameter):
+            return f"runs on torch while its parameters are {type(parameter).__name__}"
+    if "forward" in module.__dict__:
+        return "its forward was set on the instance: what that calls runs"
+    return ""
+
+
+def _class_name(kind: type) -> str:
+    if kind.__module__.startswith("torch.nn.modules."):
+        return f"torch.nn.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,128 @@
+"""``fastnn.info()``: what runs here, and how."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import _state
+from .backends import cpu
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PRODUCTS = ("linear", "linear_act", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm")
+_ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh")
+
+
+class Info(dict):
+    """What :func:`info` found: a dict of plain values, ready for JSON, whose ``str`` is a page to read."""
+
+    def __str__(self) -> str:
+        isa = self["instruction_sets"]
+        lines = [
+            f"fastnn {self['version']}, torch {self['torch']}, Python {self['python']}, {self['machine']}",
+            f"instruction sets: {isa['active']} active; {', '.join(isa['available'])} available",
+            f"CPU: {', '.join(name for name, there in self['cpu_features'].items() if there)}",
+            f"threads: {self['threads']} of {self['cores']} cores",
+            f"OpenMP runtime: {', '.join(self['openmp']) or 'none loaded'}",
+            f"backends: {', '.join(self['backends'])}; asked for: {self['backend'] or 'by the device of the tensors'}",
+            f"float32 matmul precision: {self['float32_matmul_precision']}",
+        ]
+        if len(self["openmp"]) > 1:
+            lines.append("  more than one OpenMP runtime: their threads wait for each other's cores")
+        allocator = ", ".join(f"{name} {value:,}" for name, value in self["allocator"].items())
+        lines += [f"allocator of large outputs: {allocator}", "", "what runs on a CPU tensor:"]
+        dtypes = list(next(iter(self["ops"].values())))
+        cells = [("op", *dtypes)]
+        cells += [(op, *(paths[dtype] for dtype in dtypes)) for op, paths in self["ops"].items()]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        for row in cells:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"  {line}".rstrip())
+        lines += ["", "calls of each kernel path:" if self["kernel_calls"] else "no kernel was called yet"]
+        lines += [f"  {count:>10,}  {path}" for path, count in self["kernel_calls"].items()]
+        if self["fallbacks"]:
+            lines += ["", "calls that went to torch:"]
+            lines += [f"  {f['count']:>10,}  {f['op']}: {f['reason']}" for f in self["fallbacks"]]
+        else:
+            lines += ["", "no call went to torch"]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, instruction sets, threads, OpenMP runtime, backends, the kernel of each op and dtype, and what fell back.
+
+    The result is a dict: ``version``, ``torch``, ``python``, ``machine``; ``instruction_sets`` (``active``,
+    ``available``); ``cpu_features``; ``threads``, ``cores``; ``openmp`` (the runtimes mapped into this process: more than
+    one is a mistake); ``backends`` and ``backend`` (the one asked for, or None); ``float32_matmul_precision``;
+    ``allocator``; ``ops`` (op -> dtype -> backend and kernel path, under the present settings); ``kernel_calls`` (path ->
+    calls so far); ``fallbacks`` (a list of ``op``, ``reason``, ``count``).
+    """
+    settings = _state.settings()
+    return Info(
+        version=_version(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        machine=f"{platform.system()} {platform.machine()}",
+        instruction_sets={"active": cpu.isa(), "available": list(cpu.available_isas())},
+        cpu_features=dict(cpu.cpu_features()),
+        threads=cpu.max_threads(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        openmp=openmp_runtimes(),
+        backends=list(_state.BACKENDS),
+        backend=settings.backend,
+        float32_matmul_precision=torch.get_float32_matmul_precision(),
+        allocator=dict(cpu.allocator_stats()),
+        ops=_paths(settings.backend),
+        kernel_calls=_nonzero(cpu.counters()),
+        fallbacks=[
+            {"op": op, "reason": reason, "count": count} for (op, reason), count in sorted(_state.fallbacks().items())
+        ],
+    )
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP libraries mapped into this process; empty where ``/proc`` does not tell."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
+    except OSError:
+        return []
+    return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp")))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastnn")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _paths(backend: str | None) -> dict[str, dict[str, str]]:
+    """Op -> dtype -> what runs it."""
+    if backend == "reference":
+        names = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
+        return {op: dict.fromkeys(names, "reference") for op in (*_PRODUCTS, *_ACTIVATIONS)}
+    ops: dict[str, dict[str, str]] = {}
+    products = {_name(dtype): f"cpu: {cpu.gemm_path(dtype)}" for dtype in _FLOATS}
+    for op in _PRODUCTS:
+        ops[op] = {**products, "int8": "torch"}
+    ops["int_mm"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.gemm_path(torch.int8)}"}
+    for op in _ACTIVATIONS:
+        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} elementwise" for dtype in _FLOATS}, "int8": "torch"}
+    return ops
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _nonzero(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: count for path, count in sorted(counts.items()) if count}
+
+
+__all__ = ["Info", "info", "openmp_runtimes"]

@@ -1,0 +1,15 @@
+"""Drop-in layers: each one is a subclass of the ``torch.nn`` class of the same name.
+
+Constructor, parameters, ``state_dict`` and ``repr`` are torch's; only ``forward`` differs: it calls
+:mod:`fastnn.functional`. ``isinstance(layer, torch.nn.Linear)`` stays true, so that code which looks for torch's
+classes goes on working.
+
+:class:`MLP` is a whole block, a :class:`torch.nn.Sequential` of linear and activation layers which runs each pair as
+one fused call.
+"""
+
+from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh
+from .linear import Bilinear, Linear
+from .mlp import MLP
+
+__all__ = ["GELU", "MLP", "Bilinear", "Linear", "ReLU", "SiLU", "Sigmoid", "Tanh"]

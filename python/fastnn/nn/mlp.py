@@ -1,0 +1,120 @@
+"""The multi-layer perceptron as one block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as _torch_module
+
+from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh, activation_name
+from .linear import Linear
+
+_ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {
+    "relu": ReLU,
+    "gelu": GELU,
+    "gelu_tanh": lambda: GELU(approximate="tanh"),
+    "silu": SiLU,
+    "sigmoid": Sigmoid,
+    "tanh": Tanh,
+}
+
+
+class MLP(torch.nn.Sequential):
+    """Linear layers with an activation between each two: ``W_L act(... act(W_1 x + b_1) ...) + b_L``.
+
+    Shapes: input ``(*, in_features)``, output ``(*, out_features)``.
+
+    Args:
+        in_features: size of an input row, at least 0.
+        hidden_features: sizes of the hidden layers, in order; an empty list gives one linear layer.
+        out_features: size of an output row.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``, or a callable
+            that makes a fresh activation module, such as a module class.
+        bias: whether the linear layers have a bias.
+        device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
+
+    Raises:
+        ValueError: the name of the activation is unknown.
+        TypeError: ``hidden_features`` is no sequence of integers, or ``activation`` makes no module.
+
+    It is a :class:`torch.nn.Sequential` of the same layers (``state_dict`` keys ``0.weight``, ``0.bias``,
+    ``2.weight``, ...), and :func:`fastnn.revert` turns it into exactly that. Each linear layer and the activation
+    after it run as one fused call as long as both are fastnn's own classes and nobody watches them: with a hook on
+    either, a global module hook, or a ``forward`` set on an instance, the layers run one by one as in ``Sequential``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        activation: str | Callable[[], torch.nn.Module] = "relu",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(hidden_features, (str, int)) or not all(isinstance(size, int) for size in hidden_features):
+            raise TypeError(f"MLP: hidden_features must be a sequence of integers, got {hidden_features!r}")
+        if isinstance(activation, str):
+            if activation not in _ACTIVATIONS:
+                raise ValueError(f"MLP: activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+            activation = _ACTIVATIONS[activation]
+        elif not callable(activation) or isinstance(activation, torch.nn.Module):
+            # One module shared by all places would share its hooks and its state as well.
+            raise TypeError(
+                f"MLP: activation must be a name or a callable that makes a module, got {type(activation).__name__}"
+            )
+        sizes = [in_features, *hidden_features, out_features]
+        layers: list[torch.nn.Module] = []
+        for rows, columns in itertools.pairwise(sizes):
+            if layers:
+                made = activation()
+                if not isinstance(made, torch.nn.Module):
+                    raise TypeError(f"MLP: activation must make a torch.nn.Module, it made {type(made).__name__}")
+                layers.append(made)
+            layers.append(Linear(rows, columns, bias=bias, device=device, dtype=dtype))
+        super().__init__(*layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            # Sequential would call this class's constructor with the layers.
+            return torch.nn.Sequential(*list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = list(self._modules.values())
+        fusing = not (
+            _torch_module._global_forward_hooks
+            or _torch_module._global_forward_pre_hooks
+            or _torch_module._global_backward_hooks
+            or _torch_module._global_backward_pre_hooks
+        )
+        position = 0
+        while position < len(layers):
+            layer = layers[position]
+            position += 1
+            if fusing and position < len(layers) and type(layer) is Linear and _unwatched(layer):
+                following = layers[position]
+                name = activation_name(following)
+                if name is not None and _unwatched(following):
+                    input = layer.forward_act(input, name)
+                    position += 1
+                    continue
+            input = layer(input)
+        return input
+
+
+def _unwatched(module: torch.nn.Module) -> bool:
+    """Whether calling the module does nothing but run the forward of its class."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )

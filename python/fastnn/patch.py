@@ -1,0 +1,104 @@
+"""``with fastnn.patch():`` for code that calls ``torch.nn.functional`` or ``torch.matmul`` itself."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import _state, functional
+from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
+
+#: What torch is asked for, and what answers. ``a @ b`` reaches a mode as ``Tensor.matmul``.
+PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: functional.linear,
+    F.bilinear: functional.bilinear,
+    F.relu: functional.relu,
+    F.gelu: functional.gelu,
+    F.silu: functional.silu,
+    F.sigmoid: functional.sigmoid,
+    F.tanh: functional.tanh,
+    torch.relu: functional.relu,
+    torch.sigmoid: functional.sigmoid,
+    torch.tanh: functional.tanh,
+    torch.Tensor.relu: functional.relu,
+    torch.Tensor.sigmoid: functional.sigmoid,
+    torch.Tensor.tanh: functional.tanh,
+    torch.matmul: matmul,
+    torch.linalg.matmul: matmul,
+    torch.mm: mm,
+    torch.bmm: bmm,
+    torch.addmm: addmm,
+    torch.baddbmm: baddbmm,
+    torch.mv: mv,
+    torch.Tensor.matmul: matmul,
+    torch.Tensor.__matmul__: matmul,
+    torch.Tensor.mm: mm,
+    torch.Tensor.bmm: bmm,
+    torch.Tensor.addmm: addmm,
+    torch.Tensor.baddbmm: baddbmm,
+    torch.Tensor.mv: mv,
+}
+
+# Subclasses of Tensor answer torch's functions themselves; these two do not.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class _PatchMode(TorchFunctionMode):
+    """Sends the calls in :data:`PATCHES` to fastnn. torch takes the mode off while it runs, so what fastnn itself
+    calls, and hands back to torch, reaches the original."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        replacement = PATCHES.get(func)
+        if replacement is None or not all(kind in _PLAIN for kind in types):
+            return func(*args, **kwargs)
+        if "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args):
+            # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs.
+            _state.count_fallback(replacement.__name__, "an overload that fastnn does not have")
+            return func(*args, **kwargs)
+        return replacement(*args, **kwargs)
+
+
+class _Entered(threading.local):
+    """What this thread entered, innermost last: a mode, or None where an outer patch was on already."""
+
+    def __init__(self) -> None:
+        self.modes: list[_PatchMode | None] = []
+
+
+_entered = _Entered()
+
+
+class patch(contextlib.ContextDecorator):
+    """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
+
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
+    ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
+
+    It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds
+    for the thread that entered it alone, may be nested, and works as a decorator as well (``@fastnn.patch()``). Every
+    torch call inside it costs about a microsecond more, so that :func:`fastnn.convert` is the better choice where the
+    model is made of modules.
+    """
+
+    def __enter__(self) -> None:
+        mode = None
+        if not any(_entered.modes):
+            # One mode a thread: with two, whatever fastnn hands back to torch would pass through the other one.
+            mode = _PatchMode()
+            mode.__enter__()
+        _entered.modes.append(mode)
+
+    def __exit__(self, *exception: Any) -> None:
+        mode = _entered.modes.pop()
+        if mode is not None:
+            mode.__exit__(*exception)

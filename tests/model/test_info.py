@@ -1,0 +1,58 @@
+"""`info`."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import fastnn
+from fastnn._state import reset_fallbacks
+from fastnn.info import openmp_runtimes
+
+
+def test_is_json_and_readable():
+    found = fastnn.info()
+    assert json.loads(json.dumps(found)) == found
+    text = str(found)
+    for word in (found["version"], torch.__version__, found["instruction_sets"]["active"], "OpenMP", "linear"):
+        assert word in text
+    assert found["instruction_sets"]["active"] in found["instruction_sets"]["available"]
+    assert set(found["ops"]) >= {"linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "relu"}
+    assert found["ops"]["linear"]["float32"].startswith("cpu: ")
+
+
+def test_one_openmp_runtime():
+    assert len(openmp_runtimes()) == 1
+    assert fastnn.info()["openmp"] == openmp_runtimes()
+
+
+def test_threads_follow_torch():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert fastnn.info()["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+    assert fastnn.info()["threads"] == before
+
+
+def test_counts_kernels_and_fallbacks():
+    reset_fallbacks()
+    assert fastnn.info()["fallbacks"] == []
+    assert "no call went to torch" in str(fastnn.info())
+    fastnn.matmul(torch.ones(2, 2, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32))
+    fastnn.matmul(torch.ones(2, 2), torch.ones(2, 2))
+    found = fastnn.info()
+    assert [(f["op"], f["count"]) for f in found["fallbacks"]] == [("matmul", 1)]
+    assert "int32" in found["fallbacks"][0]["reason"]
+    assert sum(found["kernel_calls"].values()) > 0
+    assert "calls that went to torch" in str(found)
+
+
+def test_tells_the_backend_asked_for():
+    with fastnn.backend("reference"):
+        found = fastnn.info()
+    assert found["backend"] == "reference"
+    assert found["ops"]["linear"]["float32"] == "reference"
+    assert fastnn.info()["backend"] is None

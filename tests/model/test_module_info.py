@@ -1,0 +1,191 @@
+"""torch's own conformance samples for modules (ModuleInfo), as its test_modules.py runs them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.testing._internal.common_modules import module_db
+
+import fastnn
+from fastnn.convert import REPLACEMENTS
+
+from .closeness import assert_as_near_as_torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in REPLACEMENTS}
+INFOS_AND_NAMES = [pytest.param(info, id=cls.__name__) for cls, info in INFOS.items()]
+
+each_module = pytest.mark.parametrize("info", INFOS_AND_NAMES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+each_mode = pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+
+
+def samples(info, dtype, *, training=True, requires_grad=True):
+    """Pairs of torch's module and fastnn's with the same parameters, and the arguments to call them with."""
+    # torch makes its samples in float32 and float64; the half precisions are those rounded.
+    made = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    for sample in info.module_inputs_func(
+        info, device="cpu", dtype=made, requires_grad=requires_grad, training=training
+    ):
+        build = sample.constructor_input
+        theirs = info.module_cls(*build.args, **build.kwargs).to(dtype).train(training)
+        ours = REPLACEMENTS[info.module_cls](*build.args, **build.kwargs).to(dtype).train(training)
+        ours.load_state_dict(theirs.state_dict())
+        call = sample.forward_input
+        # torch's sample for Linear with a bias names its input.
+        values = [*call.args, *call.kwargs.values()]
+        yield theirs, ours, [value.detach().to(dtype) for value in values], list(call.kwargs)
+
+
+def run(module, values, names, *, requires_grad):
+    values = [value.clone().requires_grad_(requires_grad) for value in values]
+    module.zero_grad(set_to_none=True)
+    positional = values[: len(values) - len(names)]
+    named = dict(zip(names, values[len(positional) :], strict=True))
+    output = module(*positional, **named)
+    results = [output]
+    if requires_grad:
+        output.backward(
+            torch.linspace(-1, 1, max(output.numel(), 1), dtype=torch.float64)[: output.numel()]
+            .reshape(output.shape)
+            .to(output.dtype)
+        )
+        results += [value.grad for value in values]
+        results += [parameter.grad for parameter in module.parameters()]
+    return results
+
+
+def test_every_replaced_class_has_samples():
+    assert set(INFOS) == set(REPLACEMENTS)
+
+
+@each_module
+@each_dtype
+@each_mode
+def test_forward_and_gradients(info, dtype, training, no_fallback):
+    for theirs, ours, values, names in samples(info, dtype, training=training):
+        exact = copy.deepcopy(theirs).double()
+        wide = [value.double() for value in values]
+        for requires_grad in (True, False):
+            with torch.set_grad_enabled(requires_grad):
+                got = run(ours, values, names, requires_grad=requires_grad)
+                expected = run(theirs, values, names, requires_grad=requires_grad)
+                truth = run(exact, wide, names, requires_grad=requires_grad)
+            for one, other, reference in zip(got, expected, truth, strict=True):
+                assert one.stride() == other.stride()
+                assert one.requires_grad == other.requires_grad
+                assert_as_near_as_torch(one, other, reference)
+
+
+@each_module
+@each_dtype
+def test_non_contiguous_inputs(info, dtype):
+    for theirs, ours, values, names in samples(info, dtype):
+        # Every second element of a larger tensor, at an odd offset.
+        spread = []
+        for value in values:
+            holder = torch.full((value.numel() * 2 + 1,), torch.nan, dtype=dtype)
+            strided = holder[1::2].view(value.shape) if value.dim() < 2 else None
+            if strided is None:
+                strided = holder[1:].as_strided(value.shape, [2 * s for s in value.stride()])
+            strided.copy_(value)
+            spread.append(strided)
+        with torch.no_grad():
+            positional = spread[: len(spread) - len(names)]
+            named = dict(zip(names, spread[len(positional) :], strict=True))
+            got = ours(*positional, **named)
+            truth = run(copy.deepcopy(theirs).double(), [v.double() for v in values], names, requires_grad=False)[0]
+            expected = run(theirs, values, names, requires_grad=False)[0]
+        assert_as_near_as_torch(got, expected, truth)
+
+
+@each_module
+@each_dtype
+def test_factory_arguments(info, dtype):
+    for theirs, _, _, _ in samples(info, dtype):
+        if not list(theirs.parameters()):
+            continue
+        build = next(
+            iter(info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True))
+        )
+        args, kwargs = build.constructor_input.args, build.constructor_input.kwargs
+        cls = REPLACEMENTS[info.module_cls]
+        assert all(p.dtype == dtype for p in cls(*args, **kwargs, dtype=dtype).parameters())
+        assert all(p.is_meta for p in cls(*args, **kwargs, device="meta").parameters())
+        with torch.device("meta"):
+            assert all(p.is_meta for p in cls(*args, **kwargs).parameters())
+
+
+@each_module
+def test_repr_pickle_state_dict_and_deepcopy(info):
+    for theirs, ours, values, names in samples(info, torch.float32):
+        assert repr(theirs) == repr(ours)
+        expected = run(ours, values, names, requires_grad=False)[0]
+        saved = io.BytesIO()
+        torch.save(ours, saved)
+        saved.seek(0)
+        copies = [
+            pickle.loads(pickle.dumps(ours)),
+            copy.deepcopy(ours),
+            torch.load(saved, weights_only=False),
+        ]
+        for other in copies:
+            assert type(other) is type(ours)
+            assert torch.equal(run(other, values, names, requires_grad=False)[0], expected)
+        theirs.load_state_dict(ours.state_dict())
+        assert list(theirs.state_dict()) == list(ours.state_dict())
+
+
+@each_module
+def test_inplace_layers_write_their_input(info):
+    for _, _, values, _ in samples(info, torch.float32):
+        try:
+            layer = REPLACEMENTS[info.module_cls](inplace=True)
+        except TypeError:
+            return  # no such argument, as in torch
+        value = values[0].clone()
+        with torch.no_grad():
+            assert layer(value) is value
+        expected = info.module_cls()(values[0])
+        torch.testing.assert_close(value, expected)
+        leaf = values[0].clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            layer(leaf)
+
+
+@each_module
+def test_gradcheck(info):
+    for _, ours, values, names in samples(info, torch.float64):
+        if type(ours) is fastnn.nn.ReLU:
+            # Away from the corner, where a difference quotient is no derivative.
+            values = [value + value.sign() * 0.1 for value in values]
+        parameters = list(ours.parameters())
+        leaves = [value.clone().requires_grad_() for value in values]
+
+        def call(*arguments, layer=ours, names=names, values=values):
+            count = len(values)
+            inputs = arguments[:count]
+            state = dict(zip(dict(layer.named_parameters()), arguments[count:], strict=True))
+            positional = inputs[: count - len(names)]
+            named = dict(zip(names, inputs[len(positional) :], strict=True))
+            return torch.func.functional_call(layer, state, positional, named)
+
+        everything = (*leaves, *parameters)
+        assert torch.autograd.gradcheck(call, everything)
+        assert torch.autograd.gradgradcheck(call, everything)
+
+
+@each_module
+def test_moves_and_casts(info):
+    for _, ours, values, names in samples(info, torch.float32):
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
+            ours.to(dtype)
+            output = run(ours, [value.to(dtype) for value in values], names, requires_grad=False)[0]
+            assert output.dtype == dtype
+        ours.to("meta")
+        output = run(ours, [value.to("meta") for value in values], names, requires_grad=False)[0]
+        assert output.is_meta

@@ -1,0 +1,261 @@
+"""`patch`: torch's own functions run fastnn's, inside the block and the thread that asked for it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import fastnn
+from fastnn import patch as patch_function
+from fastnn._state import fallbacks, reset_fallbacks
+
+patch_module = sys.modules["fastnn.patch"]
+assert patch_function is patch_module.patch
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of fastnn's functions that torch's calls were sent to."""
+    seen = []
+
+    def spy(function):
+        def wrapped(*args, **kwargs):
+            seen.append(function.__name__)
+            return function(*args, **kwargs)
+
+        wrapped.__name__ = function.__name__
+        return wrapped
+
+    for torch_function, ours in list(patch_module.PATCHES.items()):
+        monkeypatch.setitem(patch_module.PATCHES, torch_function, spy(ours))
+    return seen
+
+
+def square(*shape):
+    return torch.randn(shape or (5, 5))
+
+
+CALLS = {
+    "linear": [lambda x: F.linear(x, x), lambda x: F.linear(x, x, bias=x[0]), lambda x: torch.nn.Linear(5, 3)(x)],
+    "bilinear": [lambda x: F.bilinear(x, x, torch.ones(2, 5, 5))],
+    "relu": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x.clone(), inplace=True)],
+    "gelu": [F.gelu, lambda x: F.gelu(x, approximate="tanh")],
+    "silu": [F.silu, lambda x: F.silu(x.clone(), inplace=True)],
+    "sigmoid": [F.sigmoid, torch.sigmoid, lambda x: x.sigmoid(), torch.nn.Sigmoid()],
+    "tanh": [F.tanh, torch.tanh, lambda x: x.tanh()],
+    "matmul": [torch.matmul, lambda x: x @ x, lambda x: x.matmul(x), torch.linalg.matmul],
+    "mm": [lambda x: torch.mm(x, x), lambda x: x.mm(x), lambda x: torch.mm(input=x, mat2=x)],
+    "bmm": [lambda x: torch.bmm(x[None], x[None]), lambda x: x[None].bmm(x[None])],
+    "addmm": [
+        lambda x: torch.addmm(x, x, x, beta=2, alpha=0.5),
+        lambda x: x.addmm(x, x),
+        lambda x: torch.addmm(x[0], x, x),
+    ],
+    "baddbmm": [lambda x: torch.baddbmm(x, x[None], x[None]), lambda x: x[None].baddbmm(x[None], x[None])],
+    "mv": [lambda x: torch.mv(x, x[0]), lambda x: x.mv(x[0])],
+}
+CALLS["matmul"][0] = lambda x: torch.matmul(x, x)
+CALLS["matmul"][3] = lambda x: torch.linalg.matmul(x, x)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sends_torchs_functions_to_fastnn(name, calls, no_fallback):
+    for call in CALLS[name]:
+        x = square()
+        torch.manual_seed(1)
+        expected = call(x)
+        assert calls == []
+        torch.manual_seed(1)
+        with fastnn.patch():
+            output = call(x)
+        assert calls == [name]
+        torch.testing.assert_close(output, expected)
+        del calls[:]
+
+
+def test_gradients_go_through(calls):
+    x = square().requires_grad_()
+    with fastnn.patch():
+        (x @ x).relu().sum().backward()
+    got, x.grad = x.grad, None
+    (x @ x).relu().sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_nested_as_a_decorator_and_with_exceptions(calls):
+    x = square()
+
+    @fastnn.patch()
+    def inside():
+        return x @ x
+
+    with fastnn.patch():
+        with fastnn.patch():
+            x @ x
+            inside()
+        x @ x
+        with pytest.raises(RuntimeError), fastnn.patch():
+            x @ torch.ones(3, 3)
+        x @ x
+    assert calls == ["matmul"] * 5
+    x @ x
+    inside()
+    inside()
+    assert calls == ["matmul"] * 7
+    assert _get_current_function_mode_stack() == []
+
+
+def test_holds_for_its_own_thread(calls):
+    x = square()
+    inside, done = threading.Event(), threading.Event()
+
+    def patched():
+        with fastnn.patch():
+            inside.set()
+            assert done.wait(30)
+            return x @ x
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(patched)
+        assert inside.wait(30)
+        x @ x
+        assert calls == []
+        done.set()
+        future.result()
+    assert calls == ["matmul"]
+
+
+def test_many_threads_at_once():
+    x = square(64, 64)
+    expected = x @ x
+
+    def work(number):
+        with fastnn.patch():
+            one = x @ x
+            with fastnn.patch():
+                two = torch.mm(x, x)
+        assert _get_current_function_mode_stack() == []
+        return (one - expected).abs().max() + (two - expected).abs().max()
+
+    with ThreadPoolExecutor(16) as pool:
+        assert max(pool.map(work, range(200))) < 1e-3
+
+
+def test_changes_nothing_in_torch():
+    before = (F.linear, torch.matmul, torch.Tensor.matmul, torch.nn.Linear.forward, torch.Tensor.__matmul__)
+    with fastnn.patch():
+        assert before == (
+            F.linear,
+            torch.matmul,
+            torch.Tensor.matmul,
+            torch.nn.Linear.forward,
+            torch.Tensor.__matmul__,
+        )
+
+
+def test_what_fastnn_hands_back_reaches_torch_once(calls):
+    x = torch.ones(3, 3, dtype=torch.int64)
+    reset_fallbacks()
+    with fastnn.patch(), fastnn.patch():
+        assert torch.equal(x @ x, torch.full((3, 3), 3))
+    assert calls == ["matmul"]
+    assert sum(fallbacks().values()) == 1
+    with fastnn.patch(), fastnn.backend("reference"):
+        y = square()
+        torch.testing.assert_close(y @ y, torch.mm(y, y))
+
+
+def test_deprecated_and_extra_overloads_stay_torchs(calls):
+    x = square()
+    with pytest.warns(UserWarning, match="deprecated"):
+        expected = torch.addmm(2, x, 3, x, x)
+    with fastnn.patch():
+        torch.testing.assert_close(torch.addmm(2, x, 3, x, x), expected)
+    assert calls == []
+
+
+def test_out_argument(calls):
+    x, out = square(), torch.empty(5, 5)
+    with fastnn.patch():
+        assert torch.mm(x, x, out=out) is out
+    torch.testing.assert_close(out, x @ x)
+
+
+def test_same_errors():
+    x = square()
+    for call in (
+        lambda: x @ torch.ones(3, 3),
+        lambda: torch.mm(x, x[0]),
+        lambda: F.linear(x, torch.ones(3, 4)),
+        lambda: x @ 3,
+        lambda: torch.matmul(x),
+        lambda: torch.bmm(x, x),
+    ):
+        with pytest.raises(Exception) as expected:
+            call()
+        with pytest.raises(expected.type), fastnn.patch():
+            call()
+
+
+def test_other_tensor_types_and_modes_keep_their_say(calls):
+    class Tagged(torch.Tensor):
+        pass
+
+    class Count(TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    x = square()
+    with fastnn.patch():
+        assert type(x.as_subclass(Tagged) @ x) is Tagged
+        assert calls == []
+        with Count() as inner:
+            x @ x
+        assert inner.seen == 1
+        assert calls == ["matmul"]
+        with torch.device("meta"):
+            assert torch.empty(3).is_meta
+    with Count() as outer, fastnn.patch():
+        x.sum()
+        assert outer.seen == 1
+
+
+def test_a_whole_model_trains_under_it(no_fallback):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 2))
+    x = torch.randn(32, 8)
+    losses = []
+    for patched in (False, True):
+        torch.manual_seed(1)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            if patched:
+                with fastnn.patch():
+                    loss = model(x).square().mean()
+                    loss.backward()
+            else:
+                loss = model(x).square().mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_around_a_compiled_function():
+    x = square()
+    compiled = torch.compile(lambda a: (a @ a).relu(), backend="aot_eager")
+    with fastnn.patch():
+        torch.testing.assert_close(compiled(x), (x @ x).relu())
