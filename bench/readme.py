@@ -1,0 +1,67 @@
+"""Makes the speed table of README.md anew from `bench/results/*.json`: `python bench/readme.py`.
+
+What stands between the two markers is replaced; rows that were not measured are left out. `--check` writes nothing and
+exits with 1 if the table is not what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from speed import RESULTS, ROWS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- speed: made by bench/readme.py -->", "<!-- /speed -->"
+
+
+def table() -> str:
+    """The table in Markdown, and a line about the machine."""
+    found = [json.loads(path.read_text()) for row in ROWS if (path := RESULTS / f"{row.name}.json").exists()]
+    if not found:
+        return "Not measured yet: `make bench`."
+    lines = [
+        "| work | times faster than torch: geometric mean (least – most) | target | share of peak |",
+        "|---|---|---|---|",
+    ]
+    for each in found:
+        measured, target = each["measured"], each["target"]
+        if len(each["results"]) == 1:
+            low, high = each["results"][0]["ratio_quartiles"]
+            ratio = f"{measured['least']:.2f} (quartiles {low:.2f} – {high:.2f})"
+        else:
+            ratio = f"{measured['geometric_mean']:.2f} ({measured['least']:.2f} – {measured['largest']:.2f})"
+        targets = []
+        if target["least"] is not None:
+            targets.append(f"each ≥ {target['least']:g}")
+        if target["geometric_mean"] is not None:
+            targets.append(f"mean ≥ {target['geometric_mean']:g}")
+        mark = "met" if each["met"] else "not met"
+        share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
+        lines.append(f"| {each['title']} | {ratio} | {', '.join(targets)}: {mark} | {share} |")
+    machines = {
+        (m["cpu"], m["cores"], m["threads"], m["torch"], m["date"]): m["isa"] for m in (e["machine"] for e in found)
+    }
+    lines.append("")
+    for (cpu, cores, threads, torch, date), isa in machines.items():
+        lines.append(f"{cpu}, {cores} cores, {threads} threads, {isa}, torch {torch}, {date}.")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    text = README.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        print(f"{README}: expected one {BEGIN} and one {END}", file=sys.stderr)
+        return 2
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    new = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    if "--check" in sys.argv:
+        return 0 if new == text else 1
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

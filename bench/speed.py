@@ -1,0 +1,196 @@
+"""Measures the rows of the speed table: `python bench/speed.py [row ...]`, all of them by default.
+
+Each row writes `bench/results/<row>.json`; `python bench/readme.py` makes README's table from those files. A row runs in a
+process of its own, because the instruction set is chosen when fastnn is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+Shape = tuple[int, ...]
+Work = tuple[str, Shape]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is run, and what its ratios to torch must reach (each of them; their geometric mean)."""
+
+    name: str
+    title: str
+    work: tuple[Work, ...]
+    dtype: str = "float32"
+    least: float | None = None
+    mean: float | None = None
+    isa: str | None = None
+
+
+def _each(benchmark: str, shapes: tuple[Shape, ...]) -> tuple[Work, ...]:
+    return tuple((benchmark, shape) for shape in shapes)
+
+
+def _squares(*sizes: int) -> tuple[Shape, ...]:
+    return tuple((n, n, n) for n in sizes)
+
+
+#: M×N×K, and B×M×N×K for the batched ones.
+SIXTY: tuple[Work, ...] = (
+    *_each("matmul", _squares(16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
+    *_each(
+        "matmul",
+        tuple(
+            (m, n, k)
+            for m in (1, 4, 8, 16, 32, 64)
+            for n, k in ((768, 768), (3072, 768), (768, 3072), (4096, 1024), (4096, 4096))
+        ),
+    ),
+    # tall, wide, small K
+    *_each("matmul", ((16384, 64, 256), (8192, 128, 512), (4096, 16, 4096))),
+    *_each("matmul", ((64, 16384, 256), (128, 8192, 512), (16, 4096, 4096))),
+    *_each("matmul", ((1024, 1024, 8), (4096, 4096, 16), (2048, 2048, 32), (1024, 1024, 64))),
+    *_each("bmm", ((16, 64, 64, 64), (256, 64, 64, 64), (16, 128, 64, 128), (128, 128, 64, 128))),
+)
+assert len(SIXTY) == 60
+
+ROWS = (
+    Row(
+        "gemm-float32-large",
+        "float32 product, n = 1024, 2048, 4096, both operands packed in the call",
+        _each("matmul", _squares(1024, 2048, 4096)),
+        least=1.6,
+    ),
+    Row(
+        "gemm-float32-prepacked",
+        "float32 layer, n = 1024, 2048, 4096, weight already packed",
+        _each("linear_packed", _squares(1024, 2048, 4096)),
+        least=1.8,
+    ),
+    Row("gemm-float32-60", "float32 product, 60 shapes", SIXTY, least=1.0, mean=1.6),
+    Row("gemm-bfloat16-60", "bfloat16 product, 60 shapes", SIXTY, "bfloat16", least=1.0, mean=1.8),
+    Row(
+        "gemm-float16",
+        "float16 product, n = 256 to 2048",
+        _each("matmul", _squares(256, 512, 1024, 2048)),
+        "float16",
+        least=2.5,
+    ),
+    Row(
+        "gemm-int8",
+        "int8 product, n = 512 to 4096, against `torch._int_mm`",
+        _each("int_mm", _squares(512, 1024, 2048, 4096)),
+        "int8",
+        least=3.0,
+    ),
+    Row(
+        "linear-train",
+        "`nn.Linear` forward and backward, float32, 256–4096 wide, batch 32–1024",
+        _each("linear_train", tuple((m, n, n) for n in (256, 512, 1024, 2048, 4096) for m in (32, 128, 1024))),
+        mean=1.5,
+    ),
+    Row("linear-small", "`nn.Linear` of 64, batch 4, no gradient", _each("linear_layer", ((4, 64, 64),)), least=1.2),
+    Row(
+        "linear-small-grad",
+        "`nn.Linear` of 64, batch 4, with gradient: forward; forward and backward",
+        (*_each("linear_with_grad", ((4, 64, 64),)), *_each("linear_train", ((4, 64, 64),))),
+        least=1.0,
+    ),
+    Row(
+        "gemm-float32-avx512",
+        "float32 product with `FASTNN_ISA=avx512`, n = 512 to 4096",
+        _each("matmul", _squares(512, 1024, 2048, 4096)),
+        least=0.95,
+        isa="avx512",
+    ),
+    Row("relu-64mb", "relu of 64 MB, fresh output", _each("relu", ((16 << 20,),)), least=2.0),
+)
+
+
+def measure(row: Row, seconds: float) -> dict[str, Any]:
+    """Runs one row in this process."""
+    import torch
+    from rich.console import Console
+
+    from fastnn import bench
+    from fastnn.bench import machine, table
+
+    console = Console(width=160)
+    results = []
+    for benchmark, shape in row.work:
+        results += bench.run(benchmark, [shape], [getattr(torch, row.dtype)], seconds=seconds)
+    described = machine.describe()
+    table.show(results, described, console)
+    ratios = [result.ratio[0] for result in results]
+    return {
+        "row": row.name,
+        "title": row.title,
+        "target": {"least": row.least, "geometric_mean": row.mean},
+        "measured": {
+            "least": min(ratios),
+            "geometric_mean": table.geometric_mean(ratios),
+            "largest": max(ratios),
+            "share_of_peak": max(result.share for result in results),
+            "peak_kind": results[0].peak_kind,
+        },
+        "met": (row.least is None or min(ratios) >= row.least)
+        and (row.mean is None or table.geometric_mean(ratios) >= row.mean),
+        "machine": described,
+        "results": [result.to_dict() for result in results],
+    }
+
+
+def main() -> int:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", nargs="*", help=", ".join(names))
+    parser.add_argument("--seconds", type=float, default=0.6, help="for each shape (default: 0.6)")
+    parser.add_argument("--here", action="store_true", help="in this process, as it was started: one row")
+    options = parser.parse_args()
+    unknown = set(options.row) - set(names)
+    if unknown:
+        parser.error(f"no row named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    chosen = [row for row in ROWS if not options.row or row.name in options.row]
+    if options.here:
+        for row in chosen:
+            RESULTS.mkdir(exist_ok=True)
+            found = measure(row, options.seconds)
+            (RESULTS / f"{row.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        return 0
+    failed = 0
+    for row in chosen:
+        print(f"\n{row.name}", flush=True)
+        environment = dict(os.environ)
+        if row.isa:
+            environment["FASTNN_ISA"] = row.isa
+        command = [sys.executable, __file__, row.name, "--here", "--seconds", str(options.seconds)]
+        failed += subprocess.run(command, env=environment).returncode != 0
+    print_summary(chosen)
+    return 1 if failed else 0
+
+
+def print_summary(rows: tuple[Row, ...] | list[Row]) -> None:
+    """Target beside measured, of each row whose results are on disk."""
+    print(f"\n{'row':<24}{'least':>8}{'target':>8}{'mean':>8}{'target':>8}{'of peak':>9}  met")
+    for row in rows:
+        path = RESULTS / f"{row.name}.json"
+        if not path.exists():
+            print(f"{row.name:<24}  not measured")
+            continue
+        found = json.loads(path.read_text())
+        measured = found["measured"]
+        print(
+            f"{row.name:<24}{measured['least']:>8.2f}{row.least or '–':>8}{measured['geometric_mean']:>8.2f}"
+            f"{row.mean or '–':>8}{measured['share_of_peak']:>9.0%}  {'yes' if found['met'] else 'no'}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

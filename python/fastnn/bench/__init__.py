@@ -1,0 +1,37 @@
+"""The benchmark engine behind `python -m fastnn bench`.
+
+    results = fastnn.bench.run("matmul", shapes=[(1024, 1024, 1024)], dtypes=[torch.bfloat16])
+
+A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
+"""
+
+from . import activations, gemm
+from .benchmark import (
+    Benchmark,
+    Problem,
+    Result,
+    WrongResult,
+    benchmark,
+    benchmarks,
+    parse_shape,
+    register,
+    run,
+)
+from .engine import Timing, compare, quartiles
+
+__all__ = [
+    "Benchmark",
+    "Problem",
+    "Result",
+    "Timing",
+    "WrongResult",
+    "activations",
+    "benchmark",
+    "benchmarks",
+    "compare",
+    "gemm",
+    "parse_shape",
+    "quartiles",
+    "register",
+    "run",
+]

@@ -1,0 +1,273 @@
+"""The declaration of one benchmark, and running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import engine, machine
+
+__all__ = ["Benchmark", "Problem", "Result", "WrongResult", "benchmark", "benchmarks", "parse_shape", "register", "run"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: How far ‖ours − peer's‖ / ‖peer's‖ may be for the two to count as the same result: a few roundings of the result, and
+#: for float32 under a lowered `torch.set_float32_matmul_precision` that precision's. Integers must be equal.
+_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_LOWERED = {"highest": 0.0, "high": 1e-3, "medium": 2e-2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape and dtype of a benchmark.
+
+    Attributes:
+        inputs: makes a set of arguments.
+        contestants: what is called with them, by name. "fastnn", "torch", and more forms of either with a word after it:
+            "torch out=". Each returns the result as a tensor, or as a tuple of tensors.
+        work: operations (or bytes, where `unit` is "B") in one call.
+        unit: "FLOP", "OP" or "B".
+        peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy.
+        beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
+    """
+
+    inputs: Callable[[], tuple[Any, ...]]
+    contestants: dict[str, Callable[..., Any]]
+    work: float
+    unit: str = "FLOP"
+    peak: str = "f32"
+    beyond_cache: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One op to time: the names of the numbers in `--shape`, default shapes, and how to build a `Problem` of a shape."""
+
+    name: str
+    axes: str
+    shapes: tuple[tuple[int, ...], ...]
+    build: Callable[[tuple[int, ...], torch.dtype], Problem]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One shape's figures. `ratio` compares the fastest form of fastnn with the fastest form of the peer; `plain` the
+    plain forms of both, which allocate their result."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    peer: str
+    ours_best: str
+    peer_best: str
+    ratio: tuple[float, float, float]
+    plain: tuple[float, float, float]
+    rate: float
+    peer_rate: float
+    unit: str
+    peak_kind: str
+    peak: float
+    error: float
+    timing: engine.Timing = field(repr=False)
+
+    @property
+    def share(self) -> float:
+        """Of the machine's own peak."""
+        return self.rate / self.peak if self.peak else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures in JSON's types."""
+        return {
+            "name": self.name,
+            "shape": "x".join(map(str, self.shape)),
+            "dtype": self.dtype,
+            "peer": self.peer,
+            "fastest": {"fastnn": self.ours_best, self.peer: self.peer_best},
+            "ratio": self.ratio[0],
+            "ratio_quartiles": list(self.ratio[1:]),
+            "plain_ratio": self.plain[0],
+            "plain_ratio_quartiles": list(self.plain[1:]),
+            "rate": self.rate,
+            "peer_rate": self.peer_rate,
+            "unit": self.unit + "/s",
+            "peak_kind": self.peak_kind,
+            "peak": self.peak,
+            "share_of_peak": self.share if math.isfinite(self.share) else None,
+            "difference_from_peer": self.error,
+            **self.timing.to_dict(),
+        }
+
+
+_BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def register(new: Benchmark) -> Benchmark:
+    """Adds a benchmark to what `python -m fastnn bench` knows. ValueError if the name is taken."""
+    if new.name in _BENCHMARKS:
+        raise ValueError(f"a benchmark named {new.name!r} exists already")
+    _BENCHMARKS[new.name] = new
+    return new
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """Every registered benchmark by name."""
+    return dict(_BENCHMARKS)
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of that name. KeyError, listing the names, if there is none."""
+    try:
+        return _BENCHMARKS[name]
+    except KeyError:
+        raise KeyError(f"no benchmark named {name!r}; there are {', '.join(sorted(_BENCHMARKS))}") from None
+
+
+def parse_shape(text: str, axes: str) -> tuple[int, ...]:
+    """ "1024x512x64" for axes "MxNxK". ValueError for another count of numbers, or one below 1."""
+    parts = text.lower().split("x")
+    if len(parts) != len(axes.split("x")) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"shape {text!r}: expected {axes} in positive integers, such as {axes_example(axes)}")
+    return tuple(map(int, parts))
+
+
+def axes_example(axes: str) -> str:
+    return "x".join("1024" for _ in axes.split("x"))
+
+
+class WrongResult(AssertionError):
+    """fastnn's result was not the peer's: its time means nothing."""
+
+
+def run(
+    what: Benchmark | str,
+    shapes: Iterable[Sequence[int]] | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
+    *,
+    against: str = "torch",
+    seconds: float = 1.0,
+    progress: Callable[[str], None] = lambda label: None,
+) -> list[Result]:
+    """Times a benchmark at each shape and dtype, fastnn against a peer.
+
+    The results of all contestants are compared before and after the timing. The machine's peak is measured before and
+    after each shape, and the larger figure counts.
+
+    Args:
+        what: a `Benchmark`, or the name of a registered one.
+        shapes: instead of the benchmark's own.
+        dtypes: instead of float32, or the first that the benchmark has.
+        against: the peer, by the first word of its contestants' names.
+        seconds: for each shape, all contestants together.
+        progress: called with a label before each shape.
+
+    Raises:
+        KeyError: for an unknown name, ValueError for a peer or dtype that the benchmark does not have.
+        WrongResult: if fastnn's result differs from the peer's.
+    """
+    the = benchmark(what) if isinstance(what, str) else what
+    results = []
+    for dtype in tuple(dtypes or the.dtypes[:1]):
+        if dtype not in the.dtypes:
+            names = ", ".join(map(_name, the.dtypes))
+            raise ValueError(f"{the.name}: no dtype {_name(dtype)}; it has {names}")
+        for shape in tuple(shapes or the.shapes):
+            shape = tuple(shape)
+            progress(f"{the.name} {'×'.join(map(str, shape))} {_name(dtype)}")
+            results.append(_one(the, shape, dtype, against, seconds))
+    return results
+
+
+def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: str, seconds: float) -> Result:
+    problem = the.build(shape, dtype)
+    contestants = {n: f for n, f in problem.contestants.items() if n.split()[0] in ("fastnn", against)}
+    ours = [name for name in contestants if name.split()[0] == "fastnn"]
+    peers = [name for name in contestants if name.split()[0] == against]
+    if not peers:
+        known = sorted({name.split()[0] for name in problem.contestants} - {"fastnn"})
+        raise ValueError(f"{the.name}: no peer {against!r}; it has {', '.join(known)}")
+    inputs = [problem.inputs()]
+    if problem.beyond_cache:
+        size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
+        sets = min(64, math.ceil(2 * machine.cache_bytes() / max(size, 1)))
+        inputs += [problem.inputs() for _ in range(sets - 1)]
+    top = _peak(problem.peak)
+    error = _check(the, shape, dtype, contestants, inputs[0], peers[0])
+    timing = engine.compare(contestants, inputs, seconds=seconds)
+    _check(the, shape, dtype, contestants, inputs[0], peers[0])
+    top = max(top, _peak(problem.peak))
+    best, peer_best = timing.best(ours), timing.best(peers)
+    return Result(
+        name=the.name,
+        shape=shape,
+        dtype=_name(dtype),
+        peer=against,
+        ours_best=best,
+        peer_best=peer_best,
+        ratio=timing.ratio(best, peer_best),
+        plain=timing.ratio(ours[0], peers[0]),
+        rate=problem.work / timing.median(best),
+        peer_rate=problem.work / timing.median(peer_best),
+        unit=problem.unit,
+        peak_kind=problem.peak,
+        peak=top,
+        error=error,
+        timing=timing,
+    )
+
+
+def _peak(kind: str) -> float:
+    return machine.copy_bandwidth(repeats=3) if kind == "copy" else machine.peak(kind, 0.05)
+
+
+def _check(
+    the: Benchmark,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    contestants: dict[str, Callable[..., Any]],
+    arguments: tuple[Any, ...],
+    peer: str,
+) -> float:
+    """The largest relative difference from the peer's result; WrongResult if it is too large."""
+    expected = [tensor.detach().clone() for tensor in _tensors(contestants[peer](*arguments))]
+    worst = 0.0
+    for name, function in contestants.items():
+        got = _tensors(function(*arguments))
+        if len(got) != len(expected):
+            raise WrongResult(f"{the.name}: {name} returned {len(got)} tensors, {peer} {len(expected)}")
+        for mine, theirs in zip(got, expected, strict=True):
+            worst = max(worst, _difference(mine.detach(), theirs))
+        allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
+        if not worst <= allowed:
+            raise WrongResult(
+                f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}: the result of {name} differs from {peer}'s by "
+                f"{worst:.3g}; at most {allowed:.3g} is expected"
+            )
+    return worst
+
+
+def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """‖mine − theirs‖ / ‖theirs‖, infinite for another shape or dtype and where it is NaN."""
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        return math.inf
+    if not mine.is_floating_point():
+        return 0.0 if torch.equal(mine, theirs) else math.inf
+    # In place and in the dtype at hand where that is wide enough: at 4096² a float64 copy is 128 MB.
+    wide = torch.float64 if mine.dtype == torch.float64 else torch.float32
+    a, b = mine.to(wide), theirs.to(wide)
+    norm = torch.linalg.vector_norm(b).item()
+    error = torch.linalg.vector_norm(a - b).item()
+    value = error / norm if norm else error
+    return value if not math.isnan(value) else math.inf
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

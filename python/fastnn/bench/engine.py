@@ -1,0 +1,135 @@
+"""Times several ways of computing the same thing against each other, in one process, fairly.
+
+They take turns, so that a neighbour's load or a change of clock falls on all of them alike; the ratio of two is taken
+round by round before its median is. A turn is many calls where one is too short for the clock.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Timing", "compare", "quartiles"]
+
+#: A turn lasts at least this long: the clock and the loop around the call are then below a percent of it.
+_TURN_SECONDS = 200e-6
+_WARM_UP_SECONDS = 0.02
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 300
+#: Calls that take longer than this are few, but three rounds at least.
+_SLOW_SECONDS = 0.3
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, the median and the third, by linear interpolation; of one value, that value thrice."""
+    if not values:
+        raise ValueError("quartiles of nothing")
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call for each contestant, one figure a round; figures of the same index were taken side by side."""
+
+    seconds: dict[str, list[float]]
+    calls_a_turn: dict[str, int]
+    load_average: float
+
+    def median(self, name: str) -> float:
+        """Seconds a call."""
+        return statistics.median(self.seconds[name])
+
+    def spread(self, name: str) -> tuple[float, float]:
+        """First and third quartile of the seconds a call."""
+        low, _, high = quartiles(self.seconds[name])
+        return low, high
+
+    def best(self, names: Sequence[str]) -> str:
+        """The one of `names` whose median is the smallest."""
+        return min(names, key=self.median)
+
+    def ratio(self, name: str, peer: str) -> tuple[float, float, float]:
+        """How many times faster `name` is than `peer`: the ratio of medians, and the quartiles of the rounds' ratios."""
+        rounds = [p / s for s, p in zip(self.seconds[name], self.seconds[peer], strict=True)]
+        low, _, high = quartiles(rounds)
+        return self.median(peer) / self.median(name), low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures in JSON's types."""
+        return {
+            "load_average": self.load_average,
+            "contestants": {
+                name: {
+                    "seconds": self.median(name),
+                    "quartiles": list(self.spread(name)),
+                    "rounds": len(values),
+                    "calls_a_turn": self.calls_a_turn[name],
+                }
+                for name, values in self.seconds.items()
+            },
+        }
+
+
+def compare(
+    contestants: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[tuple[Any, ...]],
+    *,
+    seconds: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Times each contestant on the same inputs by turns, for about `seconds` in all.
+
+    Args:
+        contestants: what is called, by name, each with one element of `inputs` as its arguments.
+        inputs: the sets of arguments. Calls go round them: give as many as pass the cache where that matters.
+        seconds: for all contestants together, not counting the warm-up. There are at least 5 rounds, 3 of slow calls.
+        clock: in seconds; replaced in tests.
+    """
+    if not contestants or not inputs:
+        raise ValueError("compare: needs at least one contestant and one set of inputs")
+    load = os.getloadavg()[0]
+    calls = {name: _warm_up(function, inputs, clock) for name, function in contestants.items()}
+    slowest = max(time_of_call for _, time_of_call in calls.values())
+    least = 3 if slowest > _SLOW_SECONDS else _MIN_ROUNDS
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    end = clock() + seconds
+    position = dict.fromkeys(names, 0)
+    for number in range(_MAX_ROUNDS):
+        if number >= least and clock() >= end:
+            break
+        # Whoever comes first finds the cache as the last one left it; so the first place goes round.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            function, count = contestants[name], calls[name][0]
+            turn = [inputs[(position[name] + i) % len(inputs)] for i in range(count)]
+            position[name] += count
+            start = clock()
+            for arguments in turn:
+                function(*arguments)
+            measured[name].append((clock() - start) / count)
+    return Timing(measured, {name: count for name, (count, _) in calls.items()}, load)
+
+
+def _warm_up(
+    function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], clock: Callable[[], float]
+) -> tuple[int, float]:
+    """Calls until caches, clocks and thread pools are warm; returns the calls in a turn, and the seconds of a call."""
+    fastest = math.inf
+    end = clock() + _WARM_UP_SECONDS
+    calls = 0
+    while calls < 3 or clock() < end:
+        start = clock()
+        function(*inputs[calls % len(inputs)])
+        took = clock() - start
+        fastest = min(fastest, took)
+        calls += 1
+        if took > _SLOW_SECONDS:
+            break
+    return max(1, math.ceil(_TURN_SECONDS / max(fastest, 1e-9))), fastest

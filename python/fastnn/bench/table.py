@@ -1,0 +1,70 @@
+"""Shows benchmark results as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .benchmark import Result
+
+__all__ = ["duration", "geometric_mean", "rate", "show"]
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 3.21 µs."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def rate(value: float, unit: str) -> str:
+    """Billions a second: 312 GFLOP/s."""
+    return f"{value / 1e9:.3g} G{unit}/s"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean of logarithms. ValueError for none."""
+    if not values:
+        raise ValueError("geometric mean of nothing")
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -> None:
+    """One line a shape; below, the machine and the geometric mean of the ratios."""
+    peer = results[0].peer
+    table = Table(title=f"{results[0].name}: fastnn and {peer}, interleaved medians", title_justify="left")
+    for name in ("shape", "dtype"):
+        table.add_column(name)
+    for name in ("fastnn", peer, "faster by", "quartiles", "rate", "of peak", "both plain"):
+        table.add_column(name, justify="right")
+    table.add_column("fastest forms")
+    for r in results:
+        colour = "green" if r.ratio[0] >= 1 else "red"
+        table.add_row(
+            "×".join(map(str, r.shape)),
+            r.dtype,
+            duration(r.timing.median(r.ours_best)),
+            duration(r.timing.median(r.peer_best)),
+            f"[{colour}]{r.ratio[0]:.2f}[/]",
+            f"{r.ratio[1]:.2f}–{r.ratio[2]:.2f}",
+            rate(r.rate, r.unit),
+            f"{r.share:.0%} {r.peak_kind}",
+            f"{r.plain[0]:.2f}",
+            f"{r.ours_best}, {r.peer_best}",
+        )
+    console.print(table)
+    if len(results) > 1:
+        mean = geometric_mean([r.ratio[0] for r in results])
+        console.print(f"geometric mean {mean:.2f}, smallest {min(r.ratio[0] for r in results):.2f}")
+    peaks = {r.peak_kind: max(q.peak for q in results if q.peak_kind == r.peak_kind) for r in results}
+    text = ", ".join(f"{kind} {value / 1e9:.4g} G/s" for kind, value in peaks.items())
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {machine['torch']}; "
+        f"peak {text}; load average {machine['load_average']:.2f}",
+        highlight=False,
+    )

@@ -1,0 +1,160 @@
+"""The benchmark engine's statistics, its check of results, and its records."""
+
+import json
+
+import pytest
+import torch
+
+from fastnn import bench
+from fastnn.bench import Benchmark, Problem, engine, machine
+from fastnn.bench.table import duration, geometric_mean
+
+
+class Clock:
+    """Time that passes only when a contestant says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        def call(*_):
+            self.now += seconds() if callable(seconds) else seconds
+
+        return call
+
+
+def test_quartiles():
+    assert engine.quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
+    assert engine.quartiles([7.0]) == (7.0, 7.0, 7.0)
+    with pytest.raises(ValueError):
+        engine.quartiles([])
+
+
+def test_ratio_of_medians():
+    clock = Clock()
+    timing = bench.compare({"fastnn": clock.work(1e-3), "torch": clock.work(3e-3)}, [()], seconds=0.1, clock=clock)
+    assert timing.median("fastnn") == pytest.approx(1e-3)
+    assert timing.ratio("fastnn", "torch") == pytest.approx((3.0, 3.0, 3.0))
+    assert timing.best(["fastnn", "torch"]) == "fastnn"
+
+
+def test_one_slow_round_does_not_count():
+    clock = Clock()
+    calls = {"n": 0}
+
+    def sometimes():
+        calls["n"] += 1
+        return 0.2 if calls["n"] % 10 == 0 else 1e-3
+
+    timing = bench.compare({"fastnn": clock.work(sometimes), "torch": clock.work(1e-3)}, [()], seconds=3, clock=clock)
+    assert timing.median("fastnn") == pytest.approx(1e-3)
+    assert timing.ratio("fastnn", "torch")[0] == pytest.approx(1.0)
+
+
+def test_a_load_that_comes_and_goes_falls_on_both():
+    clock = Clock()
+    load = {"n": 0}
+
+    def slow(seconds):
+        def now():
+            load["n"] += 1
+            return seconds * (5 if load["n"] // 40 % 2 else 1)
+
+        return now
+
+    timing = bench.compare({"fastnn": clock.work(slow(1e-3)), "torch": clock.work(slow(2e-3))}, [()], clock=clock)
+    ratio, low, high = timing.ratio("fastnn", "torch")
+    assert low <= 2.0 <= high
+    assert ratio == pytest.approx(2.0, rel=0.5)
+
+
+def test_short_calls_are_timed_many_at_a_time_and_slow_ones_few():
+    clock = Clock()
+    timing = bench.compare({"short": clock.work(1e-6), "slow": clock.work(1.0)}, [()], seconds=0.1, clock=clock)
+    assert timing.calls_a_turn["short"] >= 200
+    assert timing.calls_a_turn["slow"] == 1
+    assert len(timing.seconds["slow"]) == 3
+
+
+def test_inputs_go_round():
+    seen = []
+    bench.compare({"a": lambda i: seen.append(i)}, [(0,), (1,), (2,)], seconds=0.01)
+    counts = [seen.count(i) for i in range(3)]
+    assert max(counts) - min(counts) <= 2
+
+
+def small(contestants, **options):
+    return Benchmark(
+        "small",
+        "MxN",
+        ((4, 8),),
+        lambda shape, dtype: Problem(lambda: (torch.randn(shape),), contestants, work=64.0, **options),
+    )
+
+
+def test_a_result_knows_the_best_forms_and_the_peak():
+    contestants = {"fastnn": lambda x: x + 1, "fastnn out=": lambda x: x + 1, "torch": lambda x: x.add(1)}
+    (result,) = bench.run(small(contestants), seconds=0.02)
+    assert result.ours_best in contestants and result.peer_best == "torch"
+    assert result.peak > 1e9 and 0 < result.share < 1
+    assert result.plain[0] == pytest.approx(result.timing.ratio("fastnn", "torch")[0])
+    record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert record["shape"] == "4x8" and set(record["contestants"]) == set(contestants)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x + 1.01, lambda x: x * float("nan"), lambda x: x[:1], lambda x: x.double()]
+)
+def test_a_wrong_result_is_not_timed(wrong):
+    with pytest.raises(bench.WrongResult, match="fastnn"):
+        bench.run(small({"fastnn": wrong, "torch": lambda x: x + 1}), seconds=0.02)
+
+
+def test_a_result_that_goes_wrong_while_timed_is_found():
+    calls = {"n": 0}
+
+    def later(x):
+        calls["n"] += 1
+        return x + (1 if calls["n"] < 5 else 2)
+
+    with pytest.raises(bench.WrongResult):
+        bench.run(small({"fastnn": later, "torch": lambda x: x + 1}), seconds=0.02)
+
+
+def test_unknown_names():
+    with pytest.raises(KeyError, match="no benchmark named 'gem'"):
+        bench.benchmark("gem")
+    with pytest.raises(ValueError, match="no peer 'numpy'"):
+        bench.run(small({"fastnn": torch.relu, "torch": torch.relu}), against="numpy")
+    with pytest.raises(ValueError, match="no dtype int8"):
+        bench.run("matmul", dtypes=[torch.int8])
+
+
+@pytest.mark.parametrize("name", sorted(bench.benchmarks()))
+def test_every_benchmark_runs_at_a_small_shape(name):
+    the = bench.benchmark(name)
+    shape = tuple(32 for _ in the.axes.split("x"))
+    for dtype in the.dtypes:
+        (result,) = bench.run(the, [shape], [dtype], seconds=0.01)
+        assert result.rate > 0
+
+
+def test_parse_shape():
+    assert bench.parse_shape("3x4X5", "MxNxK") == (3, 4, 5)
+    for text in ("3x4", "3x4x0", "axbxc", "", "3x4x-5", "3x4x5x6"):
+        with pytest.raises(ValueError, match="MxNxK"):
+            bench.parse_shape(text, "MxNxK")
+
+
+def test_numbers_for_people():
+    assert duration(3.21e-6) == "3.21 µs" and duration(0.5) == "500 ms" and duration(12e-9) == "12 ns"
+    assert geometric_mean([1, 4]) == pytest.approx(2)
+
+
+def test_the_machine_is_described():
+    assert machine.cache_bytes() > 0
+    assert machine.copy_bandwidth(1 << 20, 2) > 0
+    assert {"cpu", "threads", "isa", "torch"} <= machine.describe().keys()

@@ -1,0 +1,116 @@
+"""`python -m fastnn`, the demo, the suites in bench/ and the examples."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnn.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_verify_one_op(capsys, tmp_path):
+    where = tmp_path / "verify.json"
+    assert main(["verify", "mm", "--dtype", "float32", "--json", str(where)]) == 0
+    assert "PASSED" in capsys.readouterr().out
+    (report,) = json.loads(where.read_text())
+    assert report["op"] == "mm" and report["passed"]
+    assert {row["dtype"] for row in report["rows"]} == {"float32"}
+
+
+def test_verify_fails_with_exit_code_1(capsys, monkeypatch):
+    import fastnn
+
+    monkeypatch.setattr(fastnn, "mm", lambda a, b, out=None: (a.bfloat16() @ b.bfloat16()).to(a.dtype))
+    assert main(["verify", "mm", "--dtype", "float32", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[0]["passed"] is False
+    assert "FAILED" in captured.err
+
+
+def test_bench(capsys, tmp_path):
+    where = tmp_path / "bench.json"
+    command = ["bench", "matmul", "--shape", "33x65x17", "--dtype", "float32", "--against", "torch", "--threads", "1"]
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        assert main([*command, "--seconds", "0.02", "--json", str(where)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "33×65×17" in capsys.readouterr().out
+    record = json.loads(where.read_text())
+    assert record["machine"]["threads"] == 1
+    assert record["results"][0]["shape"] == "33x65x17"
+
+
+@pytest.mark.parametrize(
+    "command,expected",
+    [
+        (["verify", "mn"], "no case named"),
+        (["verify", "mm", "--dtype", "int8"], "none of these ops"),
+        (["bench", "gem"], "no benchmark named"),
+        (["bench", "matmul", "--shape", "1024"], "expected MxNxK"),
+        (["bench", "matmul", "--shape", "8x8x8", "--against", "numpy"], "no peer"),
+    ],
+)
+def test_mistakes_are_explained(command, expected, capsys):
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+
+
+def test_demo_with_tiny_settings(tmp_path, capsys):
+    code = main(["demo", "--out", str(tmp_path), "--epochs", "2", "--width", "64", "--seconds", "0.02"])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert all(report["passed"] for report in record["verification"].values())
+    assert len(record["verification"]["float32"]["compared"]) == 7
+    # Two epochs of a small model do not reach 97 %: the demo must say so.
+    assert code == 1 and "FAILED" in printed and not record["passed"]
+    assert record["training"]["largest_loss_difference"] < 1e-3
+    assert [row["what"] for row in record["timing"]["bfloat16"]][-1] == "the whole model"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_suites_name_benchmarks_that_exist():
+    from fastnn import bench
+
+    speed = load("speed")
+    for row in speed.ROWS:
+        for name, shape in row.work:
+            the = bench.benchmark(name)
+            assert len(shape) == len(the.axes.split("x"))
+            assert row.dtype in {str(dtype).removeprefix("torch.") for dtype in the.dtypes}
+
+
+def test_readme_table_is_what_the_results_say():
+    load("speed")
+    readme = load("readme")
+    text = readme.README.read_text()
+    assert f"{readme.BEGIN}\n{readme.table()}\n{readme.END}" in text
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(example):
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
