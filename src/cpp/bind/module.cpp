@@ -1,0 +1,34 @@
+// The module fastnn._cpu: torch-free. Tensors arrive as pointers, shapes and strides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bind/bind.hpp"
+#include "common/cpu_features.hpp"
+#include "common/parallel.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "fastnn's CPU kernels, on raw pointers. Import torch first: its OpenMP runtime is used.";
+  m.def("isa", [] { return fastnn::isa_name(fastnn::active_isa()); },
+        "The instruction set in use.");
+  m.def("available_isas", &fastnn::available_isas,
+        "Instruction sets that this build and this CPU both have.");
+  m.def("set_isa", &fastnn::set_isa, py::arg("name"),
+        "Caps the instruction set. Raises ValueError for an unknown name.");
+  m.def("cpu_features", [] {
+    const fastnn::CpuFeatures& f = fastnn::cpu_features();
+    py::dict d;
+    d["avx2"] = f.avx2;
+    d["avx512"] = f.avx512;
+    d["avx512_bf16"] = f.avx512_bf16;
+    d["avx512_vnni"] = f.avx512_vnni;
+    d["amx_bf16"] = f.amx_bf16;
+    d["amx_int8"] = f.amx_int8;
+    return d;
+  });
+  m.def("max_threads", &fastnn::max_threads, "Threads of a parallel region started here.");
+  bind_gemm(m);
+  bind_elementwise(m);
+  bind_allocator(m);
+}

@@ -1,0 +1,114 @@
+// Ops of the plain float32 and float64 kernels: one element a word, a fused multiply-add a vector.
+// bfloat16 and float16 become float32 when they are packed.
+#pragma once
+#include "gemm/microkernel.inl"
+#if FASTNN_TARGET_ID == 2
+#include "isa/transpose_avx512.hpp"
+#endif
+
+namespace fastnn::FASTNN_TARGET {
+
+template <class V>
+struct FloatOps {
+  using Word = typename V::T;
+  using Acc = typename V::T;
+  using Vec = V;
+  using Sum = V;
+  static constexpr int width = V::width, dot_width = V::width, k_word = 1;
+
+  static FASTNN_INLINE V zero() { return V::zero(); }
+  static FASTNN_INLINE V load(const char* p) { return V::load((const Word*)p); }
+  static FASTNN_INLINE V load_partial(const char* p, int n) {
+    return V::load_partial((const Word*)p, n);
+  }
+  static FASTNN_INLINE V broadcast(const char* p) { return V::set1(*(const Word*)p); }
+  static FASTNN_INLINE V multiply_add(V sum, V a, V b) { return fma(a, b, sum); }
+  static FASTNN_INLINE V start(const char*) { return V::zero(); }
+  static FASTNN_INLINE void put(Acc* p, V sum, bool add) {
+    if (add) sum = V::load(p) + sum;
+    sum.store(p);
+  }
+
+  static FASTNN_INLINE Word element(double x) { return Word(x); }
+  template <class Src>
+  static FASTNN_INLINE Word element(Src x) {
+    return to_f32(x);
+  }
+  template <class Src>
+  static FASTNN_INLINE Word make_word(const Src* e) {
+    return element(e[0]);
+  }
+  static FASTNN_INLINE Word make_zero_word() { return 0; }
+
+  template <class Src>
+  static FASTNN_INLINE void across(const Src* src, int64_t, int n, Word* dst, int room) {
+    const V v = n == width ? V::load(src) : V::load_partial(src, n);
+    room == width ? v.store(dst) : v.store_partial(dst, room);
+  }
+  template <class Src>
+  static FASTNN_INLINE void along(const Src* src, int64_t lane_stride, int n, Word* dst, int ld,
+                                  int room) {
+#if FASTNN_TARGET_ID == 2
+    if constexpr (sizeof(Word) == 4) {
+      __m512i row[16];
+#pragma GCC unroll 16
+      for (int l = 0; l < 16; l++)
+        row[l] = l < n ? _mm512_castps_si512(V::load(src + l * lane_stride).r)
+                       : _mm512_setzero_si512();
+      transpose16(row);
+      store_words(row, (uint32_t*)dst, ld, room);
+      return;
+    }
+#endif
+    for (int w = 0; w < width; w++)
+      for (int l = 0; l < room; l++)
+        dst[w * ld + l] = l < n ? element(src[l * lane_stride + w]) : Word(0);
+  }
+
+  template <class Src>
+  static FASTNN_INLINE V dot_load(const Src* p) {
+    return V::load(p);
+  }
+  template <class Src>
+  static FASTNN_INLINE V dot_load_partial(const Src* p, int n) {
+    return V::load_partial(p, n);
+  }
+};
+using F32Ops = FloatOps<VecF32>;
+using F64Ops = FloatOps<VecF64>;
+
+// The kernel of one source type over FloatOps. In place only where the source is what is computed.
+template <class V, class Src, int MR, int NV>
+constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type, int64_t kc) {
+  using Ops = FloatOps<V>;
+  constexpr bool in_place = sizeof(Src) == sizeof(typename V::T);
+  constexpr DType acc = sizeof(typename V::T) == 8 ? DType::f64 : DType::f32;
+  constexpr int size = sizeof(typename V::T), nr = NV * V::width;
+  return {name, type, type, acc, MR, nr, 1, 1, kc, size, size, 0,
+          pack_panel<Ops, Src, MR>, pack_panel<Ops, Src, nr>,
+          run_tile<Ops, MR, NV, in_place, in_place>,
+          sizeof(typename V::T) == 8 ? store_f64 : store_f32,
+          run_dot<Ops, Src>, dot_name, in_place, in_place, false, false, nullptr, nullptr};
+}
+
+// For few rows: more vectors a row, B read where it lies.
+template <class V, int MR, int NV>
+constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
+  using Ops = FloatOps<V>;
+  using T = typename V::T;
+  constexpr int nr = NV * V::width;
+  return {name, type, type, type, MR, nr, 1, 1, kc, sizeof(T), sizeof(T), 0,
+          nullptr, nullptr, run_wide_tile<Ops, MR, NV>,
+          sizeof(T) == 8 ? store_f64 : store_f32,
+          run_dot<Ops, T>, "", true, true, false, true, nullptr, nullptr};
+}
+
+// n independent chains of sums on registers, for peak_flops.
+template <class Sum, class Step>
+FASTNN_INLINE void chains(Sum* sum, int64_t iterations, Step step) {
+  for (int64_t i = 0; i < iterations; i++)
+#pragma GCC unroll 16
+    for (int c = 0; c < 12; c++) step(sum[c]);
+}
+
+}  // namespace fastnn::FASTNN_TARGET

@@ -1,0 +1,77 @@
+// C = activation(alpha * row_scale * col_scale * (A B) + bias + beta * residual), in batches.
+//
+// A is M x K, B is K x N, C is M x N, all with any strides (in elements). Sums are float32 for
+// float32, bfloat16 and float16, float64 for float64, int32 for int8; C is rounded once.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "common/dtype.hpp"
+
+namespace fastnn {
+
+enum class Precision : int { highest = 0, high = 1, medium = 2 };
+enum class BiasAxis : int { none = 0, row = 1, column = 2 };
+constexpr int kMaxBatchDims = 6;
+
+struct Kernel;
+
+// B, split and laid out as one kernel reads it. Valid for the kernel that made it only.
+struct PackedOperand {
+  int64_t k = 0, n = 0;
+  DType dtype = DType::f32;
+  Precision precision = Precision::highest;
+  const Kernel* kernel = nullptr;
+  unsigned flags = 0;
+  size_t bytes = 0;
+  std::unique_ptr<char, void (*)(void*)> data{nullptr, nullptr};
+};
+
+struct Matrix {
+  char* data = nullptr;
+  DType type = DType::f32;
+  int64_t rs = 0, cs = 0;  // strides of rows and columns
+  int64_t batch[kMaxBatchDims] = {};
+};
+
+struct Gemm {
+  int64_t m = 0, n = 0, k = 0;
+  int batch_dims = 0;
+  int64_t batch[kMaxBatchDims] = {};
+  Matrix a, b, c, residual;  // residual.data may be null, or c.data
+  double alpha = 1, beta = 0;
+  const char* bias = nullptr;
+  DType bias_type = DType::f32;
+  BiasAxis bias_axis = BiasAxis::none;
+  int64_t bias_stride = 1;
+  int activation = 0;
+  const float* row_scale = nullptr;
+  const float* col_scale = nullptr;
+  Precision precision = Precision::highest;
+  const PackedOperand* packed = nullptr;
+  bool batch_invariant = false;  // a row's bits do not depend on the number of rows
+};
+
+// Throws std::invalid_argument where the types do not go together, std::bad_alloc.
+void gemm(const Gemm& g);
+
+std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision);
+
+std::string packed_path(const PackedOperand&);
+
+// The kernel that runs this type and precision now, e.g. "avx512 f32 14x32".
+std::string gemm_path(DType ab, Precision precision);
+
+// Calls by path since the start, or the last reset.
+std::map<std::string, int64_t> gemm_counters();
+void reset_gemm_counters();
+
+// out[j] = sum over i of x[i * rs + j * cs], added in blocks whose size does not depend on threads.
+void column_sum(const void* x, int64_t m, int64_t n, int64_t rs, int64_t cs, DType type, void* out);
+
+// Register-only loops: operations a second of one unit ("f32", "f64", "bf16", "int8").
+double peak_flops(const std::string& kind, int threads, double seconds);
+
+}  // namespace fastnn

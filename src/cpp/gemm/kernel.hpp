@@ -1,0 +1,113 @@
+// What one instruction set offers for one pair of types: the contract between the five loops of
+// driver.cpp and the files in kernels/.
+//
+// A kernel multiplies a panel of A (up to mr rows) by a panel of B (up to nr columns) over one
+// block of K, into a tile of accumulators of mr x nr, row-major and contiguous. Panels are packed:
+// K is cut into words of `k_word` elements and padded with zeros to a multiple of `k_step`.
+#pragma once
+#include "gemm/gemm.hpp"
+
+namespace fastnn {
+
+// What packing noticed. The split-product kernels cannot represent these; see gemm.cpp.
+enum PackFlags : unsigned {
+  kNonFinite = 1,  // an infinity or a NaN
+  kTiny = 2,       // a panel that is not zero and all below 2^-45
+  kVeryTiny = 4,   // likewise, below 2^-90
+};
+
+// Where a tile goes and what happens to it on the way.
+struct Store {
+  char* c;
+  int64_t c_rs, c_cs;
+  DType type;
+  bool plain;  // a conversion to `type` and nothing else
+  float alpha, beta;
+  double alpha64, beta64;
+  const char* residual;
+  int64_t r_rs, r_cs;
+  const char* bias;
+  DType bias_type;
+  BiasAxis bias_axis;
+  int64_t bias_stride;
+  int activation;
+  const float* row_scale;
+  const float* col_scale;
+};
+
+// One panel of up to mr (nr) lanes over kc elements of K; strides in elements.
+using PackFn = unsigned (*)(void* panel, const void* src, int64_t lane_stride, int64_t k_stride,
+                            int lanes, int64_t kc);
+// One tile. Strides in bytes; they are those of a panel unless the operand is read where it lies.
+struct TileArgs {
+  int64_t words;  // of K
+  const char* a;
+  int64_t a_row, a_word;
+  const char* b;
+  int64_t b_word;
+  int rows, cols;
+  bool packed_a, packed_b;
+  void* acc;
+  bool add;  // to what acc holds, instead of replacing it
+};
+using TileFn = void (*)(const TileArgs&);
+// Rows [i0, i0+rows) and columns [j0, j0+cols) of C from a tile whose rows are `ld` apart.
+using StoreFn = void (*)(const void* acc, int ld, int rows, int cols, const Store&, int64_t i0,
+                         int64_t j0);
+// All dot products of rows x[0..rows) with w[0..cols), rows and cols <= kDotRows, kDotCols, into
+// acc[rows][kDotCols]; both run along K with stride 1. Strides in elements.
+using DotFn = void (*)(const void* x, int64_t x_stride, int rows, const void* w, int64_t w_stride,
+                       int cols, int64_t k, void* acc);
+constexpr int kDotRows = 4, kDotCols = 4;
+
+struct Kernel {
+  const char* name;
+  DType a, b, acc;        // operands as they lie in memory; accumulator
+  int mr, nr;             // tile
+  int k_word;             // elements of K in a word
+  int k_step;             // K is padded to a multiple of it
+  int64_t kc;             // block of K, a multiple of k_step
+  int a_bytes, b_bytes;   // packed bytes an element
+  int b_extra;            // further bytes a panel and block (column sums)
+  PackFn pack_a, pack_b;
+  TileFn tile;
+  StoreFn store;
+  DotFn dot;              // null: none
+  const char* dot_name;
+  bool direct_a, direct_b;  // can read an operand where it lies: a along K or across, b across
+  bool split;             // a split product: see split_refused
+  bool few_rows;          // for at most mr rows, reading B in place
+  void (*enter)();        // on each thread before and after its tiles, or null
+  void (*leave)();
+};
+
+// The kernels of an instruction set, ended by a null name; the first that fits is taken.
+const Kernel* portable_kernels();
+const Kernel* avx2_kernels();
+const Kernel* avx512_kernels();
+const Kernel* avx512_dot_kernels(DType, Precision);
+const Kernel* amx_kernels(DType, Precision);
+const Kernel* amx_emulated_kernels(DType, Precision);
+
+// Register-only loops for `peak_flops`: the operations that `iterations` rounds do, or -1 where the
+// instruction set has no such unit.
+using PeakFn = double (*)(const char* kind, int64_t iterations);
+double portable_peak(const char*, int64_t);
+double avx2_peak(const char*, int64_t);
+double avx512_peak(const char*, int64_t);
+double avx512_dot_peak(const char*, int64_t);
+double amx_peak(const char*, int64_t);
+
+double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
+
+// driver.cpp: one problem without batches, on up to `threads` threads. Returns PackFlags; when the
+// kernel is a split one and a flag forbids it, C is untouched. See split_refused.
+unsigned run_blocked(const Kernel&, const Gemm&, int threads);
+void run_dot(const Kernel&, const Gemm&, int threads);
+bool split_refused(unsigned a_flags, unsigned b_flags);
+Store make_store(const Gemm&);
+size_t packed_b_bytes(const Kernel&, int64_t k, int64_t n);
+unsigned pack_all_b(const Kernel&, const Matrix& b, int64_t k, int64_t n, char* dst, int thread,
+                    int threads);
+
+}  // namespace fastnn

@@ -1,0 +1,217 @@
+// GEMM with the AVX-512 dot-product instructions: vdpbf16ps for bfloat16 (and float32 at `medium`
+// precision), vpdpbusd for int8.
+#define FASTNN_TARGET avx512_dot
+#define FASTNN_TARGET_ID 2
+#include "gemm/float_ops.inl"
+
+namespace fastnn {
+namespace avx512_dot {
+
+// Two bfloat16 a word.
+struct Bf16Ops {
+  using Word = uint32_t;
+  using Acc = float;
+  using Vec = __m512i;
+  using Sum = VecF32;
+  static constexpr int width = 16, dot_width = 32, k_word = 2;
+
+  static FASTNN_INLINE VecF32 zero() { return VecF32::zero(); }
+  static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE Vec load_partial(const char* p, int n) {
+    return _mm512_maskz_loadu_epi32(VecF32::first(n), p);
+  }
+  static FASTNN_INLINE Vec broadcast(const char* p) {
+    int word;
+    __builtin_memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static FASTNN_INLINE VecF32 multiply_add(VecF32 sum, Vec a, Vec b) {
+    return {_mm512_dpbf16_ps(sum.r, (__m512bh)a, (__m512bh)b)};
+  }
+  static FASTNN_INLINE VecF32 start(const char*) { return zero(); }
+  static FASTNN_INLINE void put(float* p, VecF32 sum, bool add) { F32Ops::put(p, sum, add); }
+
+  static FASTNN_INLINE uint16_t half(bf16 x) { return x.bits; }
+  static FASTNN_INLINE uint16_t half(float x) {
+    bf16 h;
+    from_f32(h, x);
+    return h.bits;
+  }
+  template <class Src>
+  static FASTNN_INLINE Word make_word(const Src* e) {
+    return uint32_t(half(e[0])) | uint32_t(half(e[1])) << 16;
+  }
+  static FASTNN_INLINE Word make_zero_word() { return 0; }
+
+  static FASTNN_INLINE __m256i halves(const bf16* p, int n) {
+    return _mm256_maskz_loadu_epi16(VecF32::first(n), p);
+  }
+  static FASTNN_INLINE __m256i halves(const float* p, int n) {
+    return VecF32::load_partial(p, n).to(bf16());
+  }
+  template <class Src>
+  static FASTNN_INLINE void across(const Src* src, int64_t k_stride, int n, Word* dst, int room) {
+    const __m512i low = _mm512_cvtepu16_epi32(halves(src, n));
+    const __m512i high = _mm512_cvtepu16_epi32(halves(src + k_stride, n));
+    _mm512_mask_storeu_epi32(dst, VecF32::first(room),
+                             _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static FASTNN_INLINE __m512i words(const bf16* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE __m512i words(const float* p) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(VecF32::load(p).to(bf16())),
+                              VecF32::load(p + 16).to(bf16()), 1);
+  }
+  template <class Src>
+  static FASTNN_INLINE void along(const Src* src, int64_t lane_stride, int n, Word* dst, int ld,
+                                  int room) {
+    __m512i row[16];
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++)
+      row[l] = l < n ? words(src + l * lane_stride) : _mm512_setzero_si512();
+    transpose16(row);
+    store_words(row, dst, ld, room);
+  }
+
+  static FASTNN_INLINE Vec dot_load(const bf16* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE Vec dot_load_partial(const bf16* p, int n) {
+    return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+  }
+};
+
+// Four int8 a word; vpdpbusd multiplies an unsigned A by a signed B and adds four products to 32
+// bits without saturation. A signed A is stored as a + 128, and 128 times the sum of each column
+// of B, kept behind the panel, is taken away again: the sums start from it.
+template <bool SignedA>
+struct Int8Ops {
+  using Word = uint32_t;
+  using Acc = int32_t;
+  using Vec = __m512i;
+  using Sum = __m512i;
+  static constexpr int width = 16, k_word = 4;
+
+  static FASTNN_INLINE Vec zero() { return _mm512_setzero_si512(); }
+  static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE Vec load_partial(const char* p, int) { return load(p); }
+  static FASTNN_INLINE Vec broadcast(const char* p) { return _mm512_set1_epi32(*(const int*)p); }
+  static FASTNN_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
+    return _mm512_dpbusd_epi32(sum, a, b);
+  }
+  static FASTNN_INLINE Vec start(const char* p) { return SignedA ? load(p) : zero(); }
+  static FASTNN_INLINE void put(int32_t* p, Vec sum, bool add) {
+    _mm512_storeu_si512(p, add ? _mm512_add_epi32(sum, _mm512_loadu_si512(p)) : sum);
+  }
+};
+
+// Packing of one side; Flip turns a signed A into a + 128.
+template <bool Flip>
+struct Int8Pack {
+  using Word = uint32_t;
+  static constexpr int width = 16, k_word = 4;
+  static constexpr uint32_t flip = Flip ? 0x80808080u : 0;
+  template <class Src>
+  static FASTNN_INLINE Word make_word(const Src* e) {
+    return flip ^ (uint32_t(uint8_t(e[0])) | uint32_t(uint8_t(e[1])) << 8 |
+                   uint32_t(uint8_t(e[2])) << 16 | uint32_t(uint8_t(e[3])) << 24);
+  }
+  static FASTNN_INLINE Word make_zero_word() { return 0; }
+  template <class Src>
+  static FASTNN_INLINE void across(const Src* src, int64_t k_stride, int n, Word* dst, int room) {
+    const __mmask16 m = VecF32::first(n);
+    __m512i w = _mm512_set1_epi32(int(flip));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m512i b = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, src + i * k_stride));
+      w = _mm512_xor_si512(w, _mm512_slli_epi32(b, 8 * i));
+    }
+    _mm512_mask_storeu_epi32(dst, VecF32::first(room), w);
+  }
+  template <class Src>
+  static FASTNN_INLINE void along(const Src* src, int64_t lane_stride, int n, Word* dst, int ld,
+                                  int room) {
+    __m512i row[16];
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++)
+      row[l] = l < n ? _mm512_xor_si512(_mm512_loadu_si512(src + l * lane_stride),
+                                        _mm512_set1_epi32(int(flip)))
+                     : _mm512_setzero_si512();
+    transpose16(row);
+    store_words(row, dst, ld, room);
+  }
+};
+
+static unsigned pack_b_signed(void* dst, const void* src, int64_t lane_stride, int64_t k_stride,
+                              int lanes, int64_t kc) {
+  pack_panel<Int8Pack<false>, int8_t, 32>(dst, src, lane_stride, k_stride, lanes, kc);
+  const char* words = static_cast<const char*>(dst);
+  const int64_t count = (kc + 3) / 4;
+  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t w = 0; w < count; w++)
+    for (int v = 0; v < 2; v++)
+      sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_set1_epi8(1),
+                                   _mm512_loadu_si512(words + (w * 2 + v) * 64));
+  for (int v = 0; v < 2; v++)
+    _mm512_storeu_si512((char*)dst + count * 128 + v * 64,
+                        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum[v], 7)));
+  return 0;
+}
+
+template <class Src>
+constexpr Kernel bf16_kernel(const char* name, DType type) {
+  constexpr bool in_place = sizeof(Src) == 2;
+  Kernel k = {name, type, type, DType::f32, 14, 32, 2, 2, 768, 2, 2, 0,
+              pack_panel<Bf16Ops, Src, 14>, pack_panel<Bf16Ops, Src, 32>,
+              run_tile<Bf16Ops, 14, 2, in_place, false>, store_f32,
+              nullptr, "", in_place, false, false, false, nullptr, nullptr};
+  if constexpr (in_place) k.dot = run_dot<Bf16Ops, bf16>, k.dot_name = "avx512 bf16 vdpbf16ps dot";
+  return k;
+}
+
+static const Kernel kernels[] = {
+    bf16_kernel<bf16>("avx512 bf16 vdpbf16ps 14x32", DType::bf16),
+    {"avx512 s8s8 vpdpbusd 14x32", DType::s8, DType::s8, DType::s32, 14, 32, 4, 4, 1536, 1, 1, 128,
+     pack_panel<Int8Pack<true>, int8_t, 14>, pack_b_signed,
+     run_tile<Int8Ops<true>, 14, 2, false, false>, store_s32,
+     nullptr, "", false, false, false, false, nullptr, nullptr},
+    {"avx512 u8s8 vpdpbusd 14x32", DType::u8, DType::s8, DType::s32, 14, 32, 4, 4, 1536, 1, 1, 0,
+     pack_panel<Int8Pack<false>, uint8_t, 14>, pack_panel<Int8Pack<false>, int8_t, 32>,
+     run_tile<Int8Ops<false>, 14, 2, false, false>, store_s32,
+     nullptr, "", false, false, false, false, nullptr, nullptr},
+    {},
+};
+static const Kernel medium[] = {
+    bf16_kernel<float>("avx512 f32 as bf16 vdpbf16ps 14x32", DType::f32),
+    {},
+};
+
+}  // namespace avx512_dot
+
+const Kernel* avx512_dot_kernels(DType type, Precision precision) {
+  using namespace avx512_dot;
+  return type == DType::f32 && precision == Precision::medium ? medium : kernels;
+}
+
+double avx512_dot_peak(const char* kind, int64_t iterations) {
+  using namespace avx512_dot;
+  if (__builtin_strcmp(kind, "bf16") == 0) {
+    VecF32 sum[12] = {};
+    const __m512i x = _mm512_set1_epi32(0x3f003f00);
+    chains(sum, iterations, [&](VecF32& s) {
+      s = Bf16Ops::multiply_add(s, x, x);
+      asm volatile("" : "+v"(s.r));
+    });
+    return double(iterations) * 12 * 64;
+  }
+  if (__builtin_strcmp(kind, "int8") == 0) {
+    __m512i sum[12];
+    for (auto& s : sum) s = _mm512_setzero_si512();
+    const __m512i x = _mm512_set1_epi32(0x01020304);
+    chains(sum, iterations, [&](__m512i& s) {
+      s = _mm512_dpbusd_epi32(s, x, x);
+      asm volatile("" : "+v"(s));
+    });
+    return double(iterations) * 12 * 128;
+  }
+  return -1;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,360 @@
+// The tile, dot and store loops over one instruction set's vectors. Included by the files in
+// kernels/, after isa/vec.hpp, in namespace fastnn::FASTNN_TARGET (see there for why nothing here
+// may be shared between targets).
+//
+// A kernel is described by its Ops: a word of K (one float, two bfloat16, four int8, ...) of A is
+// broadcast, a vector of words of B is loaded, and both are multiplied into a vector of sums.
+//
+//   Word, Acc, width            a word, an accumulator element, lanes
+//   Vec                         a vector of words;  Sum: a vector of accumulators
+//   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
+//   start(p)                    what the sums begin with; p is what packing left behind the panel
+#pragma once
+#include "gemm/kernel.hpp"
+#include "isa/math.hpp"
+#include "isa/vec.hpp"
+
+namespace fastnn::FASTNN_TARGET {
+
+FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- tile --------------------------------------------------------------------------------------
+
+// ROWS x NV vectors of sums stay in registers over the whole block of K:
+//
+//            b[0]      b[1]          one load each a step of K
+//   a[0] | sum[0][0] sum[0][1]
+//   a[1] | sum[1][0] sum[1][1]       one broadcast a row
+//   ...
+template <class Ops, int ROWS, int NV, int MR, int NR, bool PackedA, bool PackedB>
+static void tile(const TileArgs& t) {
+  typename Ops::Sum sum[ROWS][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++)
+      sum[i][v] = Ops::start(t.b + t.words * NR * int64_t(sizeof(typename Ops::Word)) +
+                             v * Ops::width * int64_t(sizeof(typename Ops::Acc)));
+
+  constexpr int64_t word = sizeof(typename Ops::Word);
+  const int64_t a_row = PackedA ? word : t.a_row, a_word = PackedA ? MR * word : t.a_word;
+  const int64_t b_word = PackedB ? NR * word : t.b_word;
+  const char *a = t.a, *b = t.b;
+  const int last = t.cols - (NV - 1) * Ops::width;  // lanes of the last vector, where B is in place
+  for (int64_t k = 0; k < t.words; k++) {
+    typename Ops::Vec bv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      const char* p = b + v * Ops::width * word;
+      bv[v] = PackedB || v + 1 < NV ? Ops::load(p) : Ops::load_partial(p, last);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      const typename Ops::Vec av = Ops::broadcast(a + i * a_row);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) sum[i][v] = Ops::multiply_add(sum[i][v], av, bv[v]);
+    }
+    a += a_word;
+    b += b_word;
+  }
+  auto* acc = static_cast<typename Ops::Acc*>(t.acc);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) Ops::put(acc + i * NR + v * Ops::width, sum[i][v], t.add);
+}
+
+// tile<> for a number of rows and vectors known at run time: a table of all of them.
+template <class Ops, int MR, int NVMAX, bool PackedA, bool PackedB>
+struct Tiles {
+  TileFn at[NVMAX][MR];
+  template <int V, int R>
+  constexpr void fill() {
+    at[V - 1][R - 1] = tile<Ops, R, V, MR, NVMAX * Ops::width, PackedA, PackedB>;
+    if constexpr (R > 1)
+      fill<V, R - 1>();
+    else if constexpr (V > 1)
+      fill<V - 1, MR>();
+  }
+  constexpr Tiles() : at{} { fill<NVMAX, MR>(); }
+};
+
+template <class Ops, int MR, int NV, bool DirectA, bool DirectB>
+static void run_tile(const TileArgs& t) {
+  const int v = (t.cols - 1) / Ops::width, r = t.rows - 1;
+  static constexpr Tiles<Ops, MR, NV, true, true> packed;
+  if constexpr (DirectA || DirectB) {
+    if (t.packed_a && t.packed_b) return packed.at[v][r](t);
+    if constexpr (DirectA) {
+      static constexpr Tiles<Ops, MR, NV, false, true> a_in_place;
+      if (t.packed_b) return a_in_place.at[v][r](t);
+    }
+    if constexpr (DirectB) {
+      static constexpr Tiles<Ops, MR, NV, true, false> b_in_place;
+      if (t.packed_a) return b_in_place.at[v][r](t);
+      static constexpr Tiles<Ops, MR, NV, false, false> in_place;
+      return in_place.at[v][r](t);
+    }
+  }
+  packed.at[v][r](t);
+}
+
+// A kernel for few rows that reads both operands in place: more vectors, to hide the latency.
+template <class Ops, int MR, int NV>
+static void run_wide_tile(const TileArgs& t) {
+  static constexpr Tiles<Ops, MR, NV, false, false> in_place;
+  in_place.at[(t.cols - 1) / Ops::width][t.rows - 1](t);
+}
+
+// ---- packing -----------------------------------------------------------------------------------
+
+// A word of K for one lane, gathered element by element: any strides, tails as zeros.
+template <class Ops, class Src>
+FASTNN_INLINE typename Ops::Word gather_word(const Src* src, int64_t k_stride, int64_t left) {
+  Src e[Ops::k_word];
+  for (int i = 0; i < Ops::k_word; i++) e[i] = i < left ? src[i * k_stride] : Src{};
+  return Ops::make_word(e);
+}
+
+// Panel layout: word of K outermost, then LANES words, zero-padded in both directions.
+template <class Ops, class Src, int LANES>
+static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, int64_t k_stride,
+                           int lanes, int64_t kc) {
+  auto* dst = static_cast<typename Ops::Word*>(dst_);
+  const auto* src = static_cast<const Src*>(src_);
+  constexpr int G = Ops::k_word, W = Ops::width;
+  const int64_t words = (kc + G - 1) / G, whole = kc / G;
+  int64_t w0 = 0;
+  if (lane_stride == 1) {  // lanes are neighbours: vectors across them, one a word
+    for (; w0 < whole; w0++) {
+      const Src* s = src + w0 * G * k_stride;
+#pragma GCC unroll 8
+      for (int l = 0; l < LANES; l += W) {
+        const int n = lanes - l < 0 ? 0 : lanes - l < W ? lanes - l : W;
+        const int room = LANES - l < W ? LANES - l : W;
+        Ops::across(s + l, k_stride, n, dst + w0 * LANES + l, room);
+      }
+    }
+  } else if (k_stride == 1) {  // K is contiguous: square blocks of words, transposed in registers
+    for (; w0 + W <= whole; w0 += W)
+#pragma GCC unroll 8
+      for (int l = 0; l < LANES; l += W) {
+        const int n = lanes - l < 0 ? 0 : lanes - l < W ? lanes - l : W;
+        const int room = LANES - l < W ? LANES - l : W;
+        Ops::along(src + l * lane_stride + w0 * G, lane_stride, n, dst + w0 * LANES + l, LANES,
+                   room);
+      }
+  }
+  for (; w0 < words; w0++)
+    for (int l = 0; l < LANES; l++)
+      dst[w0 * LANES + l] =
+          l < lanes ? gather_word<Ops>(src + l * lane_stride + w0 * G * k_stride, k_stride,
+                                       kc - w0 * G)
+                    : Ops::make_zero_word();
+  return 0;
+}
+
+// ---- dot ---------------------------------------------------------------------------------------
+
+// Both operands run along K: vectors along K too, summed across lanes at the end. For few rows,
+// where a packed panel would be used too little to pay for itself.
+template <class Ops, class Src, int ROWS, int COLS>
+FASTNN_INLINE void dot_block(const Src* x, int64_t xs, const Src* w, int64_t ws, int64_t k,
+                             typename Ops::Acc* acc) {
+  constexpr int W = Ops::dot_width;
+  typename Ops::Sum sum[ROWS][COLS];
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; j++) sum[i][j] = Ops::zero();
+  int64_t p = 0;
+  for (; p + W <= k; p += W) {
+    typename Ops::Vec wv[COLS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load(w + j * ws + p);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+      const typename Ops::Vec xv = Ops::dot_load(x + i * xs + p);
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+    }
+  }
+  if (p < k) {
+    typename Ops::Vec wv[COLS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load_partial(w + j * ws + p, int(k - p));
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+      const typename Ops::Vec xv = Ops::dot_load_partial(x + i * xs + p, int(k - p));
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; j++) acc[i * kDotCols + j] = reduce_add(sum[i][j]);
+}
+
+template <class Ops, class Src>
+static void run_dot(const void* x_, int64_t xs, int rows, const void* w_, int64_t ws, int cols,
+                    int64_t k, void* acc_) {
+  const auto *x = static_cast<const Src*>(x_), *w = static_cast<const Src*>(w_);
+  auto* acc = static_cast<typename Ops::Acc*>(acc_);
+  if (cols == kDotCols) {
+    switch (rows) {
+      case 1: return dot_block<Ops, Src, 1, kDotCols>(x, xs, w, ws, k, acc);
+      case 2: return dot_block<Ops, Src, 2, kDotCols>(x, xs, w, ws, k, acc);
+      case 3: return dot_block<Ops, Src, 3, kDotCols>(x, xs, w, ws, k, acc);
+      default: return dot_block<Ops, Src, 4, kDotCols>(x, xs, w, ws, k, acc);
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j++)
+      dot_block<Ops, Src, 1, 1>(x + i * xs, xs, w + j * ws, ws, k, acc + i * kDotCols + j);
+}
+
+// ---- store -------------------------------------------------------------------------------------
+
+// What an accumulator is computed with on its way out: float32 sums in float32, int32 sums too.
+template <class Acc>
+struct OutVec {
+  using V = VecF32;
+};
+template <>
+struct OutVec<double> {
+  using V = VecF64;
+};
+
+FASTNN_INLINE VecF32 load_acc(const float* p, int n) {
+  return n == VecF32::width ? VecF32::load(p) : VecF32::load_partial(p, n);
+}
+FASTNN_INLINE VecF64 load_acc(const double* p, int n) {
+  return n == VecF64::width ? VecF64::load(p) : VecF64::load_partial(p, n);
+}
+FASTNN_INLINE VecF32 load_acc(const int32_t* p, int n) {
+  float lanes[VecF32::width] = {};
+  for (int i = 0; i < n; i++) lanes[i] = float(p[i]);
+  return VecF32::load(lanes);
+}
+
+// n elements of type T from p, `stride` elements apart (0 repeats one).
+template <class V, class T>
+FASTNN_INLINE V load_strided(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == V::width ? V::load(p) : V::load_partial(p, n);
+  T lanes[V::width] = {};
+  for (int i = 0; i < n; i++) lanes[i] = p[i * stride];
+  return V::load(lanes);
+}
+template <class V>
+FASTNN_INLINE V load_typed(const char* base, DType type, int64_t index, int64_t stride, int n) {
+  if constexpr (sizeof(typename V::T) == 8) {
+    return load_strided<V>((const double*)base + index, stride, n);
+  } else {
+    switch (type) {
+      case DType::bf16: return load_strided<V>((const bf16*)base + index, stride, n);
+      case DType::f16: return load_strided<V>((const f16*)base + index, stride, n);
+      default: return load_strided<V>((const float*)base + index, stride, n);
+    }
+  }
+}
+
+template <class V>
+FASTNN_INLINE V epilogue(V v, const Store& s, int64_t i, int64_t j, int n) {
+  constexpr bool f64 = sizeof(typename V::T) == 8;
+  using T = typename V::T;
+  v = v * V::set1(f64 ? T(s.alpha64) : T(s.alpha));
+  if constexpr (!f64) {
+    if (s.row_scale) v = v * V::set1(s.row_scale[i]);
+    if (s.col_scale) v = v * load_strided<V>(s.col_scale + j, 1, n);
+  }
+  if (s.residual) {
+    const V r = load_typed<V>(s.residual, s.type, i * s.r_rs + j * s.r_cs, s.r_cs, n);
+    v = fma(r, V::set1(f64 ? T(s.beta64) : T(s.beta)), v);
+  }
+  if (s.bias_axis == BiasAxis::column)
+    v = v + load_typed<V>(s.bias, s.bias_type, j * s.bias_stride, s.bias_stride, n);
+  else if (s.bias_axis == BiasAxis::row)
+    v = v + load_typed<V>(s.bias, s.bias_type, i * s.bias_stride, 0, n);
+  return s.activation ? activate(s.activation, v) : v;
+}
+
+template <class T, class V>
+FASTNN_INLINE void put_row(T* p, int64_t stride, V v, int n) {
+  if (stride == 1) {
+    n == V::width ? v.store(p) : v.store_partial(p, n);
+  } else {
+    T lanes[V::width];
+    v.store(lanes);
+    for (int i = 0; i < n; i++) p[i * stride] = lanes[i];
+  }
+}
+
+template <class T, class Acc>
+static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+                       int64_t j0) {
+  using V = typename OutVec<Acc>::V;
+  T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0 * s.c_cs;
+  if (s.c_rs == 1 && s.c_cs != 1 && rows > 1) {
+    // C lies the other way round: finish the tile in place, then write its columns.
+    alignas(64) typename V::T done[32 * 64];
+    T column[64];
+    for (int j = 0; j < cols; j += V::width) {
+      const int n = int(least(V::width, cols - j));
+      for (int i = 0; i < rows; i++) {
+        V v = load_acc(acc + i * ld + j, n);
+        if (!s.plain) v = epilogue(v, s, i0 + i, j0 + j, n);
+        v.store(done + i * V::width);
+      }
+      for (int l = 0; l < n; l++) {
+        T* out = c + (j + l) * s.c_cs;
+        for (int i = 0; i < rows; i++) from_any(column[i], done[i * V::width + l]);
+        __builtin_memcpy(out, column, size_t(rows) * sizeof(T));
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j += V::width) {
+      const int n = int(least(V::width, cols - j));
+      V v = load_acc(acc + i * ld + j, n);
+      if (!s.plain) v = epilogue(v, s, i0 + i, j0 + j, n);
+      put_row(c + i * s.c_rs + j * s.c_cs, s.c_cs, v, n);
+    }
+}
+
+[[maybe_unused]] static void store_f32(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+                      int64_t j0) {
+  const auto* a = static_cast<const float*>(acc);
+  switch (s.type) {
+    case DType::bf16: return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f16: return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
+    default: return store_tile<float>(a, ld, rows, cols, s, i0, j0);
+  }
+}
+
+[[maybe_unused]] static void store_f64(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+                      int64_t j0) {
+  store_tile<double>(static_cast<const double*>(acc), ld, rows, cols, s, i0, j0);
+}
+
+[[maybe_unused]] static void store_s32(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+                      int64_t j0) {
+  const auto* a = static_cast<const int32_t*>(acc);
+  switch (s.type) {
+    case DType::bf16: return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f16: return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f32: return store_tile<float>(a, ld, rows, cols, s, i0, j0);
+    default: break;
+  }
+  auto* c = reinterpret_cast<int32_t*>(s.c) + i0 * s.c_rs + j0 * s.c_cs;
+  if (s.c_cs == 1) {
+    for (int i = 0; i < rows; i++)
+      __builtin_memcpy(c + i * s.c_rs, a + i * ld, size_t(cols) * 4);
+    return;
+  }
+  for (int j = 0; j < cols; j++)
+    for (int i = 0; i < rows; i++) c[i * s.c_rs + j * s.c_cs] = a[i * ld + j];
+}
+
+}  // namespace fastnn::FASTNN_TARGET
