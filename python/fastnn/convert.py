@@ -140,7 +140,7 @@ def convert(
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
     Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
     ``Conv1D``. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
-    :func:`revert` undoes it all.
+    :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:
         model: any module; it may itself be the one replaced.
@@ -254,7 +254,7 @@ def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str
     """The class to give to the module, or None and the reason (empty if there is nothing to replace)."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return None, "TorchScript: its code is compiled already; convert the model before scripting it"
+        return None, "TorchScript: its code is compiled already"
     target = REPLACEMENTS.get(kind)
     if target is None and kind.__name__ in REPLACEMENTS_BY_NAME:
         matches, make = REPLACEMENTS_BY_NAME[kind.__name__]
@@ -296,7 +296,10 @@ def _why_kept(module: torch.nn.Module) -> str:
         if kind.__name__.startswith("_"):
             return ""  # such as the function inside a parametrization: part of something with a name
         return f"fastnn has no {kind.__name__}" if has_own_state or not module._modules else ""
-    return "fastnn does not know what it computes with its parameters" if has_own_state else ""
+    if has_own_state:
+        return "fastnn does not know what it computes with its parameters"
+    # A module around others mostly calls them; one without any must compute something itself.
+    return "" if module._modules else "fastnn does not know what it computes"
 
 
 def _is_fully_sharded(kind: type) -> bool:

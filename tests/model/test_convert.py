@@ -38,6 +38,13 @@ class Scaled(nn.Module):
         return self.scale * self.inner(x)
 
 
+class Squared(nn.Module):
+    """A module without parameters and children."""
+
+    def forward(self, x):
+        return x * x
+
+
 class Conv1D(nn.Module):
     """The layer of Hugging Face transformers (pytorch_utils.py, Apache-2.0), as GPT-2 has it."""
 
@@ -164,7 +171,8 @@ REASONS = {
         "register_parametrization",
     ),
     "scripted": (lambda: torch.jit.script(nn.Linear(3, 3)), "TorchScript"),
-    "own parameters": (Scaled, "does not know"),
+    "own parameters": (Scaled, "does not know what it computes with its parameters"),
+    "own computation": (Squared, "does not know what it computes"),
     "no such layer": (lambda: nn.Conv2d(3, 3, 3), "fastnn has no Conv2d"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64 parameters"),
     "attention's projection": (
@@ -370,6 +378,18 @@ def test_users_subclass_of_a_fast_layer_is_left_alone():
 
     layer = fastnn.revert(Mine(3, 3))
     assert type(layer) is Mine
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_and_scripting():
+    model = fastnn.convert(network()).eval()
+    x = torch.randn(5, 8)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    # TorchScript compiles Python source and knows nothing of kernels: it gets the reverted model.
+    with pytest.raises(Exception, match=r"(?s)."):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(fastnn.revert(model))(x), expected)
 
 
 def test_functional_call_and_fx():

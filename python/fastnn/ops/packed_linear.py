@@ -15,7 +15,7 @@ from ..backends import cpu
 from ._route import (
     PLAIN,
     dispatch_modes,
-    functorch_level,
+    functorch_active,
     is_autocast_enabled,
     is_grad_enabled,
     tracing_state,
@@ -92,7 +92,7 @@ class PackedWeight:
             or input.dtype is not self.rows.dtype
             or input.dim() == 0
             or dispatch_modes() != 0
-            or functorch_level() is not None
+            or functorch_active()
             or forward_ad._current_level >= 0
             or tracing_state() is not None
             or is_autocast_enabled("cpu")
