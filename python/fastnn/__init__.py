@@ -1,0 +1,45 @@
+"""fastnn: existing PyTorch code, faster, with the same numbers.
+
+``model = fastnn.convert(model)`` replaces the layers of a model; ``with fastnn.patch():`` replaces torch's functions;
+``fastnn.functional`` and ``fastnn.matmul`` and its kin are the functions themselves.
+"""
+
+import importlib.metadata as _metadata
+
+from . import functional, nn
+from ._state import FallbackError, backend, batch_invariant, strict
+from .backends.cpu import empty_cache
+from .convert import ConversionError, convert, report, revert
+from .functional import addmm, baddbmm, bmm, int_mm, matmul, mm, mv
+from .info import info
+from .patch import patch
+from .prepack import prepack_
+
+try:
+    __version__ = _metadata.version("fastnn")
+except _metadata.PackageNotFoundError:  # run from a source tree that is on the path
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ConversionError",
+    "FallbackError",
+    "addmm",
+    "backend",
+    "baddbmm",
+    "batch_invariant",
+    "bmm",
+    "convert",
+    "empty_cache",
+    "functional",
+    "info",
+    "int_mm",
+    "matmul",
+    "mm",
+    "mv",
+    "nn",
+    "patch",
+    "prepack_",
+    "report",
+    "revert",
+    "strict",
+]

@@ -1,0 +1,353 @@
+"""The kernels of this package on CPU tensors: what they can run, and how they are called.
+
+The functions here take plain, dense CPU tensors whose shapes the ops have checked. They know nothing of autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# After torch: the extension finds its OpenMP symbols in torch's own runtime.
+from .. import _cpu, _state
+
+DTYPE: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+    torch.uint8: 5,
+    torch.int32: 6,
+}
+FLOAT: dict[torch.dtype, int] = {dtype: code for dtype, code in DTYPE.items() if dtype.is_floating_point}
+ACTIVATION: dict[str | None, int] = {
+    None: 0,
+    "none": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_tanh": 3,
+    "silu": 4,
+    "sigmoid": 5,
+    "tanh": 6,
+}
+PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
+
+#: What the backward of an activation is given: its output for these, its input for the others.
+SAVES_OUTPUT = frozenset(("relu", "sigmoid", "tanh"))
+
+#: Fresh memory costs more than the work: outputs above this come from the caching allocator.
+LARGE_BYTES = 4 << 20
+#: The most dimensions the kernel's loops take.
+MAX_DIMS = 8
+
+# Bound once: an attribute lookup in a module costs 30 ns, and the short ways make dozens.
+linear_kernel = _cpu.linear
+gemm_kernel = _cpu.gemm
+column_sum_kernel = _cpu.column_sum
+get_precision = torch._C._get_float32_matmul_precision
+_from_dlpack = torch.from_dlpack
+
+
+def supports(op: str, *tensors: Tensor | None) -> str | None:
+    """None when the kernels can run ``op`` on these tensors, else the reason why not, for people.
+
+    ``op`` is "gemm" (and all that is made of it), "activation", or "int_mm".
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}"
+        if tensor.is_nested:
+            return "a nested tensor"
+        # Meta tensors have no data; ops gives them to the fake kernel, which has the same limits.
+        if tensor.device.type not in ("cpu", "meta"):
+            return f"a tensor on {tensor.device.type}, for which no backend is built"
+        table = DTYPE if op == "int_mm" else FLOAT
+        if tensor.dtype not in table:
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def precision(dtype: torch.dtype) -> int:
+    """The code of torch.get_float32_matmul_precision(), which is obeyed for float32."""
+    return PRECISION[get_precision()] if dtype is torch.float32 else 0
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
+    if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
+        return _from_dlpack(_Capsule(_cpu.empty_dlpack(tuple(shape), DTYPE[dtype])))
+    return torch.empty_strided(shape, _contiguous(shape), dtype=dtype)
+
+
+class _Capsule:
+    """What torch.from_dlpack asks for: an object that hands over its capsule."""
+
+    __slots__ = ("capsule",)
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * max(shape[i], 1)
+    return strides
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """torch.empty_like(x), with its strides."""
+    if x.numel() * x.element_size() <= LARGE_BYTES:
+        return torch.empty_like(x)
+    if x.is_contiguous():
+        return empty(x.shape, x.dtype)
+    strides = torch.empty_like(x, device="meta").stride()
+    return empty((x.numel(),), x.dtype).as_strided(x.shape, strides)
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    packed: Any = None,
+) -> None:
+    """c = activation(alpha * row_scale * col_scale * (a @ b) + bias + beta * residual), rounded once.
+
+    ``a`` (..., M, K), ``b`` (..., K, N), ``c`` and ``residual`` (..., M, N), any strides, batch dimensions equal (expand
+    them); ``bias`` (N,).
+    """
+    dtype = a.dtype
+    options: dict[str, Any] = {}
+    if residual is not None:
+        options.update(beta=beta, residual_ptr=residual.data_ptr(), residual_strides=residual.stride())
+    if bias is not None:
+        options.update(bias_ptr=bias.data_ptr(), bias_axis=2, bias_stride=bias.stride(0))
+    if activation is not None:
+        options["activation"] = ACTIVATION[activation]
+    if row_scale is not None:
+        options["row_scale_ptr"] = row_scale.data_ptr()
+    if col_scale is not None:
+        options["col_scale_ptr"] = col_scale.data_ptr()
+    if packed is not None:
+        options["packed"] = packed
+    gemm_kernel(
+        a.data_ptr(),
+        a.shape,
+        a.stride(),
+        DTYPE[dtype],
+        b.data_ptr(),
+        b.shape,
+        b.stride(),
+        DTYPE[b.dtype],
+        c.data_ptr(),
+        c.shape,
+        c.stride(),
+        DTYPE[c.dtype],
+        precision=precision(dtype),
+        alpha=alpha,
+        batch_invariant=_state.settings().batch_invariant,
+        **options,
+    )
+
+
+def _rows(x: Tensor) -> Tensor | None:
+    """x with all but its last dimension folded into one, or None where that would need a copy."""
+    try:
+        return x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    **epilogue: Any,
+) -> Tensor:
+    """alpha * (a @ b) + beta * residual, for two matrices or batches of them; batch dimensions broadcast.
+
+    Writes to ``out``, of any strides, or to fresh contiguous memory of type ``dtype``. ``residual`` broadcasts to the
+    result. ``out`` may be ``residual`` and must not share memory with ``a`` or ``b``.
+    """
+    if a.dim() == 2 and b.dim() == 2:
+        shape: Sequence[int] = (a.shape[0], b.shape[1])
+    else:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        shape = (*batch, a.shape[-2], b.shape[-1])
+    if out is None:
+        out = empty(shape, dtype or a.dtype)
+    if residual is not None:
+        residual = residual.expand(shape)
+    c = out
+    if len(shape) > 2:
+        a, b, c, residual = _fold_batch(a, b, c, residual, shape)
+    gemm(a, b, c, alpha=alpha, beta=beta, residual=residual, **epilogue)
+    return out
+
+
+def _fold_batch(
+    a: Tensor, b: Tensor, c: Tensor, residual: Tensor | None, shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One matrix product where every batch shares b and the rows of a lie evenly, else batches of equal shape."""
+    batch_dims = len(shape) - 2
+    shared = b.dim() == 2 or not any(
+        stride for stride, size in zip(b.stride()[:-2], b.shape[:-2], strict=True) if size != 1
+    )
+    if shared and a.shape[:-2] == shape[:-2] and c.numel():
+        rows = (_rows(a), _rows(c), None if residual is None else _rows(residual))
+        if rows[0] is not None and rows[1] is not None and (residual is None) == (rows[2] is None):
+            return rows[0], b[(0,) * (b.dim() - 2)], rows[1], rows[2]
+    a = a.expand(*shape[:-2], *a.shape[-2:])
+    b = b.expand(*shape[:-2], *b.shape[-2:])
+    if batch_dims + 2 <= MAX_DIMS:
+        return a, b, c, residual
+    # Nobody has met nine dimensions; those that do pay for a copy where the first of them do not fold by themselves.
+    extra = batch_dims + 2 - MAX_DIMS
+
+    def fewer(x: Tensor, read: bool) -> Tensor:
+        folded = (math.prod(x.shape[: extra + 1]), *x.shape[extra + 1 :])
+        return x.reshape(folded) if read else x.view(folded)
+
+    return fewer(a, True), fewer(b, True), fewer(c, False), None if residual is None else fewer(residual, True)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", packed: Any = None) -> Tensor:
+    """activation(input @ weight.T + bias): input (..., K), weight (N, K), bias (N,); the result is contiguous.
+
+    ``packed``, from :func:`pack_weight`, takes the place of the weight's data.
+    """
+    n, k = weight.shape
+    out = empty((*input.shape[:-1], n), input.dtype)
+    x = input if input.dim() == 2 else _rows(input)
+    if x is None:
+        return product(input, weight.t(), out, bias=bias, activation=activation, packed=packed)
+    m = x.shape[0]
+    x_row, x_inner = x.stride()
+    w_row, w_inner = weight.stride()
+    if packed is None and x_inner == 1 and w_inner == 1 and (bias is None or n < 2 or bias.stride(0) == 1):
+        linear_kernel(
+            x.data_ptr(),
+            m,
+            k,
+            x_row,
+            weight.data_ptr(),
+            n,
+            w_row,
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            n,
+            DTYPE[x.dtype],
+            precision(x.dtype),
+            ACTIVATION[activation],
+            _state.settings().batch_invariant,
+        )
+    else:
+        gemm(x, weight.t(), out.view(m, n), bias=bias, activation=activation, packed=packed)
+    return out
+
+
+def pack_weight(weight: Tensor) -> Any:
+    """A weight (N, K) of linear, laid out as the kernel reads it. It does not follow later changes of the weight."""
+    b = weight.detach().t()
+    return _cpu.pack(b.data_ptr(), b.shape, b.stride(), DTYPE[b.dtype], precision(b.dtype))
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum over all dimensions but the last, added up in float32 or float64."""
+    rows = _rows(x)
+    if rows is None:
+        rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_strided((rows.shape[1],), (1,), dtype=x.dtype)
+    column_sum_kernel(
+        rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), rows.stride(1), DTYPE[x.dtype], out.data_ptr()
+    )
+    return out
+
+
+def activation(kind: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Elementwise; ``out`` may be ``x``."""
+    if out is None:
+        out = empty_like(x)
+    if x.numel():
+        _cpu.activation(
+            ACTIVATION[kind], x.data_ptr(), out.data_ptr(), x.shape, x.stride(), out.stride(), DTYPE[x.dtype]
+        )
+    return out
+
+
+def activation_backward(kind: str, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad times the derivative; ``saved`` is the output for the kinds in SAVES_OUTPUT, else the input."""
+    if out is None:
+        out = empty_like(saved)
+    if saved.numel():
+        _cpu.activation_backward(
+            ACTIVATION[kind],
+            grad.data_ptr(),
+            saved.data_ptr(),
+            out.data_ptr(),
+            saved.shape,
+            grad.stride(),
+            saved.stride(),
+            out.stride(),
+            DTYPE[saved.dtype],
+        )
+    return out
+
+
+def int_mm(
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return product(a, b, dtype=dtype, row_scale=row_scale, col_scale=col_scale, bias=bias)
+
+
+# ---- what the extension says of itself ---------------------------------------------------------------------------
+
+isa = _cpu.isa
+available_isas = _cpu.available_isas
+set_isa = _cpu.set_isa
+cpu_features = _cpu.cpu_features
+counters = _cpu.counters
+reset_counters = _cpu.reset_counters
+max_threads = _cpu.max_threads
+peak_flops = _cpu.peak_flops
+empty_cache = _cpu.empty_cache
+allocator_stats = _cpu.allocator_stats
+set_cache_limit = _cpu.set_cache_limit
+
+
+def gemm_path(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> str:
+    """The name of the kernel that multiplies matrices of this dtype, under the present float32 precision."""
+    if out_dtype is None:
+        out_dtype = dtype if dtype in FLOAT else torch.int32
+    return _cpu.gemm_path(DTYPE[dtype], DTYPE[out_dtype], precision(dtype))

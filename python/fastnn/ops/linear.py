@@ -1,0 +1,357 @@
+"""linear, and linear_act: a linear layer with its activation fused into the product's epilogue.
+
+Formula: activation(input @ weightᵀ + bias). Shapes: input (..., in), weight (out, in), bias (out), result (..., out),
+contiguous. float32, float64, bfloat16 or float16, one dtype for all, any strides, accumulated in float32 (float64 for
+float64) and rounded once. float32 obeys ``torch.get_float32_matmul_precision()``. What else torch takes (a vector as
+weight, a bias that broadcasts, integers, sparse weights, other devices) goes to torch. Bad input raises what torch
+raises: RuntimeError for shapes, dtypes and devices, TypeError for what is no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from .. import _state
+from ..backends import cpu, reference
+from . import _route
+from ._library import define
+from ._route import (
+    LIBRARY,
+    PLAIN,
+    REFERENCE,
+    TRANSFORM,
+    Unsupported,
+    autocast,
+    describe,
+    fall_back,
+    resolve,
+    route,
+    wants_grad,
+)
+from .activation import activation as apply_activation
+from .activation import activation_backward, check_kind, torch_activation
+from .gemm import kernel_product, product
+
+_torch_linear = torch.nn.functional.linear
+
+# The short way of linear reads these a hundred thousand times a second.
+_is_dynamo_compiling = _route.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_dispatch_modes = _route.dispatch_modes
+_functorch_active = _route.functorch_active
+_tracing_state = _route.tracing_state
+_settings = _state.settings
+_plain_settings = _state.PLAIN
+_forward_ad = torch.autograd.forward_ad
+_FLOAT = cpu.FLOAT
+_PRECISION = cpu.PRECISION
+_get_precision = cpu.get_precision
+_kernel = cpu.linear_kernel
+_float32 = torch.float32
+#: Fewer elements than the smallest block that comes from the caching allocator.
+_SMALL = cpu.LARGE_BYTES // 8
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input @ weightᵀ + bias, as :func:`torch.nn.functional.linear`. See this module for shapes, dtypes and errors."""
+    # The short way: two-dimensional plain tensors with contiguous rows, no gradient, nothing that watches. Each test
+    # here costs 30 to 100 ns, of 3 µs. What is not taken goes on to _linear, which asks everything again, in order.
+    if (
+        not _is_dynamo_compiling()
+        and type(input) in PLAIN
+        and type(weight) in PLAIN
+        and input.is_cpu
+        and weight.is_cpu
+        and (dtype := input.dtype) in _FLOAT
+        and weight.dtype is dtype
+        and _settings() is _plain_settings
+        and _dispatch_modes() == 0
+        and not _functorch_active()
+        and _forward_ad._current_level < 0
+        and _tracing_state() is None
+        and not _is_autocast_enabled("cpu")
+    ):
+        needs_grad = (weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)) and (
+            _is_grad_enabled()
+        )
+        if not needs_grad:
+            try:
+                m, k = input.shape
+                n, k_weight = weight.shape
+                x_row, x_inner = input.stride()
+                w_row, w_inner = weight.stride()
+            except (ValueError, RuntimeError):  # not two dimensions; sparse tensors have no strides
+                return _linear(input, weight, bias, "none")
+            if (
+                k == k_weight
+                and x_inner == 1
+                and w_inner == 1
+                and m * n <= _SMALL
+                and not (input.is_neg() or weight.is_neg())
+            ):
+                b = 0
+                if bias is not None:
+                    if (
+                        type(bias) not in PLAIN
+                        or bias.shape != (n,)
+                        or bias.dtype is not dtype
+                        or not bias.is_cpu
+                        or bias.stride() != (1,)
+                        or bias.is_neg()
+                    ):
+                        return _linear(input, weight, bias, "none")
+                    b = bias.data_ptr()
+                x = input.data_ptr()
+                w = weight.data_ptr()
+                # Tensors without memory (zero elements, torch's efficient zeros) have a null pointer.
+                if x and w and (b or bias is None):
+                    out = input.new_empty(m, n)
+                    precision = _PRECISION[_get_precision()] if dtype is _float32 else 0
+                    _kernel(x, m, k, x_row, w, n, w_row, b, out.data_ptr(), n, _FLOAT[dtype], precision, 0, False)
+                    return out
+        elif _fits(input, weight, bias):
+            return _Linear.apply(input, weight, bias, "none")
+    return _linear(input, weight, bias, "none")
+
+
+def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(input @ weightᵀ + bias) in one pass over the result.
+
+    ``activation`` is "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"; else ValueError. Where a gradient
+    is wanted, gelu and silu, whose derivatives need their input, run in two passes.
+    """
+    check_kind("linear_act", activation)
+    return _linear(input, weight, bias, activation)
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """True when shapes, layouts and dtypes are what the kernel takes; input and weight are known to be plain."""
+    return (
+        input.layout is weight.layout is torch.strided
+        and not (input.is_nested or weight.is_nested)
+        and weight.dim() == 2
+        and input.dim() > 0
+        and input.shape[-1] == weight.shape[1]
+        and not (input.is_neg() or weight.is_neg())
+        and (
+            bias is None
+            or (
+                type(bias) in PLAIN
+                and bias.is_cpu
+                and bias.layout is torch.strided
+                and bias.dtype is input.dtype
+                and bias.shape == weight.shape[:1]
+                and not bias.is_neg()
+            )
+        )
+    )
+
+
+def _check(input: Any, weight: Any, bias: Any) -> None:
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            raise Unsupported(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value is not None and value.is_nested:
+            raise Unsupported(f"{name}: a nested tensor")
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        raise Unsupported(
+            "expected input (..., in_features) and weight (out_features, in_features), got "
+            f"{describe('input', input)}, {describe('weight', weight)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise Unsupported(
+            f"bias: expected (out_features), got {describe('bias', bias)} for {describe('weight', weight)}"
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.device != input.device:
+            raise Unsupported(f"{name}: expected the device of input, {input.device}, got {value.device}")
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    op = "linear" if activation == "none" else "linear_act"
+    try:
+        _check(input, weight, bias)
+        input, weight, bias = autocast(input, weight, bias)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and value.dtype != input.dtype:
+                raise Unsupported(f"{name}: expected the dtype of input, {input.dtype}, got {value.dtype}")
+        where = route("gemm", input, weight, bias)
+    except Unsupported as reason:
+        return fall_back(op, reason.args[0], _in_torch, input, weight, bias, activation)
+    if where == REFERENCE:
+        return reference.linear(input, weight, bias, activation)
+    if where == TRANSFORM:
+        vector = input.dim() == 1
+        result = product(input.unsqueeze(0) if vector else input, weight.t(), where)
+        result = result.squeeze(0) if vector else result
+        return apply_activation(activation, result if bias is None else result + bias)
+    needs_grad = wants_grad(input, weight, bias)
+    if needs_grad and not _fuses_with_grad(activation):
+        return apply_activation(activation, _linear(input, weight, bias, "none"))
+    if where == LIBRARY:
+        return torch.ops.fastnn.linear(input, weight, bias, activation)
+    input, weight, bias = resolve(input), resolve(weight), resolve(bias)
+    if needs_grad:
+        return _Linear.apply(input, weight, bias, activation)
+    return cpu.linear(input, weight, bias, activation)
+
+
+def _in_torch(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return torch_activation(activation, _torch_linear(input, weight, bias))
+
+
+def _fuses_with_grad(activation: str) -> bool:
+    """The backward of these needs the output alone, which is at hand."""
+    return activation == "none" or activation in cpu.SAVES_OUTPUT
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        output = cpu.linear(input, weight, bias, activation)
+        by_input, by_weight = ctx.needs_input_grad[:2]
+        ctx.activation = activation
+        ctx.save_for_backward(
+            input if by_weight else None,
+            weight if by_input else None,
+            None if activation == "none" else output,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, output = ctx.saved_tensors
+        if output is not None:
+            grad = activation_backward(ctx.activation, grad, output)
+        return _gradients(ctx.needs_input_grad, grad, input, weight)
+
+
+def _gradients(
+    needs: tuple[bool, ...], grad: Tensor, input: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """grad @ weight, gradᵀ @ input and the sum of grad over rows, each only where it is needed."""
+    by_input = kernel_product(grad, weight) if needs[0] and grad.dim() > 1 else None
+    if grad.dim() == 1:
+        grad = grad.unsqueeze(0)
+        if needs[0]:
+            by_input = kernel_product(grad, weight).squeeze(0)
+    by_weight = by_bias = None
+    if needs[1] or needs[2]:
+        rows = grad if grad.dim() == 2 else grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+        if needs[1]:
+            if input.dim() != 2:
+                input = input.reshape(rows.shape[0], input.shape[-1])
+            by_weight = kernel_product(rows.t(), input)
+        if needs[2]:
+            by_bias = _column_sum(rows)
+    return by_input, by_weight, by_bias, None
+
+
+def _column_sum(rows: Tensor) -> Tensor:
+    if (
+        not _is_dynamo_compiling()
+        and not _is_grad_enabled()
+        and type(rows) is Tensor
+        and rows.is_cpu
+        and rows.layout is torch.strided
+        and _dispatch_modes() == 0
+        and not _functorch_active()
+        and _settings().backend != "reference"
+    ):
+        try:
+            return cpu.column_sum(resolve(rows))
+        except RuntimeError:
+            if not _route.is_legacy_batched(rows):
+                raise
+    # Traced, mapped or differentiated again: a sum that every tracer knows.
+    return rows.sum(0)
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------------
+
+
+def _on_plain(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    if _settings().backend == "reference":
+        return reference.linear(input, weight, bias, activation)
+    return cpu.linear(resolve(input), resolve(weight), resolve(bias), activation)
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    torch._check(
+        input.shape[-1] == weight.shape[1], lambda: f"fastnn::linear: {tuple(input.shape)} and {tuple(weight.shape)}"
+    )
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, ctx.activation = inputs
+    by_input, by_weight = ctx.needs_input_grad[:2]
+    # gelu and silu come here only from code that calls torch.ops itself: their input is computed again.
+    again = not _fuses_with_grad(ctx.activation)
+    ctx.save_for_backward(
+        input if by_weight or again else None,
+        weight if by_input or again else None,
+        bias if again else None,
+        output if ctx.activation != "none" and not again else None,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, output = ctx.saved_tensors
+    if ctx.activation != "none":
+        saved = output if output is not None else _linear(input, weight, bias, "none")
+        grad = activation_backward(ctx.activation, grad, saved)
+    return _gradients(ctx.needs_input_grad, grad, input, weight)
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> tuple[Tensor, int]:
+    x = input if in_dims[0] is None else input.movedim(in_dims[0], 0)
+    if in_dims[1] is None and (bias is None or in_dims[2] is None):
+        if in_dims[0] is None:
+            return torch.ops.fastnn.linear(x, weight, bias, activation).expand(info.batch_size, -1), 0
+        return torch.ops.fastnn.linear(x, weight, bias, activation), 0
+    # One weight or bias for each element: every operand gets the mapped dimension, and x at least one row.
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x
+    vector = x.dim() == 2
+    x = x.unsqueeze(1) if vector else x
+    w = weight if in_dims[1] is None else weight.movedim(in_dims[1], 0)
+    if in_dims[1] is not None:
+        for _ in range(x.dim() - w.dim()):
+            w = w.unsqueeze(1)
+    result = product(x, w.mT)
+    if bias is not None:
+        if in_dims[2] is not None:
+            bias = bias.movedim(in_dims[2], 0)
+            for _ in range(result.dim() - bias.dim()):
+                bias = bias.unsqueeze(1)
+        result = result + bias
+    result = apply_activation(activation, result)
+    return (result.squeeze(1) if vector else result), 0
+
+
+define(
+    "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none') -> Tensor",
+    impl=_on_plain,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+    autocast=True,
+)
