@@ -18,7 +18,17 @@ def failing(function, op="mm", dtypes=(torch.float32,), **options):
     return " ".join(map(str, report.findings))
 
 
-@pytest.mark.parametrize("name", [name for name in testing.cases() if name != "matmul"])
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many tiny calls: a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Not matmul: torch's own writes between the elements of a strided out= for a vector times a matrix.
+@pytest.mark.parametrize("name", ["mm", "baddbmm", "linear", "linear_act", "bilinear", "gelu", "relu", "int_mm"])
 def test_torch_itself_passes(name):
     case = testing.case(name)
     dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]
@@ -44,6 +54,8 @@ def two_bf16_parts(a, b):
         high = x.bfloat16().float()
         return high, (x - high).bfloat16().float()
 
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return a @ b
     (ah, al), (bh, bl) = split(a), split(b)
     return ah @ bh + ah @ bl + al @ bh
 

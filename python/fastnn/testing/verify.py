@@ -25,6 +25,7 @@ _WIDE_LIMIT, _HALF_LIMIT = 8.0, 1.5
 _FLOOR = {torch.float64: 1.0, torch.float32: 0.05, torch.bfloat16: 0.4, torch.float16: 0.4}
 
 _FINDINGS_KEPT = 3
+_OVER_ALL = "all layouts"
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class _Judge:
         self.function, self.case, self.dtype, self.report = function, case, dtype, report
         self.roundoff = Roundoff.of(dtype, precision)
         self.full_precision = precision == "highest" or dtype != torch.float32
+        self.relative = _Pool()
         self.limit = _WIDE_LIMIT if dtype in (torch.float32, torch.float64) else _HALF_LIMIT
 
     def _row(self, values: str) -> Row:
@@ -198,12 +200,13 @@ class _Judge:
 
     def _problem(self, row: Row, layout: str, sample: Sample | str, problem: str) -> None:
         row.problems += 1
-        if row.problems <= _FINDINGS_KEPT:
+        # What was found over all layouts says most, and comes last.
+        if row.problems <= _FINDINGS_KEPT or layout == _OVER_ALL:
             self.report.findings.append(Finding(row.dtype, row.values, layout, str(sample), problem))
 
     def results(self, values: str) -> None:
         row = self._row(values)
-        ours, peers = _Pool(), _Pool()
+        ours, peers, self.relative = _Pool(), _Pool(), _Pool()
         for layout in LAYOUTS:
             for sample in self._samples(values, layout):
                 row.samples += 1
@@ -218,10 +221,10 @@ class _Judge:
         if self.full_precision and not mine <= allowed:
             self._problem(
                 row,
-                "all layouts",
+                _OVER_ALL,
                 f"{row.samples} calls",
                 f"its root-mean-square error is {mine / torchs if torchs else math.inf:.3g} times torch's, like a "
-                f"computation in {looks_like(mine * self.roundoff.compute)}",
+                f"computation in {looks_like(self.relative.value())}",
             )
 
     def _one(self, row: Row, values: str, sample: Sample, ours: _Pool, peers: _Pool) -> str | None:
@@ -280,6 +283,9 @@ class _Judge:
         row.used = max(row.used, used.max().item())
         row.peer_used = max(row.peer_used, peer_used.max().item())
         ours.add((error / unit[judged]).nan_to_num(0.0, math.inf))
+        # What a random sum of these terms comes to, so that cancellation does not look like a coarse format.
+        typical = torch.maximum(reference.abs(), magnitude / math.sqrt(max(depth, 1)))[judged]
+        self.relative.add(error.norm().reshape(1) / typical.norm().clamp_min(r.tiny or 1e-300))
         peers.add((peer_error / unit[judged]).nan_to_num(0.0, math.inf))
         worst = used.argmax().item()
         if used[worst] > max(1.0, peer_used.max().item()):
@@ -333,6 +339,8 @@ class _Judge:
                 peer = _gradients(self.case.peer, sample, cotangent)
                 mine = _gradients(self.function, sample, cotangent)
                 for number, (reference, theirs, got) in enumerate(zip(exact, peer, mine, strict=True)):
+                    if got is None and (theirs is None or theirs.numel() == 0):
+                        continue
                     if (got is None) != (theirs is None):
                         self._problem(
                             row,
@@ -341,7 +349,7 @@ class _Judge:
                             f"the gradient of tensor argument {number} is "
                             f"{'missing' if got is None else 'not None, but torch gives none'}",
                         )
-                    elif got is not None:
+                    else:
                         if got.shape != theirs.shape or got.dtype != theirs.dtype:
                             self._problem(
                                 row,
@@ -370,7 +378,7 @@ class _Judge:
         if self.full_precision and not mine_rms <= self.limit * max(torchs, floor):
             self._problem(
                 row,
-                "all layouts",
+                _OVER_ALL,
                 f"{row.samples} calls",
                 f"relative error of the gradients {mine_rms:.3g}, torch's {torchs:.3g}: like a computation in "
                 f"{looks_like(mine_rms)}",
@@ -389,6 +397,8 @@ def _gradients(
         return tensor
 
     result = sample.map(leaf).call(function)
+    if not result.requires_grad:
+        return [None] * len(inputs)
     return list(torch.autograd.grad(result, inputs, cotangent, allow_unused=True))
 
 
