@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
-CPP     := $(shell find src -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP     := $(shell find src -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 RUFF    := python tests bench examples
 
 .PHONY: demo test build lint format bench sanitize clean
