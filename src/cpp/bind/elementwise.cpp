@@ -59,6 +59,19 @@ void activation_call(int kind, uintptr_t x_ptr, uintptr_t out_ptr, py::handle sh
   unary(kind, type, s.dims, s.size, x, out);
 }
 
+// The short way: both contiguous, or both dense in the same order.
+void activation_dense_call(int kind, uintptr_t x_ptr, uintptr_t out_ptr, int64_t n, int dtype) {
+  const char* op = "activation_dense";
+  kind_argument(op, kind);
+  const DType type = float_argument(op, dtype);
+  if (n < 0) bad_argument(op, "n", "0 or more, got " + std::to_string(n));
+  if ((!x_ptr || !out_ptr) && n) bad_argument(op, "x_ptr, out_ptr", "addresses");
+  const int64_t one = 1;
+  py::gil_scoped_release release;
+  unary(kind, type, 1, &n, {reinterpret_cast<void*>(x_ptr), &one},
+        {reinterpret_cast<void*>(out_ptr), &one});
+}
+
 void activation_backward_call(int kind, uintptr_t grad_ptr, uintptr_t saved_ptr, uintptr_t out_ptr,
                               py::handle shape, py::handle grad_strides, py::handle saved_strides,
                               py::handle out_strides, int dtype) {
@@ -90,6 +103,8 @@ void bind_elementwise(py::module_& m) {
         "(kind, x_ptr, out_ptr, shape, x_strides, out_strides, dtype): out = f(x); out may be x.",
         py::arg("kind"), py::arg("x_ptr"), py::arg("out_ptr"), py::arg("shape"),
         py::arg("x_strides"), py::arg("out_strides"), py::arg("dtype"));
+  m.def("activation_dense", &activation_dense_call,
+        "(kind, x_ptr, out_ptr, n, dtype): activation of n elements that lie together in both.");
   m.def("activation_backward", &activation_backward_call,
         "out = grad * f'. `saved` is the output of relu, sigmoid and tanh, and the input of the "
         "others.",

@@ -100,7 +100,8 @@ void run_range(const Loop& l, int64_t item, int64_t begin, int64_t end, F& row) 
 }
 
 // Whether the result is better written around the caches: it will have left them before anyone
-// reads it, and each line need not be read before it is written.
+// reads it, and each line need not be read before it is written. Measured for relu of float32: 1.5
+// times as quick; of bfloat16, or with more arithmetic: no difference.
 bool around_caches(const Loop& l, int64_t item) {
   static const int64_t cache = [] {
     const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -109,7 +110,7 @@ bool around_caches(const Loop& l, int64_t item) {
   const char* out = l.data[l.operands - 1];
   for (int o = 0; o + 1 < l.operands; o++)
     if (l.data[o] == out) return false;  // its lines are in the caches already
-  return l.elements * item > cache;
+  return item >= 4 && l.elements * item > cache;
 }
 
 // Picoseconds an element, on one thread with data in the caches: only to decide on threads.

@@ -334,6 +334,8 @@ template <int kind>
 FASTNN_INLINE VecF32 activate_narrow_as(VecF32 v) {
   if constexpr (kind == kNone) return v;
   if constexpr (kind == kRelu) return relu(v);
+  if constexpr (kind == kSilu) return logistic(v, v);
+  if constexpr (kind == kSigmoid) return logistic(VecF32::set1(1.0f), v);
   return forward<Narrow, kind>(v);
 }
 
