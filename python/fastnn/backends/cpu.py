@@ -46,11 +46,18 @@ LARGE_BYTES = 4 << 20
 MAX_DIMS = 8
 
 # Bound once: an attribute lookup in a module costs 30 ns, and the short ways make dozens.
-linear_kernel = _cpu.linear
-gemm_kernel = _cpu.gemm
-column_sum_kernel = _cpu.column_sum
 get_precision = torch._C._get_float32_matmul_precision
 _from_dlpack = torch.from_dlpack
+
+# The shortest way of small calls: C reads the tensors itself, through the table that DLPack defines for it and torch has
+# since 2.10. What these functions do not take they answer with None, and without the table that is everything.
+tensor_product = _cpu.tensor_product
+tensor_inner = _cpu.tensor_inner
+tensor_column_sum = _cpu.tensor_column_sum
+tensor_activation = _cpu.tensor_activation
+tensor_activation_backward = _cpu.tensor_activation_backward
+if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _cpu.use_exchange_table(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
 
 
 def supports(op: str, *tensors: Tensor | None) -> str | None:
@@ -151,7 +158,7 @@ def gemm(
         options["col_scale_ptr"] = col_scale.data_ptr()
     if packed is not None:
         options["packed"] = packed
-    gemm_kernel(
+    _cpu.gemm(
         a.data_ptr(),
         a.shape,
         a.stride(),
@@ -251,7 +258,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
     x_row, x_inner = x.stride()
     w_row, w_inner = weight.stride()
     if packed is None and x_inner == 1 and w_inner == 1 and (bias is None or n < 2 or bias.stride(0) == 1):
-        linear_kernel(
+        _cpu.linear(
             x.data_ptr(),
             m,
             k,
@@ -284,7 +291,7 @@ def column_sum(x: Tensor) -> Tensor:
     if rows is None:
         rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_strided((rows.shape[1],), (1,), dtype=x.dtype)
-    column_sum_kernel(
+    _cpu.column_sum(
         rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), rows.stride(1), DTYPE[x.dtype], out.data_ptr()
     )
     return out

@@ -147,11 +147,10 @@ def _where(input: Tensor) -> str:
 def run(kind: str, input: Tensor, where: str) -> Tensor:
     """The activation of a tensor that ``where`` was found for."""
     if where == EAGER:
-        if input.is_neg():
-            input = input.resolve_neg()
-        if input.requires_grad and is_grad_enabled():
-            return _Activation.apply(input, kind)
-        return cpu.activation(kind, input)
+        if is_grad_enabled() and input.requires_grad:
+            return _Activation.apply(resolve(input), kind)
+        output = cpu.tensor_activation(cpu.ACTIVATION[kind], input)
+        return cpu.activation(kind, resolve(input)) if output is None else output
     if where == LIBRARY:
         return torch.ops.fastnn.activation(input, kind)
     if where == TRANSFORM:
@@ -216,6 +215,9 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
         and grad.layout is torch.strided
         and grad.dtype is saved.dtype
     ):
+        output = cpu.tensor_activation_backward(cpu.ACTIVATION[kind], grad, saved)
+        if output is not None:
+            return output
         try:
             return cpu.activation_backward(kind, resolve(grad), resolve(saved))
         except RuntimeError:
@@ -288,7 +290,9 @@ def _saved(kind: str, input: Tensor, output: Tensor) -> Tensor:
 class _Activation(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, input: Tensor, kind: str) -> Tensor:
-        output = cpu.activation(kind, input)
+        output = cpu.tensor_activation(cpu.ACTIVATION[kind], input)
+        if output is None:
+            output = cpu.activation(kind, input)
         ctx.kind = kind
         ctx.save_for_backward(_saved(kind, input, output))
         return output

@@ -45,6 +45,10 @@ from ._route import (
 )
 
 _forward_ad = torch.autograd.forward_ad
+_settings = _state.settings
+_tensor_product = cpu.tensor_product
+_PRECISION = cpu.PRECISION
+_get_precision = cpu.get_precision
 
 # ---- the public functions ----------------------------------------------------------------------------------------
 
@@ -57,19 +61,12 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     Raises RuntimeError for a scalar argument, inner sizes that differ, batches that do not broadcast, different dtypes.
     """
     try:
-        if (
-            out is None
-            and not is_dynamo_compiling()
-            and _is_plain(input, other)
-            and input.dim() > 1
-            and other.dim() > 1
-            and input.shape[-1] == other.shape[-2]
-        ):
-            if input.dim() > 2 and other.dim() > 2:
-                _broadcast_batch("input", input, "other", other)
+        if out is None and _is_quiet(input, other):
             if is_grad_enabled() and (input.requires_grad or other.requires_grad):
-                return _Product.apply(input, other)
-            return cpu.product(input, other)
+                if input.dim() > 1 and other.dim() > 1 and _multiplies(input, other):
+                    return _Product.apply(input, other)
+            elif (result := _tensor_product(input, other, False, None, 0, _PRECISION[_get_precision()])) is not None:
+                return result
         _check_tensors(input=input, other=other)
         if input.dim() == 0 or other.dim() == 0:
             _wrong("expected at least one dimension each", input=input, other=other)
@@ -85,6 +82,10 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
     """(N, K) @ (K, M), as :func:`torch.mm`. Raises RuntimeError for other ranks, sizes that differ, mixed dtypes."""
     try:
+        if out is None and _is_quiet(input, mat2) and input.dim() == 2 == mat2.dim() and _no_grad(input, mat2):
+            result = _tensor_product(input, mat2, False, None, 0, _PRECISION[_get_precision()])
+            if result is not None:
+                return result
         _check_tensors(input=input, mat2=mat2)
         if input.dim() != 2 or mat2.dim() != 2:
             _wrong("expected two matrices", input=input, mat2=mat2)
@@ -97,6 +98,10 @@ def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
     """(B, N, K) @ (B, K, M), as :func:`torch.bmm`. Raises RuntimeError for other ranks or sizes, mixed dtypes."""
     try:
+        if out is None and _is_quiet(input, mat2) and input.dim() == 3 == mat2.dim() and _no_grad(input, mat2):
+            result = _tensor_product(input, mat2, False, None, 0, _PRECISION[_get_precision()])
+            if result is not None:
+                return result
         _check_tensors(input=input, mat2=mat2)
         if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0]:
             _wrong("expected two batches of matrices, of one size", input=input, mat2=mat2)
@@ -133,6 +138,17 @@ def addmm(
     """
     options = {"beta": beta, "alpha": alpha, **_out(out)}
     try:
+        if (
+            out is None
+            and beta == alpha == 1
+            and _is_quiet(mat1, mat2)
+            and mat1.dim() == 2 == mat2.dim()
+            and type(input) in PLAIN
+            and _no_grad(input, mat1, mat2)
+        ):
+            result = _tensor_product(mat1, mat2, False, input, 0, _PRECISION[_get_precision()])
+            if result is not None:
+                return result
         _check_tensors(mat1=mat1, mat2=mat2, input=input)
         if mat1.dim() != 2 or mat2.dim() != 2:
             _wrong("expected two matrices", mat1=mat1, mat2=mat2)
@@ -257,7 +273,7 @@ def int_mm(
                 f"fastnn.int_mm: batches do not broadcast: a {tuple(a.shape)}, b {tuple(b.shape)}"
             ) from None
     scales = [None if value is None else value.detach().contiguous() for value in (row_scale, col_scale, bias)]
-    if _state.settings().backend == "reference":
+    if _settings().backend == "reference":
         return reference.int_mm(a, b, *scales).to(out_dtype)
     return cpu.int_mm(a, b, out_dtype, *scales)
 
@@ -265,25 +281,41 @@ def int_mm(
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(a: Tensor, b: Tensor) -> bool:
-    """True when the product of a and b needs nothing but the kernel, or the classic autograd.Function."""
+def _is_quiet(a: Tensor, b: Tensor) -> bool:
+    """True for ordinary tensors where nothing traces, transforms, casts or was asked for."""
     return (
-        type(a) in PLAIN
-        and type(b) in PLAIN
-        and a.is_cpu
-        and b.is_cpu
-        and a.dtype is b.dtype
-        and a.dtype in cpu.FLOAT
-        and _state.settings() is _state.PLAIN
-        and not is_autocast_enabled("cpu")
+        not is_dynamo_compiling()
+        and _settings() is _state.PLAIN
         and dispatch_modes() == 0
         and not functorch_active()
         and _forward_ad._current_level < 0
         and tracing_state() is None
-        and a.layout is torch.strided
-        and b.layout is torch.strided
-        and not (a.is_neg() or b.is_neg() or a.is_nested or b.is_nested)
+        and not is_autocast_enabled("cpu")
+        and type(a) in PLAIN
+        and type(b) in PLAIN
     )
+
+
+def _no_grad(*tensors: Tensor) -> bool:
+    return not (is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _multiplies(a: Tensor, b: Tensor) -> bool:
+    """True where the kernel takes the product of two ordinary tensors of two dimensions or more as it is."""
+    if (
+        a.dtype is not b.dtype
+        or a.dtype not in cpu.FLOAT
+        or not (a.is_cpu and b.is_cpu and a.layout is b.layout is torch.strided)
+        or a.is_nested
+        or b.is_nested
+        or a.shape[-1] != b.shape[-2]
+        or a.is_neg()
+        or b.is_neg()
+    ):
+        return False
+    if a.dim() > 2 and b.dim() > 2:
+        _broadcast_batch("input", a, "other", b)
+    return True
 
 
 def _wrong(expected: str, **arguments: Any) -> None:
@@ -410,8 +442,12 @@ def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
         and not functorch_active()
         and dispatch_modes() == 0
         and a.layout is b.layout is torch.strided
-        and _state.settings().backend != "reference"
+        and _settings().backend != "reference"
     ):
+        if alpha == 1 and _settings() is _state.PLAIN:
+            result = _tensor_product(a, b, False, None, 0, _PRECISION[_get_precision()])
+            if result is not None:
+                return result
         try:
             return cpu.product(resolve(a), resolve(b), alpha=alpha)
         except RuntimeError:
@@ -459,6 +495,10 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(*_save_operands(ctx, a, b, ctx.needs_input_grad))
+        if _settings() is _state.PLAIN:
+            result = _tensor_product(a, b, False, None, 0, _PRECISION[_get_precision()])
+            if result is not None:
+                return result
         return cpu.product(a, b)
 
     @staticmethod
@@ -590,7 +630,7 @@ def _scaled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _on_plain(a: Tensor, b: Tensor) -> Tensor:
-    if _state.settings().backend == "reference":
+    if _settings().backend == "reference":
         return reference.matmul(a, b)
     return cpu.product(resolve(a), resolve(b))
 
@@ -606,7 +646,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _scaled_on_plain(input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    if _state.settings().backend == "reference":
+    if _settings().backend == "reference":
         return reference.addmm(input, a, b, beta=beta, alpha=alpha)
     return _scaled_kernel(resolve(input), resolve(a), resolve(b), beta, alpha)
 

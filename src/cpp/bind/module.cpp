@@ -31,4 +31,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gemm(m);
   bind_elementwise(m);
   bind_allocator(m);
+  bind_tensors(m);
 }
