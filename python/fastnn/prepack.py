@@ -18,8 +18,9 @@ def prepack_(model: Model) -> Model:
 
     A matrix product copies its operands into blocks before it multiplies. For a weight that does not change, that work
     can be done once. It takes as much memory again as the weights (three bfloat16 parts, half as much more, where float32
-    is multiplied in split bfloat16 parts). Where a gradient is needed, under autocast, and under ``torch.compile`` the
-    packed copy is not used.
+    is multiplied in split bfloat16 parts). Where a gradient is needed, under autocast, under ``torch.compile``, and for
+    small products (fewer than 16 rows, or than a million multiplications), which are done sooner with the weight where
+    it lies, the packed copy is not used.
 
     A packed copy is given up, and the layer goes on without one, as soon as a call sees that the weight is another
     tensor, is at another address, has another dtype, or has another version counter: that covers in-place operations,

