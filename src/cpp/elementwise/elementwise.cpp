@@ -176,7 +176,7 @@ UlpError largest_ulp_error(int kind, uint32_t first, uint64_t count, uint64_t st
     for (int64_t b = share.begin; b < share.end; b += kBlock) {
       const int64_t n = std::min(kBlock, share.end - b);
       for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = first + uint32_t(uint64_t(b + i) * step);
+        const uint32_t bits = first + uint32_t(b + i) * uint32_t(step);  // modulo 2^32
         std::memcpy(&x[i], &bits, 4);
         xd[i] = x[i];
       }
@@ -190,15 +190,18 @@ UlpError largest_ulp_error(int kind, uint32_t first, uint64_t count, uint64_t st
       else
         exact(xd.data(), 1, r.data(), 1, n, false);
       for (int64_t i = 0; i < n; i++) {
-        // The unit in the last place of r: its exponent less 23, no less than -149.
+        // One over the unit in the last place of r: its exponent less 23, no less than -149.
+        const double magnitude = std::max(std::abs(r[i]), 0x1p-126);
         uint64_t bits;
-        std::memcpy(&bits, &r[i], 8);
-        const int64_t exponent = std::max<int64_t>(int64_t(bits >> 52 & 0x7ff) - 23, 1023 - 149);
-        const uint64_t per_unit_bits = uint64_t(2046 - exponent) << 52;
+        std::memcpy(&bits, &magnitude, 8);
+        const uint64_t per_unit_bits = (uint64_t(2046 + 23) << 52) - (bits >> 52 << 52);
         double per_unit;
         std::memcpy(&per_unit, &per_unit_bits, 8);
         error[i] = std::abs(double(y[i]) - r[i]) * per_unit;
       }
+      bool beyond = false;
+      for (int64_t i = 0; i < n; i++) beyond |= !(error[i] <= mine.error);
+      if (!beyond) continue;
       for (int64_t i = 0; i < n; i++) {
         if (error[i] <= mine.error) continue;
         double e = error[i];
