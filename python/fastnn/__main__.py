@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="convert, verify, train and time a model on handwritten digits")
     demo.add_argument("--out", default="demo-results", metavar="DIR", help="where to write the JSON and the plot")
-    demo.add_argument("--epochs", type=_positive, default=8, help="of training (default: 8)")
+    demo.add_argument("--epochs", type=_positive, default=10, help="of training (default: 10)")
     demo.add_argument("--width", type=_positive, default=1024, help="of the two hidden layers (default: 1024)")
     demo.add_argument("--seconds", type=float, default=1.0, help="for each timing (default: 1)")
     demo.set_defaults(run=_demo)

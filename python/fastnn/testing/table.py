@@ -24,6 +24,7 @@ def show(reports: Sequence[Report], console: Console) -> None:
     table.add_column("of the bound", justify="right")
     table.add_column("torch's", justify="right")
     table.add_column("rms, torch = 1", justify="right")
+    table.add_column("worst call", justify="right")
     table.add_column("gradients, torch = 1", justify="right")
     table.add_column("integers exact")
     table.add_column("verdict")
@@ -32,6 +33,7 @@ def show(reports: Sequence[Report], console: Console) -> None:
             rows = [row for row in report.rows if row.dtype == dtype]
             forward = [row for row in rows if row.values != "gradient"]
             ratios = [row.ratio for row in forward if math.isfinite(row.ratio)]
+            worst = [row.worst for row in forward if math.isfinite(row.worst)]
             gradients = [row.ratio for row in rows if row.values == "gradient" and math.isfinite(row.ratio)]
             integers = [row for row in rows if row.values == "integer"]
             problems = sum(row.problems for row in rows)
@@ -42,6 +44,7 @@ def show(reports: Sequence[Report], console: Console) -> None:
                 f"{max((row.used for row in forward), default=0):.1%}",
                 f"{max((row.peer_used for row in forward), default=0):.1%}",
                 f"{max(ratios):.2f}" if ratios else "–",
+                f"{max(worst):.2f}" if worst else "–",
                 f"{max(gradients):.2f}" if gradients else "–",
                 _integers(integers),
                 f"[bold red]{problems} wrong[/]" if problems else "[green]ok[/]",

@@ -25,6 +25,9 @@ _WIDE_LIMIT, _HALF_LIMIT = 8.0, 1.5
 _FLOOR = {torch.float64: 1.0, torch.float32: 0.05, torch.bfloat16: 0.4, torch.float16: 0.4}
 
 _FINDINGS_KEPT = 3
+
+#: Results a call must have for the ratio of its root-mean-square errors to be reported.
+_MANY = 1000
 _OVER_ALL = "all layouts"
 
 
@@ -47,7 +50,8 @@ class Row:
     """What one dtype and kind of values gave, over every shape and layout.
 
     `used` is the largest share of the error bound that a result used, `peer_used` torch's; `ratio` is the
-    root-mean-square error divided by torch's (below 1: nearer to float64 than torch).
+    root-mean-square error divided by torch's (below 1: nearer to float64 than torch), and `worst` the largest such ratio
+    of a single call, among those with enough results for it to mean something.
     """
 
     dtype: str
@@ -56,6 +60,7 @@ class Row:
     used: float = 0.0
     peer_used: float = 0.0
     ratio: float = math.nan
+    worst: float = math.nan
     problems: int = 0
 
 
@@ -287,6 +292,9 @@ class _Judge:
         typical = torch.maximum(reference.abs(), magnitude / math.sqrt(max(depth, 1)))[judged]
         self.relative.add(error.norm().reshape(1) / typical.norm().clamp_min(r.tiny or 1e-300))
         peers.add((peer_error / unit[judged]).nan_to_num(0.0, math.inf))
+        if error.numel() >= _MANY and peer_error.norm() > 0:
+            ratio = (error.norm() / peer_error.norm()).item()
+            row.worst = ratio if math.isnan(row.worst) else max(row.worst, ratio)
         worst = used.argmax().item()
         if used[worst] > max(1.0, peer_used.max().item()):
             at = tuple(judged.nonzero()[worst].tolist())
