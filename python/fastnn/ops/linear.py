@@ -90,6 +90,23 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
     is wanted, gelu and silu, whose derivatives need their input, run in two passes.
     """
     check_kind("linear_act", activation)
+    # The short way of linear, once more: a call of a shared function would cost as much as three of its questions.
+    if (
+        not _is_dynamo_compiling()
+        and _settings() is _plain_settings
+        and _dispatch_modes() == 0
+        and not _functorch_active()
+        and _forward_ad._current_level < 0
+        and _tracing_state() is None
+        and not _is_autocast_enabled("cpu")
+        and type(input) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and not wants_grad(input, weight, bias)
+    ):
+        output = _tensor_product(input, weight, True, bias, cpu.ACTIVATION[activation], _PRECISION[_get_precision()])
+        if output is not None:
+            return output
     return _linear(input, weight, bias, activation)
 
 
