@@ -72,12 +72,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _apply("relu", "relu", input, inplace, torch.nn.functional.relu, (inplace,))
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None) -> Tensor:
     """input · Φ(input), as :func:`torch.nn.functional.gelu`. ``approximate`` is "none" or "tanh"; else RuntimeError."""
     kind = _GELU.get(approximate) if isinstance(approximate, str) else None
     if kind is None:
         reason = f"approximate: expected 'none' or 'tanh', got {approximate!r}"
         return fall_back("gelu", reason, torch.nn.functional.gelu, input, approximate=approximate)
+    if out is not None:
+        return _apply_out("gelu", kind, input, out, torch.nn.functional.gelu, approximate=approximate)
     return _apply("gelu", kind, input, False, torch.nn.functional.gelu, (), {"approximate": approximate})
 
 
@@ -92,14 +94,14 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 def sigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """1 / (1 + exp(-input)), as :func:`torch.sigmoid`; integers go to torch, which makes them float."""
     if out is not None:
-        return _apply_out("sigmoid", input, out, torch.sigmoid)
+        return _apply_out("sigmoid", "sigmoid", input, out, torch.sigmoid)
     return _apply("sigmoid", "sigmoid", input, False, torch.sigmoid)
 
 
 def tanh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The hyperbolic tangent, as :func:`torch.tanh`; integers go to torch, which makes them float."""
     if out is not None:
-        return _apply_out("tanh", input, out, torch.tanh)
+        return _apply_out("tanh", "tanh", input, out, torch.tanh)
     return _apply("tanh", "tanh", input, False, torch.tanh)
 
 
@@ -185,7 +187,9 @@ def _in_place(kind: str, input: Tensor, where: str) -> Tensor:
     return input.copy_(run(kind, input, where))
 
 
-def _apply_out(kind: str, input: Tensor, out: Tensor, torch_function: Callable[..., Tensor]) -> Tensor:
+def _apply_out(
+    op: str, kind: str, input: Tensor, out: Tensor, torch_function: Callable[..., Tensor], **kwargs: Any
+) -> Tensor:
     try:
         where = _where(input)
         return write_out(
@@ -199,7 +203,7 @@ def _apply_out(kind: str, input: Tensor, out: Tensor, torch_function: Callable[.
             in_place_of=input,
         )
     except Unsupported as reason:
-        return fall_back(kind, reason.args[0], torch_function, input, out=out)
+        return fall_back(op, reason.args[0], torch_function, input, out=out, **kwargs)
 
 
 def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:

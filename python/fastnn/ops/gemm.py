@@ -389,7 +389,7 @@ def _matmul(
         drop = (*drop, -2) if not drop else (-1, -1)
 
     def compute() -> Tensor:
-        result = product(a, b, where)
+        result = torch.ops.fastnn.matmul(a, b) if where == LIBRARY and casts else product(a, b, where)
         for dim in drop:
             result = result.squeeze(dim)
         return result
@@ -417,7 +417,7 @@ def product(a: Tensor, b: Tensor, where: str | None = None) -> Tensor:
         except Unsupported as reason:
             return fall_back("matmul", reason.args[0], torch.matmul, a, b)
     if where == LIBRARY:
-        return torch.ops.fastnn.matmul(a, b)
+        return torch.ops.fastnn.product(a, b)
     if where == TRANSFORM:
         return _TransformedProduct.apply(a, b)
     if where == REFERENCE:
@@ -511,7 +511,7 @@ class _TransformedProduct(Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        return torch.ops.fastnn.matmul(a, b) if needs_library(a, b) else _on_plain(a, b)
+        return torch.ops.fastnn.product(a, b) if needs_library(a, b) else _on_plain(a, b)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -664,15 +664,18 @@ def _vmap_scaled(
     return (alpha * result if beta == 0 else alpha * result + beta * input), 0
 
 
-define(
-    "matmul(Tensor a, Tensor b) -> Tensor",
-    impl=_on_plain,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=lambda ctx, grad: product_grads(ctx, grad, *ctx.saved_tensors),
-    vmap=_vmap,
-    autocast=True,
-)
+# The same product twice: matmul takes part in autocast; product, of which mv, bilinear and the derivatives are made, does
+# not, as in torch.
+for _name, _autocast in (("matmul", True), ("product", False)):
+    define(
+        f"{_name}(Tensor a, Tensor b) -> Tensor",
+        impl=_on_plain,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=lambda ctx, grad: product_grads(ctx, grad, *ctx.saved_tensors),
+        vmap=_vmap,
+        autocast=_autocast,
+    )
 define(
     "addmm(Tensor input, Tensor a, Tensor b, float beta, float alpha) -> Tensor",
     impl=_scaled_on_plain,

@@ -21,6 +21,7 @@ from .. import _state
 from ..backends import cpu, reference
 from . import _route
 from ._library import define
+from ._out import write_out
 from ._route import (
     LIBRARY,
     PLAIN,
@@ -55,8 +56,10 @@ _get_precision = cpu.get_precision
 _tensor_product = cpu.tensor_product
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """input @ weightᵀ + bias, as :func:`torch.nn.functional.linear`. See this module for shapes, dtypes and errors."""
+    if out is not None:
+        return _linear_out(input, weight, bias, out)
     # The short way, where nothing traces, transforms, casts or was asked for: each question costs 20 to 100 ns of 3 µs.
     # What is not taken here goes on to _linear, which asks everything again, in order.
     if (
@@ -184,6 +187,29 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str)
     if needs_grad:
         return _Linear.apply(input, weight, bias, activation)
     return cpu.linear(input, weight, bias, activation)
+
+
+def _linear_out(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    try:
+        _check(input, weight, bias)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and value.dtype != input.dtype:
+                raise Unsupported(f"{name}: expected the dtype of input, {input.dtype}, got {value.dtype}")
+        return write_out(
+            out,
+            route("gemm", input, weight, bias),
+            (*input.shape[:-1], weight.shape[0]),
+            input.dtype,
+            [tensor for tensor in (input, weight, bias) if tensor is not None],
+            lambda c: (
+                cpu.product(resolve(input), resolve(weight).t(), c, bias=resolve(bias))
+                if input.dim() > 1
+                else cpu.product(resolve(input).unsqueeze(0), resolve(weight).t(), c.unsqueeze(0), bias=resolve(bias))
+            ),
+            lambda: _linear(input, weight, bias, "none"),
+        )
+    except Unsupported as reason:
+        return fall_back("linear", reason.args[0], _torch_linear, input, weight, bias, out=out)
 
 
 def _in_torch(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

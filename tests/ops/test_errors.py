@@ -1,0 +1,262 @@
+"""Bad input: torch's exception type, the argument's name, never a crash."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastnn
+import fastnn.functional as fF
+from fastnn import _state
+
+X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+
+# (ours, torch's, arguments, what the message has to name)
+CASES = {
+    "linear: weight None": (fF.linear, F.linear, (X, None), "weight"),
+    "linear: input list": (fF.linear, F.linear, ([1.0], W), "input"),
+    "linear: bias list": (fF.linear, F.linear, (X, W, [1.0]), "bias"),
+    "linear: sizes": (fF.linear, F.linear, (X, torch.randn(5, 3)), "weight"),
+    "linear: bias size": (fF.linear, F.linear, (X, W, torch.randn(3)), "bias"),
+    "linear: scalar input": (fF.linear, F.linear, (torch.tensor(1.0), W), "input"),
+    "linear: weight rank": (fF.linear, F.linear, (X, W[None]), "weight"),
+    "linear: weight dtype": (fF.linear, F.linear, (X, W.double()), "weight"),
+    "linear: integer weight": (fF.linear, F.linear, (X, W.int()), "weight"),
+    "linear: bias dtype": (fF.linear, F.linear, (X, W, B.double()), "bias"),
+    "linear: quantized": (
+        fF.linear,
+        F.linear,
+        (torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), W),
+        "quint8",
+    ),
+    "matmul: scalar": (fastnn.matmul, torch.matmul, (X, torch.tensor(1.0)), "other"),
+    "matmul: sizes": (fastnn.matmul, torch.matmul, (X, X), "other"),
+    "matmul: batches": (fastnn.matmul, torch.matmul, (torch.randn(2, 3, 4), torch.randn(3, 4, 5)), "batch"),
+    "matmul: dtypes": (fastnn.matmul, torch.matmul, (X, W.t().double()), "other"),
+    "matmul: not a tensor": (fastnn.matmul, torch.matmul, (X, 3), "other"),
+    "mm: vector": (fastnn.mm, torch.mm, (X, B), "mat2"),
+    "mm: sizes": (fastnn.mm, torch.mm, (X, W), "mat2"),
+    "bmm: matrices": (fastnn.bmm, torch.bmm, (X, W.t()), "input"),
+    "bmm: batches": (fastnn.bmm, torch.bmm, (torch.randn(2, 3, 4), torch.randn(3, 4, 5)), "mat2"),
+    "mv: sizes": (fastnn.mv, torch.mv, (X, B), "vec"),
+    "mv: ranks": (fastnn.mv, torch.mv, (B, B), "input"),
+    "addmm: input": (fastnn.addmm, torch.addmm, (torch.randn(3), X, W.t()), "input"),
+    "addmm: dtype": (fastnn.addmm, torch.addmm, (B.double(), X, W.t()), "input"),
+    "addmm: ranks": (fastnn.addmm, torch.addmm, (B, X[0], W.t()), "mat1"),
+    "baddbmm: ranks": (fastnn.baddbmm, torch.baddbmm, (B, X, W.t()), "batch1"),
+    "bilinear: weight": (fF.bilinear, F.bilinear, (X, X, torch.randn(2, 4, 5)), "weight"),
+    "bilinear: batches": (fF.bilinear, F.bilinear, (X, X[:2], torch.randn(2, 4, 4)), "input1"),
+    "relu: list": (fF.relu, F.relu, ([1.0],), "input"),
+    "relu: bool": (fF.relu, F.relu, (torch.tensor([True]),), "bool"),
+    "gelu: long": (fF.gelu, F.gelu, (torch.arange(3),), "int64"),
+    "relu: expanded in place": (fF.relu, F.relu, (torch.randn(1).expand(4), True), "input"),
+    "relu: leaf in place": (fF.relu, F.relu, (torch.randn(4, requires_grad=True), True), "input"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_arguments(name):
+    ours, torchs, arguments, named = CASES[name]
+    with pytest.raises(Exception) as expected:
+        torchs(*arguments)
+    with pytest.raises(type(expected.value), match=named) as found:
+        ours(*arguments)
+    assert type(found.value) is type(expected.value)
+    assert "fastnn." in str(found.value)
+
+
+def outs():
+    yield "dtype", torch.empty(3, 5, dtype=torch.float64)
+    yield "overlap", torch.empty(1, 5).expand(3, 5)
+    yield "requires grad", torch.empty(3, 5, requires_grad=True)
+    yield "not a tensor", [1.0]
+    yield "sparse", torch.zeros(3, 5).to_sparse()
+
+
+@pytest.mark.parametrize("name", [name for name, _ in outs()])
+def test_bad_out(name):
+    (out,) = (value for key, value in outs() if key == name)
+    for ours, torchs, arguments in (
+        (fastnn.mm, torch.mm, (X, W.t())),
+        (fastnn.matmul, torch.matmul, (X, W.t())),
+        (fastnn.addmm, torch.addmm, (B, X, W.t())),
+    ):
+        with pytest.raises(Exception) as expected:
+            torchs(*arguments, out=out)
+        with pytest.raises(type(expected.value), match="out"):
+            ours(*arguments, out=out)
+
+
+def test_out_of_another_shape_is_resized_with_torchs_warning():
+    out = torch.zeros(2, 2)
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        fastnn.mm(X, W.t(), out=out)
+    torch.testing.assert_close(out, X @ W.t())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastnn.mm(X, W.t(), out=torch.empty(0))
+
+
+def test_out_that_shares_memory_with_an_input():
+    """torch computes something; here the result is right."""
+    a, b = torch.randn(6, 6), torch.randn(6, 6)
+    for out_of in (lambda a, b: a, lambda a, b: b.t(), lambda a, b: a.t()):
+        x, y = a.clone(), b.clone()
+        expected = x.double() @ y.double()
+        out = out_of(x, y)
+        fastnn.mm(x, y, out=out)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    buffer = torch.randn(8, 6)
+    expected = buffer[:6].double() @ b.double()
+    fastnn.mm(buffer[:6], b, out=buffer[2:])
+    torch.testing.assert_close(buffer[2:].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_out_counts_as_a_change():
+    out = torch.zeros(3, 5)
+    version = out._version
+    fastnn.mm(X, W.t(), out=out)
+    assert out._version > version
+
+
+FALLBACKS = {
+    "integers": lambda: (fastnn.mm, torch.mm, (X.long(), W.t().long())),
+    "complex": lambda: (fastnn.matmul, torch.matmul, (X.cfloat(), W.t().cfloat())),
+    "sparse weight": lambda: (fF.linear, F.linear, (X, W.to_sparse())),
+    "sparse input": lambda: (fastnn.mm, torch.mm, (X.to_sparse_csr(), W.t())),
+    "vector weight": lambda: (fF.linear, F.linear, (X, W[0])),
+    "bias that broadcasts": lambda: (fF.linear, F.linear, (X, W, torch.randn(1))),
+    "integer sigmoid": lambda: (fF.sigmoid, torch.sigmoid, (torch.arange(3),)),
+    "complex silu": lambda: (fF.silu, F.silu, (X.cfloat(),)),
+    "subclass": lambda: (fastnn.mm, torch.mm, (X.as_subclass(Mine), W.t())),
+}
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_torch_takes_goes_to_torch_and_is_counted(name):
+    ours, torchs, arguments = FALLBACKS[name]()
+    _state.reset_fallbacks()
+    result, expected = ours(*arguments), torchs(*arguments)
+    assert type(result) is type(expected)
+    torch.testing.assert_close(result.to_dense(), expected.to_dense(), check_layout=False)
+    ((op, reason),) = _state.fallbacks()
+    assert op == ours.__name__
+    assert reason
+    with fastnn.strict(), pytest.raises(fastnn.FallbackError, match="would run in torch"):
+        ours(*arguments)
+
+
+def test_negated_views():
+    """A conjugate's imaginary part is negated when it is read, not in memory."""
+    z = torch.randn(4, 4, dtype=torch.cfloat)
+    x = z.conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(fastnn.mm(x, x), x.clone() @ x.clone())
+    torch.testing.assert_close(fF.linear(x, x, x[0]), F.linear(x.clone(), x.clone(), x[0].clone()))
+    torch.testing.assert_close(fF.gelu(x), F.gelu(x.clone()))
+    negative = torch._neg_view(torch.ones(2, 2))
+    assert torch.equal(fastnn.mm(negative, torch.eye(2)), -torch.ones(2, 2))
+    assert torch.equal(fF.relu(negative), torch.zeros(2, 2))
+
+
+def test_int_mm_bad_arguments():
+    a, b = torch.ones(2, 3, dtype=torch.int8), torch.ones(3, 4, dtype=torch.int8)
+    with pytest.raises(TypeError, match="b:"):
+        fastnn.int_mm(a, None)
+    for bad in (
+        (a.float(), b),
+        (a, b.to(torch.uint8)),
+        (a, a),
+        (a[0], b),
+        (a.to_sparse(), b),
+        (a.expand(2, 2, 3), b.expand(3, 3, 4)),
+    ):
+        with pytest.raises(RuntimeError, match="fastnn"):
+            fastnn.int_mm(*bad)
+    with pytest.raises(ValueError, match="row_scale"):
+        fastnn.int_mm(a, b, row_scale=torch.ones(2))
+    with pytest.raises(RuntimeError, match="col_scale"):
+        fastnn.int_mm(a, b, out_dtype=torch.float32, col_scale=torch.ones(3))
+    with pytest.raises(RuntimeError, match="out_dtype"):
+        fastnn.int_mm(a, b, out_dtype=torch.float64)
+
+
+def test_gelu_bad_approximate():
+    with pytest.raises(RuntimeError, match="approximate"):
+        fF.gelu(X, approximate="erf")
+
+
+def test_linear_act_bad_activation():
+    with pytest.raises(ValueError, match="activation"):
+        fF.linear_act(X, W, B, "swish")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.cfloat)
+tensors = st.builds(
+    lambda shape, dtype, layout: _laid_out(torch.ones(shape, dtype=dtype), layout),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from(DTYPES),
+    st.sampled_from(("dense", "transposed", "expanded", "sparse", "meta")),
+)
+things = st.one_of(tensors, tensors, tensors, tensors, st.sampled_from((None, 1, 2.5, "x", [1.0])))
+FUNCTIONS = (
+    (fF.linear, F.linear, 3),
+    (fF.bilinear, F.bilinear, 4),
+    (fastnn.matmul, torch.matmul, 2),
+    (fastnn.mm, torch.mm, 2),
+    (fastnn.bmm, torch.bmm, 2),
+    (fastnn.mv, torch.mv, 2),
+    (fastnn.addmm, torch.addmm, 3),
+    (fastnn.baddbmm, torch.baddbmm, 3),
+    (fF.relu, F.relu, 1),
+    (fF.gelu, F.gelu, 1),
+    (fF.sigmoid, torch.sigmoid, 1),
+)
+
+
+def _laid_out(x, layout):
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1)
+    if layout == "expanded" and x.dim():
+        return x[:1].expand(x.shape) if x.shape[0] else x
+    if layout == "sparse":
+        return x.to_sparse()
+    return x.to("meta") if layout == "meta" else x
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(which=st.sampled_from(FUNCTIONS), data=st.data())
+def test_anything(which, data):
+    """Whatever the arguments: torch's result, or torch's exception type."""
+    ours, torchs, count = which
+    arguments = [data.draw(things) for _ in range(count)]
+    try:
+        expected = torchs(*arguments)
+    except Exception as error:
+        # Mixed with meta tensors torch computes some things and refuses others by no rule.
+        if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments):
+            with contextlib.suppress(Exception):
+                ours(*arguments)
+            return
+        with pytest.raises(type(error)):
+            ours(*arguments)
+        return
+    result = ours(*arguments)
+    assert (result.shape, result.dtype, result.device, result.layout) == (
+        expected.shape,
+        expected.dtype,
+        expected.device,
+        expected.layout,
+    )
+    if not expected.is_meta:
+        torch.testing.assert_close(result.to_dense(), expected.to_dense(), equal_nan=True)

@@ -1,0 +1,143 @@
+"""torch's own samples and error inputs (the OpInfo database)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastnn
+import fastnn.functional as fF
+
+from .support import FLOATS, assert_within, double
+
+OURS = {
+    "nn.functional.linear": fF.linear,
+    "nn.functional.bilinear": fF.bilinear,
+    "nn.functional.relu": fF.relu,
+    "nn.functional.gelu": fF.gelu,
+    "nn.functional.silu": fF.silu,
+    "sigmoid": fF.sigmoid,
+    "tanh": fF.tanh,
+    "matmul": fastnn.matmul,
+    "mm": fastnn.mm,
+    "bmm": fastnn.bmm,
+    "addmm": fastnn.addmm,
+    "baddbmm": fastnn.baddbmm,
+    "mv": fastnn.mv,
+}
+ELEMENTWISE = ("nn.functional.relu", "nn.functional.gelu", "nn.functional.silu", "sigmoid", "tanh")
+ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
+CASES = [(name, dtype) for name in OURS for dtype in FLOATS]
+IDS = [f"{name}-{str(dtype)[6:]}" for name, dtype in CASES]
+
+
+def test_every_function_has_an_entry():
+    assert set(ENTRIES) == set(OURS)
+
+
+def samples(name, dtype, requires_grad=False):
+    yield from ENTRIES[name].sample_inputs("cpu", dtype, requires_grad=requires_grad)
+
+
+def magnitude_of(op, sample, exact):
+    if op.name in ELEMENTWISE:
+        return torch.maximum(sample.input.detach().double().abs(), exact.abs())
+    return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
+
+
+def terms_of(sample):
+    tensors = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
+    return 8 + 2 * max((size for t in tensors for size in t.shape), default=1)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=IDS)
+def test_samples(name, dtype):
+    op, count = ENTRIES[name], 0
+    for sample in samples(name, dtype):
+        result = OURS[name](sample.input, *sample.args, **sample.kwargs)
+        torchs = op.op(sample.input, *sample.args, **sample.kwargs)
+        assert result.shape == torchs.shape
+        assert result.stride() == torchs.stride()
+        assert result.dtype == torchs.dtype
+        exact = op.op(double(sample.input), *double(sample.args), **double(sample.kwargs))
+        assert_within(result, exact, magnitude_of(op, sample, exact), terms_of(sample))
+        count += 1
+    assert count
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=IDS)
+def test_gradients_of_samples(name, dtype):
+    """The gradients, against those that torch computes in float64."""
+    op = ENTRIES[name]
+    loose = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for sample in samples(name, dtype, requires_grad=True):
+        inputs = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
+        wide = [double(t).requires_grad_() for t in inputs]
+        wide_args = iter(wide[1:])
+        args = [next(wide_args) if isinstance(a, torch.Tensor) else a for a in sample.args]
+        result = OURS[name](sample.input, *sample.args, **sample.kwargs)
+        exact = op.op(wide[0], *args, **double(sample.kwargs))
+        if not exact.requires_grad:
+            assert not result.requires_grad
+            continue
+        direction = torch.randn_like(exact).to(dtype)
+        wanted = [t for t in inputs if t.requires_grad]
+        exact_wanted = [w for w, t in zip(wide, inputs, strict=True) if t.requires_grad]
+        found = torch.autograd.grad(result, wanted, direction, allow_unused=True)
+        expected = torch.autograd.grad(exact, exact_wanted, direction.double(), allow_unused=True)
+        for g, e in zip(found, expected, strict=True):
+            if e is None:
+                assert g is None or not g.any()
+                continue
+            assert g.shape == e.shape
+            assert g.dtype == dtype
+            scale = e.abs().max().item() if e.numel() else 0
+            torch.testing.assert_close(g.double(), e, rtol=loose, atol=loose * max(scale, 1))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_errors(name):
+    op = ENTRIES[name]
+    if op.error_inputs_func is None:
+        pytest.skip("torch lists none")
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(Exception) as ours:
+            OURS[name](sample.input, *sample.args, **sample.kwargs)
+        assert type(ours.value) is error.error_type
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if ENTRIES[n].supports_out])
+def test_out(name):
+    op = ENTRIES[name]
+    for sample in samples(name, torch.float32):
+        expected = OURS[name](sample.input, *sample.args, **sample.kwargs)
+        for out in (torch.full_like(expected, torch.nan), torch.empty(0)):
+            assert OURS[name](sample.input, *sample.args, **sample.kwargs, out=out) is out
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        strided = torch.full((*expected.shape, 2), torch.nan)[..., 0]
+        OURS[name](sample.input, *sample.args, **sample.kwargs, out=strided)
+        torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError):
+            OURS[name](sample.input, *sample.args, **sample.kwargs, out=torch.empty(0, dtype=torch.int32))
+        with pytest.raises(RuntimeError):
+            op.op(sample.input, *sample.args, **sample.kwargs, out=torch.empty(0, dtype=torch.int32))
+
+
+def test_signatures():
+    """The parameter names and defaults are torch's."""
+    import inspect
+
+    assert str(inspect.signature(fF.relu)).replace("'", "").startswith("(input: Tensor, inplace: bool = False)")
+    for ours, torchs in ((fF.relu, F.relu), (fF.silu, F.silu)):
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(torchs).parameters)
+    x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    torch.testing.assert_close(fF.linear(input=x, weight=w, bias=b), F.linear(input=x, weight=w, bias=b))
+    fF.bilinear(input1=x, input2=x, weight=torch.randn(2, 3, 3), bias=None)
+    fF.gelu(input=x, approximate="tanh")
+    fastnn.matmul(input=x, other=w.t(), out=None)
+    fastnn.mm(input=x, mat2=w.t(), out=None)
+    fastnn.bmm(input=x[None], mat2=w.t()[None], out=None)
+    fastnn.addmm(input=b, mat1=x, mat2=w.t(), beta=1, alpha=1, out=None)
+    fastnn.baddbmm(input=b, batch1=x[None], batch2=w.t()[None], beta=1, alpha=1, out=None)
+    fastnn.mv(input=x, vec=x[0], out=None)

@@ -1,0 +1,246 @@
+"""Threads, fork, one OpenMP runtime, the same bits every time, and the settings of a thread."""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastnn
+import fastnn.functional as fF
+from fastnn import _cpu, _state
+
+from .support import FLOATS
+
+SHAPES = [(4, 64, 64), (1, 512, 768), (67, 129, 300), (256, 256, 256), (33, 1030, 65), (700, 40, 1500)]
+
+
+def forward_and_backward(m, n, k, dtype):
+    generator = torch.Generator().manual_seed(m)
+    x, w, b = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in ((m, k), (n, k), (n,)))
+    y = fF.linear_act(x, w, b, "gelu")
+    return (y, *torch.autograd.grad(y, (x, w, b), torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_same_bits_at_one_and_two_threads_and_on_every_run(dtype):
+    for shape in SHAPES:
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(forward_and_backward(*shape, dtype))
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True)), shape
+
+
+def test_sixteen_threads_at_once():
+    shapes = [(4, 64, 64), (67, 129, 300), (200, 200, 200), (1, 512, 768)]
+    expected = [forward_and_backward(*shape, torch.float32) for shape in shapes]
+    start = threading.Barrier(16)
+
+    def work(seed):
+        torch.set_num_threads(1)
+        start.wait()
+        for i in range(12):
+            which = (seed + i) % len(shapes)
+            found = forward_and_backward(*shapes[which], torch.float32)
+            if not all(torch.equal(a, b) for a, b in zip(found, expected[which], strict=True)):
+                return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(work, range(16)))
+
+
+def run(program, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_fork():
+    """After a parallel region in the parent, the child computes too. (torch's own OpenMP does not survive this with more
+    than one thread in the child, so that a DataLoader's worker uses one.)"""
+    assert (
+        run(
+            """
+import os, sys, torch, fastnn
+a = torch.randn(300, 300)
+expected = fastnn.mm(a, a)
+fastnn.count = 0
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    same = torch.equal(fastnn.mm(a, a), expected)
+    fastnn._state.count_fallback("x", "y")
+    os._exit(0 if same else 3)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), torch.equal(fastnn.mm(a, a), expected))
+"""
+        )
+        == "0 True"
+    )
+
+
+def test_one_openmp_runtime():
+    found = run(
+        """
+import torch, fastnn
+fastnn.mm(torch.randn(512, 512), torch.randn(512, 512))
+maps = open("/proc/self/maps").read().split()
+print(len({p for p in maps if "gomp" in p or "libomp" in p or "iomp" in p}))
+"""
+    )
+    assert found == "1"
+
+
+def test_the_gil_is_released():
+    a = torch.randn(1500, 1500)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(1)
+            stop.wait(0.0005)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        before = len(ticks)
+        for _ in range(5):
+            fastnn.mm(a, a)
+        assert len(ticks) > before
+    finally:
+        stop.set()
+        ticker.join()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_batch_invariant(isa, dtype):
+    """A row's bits do not depend on how many other rows are in the batch."""
+    before = _cpu.isa()
+    _cpu.set_isa(isa)
+    try:
+        for n, k in ((64, 64), (129, 300), (1, 77), (40, 1200)):
+            x, w, b = torch.randn(150, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            with fastnn.batch_invariant():
+                whole = fF.linear_act(x, w, b, "gelu")
+                for first, last in ((0, 1), (0, 2), (5, 12), (17, 50), (3, 150)):
+                    assert torch.equal(fF.linear_act(x[first:last], w, b, "gelu"), whole[first:last])
+                    assert torch.equal(fF.linear(x[first:last], w, b), fF.linear(x, w, b)[first:last])
+                assert torch.equal(fastnn.mm(x[7:8], w.t()), fastnn.mm(x, w.t())[7:8])
+                batched = fF.linear_act(x.view(3, 50, k), w, b, "gelu").view(150, n)
+                assert torch.equal(batched, whole)
+    finally:
+        _cpu.set_isa(before)
+
+
+def test_backends_by_name():
+    x, w = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    with fastnn.backend("reference"):
+        y = fF.linear(x, w)
+        assert "Linear" not in type(y.grad_fn).__name__
+        torch.testing.assert_close(y, F.linear(x, w))
+        torch.testing.assert_close(fastnn.addmm(x[:, :1], x, x.t(), beta=2), torch.addmm(x[:, :1], x, x.t(), beta=2))
+        torch.testing.assert_close(fF.gelu(x), F.gelu(x))
+        torch.testing.assert_close(fF.relu(x.clone(), inplace=True), F.relu(x))
+        (g,) = torch.autograd.grad(y.sum(), w)
+        with fastnn.backend("cpu"):
+            assert type(fF.linear(x, w).grad_fn).__name__ == "_LinearBackward"
+        assert _state.settings().backend == "reference"
+    assert _state.settings() is _state.PLAIN
+    torch.testing.assert_close(g, torch.autograd.grad(F.linear(x, w).sum(), w)[0])
+    with pytest.raises(ValueError, match="backend"):
+        fastnn.backend("cuda")
+
+
+def test_a_backend_from_the_environment():
+    program = (
+        "import torch, fastnn; print(fastnn._state.settings().backend); fastnn.mm(torch.ones(2, 2), torch.ones(2, 2))"
+    )
+    assert run(program, FASTNN_BACKEND="reference") == "reference"
+
+
+def test_settings_belong_to_a_thread():
+    seen = {}
+
+    def look():
+        seen["other"] = _state.settings()
+
+    with fastnn.backend("reference"), fastnn.batch_invariant(), fastnn.strict():
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        assert _state.settings() == ("reference", True, True)
+    assert seen["other"] is _state.PLAIN
+    assert _state.settings() is _state.PLAIN
+
+
+def test_fallbacks_are_counted_from_many_threads():
+    _state.reset_fallbacks()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: [_state.count_fallback("op", "why") for _ in range(200)], range(8)))
+    assert _state.fallbacks() == {("op", "why"): 1600}
+    _state.reset_fallbacks()
+
+
+def test_without_the_dlpack_table_of_newer_torch():
+    """torch before 2.10 has none: everything goes the long way, to the same results."""
+    program = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import fastnn
+from fastnn.backends import cpu
+x, w = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
+assert cpu.tensor_product(x, w.detach(), True, None, 0, 0) is None
+y = fastnn.functional.linear(x, w)
+torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
+y.sum().backward()
+torch.testing.assert_close(w.grad, torch.autograd.grad(torch.nn.functional.linear(x, w).sum(), w)[0])
+torch.testing.assert_close(fastnn.matmul(x, x.t()), x @ x.t())
+torch.testing.assert_close(fastnn.functional.gelu(x), torch.nn.functional.gelu(x))
+print(fastnn._state.fallbacks())
+"""
+    assert run(program) == "{}"
+
+
+def test_the_dlpack_table_is_used():
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("torch before 2.10")
+    from fastnn.backends import cpu
+
+    x = torch.randn(4, 6)
+    assert cpu.tensor_product(x, x, True, None, 0, 0) is not None
+    # What it does not take: other dtypes, layouts, subclasses, tensors without elements or memory.
+    for bad in (
+        x.int(),
+        x.to_sparse(),
+        x.to("meta"),
+        torch.empty(0, 6),
+        None,
+        3,
+        torch.randn(6),
+        torch._neg_view(x),
+        torch.randn(4, 5),
+        x.double(),
+    ):
+        assert cpu.tensor_product(x, bad, True, None, 0, 0) is None
+        assert cpu.tensor_product(bad, x, True, None, 0, 0) is None
+    assert cpu.tensor_product(x, x, True, x, 0, 0) is None
+    assert cpu.tensor_product(x, x) is None
+    assert cpu.tensor_product(x, x, True, None, 99, 0) is None
+    assert cpu.tensor_product(x, x, True, None, "relu", 0) is None
+    assert cpu.tensor_activation(0, x) is None
+    assert cpu.tensor_activation(1, x.t()) is None
