@@ -335,7 +335,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         saved = output if output is not None else _linear(input, weight, bias, "none")
         grad = activation_backward(ctx.activation, grad, saved)
-    return _gradients(ctx.needs_input_grad, grad, input, weight)
+    # The dispatcher drops arguments that equal their defaults.
+    return _gradients((*ctx.needs_input_grad, False)[:3], grad, input, weight)
 
 
 def _vmap(
