@@ -254,8 +254,29 @@ def test_a_whole_model_trains_under_it(no_fallback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_around_a_compiled_function():
+@pytest.mark.parametrize("inside", [False, True])
+def test_with_compile(inside):
     x = square()
-    compiled = torch.compile(lambda a: (a @ a).relu(), backend="aot_eager")
-    with fastnn.patch():
-        torch.testing.assert_close(compiled(x), (x @ x).relu())
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(str(module.graph))
+        return module.forward
+
+    def patched(a):
+        with fastnn.patch():
+            return (a @ a).relu()
+
+    def plain(a):
+        return (a @ a).relu()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(patched if inside else plain, backend=backend, fullgraph=True)
+    if inside:
+        output = compiled(x)
+    else:
+        with fastnn.patch():
+            output = compiled(x)
+    torch.testing.assert_close(output, plain(x))
+    assert "torch.ops.fastnn.matmul" in graphs[0]
+    assert _get_current_function_mode_stack() == []

@@ -302,6 +302,19 @@ def test_functional_call_uses_the_given_weight(packed_calls):
     torch.testing.assert_close(output, nn.functional.linear(x, **state))
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_extreme_values(value, where, packed_calls):
+    model = layer(False)
+    x = torch.randn(19, 65)
+    with torch.no_grad():
+        (x if where == "input" else model.weight)[3, 5] = value
+        fastnn.prepack_(model)
+        expected = nn.functional.linear(x, model.weight, model.bias)
+        torch.testing.assert_close(model(x), expected, equal_nan=True)
+    assert len(packed_calls) == 1
+
+
 def test_tied_weights_and_shared_layers(packed_calls):
     first, second = layer(False), layer(False)
     second.weight = first.weight
