@@ -57,7 +57,7 @@ sanitize: build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    PYTHONPATH=$(SITE) $(BIN)/python -S -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
-SANITIZE_TESTS ?= tests/kernels
+SANITIZE_TESTS ?= tests/kernels tests/ops/test_errors.py
 
 clean:
 	rm -rf build dist demo-results .pytest_cache .ruff_cache .hypothesis $(VENV)/stamps
