@@ -4,7 +4,6 @@
 PYTHON      ?= python3.11
 VENV        ?= .venv
 TORCH       ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Formatting depends on the formatter's version, so these two are pinned.
 LINTERS     := ruff==0.17.5 clang-format==23.1.5
 
@@ -69,7 +68,7 @@ $(VENV)/stamps/venv:
 	touch $@
 
 $(TORCH_STAMP): $(VENV)/stamps/venv
-	$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	$(PIP) install "$(TORCH)"
 	touch $@
 
 $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv

@@ -32,7 +32,8 @@ inline int read_tuple(const char* op, const char* name, pybind11::handle t, int6
   if (!PyTuple_Check(t.ptr())) bad_argument(op, name, "a tuple of integers");
   const Py_ssize_t n = PyTuple_GET_SIZE(t.ptr());
   if (n > most)
-    bad_argument(op, name, "at most " + std::to_string(most) + " entries, got " + std::to_string(n));
+    bad_argument(op, name,
+                 "at most " + std::to_string(most) + " entries, got " + std::to_string(n));
   for (Py_ssize_t i = 0; i < n; i++) {
     out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), i));
     if (out[i] == -1 && PyErr_Occurred()) throw pybind11::error_already_set();

@@ -49,10 +49,9 @@ bool is_float(DType t) {
 
 void check_types(const Gemm& g) {
   const DType a = g.a.type, b = g.b.type, c = g.c.type;
-  const bool ok =
-      is_float(a) ? a == b && (c == a || (c == DType::f32 && a != DType::f64))
-                  : (a == DType::s8 || a == DType::u8) && b == DType::s8 &&
-                        (c == DType::s32 || (is_float(c) && c != DType::f64));
+  const bool ok = is_float(a) ? a == b && (c == a || (c == DType::f32 && a != DType::f64))
+                              : (a == DType::s8 || a == DType::u8) && b == DType::s8 &&
+                                    (c == DType::s32 || (is_float(c) && c != DType::f64));
   if (!ok)
     bad_argument("gemm", "dtypes",
                  std::string("one floating-point type, or int8/uint8 times int8, got ") +
@@ -163,58 +162,58 @@ void linear_call(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, uintptr_t 
 void bind_gemm(py::module_& m) {
   py::class_<PackedOperand>(m, "PackedOperand", "B, laid out as one kernel reads it.")
       .def_readonly("nbytes", &PackedOperand::bytes)
-      .def_property_readonly(
-          "shape", [](const PackedOperand& p) { return py::make_tuple(p.k, p.n); })
-      .def_property_readonly("path", [](const PackedOperand& p) {
-        return packed_path(p);
-      });
-  m.def("pack",
-        [](uintptr_t ptr, py::handle shape, py::handle strides, int dtype, int precision) {
-          View b = view("pack", "b", ptr, shape, strides, dtype);
-          if (b.dims != 2) bad_argument("pack", "b", "2 dimensions");
-          const Precision p = enum_argument<Precision>("precision", precision, 2);
-          py::gil_scoped_release release;
-          return pack_b(b.matrix, b.shape[0], b.shape[1], p);
-        },
-        py::arg("b_ptr"), py::arg("b_shape"), py::arg("b_strides"), py::arg("dtype"),
-        py::arg("precision") = 0);
+      .def_property_readonly("shape",
+                             [](const PackedOperand& p) { return py::make_tuple(p.k, p.n); })
+      .def_property_readonly("path", [](const PackedOperand& p) { return packed_path(p); });
+  m.def(
+      "pack",
+      [](uintptr_t ptr, py::handle shape, py::handle strides, int dtype, int precision) {
+        View b = view("pack", "b", ptr, shape, strides, dtype);
+        if (b.dims != 2) bad_argument("pack", "b", "2 dimensions");
+        const Precision p = enum_argument<Precision>("precision", precision, 2);
+        py::gil_scoped_release release;
+        return pack_b(b.matrix, b.shape[0], b.shape[1], p);
+      },
+      py::arg("b_ptr"), py::arg("b_shape"), py::arg("b_strides"), py::arg("dtype"),
+      py::arg("precision") = 0);
   m.def("gemm", &gemm_call, py::arg("a_ptr"), py::arg("a_shape"), py::arg("a_strides"),
         py::arg("a_dtype"), py::arg("b_ptr"), py::arg("b_shape"), py::arg("b_strides"),
         py::arg("b_dtype"), py::arg("c_ptr"), py::arg("c_shape"), py::arg("c_strides"),
-        py::arg("c_dtype"), py::arg("precision") = 0, py::arg("alpha") = 1.0,
-        py::arg("beta") = 0.0, py::arg("residual_ptr") = 0,
-        py::arg("residual_strides") = py::tuple(), py::arg("bias_ptr") = 0,
-        py::arg("bias_axis") = 0, py::arg("bias_stride") = 1, py::arg("activation") = 0,
-        py::arg("row_scale_ptr") = 0, py::arg("col_scale_ptr") = 0,
+        py::arg("c_dtype"), py::arg("precision") = 0, py::arg("alpha") = 1.0, py::arg("beta") = 0.0,
+        py::arg("residual_ptr") = 0, py::arg("residual_strides") = py::tuple(),
+        py::arg("bias_ptr") = 0, py::arg("bias_axis") = 0, py::arg("bias_stride") = 1,
+        py::arg("activation") = 0, py::arg("row_scale_ptr") = 0, py::arg("col_scale_ptr") = 0,
         py::arg("packed") = static_cast<const PackedOperand*>(nullptr),
         py::arg("batch_invariant") = false,
         "c = activation(alpha * row_scale * col_scale * (a @ b) + bias + beta * residual)");
   m.def("linear", &linear_call, "out = activation(x @ w.T + bias), rows dense, one dtype");
-  m.def("column_sum",
-        [](uintptr_t x, int64_t rows, int64_t cols, int64_t rs, int64_t cs, int dtype,
-           uintptr_t out) {
-          const DType t = dtype_argument("column_sum", "dtype", dtype);
-          if (rows < 0 || cols < 0) bad_argument("column_sum", "m, n", "0 or more");
-          py::gil_scoped_release release;
-          column_sum(reinterpret_cast<void*>(x), rows, cols, rs, cs, t,
-                     reinterpret_cast<void*>(out));
-        },
-        py::arg("x_ptr"), py::arg("m"), py::arg("n"), py::arg("row_stride"),
-        py::arg("col_stride"), py::arg("dtype"), py::arg("out_ptr"));
-  m.def("gemm_path",
-        [](int a, int, int precision) {
-          return gemm_path(dtype_argument("gemm_path", "a_dtype", a),
-                           enum_argument<Precision>("precision", precision, 2));
-        },
-        py::arg("a_dtype"), py::arg("c_dtype"), py::arg("precision") = 0,
-        "The name of the kernel that runs a large product of this type.");
+  m.def(
+      "column_sum",
+      [](uintptr_t x, int64_t rows, int64_t cols, int64_t rs, int64_t cs, int dtype,
+         uintptr_t out) {
+        const DType t = dtype_argument("column_sum", "dtype", dtype);
+        if (rows < 0 || cols < 0) bad_argument("column_sum", "m, n", "0 or more");
+        py::gil_scoped_release release;
+        column_sum(reinterpret_cast<void*>(x), rows, cols, rs, cs, t, reinterpret_cast<void*>(out));
+      },
+      py::arg("x_ptr"), py::arg("m"), py::arg("n"), py::arg("row_stride"), py::arg("col_stride"),
+      py::arg("dtype"), py::arg("out_ptr"));
+  m.def(
+      "gemm_path",
+      [](int a, int, int precision) {
+        return gemm_path(dtype_argument("gemm_path", "a_dtype", a),
+                         enum_argument<Precision>("precision", precision, 2));
+      },
+      py::arg("a_dtype"), py::arg("c_dtype"), py::arg("precision") = 0,
+      "The name of the kernel that runs a large product of this type.");
   m.def("counters", &gemm_counters, "Products run so far, by kernel.");
   m.def("reset_counters", &reset_gemm_counters);
-  m.def("peak_flops",
-        [](const std::string& kind, int threads, double seconds) {
-          py::gil_scoped_release release;
-          return peak_flops(kind, threads, seconds);
-        },
-        py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.2,
-        "Operations a second of a register-only loop on one kind of unit: f32, f64, bf16, int8.");
+  m.def(
+      "peak_flops",
+      [](const std::string& kind, int threads, double seconds) {
+        py::gil_scoped_release release;
+        return peak_flops(kind, threads, seconds);
+      },
+      py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.2,
+      "Operations a second of a register-only loop on one kind of unit: f32, f64, bf16, int8.");
 }

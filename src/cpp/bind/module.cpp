@@ -9,9 +9,10 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "fastnn's CPU kernels, on raw pointers. Import torch first: its OpenMP runtime is used.";
-  m.def("isa", [] { return fastnn::isa_name(fastnn::active_isa()); },
-        "The instruction set in use.");
+  m.doc() =
+      "fastnn's CPU kernels, on raw pointers. Import torch first: its OpenMP runtime is used.";
+  m.def(
+      "isa", [] { return fastnn::isa_name(fastnn::active_isa()); }, "The instruction set in use.");
   m.def("available_isas", &fastnn::available_isas,
         "Instruction sets that this build and this CPU both have.");
   m.def("set_isa", &fastnn::set_isa, py::arg("name"),

@@ -188,14 +188,8 @@ void deallocate(Block block) noexcept {
   cache().give(block);
 }
 
-void empty_cache() noexcept {
-  cache().shrink_to(0);
-}
-void set_cache_limit(size_t bytes) noexcept {
-  cache().set_limit(bytes);
-}
-AllocatorStats allocator_stats() noexcept {
-  return cache().stats();
-}
+void empty_cache() noexcept { cache().shrink_to(0); }
+void set_cache_limit(size_t bytes) noexcept { cache().set_limit(bytes); }
+AllocatorStats allocator_stats() noexcept { return cache().stats(); }
 
 }  // namespace fastnn

@@ -63,18 +63,24 @@ const CpuFeatures& cpu_features() {
 static bool usable(Isa isa) {
   const CpuFeatures& f = cpu_features();
   switch (isa) {
-    case Isa::portable: return true;
+    case Isa::portable:
+      return true;
 #ifdef FASTNN_HAS_AVX2
-    case Isa::avx2: return f.avx2;
+    case Isa::avx2:
+      return f.avx2;
 #endif
 #ifdef FASTNN_HAS_AVX512
-    case Isa::avx512: return f.avx512;
-    case Isa::amx_emulated: return f.avx512;
+    case Isa::avx512:
+      return f.avx512;
+    case Isa::amx_emulated:
+      return f.avx512;
 #endif
 #ifdef FASTNN_HAS_AMX
-    case Isa::amx: return f.amx_bf16 && f.amx_int8;
+    case Isa::amx:
+      return f.amx_bf16 && f.amx_int8;
 #endif
-    default: return false;
+    default:
+      return false;
   }
 }
 

@@ -21,8 +21,7 @@ void parallel(int threads, F&& f) {
     f(0, 1);
     return;
   }
-  run_on_threads(
-      threads, [](void* c, int t, int n) { (*static_cast<F*>(c))(t, n); }, (void*)&f);
+  run_on_threads(threads, [](void* c, int t, int n) { (*static_cast<F*>(c))(t, n); }, (void*)&f);
 }
 
 // The share [begin, end) of n items, cut at multiples of `grain`, for one of `threads`.

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand packed at a time
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
+constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -126,7 +127,10 @@ static unsigned run_part(const Kernel& kn, const Gemm& g, const Store& store, in
   int64_t block_a = std::max<int64_t>(
       1, kBlockBytes / std::max<int64_t>(1, std::min(kn.kc, g.k) * kn.mr * kn.a_bytes));
   int64_t block_b = kBlockPanelsB;
+  const int64_t tile_bytes = int64_t(kn.mr) * kn.nr * dtype_size(kn.acc);
   block_a = std::min(block_a, mp), block_b = std::min(block_b, np);
+  // The sums of a block live in L2 as well.
+  if (sum) block_a = std::min(block_a, std::max<int64_t>(1, kSumBytes / (block_b * tile_bytes)));
   // Enough blocks that threads which finish early find work.
   while (ceil_div(mp, block_a) * ceil_div(np, block_b) < 3 * threads && threads > 1 &&
          (block_a > 1 || block_b > 1)) {
@@ -138,7 +142,6 @@ static unsigned run_part(const Kernel& kn, const Gemm& g, const Store& store, in
       block_b = ceil_div(block_b, 2);
   }
   const int64_t blocks_m = ceil_div(mp, block_a), blocks_n = ceil_div(np, block_b);
-  const int64_t tile_bytes = int64_t(kn.mr) * kn.nr * dtype_size(kn.acc);
   const int64_t acc_bytes = (sum ? block_a * block_b : 1) * tile_bytes;
   char* accumulators = static_cast<char*>(scratch(Scratch::accumulator, acc_bytes * threads));
 
@@ -201,9 +204,10 @@ unsigned run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const int64_t size_a = dtype_size(g.a.type), size_b = dtype_size(g.b.type);
 
   // Reading an operand in place saves a pass over it, and pays where each element is used little.
-  const bool whole_words = g.k % kn.k_word == 0;
-  const bool direct_a = kn.direct_a && whole_words && (kn.k_word == 1 || g.a.cs == 1) &&
-                        (g.n <= 2 * kn.nr || g.m <= kn.mr);
+  // Tiles have no tails: they are read in place where there are none.
+  const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
+  const bool direct_a =
+      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) && (g.n <= 2 * kn.nr || g.m <= kn.mr);
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
 
   const Layout all_a = layout_a(kn, g.m, g.k), all_b = layout_b(kn, g.k, g.n);
@@ -265,8 +269,8 @@ void run_dot(const Kernel& kn, const Gemm& g, int threads) {
       const int cols = int(std::min<int64_t>(kDotCols, mine.end - j));
       for (int64_t i = 0; i < g.m; i += kDotRows) {
         const int rows = int(std::min<int64_t>(kDotRows, g.m - i));
-        kn.dot(g.a.data + i * g.a.rs * size_a, g.a.rs, rows, g.b.data + j * g.b.cs * size_b,
-               g.b.cs, cols, g.k, acc);
+        kn.dot(g.a.data + i * g.a.rs * size_a, g.a.rs, rows, g.b.data + j * g.b.cs * size_b, g.b.cs,
+               cols, g.k, acc);
         kn.store(acc, kDotCols, rows, cols, store, i, j);
       }
     }

@@ -53,8 +53,8 @@ struct FloatOps {
       __m512i row[16];
 #pragma GCC unroll 16
       for (int l = 0; l < 16; l++)
-        row[l] = l < n ? _mm512_castps_si512(V::load(src + l * lane_stride).r)
-                       : _mm512_setzero_si512();
+        row[l] =
+            l < n ? _mm512_castps_si512(V::load(src + l * lane_stride).r) : _mm512_setzero_si512();
       transpose16(row);
       store_words(row, (uint32_t*)dst, ld, room);
       return;
@@ -84,11 +84,30 @@ constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type
   constexpr bool in_place = sizeof(Src) == sizeof(typename V::T);
   constexpr DType acc = sizeof(typename V::T) == 8 ? DType::f64 : DType::f32;
   constexpr int size = sizeof(typename V::T), nr = NV * V::width;
-  return {name, type, type, acc, MR, nr, 1, 1, kc, size, size, 0,
-          pack_panel<Ops, Src, MR>, pack_panel<Ops, Src, nr>,
+  return {name,
+          type,
+          type,
+          acc,
+          MR,
+          nr,
+          1,
+          1,
+          kc,
+          size,
+          size,
+          0,
+          pack_panel<Ops, Src, MR>,
+          pack_panel<Ops, Src, nr>,
           run_tile<Ops, MR, NV, in_place, in_place>,
           sizeof(typename V::T) == 8 ? store_f64 : store_f32,
-          run_dot<Ops, Src>, dot_name, in_place, in_place, false, false, nullptr, nullptr};
+          run_dot<Ops, Src>,
+          dot_name,
+          in_place,
+          in_place,
+          false,
+          false,
+          nullptr,
+          nullptr};
 }
 
 // For few rows: more vectors a row, B read where it lies.
@@ -97,10 +116,30 @@ constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
   using Ops = FloatOps<V>;
   using T = typename V::T;
   constexpr int nr = NV * V::width;
-  return {name, type, type, type, MR, nr, 1, 1, kc, sizeof(T), sizeof(T), 0,
-          nullptr, nullptr, run_wide_tile<Ops, MR, NV>,
+  return {name,
+          type,
+          type,
+          type,
+          MR,
+          nr,
+          1,
+          1,
+          kc,
+          sizeof(T),
+          sizeof(T),
+          0,
+          nullptr,
+          nullptr,
+          run_wide_tile<Ops, MR, NV>,
           sizeof(T) == 8 ? store_f64 : store_f32,
-          run_dot<Ops, T>, "", true, true, false, true, nullptr, nullptr};
+          run_dot<Ops, T>,
+          "",
+          true,
+          true,
+          false,
+          true,
+          nullptr,
+          nullptr};
 }
 
 // n independent chains of sums on registers, for peak_flops.

@@ -25,12 +25,13 @@ struct Query {
   int64_t rows;     // kernels for few rows are taken only for so few
   bool direct_b;    // and only where B can be read in place
   bool exact_only;  // no split products
+  bool with_dot = false;
 };
 
 const Kernel* find_in(const Kernel* list, const Query& q) {
   for (; list && list->name; list++) {
     if (list->a != q.a || list->b != q.b) continue;
-    if (list->split && q.exact_only) continue;
+    if ((list->split && q.exact_only) || (q.with_dot && !list->dot)) continue;
     if (list->few_rows && !(q.rows <= list->mr && q.direct_b)) continue;
     return list;
   }
@@ -121,8 +122,12 @@ bool overlaps(const Gemm& g) { return g.residual.data == g.c.data && g.beta != 0
 void run_one(Gemm g, int threads) {
   const bool swappable = g.a.type == g.b.type && !g.packed;
   constexpr int64_t many = int64_t(1) << 40;
-  Query q{g.a.type, g.b.type, g.precision, g.batch_invariant ? many : g.m,
-          g.b.cs == 1 && !g.packed, g.batch_invariant};
+  Query q{g.a.type,
+          g.b.type,
+          g.precision,
+          g.batch_invariant ? many : g.m,
+          g.b.cs == 1 && !g.packed,
+          g.batch_invariant};
   const Kernel* kn = g.packed ? g.packed->kernel : find_kernel(q);
   if (!kn) throw std::invalid_argument("gemm: no kernel for these types");
 
@@ -130,30 +135,40 @@ void run_one(Gemm g, int threads) {
   // rows may not decide.
   if (!g.batch_invariant && swappable) {
     const bool along_k = g.a.cs == 1 && g.b.rs == 1;
-    const Kernel* exact = kn->split ? find_kernel({q.a, q.b, q.precision, q.rows, q.direct_b, true})
-                                    : kn;
-    if (exact->dot && along_k && std::min(g.m, g.n) <= 2 * kDotRows && g.k >= 16) {
-      if (g.n < g.m) transpose(g);
-      count(exact->dot_name);
-      run_dot(*exact, g, threads);
-      return;
+    if (along_k && std::min(g.m, g.n) <= 2 * kDotRows && g.k >= 16) {
+      if (const Kernel* dot = find_kernel({q.a, q.b, q.precision, many, false, true, true})) {
+        if (g.n < g.m) transpose(g);
+        count(dot->dot_name);
+        run_dot(*dot, g, threads);
+        return;
+      }
+    }
+    // Splitting an operand costs about as much as 64 rows gain by it.
+    if (kn->split && std::min(g.m, g.n) <= 64) {
+      q.exact_only = true;
+      kn = find_kernel(q);
     }
     const bool rows_in_place = g.m <= 2 * kn->nr && g.b.rs == 1 && g.n > g.m && kn->direct_a;
     const bool columns_first = g.c.rs == 1 && g.c.cs != 1 && g.m > kn->mr;
     if (rows_in_place || columns_first) transpose(g);
-    if (!kn->split) {
+    if (rows_in_place || columns_first) {
       q.rows = g.m, q.direct_b = g.b.cs == 1;
       kn = find_kernel(q);
     }
   }
-  if (kn->split && overlaps(g)) {
+  if (kn->split && overlaps(g) && g.b.data) {
     // A refused split product starts again, so C must not be an input as well.
     q.exact_only = true;
-    if (!g.packed) kn = find_kernel(q);
+    g.packed = nullptr;
+    kn = find_kernel(q);
   }
   count(kn->name);
   if (run_blocked(*kn, g, threads) == 0) return;
 
+  if (!g.b.data)
+    throw std::invalid_argument(
+        "gemm: b_ptr: needed beside `packed` where an operand has an infinity, a NaN or only tiny "
+        "values");
   q.exact_only = true;
   Gemm again = g;
   again.packed = nullptr;

@@ -62,22 +62,22 @@ constexpr int kDotRows = 4, kDotCols = 4;
 
 struct Kernel {
   const char* name;
-  DType a, b, acc;        // operands as they lie in memory; accumulator
-  int mr, nr;             // tile
-  int k_word;             // elements of K in a word
-  int k_step;             // K is padded to a multiple of it
-  int64_t kc;             // block of K, a multiple of k_step
-  int a_bytes, b_bytes;   // packed bytes an element
-  int b_extra;            // further bytes a panel and block (column sums)
+  DType a, b, acc;       // operands as they lie in memory; accumulator
+  int mr, nr;            // tile
+  int k_word;            // elements of K in a word
+  int k_step;            // K is padded to a multiple of it
+  int64_t kc;            // block of K, a multiple of k_step
+  int a_bytes, b_bytes;  // packed bytes an element
+  int b_extra;           // further bytes a panel and block (column sums)
   PackFn pack_a, pack_b;
   TileFn tile;
   StoreFn store;
-  DotFn dot;              // null: none
+  DotFn dot;  // null: none
   const char* dot_name;
   bool direct_a, direct_b;  // can read an operand where it lies: a along K or across, b across
-  bool split;             // a split product: see split_refused
-  bool few_rows;          // for at most mr rows, reading B in place
-  void (*enter)();        // on each thread before and after its tiles, or null
+  bool split;               // a split product: see split_refused
+  bool few_rows;            // for at most mr rows, reading B in place
+  void (*enter)();          // on each thread before and after its tiles, or null
   void (*leave)();
 };
 

@@ -147,10 +147,9 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
   }
   for (; w0 < words; w0++)
     for (int l = 0; l < LANES; l++)
-      dst[w0 * LANES + l] =
-          l < lanes ? gather_word<Ops>(src + l * lane_stride + w0 * G * k_stride, k_stride,
-                                       kc - w0 * G)
-                    : Ops::make_zero_word();
+      dst[w0 * LANES + l] = l < lanes ? gather_word<Ops>(src + l * lane_stride + w0 * G * k_stride,
+                                                         k_stride, kc - w0 * G)
+                                      : Ops::make_zero_word();
   return 0;
 }
 
@@ -203,10 +202,14 @@ static void run_dot(const void* x_, int64_t xs, int rows, const void* w_, int64_
   auto* acc = static_cast<typename Ops::Acc*>(acc_);
   if (cols == kDotCols) {
     switch (rows) {
-      case 1: return dot_block<Ops, Src, 1, kDotCols>(x, xs, w, ws, k, acc);
-      case 2: return dot_block<Ops, Src, 2, kDotCols>(x, xs, w, ws, k, acc);
-      case 3: return dot_block<Ops, Src, 3, kDotCols>(x, xs, w, ws, k, acc);
-      default: return dot_block<Ops, Src, 4, kDotCols>(x, xs, w, ws, k, acc);
+      case 1:
+        return dot_block<Ops, Src, 1, kDotCols>(x, xs, w, ws, k, acc);
+      case 2:
+        return dot_block<Ops, Src, 2, kDotCols>(x, xs, w, ws, k, acc);
+      case 3:
+        return dot_block<Ops, Src, 3, kDotCols>(x, xs, w, ws, k, acc);
+      default:
+        return dot_block<Ops, Src, 4, kDotCols>(x, xs, w, ws, k, acc);
     }
   }
   for (int i = 0; i < rows; i++)
@@ -252,9 +255,12 @@ FASTNN_INLINE V load_typed(const char* base, DType type, int64_t index, int64_t 
     return load_strided<V>((const double*)base + index, stride, n);
   } else {
     switch (type) {
-      case DType::bf16: return load_strided<V>((const bf16*)base + index, stride, n);
-      case DType::f16: return load_strided<V>((const f16*)base + index, stride, n);
-      default: return load_strided<V>((const float*)base + index, stride, n);
+      case DType::bf16:
+        return load_strided<V>((const bf16*)base + index, stride, n);
+      case DType::f16:
+        return load_strided<V>((const f16*)base + index, stride, n);
+      default:
+        return load_strided<V>((const float*)base + index, stride, n);
     }
   }
 }
@@ -323,34 +329,40 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
     }
 }
 
-[[maybe_unused]] static void store_f32(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
-                      int64_t j0) {
+[[maybe_unused]] static void store_f32(const void* acc, int ld, int rows, int cols, const Store& s,
+                                       int64_t i0, int64_t j0) {
   const auto* a = static_cast<const float*>(acc);
   switch (s.type) {
-    case DType::bf16: return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
-    case DType::f16: return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
-    default: return store_tile<float>(a, ld, rows, cols, s, i0, j0);
+    case DType::bf16:
+      return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f16:
+      return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
+    default:
+      return store_tile<float>(a, ld, rows, cols, s, i0, j0);
   }
 }
 
-[[maybe_unused]] static void store_f64(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
-                      int64_t j0) {
+[[maybe_unused]] static void store_f64(const void* acc, int ld, int rows, int cols, const Store& s,
+                                       int64_t i0, int64_t j0) {
   store_tile<double>(static_cast<const double*>(acc), ld, rows, cols, s, i0, j0);
 }
 
-[[maybe_unused]] static void store_s32(const void* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
-                      int64_t j0) {
+[[maybe_unused]] static void store_s32(const void* acc, int ld, int rows, int cols, const Store& s,
+                                       int64_t i0, int64_t j0) {
   const auto* a = static_cast<const int32_t*>(acc);
   switch (s.type) {
-    case DType::bf16: return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
-    case DType::f16: return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
-    case DType::f32: return store_tile<float>(a, ld, rows, cols, s, i0, j0);
-    default: break;
+    case DType::bf16:
+      return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f16:
+      return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
+    case DType::f32:
+      return store_tile<float>(a, ld, rows, cols, s, i0, j0);
+    default:
+      break;
   }
   auto* c = reinterpret_cast<int32_t*>(s.c) + i0 * s.c_rs + j0 * s.c_cs;
   if (s.c_cs == 1) {
-    for (int i = 0; i < rows; i++)
-      __builtin_memcpy(c + i * s.c_rs, a + i * ld, size_t(cols) * 4);
+    for (int i = 0; i < rows; i++) __builtin_memcpy(c + i * s.c_rs, a + i * ld, size_t(cols) * 4);
     return;
   }
   for (int j = 0; j < cols; j++)

@@ -61,11 +61,16 @@ void sum_columns(const T* x, int64_t m, int64_t n, int64_t rs, int64_t cs, T* ou
 void column_sum(const void* x, int64_t m, int64_t n, int64_t rs, int64_t cs, DType type,
                 void* out) {
   switch (type) {
-    case DType::f32: return sum_columns((const float*)x, m, n, rs, cs, (float*)out);
-    case DType::f64: return sum_columns((const double*)x, m, n, rs, cs, (double*)out);
-    case DType::bf16: return sum_columns((const bf16*)x, m, n, rs, cs, (bf16*)out);
-    case DType::f16: return sum_columns((const f16*)x, m, n, rs, cs, (f16*)out);
-    default: throw std::invalid_argument("column_sum: dtype: expected a floating-point type");
+    case DType::f32:
+      return sum_columns((const float*)x, m, n, rs, cs, (float*)out);
+    case DType::f64:
+      return sum_columns((const double*)x, m, n, rs, cs, (double*)out);
+    case DType::bf16:
+      return sum_columns((const bf16*)x, m, n, rs, cs, (bf16*)out);
+    case DType::f16:
+      return sum_columns((const f16*)x, m, n, rs, cs, (f16*)out);
+    default:
+      throw std::invalid_argument("column_sum: dtype: expected a floating-point type");
   }
 }
 

@@ -94,9 +94,7 @@ struct VecF32 {
     return from(_mm256_maskz_loadu_epi16(first(n), p), H());
   }
   FASTNN_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
-  FASTNN_INLINE void store_partial(float* p, int n) const {
-    _mm512_mask_storeu_ps(p, first(n), r);
-  }
+  FASTNN_INLINE void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), r); }
   FASTNN_INLINE __m256i to(bf16) const {
     const __m512i u = _mm512_castps_si512(r);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -182,9 +180,7 @@ FASTNN_INLINE VecF64 copysign(VecF64 a, VecF64 sign) {
   const __m512d m = _mm512_set1_pd(-0.0);
   return {_mm512_or_pd(_mm512_andnot_pd(m, a.r), _mm512_and_pd(m, sign.r))};
 }
-FASTNN_INLINE VecF64 widen_low(VecF32 a) {
-  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.r))};
-}
+FASTNN_INLINE VecF64 widen_low(VecF32 a) { return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.r))}; }
 FASTNN_INLINE VecF64 widen_high(VecF32 a) {
   return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.r, 1))};
 }
@@ -233,8 +229,7 @@ struct VecF32 {
     const __m256i q = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256 nan = _mm256_cmp_ps(r, r, _CMP_UNORD_Q);
-    const __m256i w = _mm256_srli_epi32(
-        _mm256_blendv_epi8(q, quiet, _mm256_castps_si256(nan)), 16);
+    const __m256i w = _mm256_srli_epi32(_mm256_blendv_epi8(q, quiet, _mm256_castps_si256(nan)), 16);
     const __m256i packed = _mm256_packus_epi32(w, w);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   }
@@ -340,9 +335,7 @@ FASTNN_INLINE VecF64 copysign(VecF64 a, VecF64 sign) {
   const __m256d m = _mm256_set1_pd(-0.0);
   return {_mm256_or_pd(_mm256_andnot_pd(m, a.r), _mm256_and_pd(m, sign.r))};
 }
-FASTNN_INLINE VecF64 widen_low(VecF32 a) {
-  return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.r))};
-}
+FASTNN_INLINE VecF64 widen_low(VecF32 a) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.r))}; }
 FASTNN_INLINE VecF64 widen_high(VecF32 a) {
   return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.r, 1))};
 }
@@ -449,8 +442,8 @@ FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) {
   VecF32 v;
   for (int i = 0; i < VecF32::width; i++) {
     const int whole = n.r[i] == n.r[i] ? int(n.r[i]) : 0, half = whole >> 1;
-    v.r[i] = a.r[i] * bit_cast<float>((half + 127) << 23) *
-             bit_cast<float>((whole - half + 127) << 23);
+    v.r[i] =
+        a.r[i] * bit_cast<float>((half + 127) << 23) * bit_cast<float>((whole - half + 127) << 23);
   }
   return v;
 }

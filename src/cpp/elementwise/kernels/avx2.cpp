@@ -4,7 +4,5 @@
 #include "elementwise/kernels.inl"
 
 namespace fastnn {
-const ElementwiseKernels& avx2_elementwise() {
-  return avx2::table;
-}
+const ElementwiseKernels& avx2_elementwise() { return avx2::table; }
 }  // namespace fastnn

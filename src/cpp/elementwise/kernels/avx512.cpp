@@ -4,7 +4,5 @@
 #include "elementwise/kernels.inl"
 
 namespace fastnn {
-const ElementwiseKernels& avx512_elementwise() {
-  return avx512::table;
-}
+const ElementwiseKernels& avx512_elementwise() { return avx512::table; }
 }  // namespace fastnn

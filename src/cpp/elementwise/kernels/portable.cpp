@@ -4,7 +4,5 @@
 #include "elementwise/kernels.inl"
 
 namespace fastnn {
-const ElementwiseKernels& portable_elementwise() {
-  return portable::table;
-}
+const ElementwiseKernels& portable_elementwise() { return portable::table; }
 }  // namespace fastnn

@@ -8,13 +8,13 @@ namespace fastnn {
 namespace avx512 {
 
 static const Kernel kernels[] = {
-    wide_kernel<VecF32, 3, 8>("avx512 f32 3x128", DType::f32, 1024),
-    wide_kernel<VecF32, 6, 4>("avx512 f32 6x64", DType::f32, 1024),
-    wide_kernel<VecF64, 3, 8>("avx512 f64 3x64", DType::f64, 1024),
-    float_kernel<VecF32, float, 14, 2>("avx512 f32 14x32", "avx512 f32 dot", DType::f32, 384),
+    wide_kernel<VecF32, 3, 8>("avx512 f32 3x128", DType::f32, 128),
+    wide_kernel<VecF32, 6, 4>("avx512 f32 6x64", DType::f32, 128),
+    wide_kernel<VecF64, 3, 8>("avx512 f64 3x64", DType::f64, 256),
+    float_kernel<VecF32, float, 14, 2>("avx512 f32 14x32", "avx512 f32 dot", DType::f32, 128),
     float_kernel<VecF64, double, 14, 2>("avx512 f64 14x16", "avx512 f64 dot", DType::f64, 256),
-    float_kernel<VecF32, bf16, 14, 2>("avx512 bf16 14x32", "avx512 bf16 dot", DType::bf16, 384),
-    float_kernel<VecF32, f16, 14, 2>("avx512 f16 14x32", "avx512 f16 dot", DType::f16, 384),
+    float_kernel<VecF32, bf16, 14, 2>("avx512 bf16 14x32", "avx512 bf16 dot", DType::bf16, 128),
+    float_kernel<VecF32, f16, 14, 2>("avx512 f16 14x32", "avx512 f16 dot", DType::f16, 128),
     pair16_kernel<int8_t, 14, 2>("avx512 s8s8 14x32", DType::s8, 768),
     pair16_kernel<uint8_t, 14, 2>("avx512 u8s8 14x32", DType::u8, 768),
     {},
@@ -29,7 +29,10 @@ double avx512_peak(const char* kind, int64_t iterations) {
   if (__builtin_strcmp(kind, "f64") == 0) {
     VecF64 sum[12] = {};
     const VecF64 x = VecF64::set1(0.5);
-    chains(sum, iterations, [&](VecF64& s) { s = fma(s, x, x); });
+    chains(sum, iterations, [&](VecF64& s) {
+      s = fma(s, x, x);
+      asm volatile("" : "+x"(s.r));
+    });
     volatile double keep = 0;
     for (auto& s : sum) keep = keep + reduce_add(s);
     return double(iterations) * 12 * VecF64::width * 2;
@@ -43,7 +46,10 @@ double avx512_peak(const char* kind, int64_t iterations) {
     for (auto& s : sum) s = Pair16Ops::zero();
     const int word = 0x00030005;
     const Pair16Ops::Vec x = Pair16Ops::broadcast((const char*)&word);
-    chains(sum, iterations, [&](Pair16Ops::Vec& s) { s = Pair16Ops::multiply_add(x, s, x); });
+    chains(sum, iterations, [&](Pair16Ops::Vec& s) {
+      s = Pair16Ops::multiply_add(s, x, x);
+      asm volatile("" : "+v"(s));
+    });
     int32_t keep[Pair16Ops::width];
     volatile int32_t total = 0;
     for (auto& s : sum) {
@@ -54,7 +60,10 @@ double avx512_peak(const char* kind, int64_t iterations) {
   }
   VecF32 sum[12] = {};
   const VecF32 x = VecF32::set1(0.5f);
-  chains(sum, iterations, [&](VecF32& s) { s = fma(s, x, x); });
+  chains(sum, iterations, [&](VecF32& s) {
+    s = fma(s, x, x);
+    asm volatile("" : "+x"(s.r));
+  });
   volatile float keep = 0;
   for (auto& s : sum) keep = keep + reduce_add(s);
   return double(iterations) * 12 * VecF32::width * 2;

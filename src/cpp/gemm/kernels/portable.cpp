@@ -47,17 +47,37 @@ struct IntOps {
 
 template <class A>
 constexpr Kernel int_kernel(const char* name, DType a) {
-  return {name, a, DType::s8, DType::s32, 4, 8, 1, 1, 256, 4, 4, 0,
-          pack_panel<IntOps, A, 4>, pack_panel<IntOps, int8_t, 8>,
-          run_tile<IntOps, 4, 2, false, false>, store_s32,
-          nullptr, "", false, false, false, false, nullptr, nullptr};
+  return {name,
+          a,
+          DType::s8,
+          DType::s32,
+          4,
+          8,
+          1,
+          1,
+          256,
+          4,
+          4,
+          0,
+          pack_panel<IntOps, A, 4>,
+          pack_panel<IntOps, int8_t, 8>,
+          run_tile<IntOps, 4, 2, false, false>,
+          store_s32,
+          nullptr,
+          "",
+          false,
+          false,
+          false,
+          false,
+          nullptr,
+          nullptr};
 }
 
 static const Kernel kernels[] = {
-    float_kernel<VecF32, float, 4, 2>("portable f32 4x8", "portable f32 dot", DType::f32, 256),
+    float_kernel<VecF32, float, 4, 2>("portable f32 4x8", "portable f32 dot", DType::f32, 128),
     float_kernel<VecF64, double, 4, 2>("portable f64 4x4", "portable f64 dot", DType::f64, 256),
-    float_kernel<VecF32, bf16, 4, 2>("portable bf16 4x8", "portable bf16 dot", DType::bf16, 256),
-    float_kernel<VecF32, f16, 4, 2>("portable f16 4x8", "portable f16 dot", DType::f16, 256),
+    float_kernel<VecF32, bf16, 4, 2>("portable bf16 4x8", "portable bf16 dot", DType::bf16, 128),
+    float_kernel<VecF32, f16, 4, 2>("portable f16 4x8", "portable f16 dot", DType::f16, 128),
     int_kernel<int8_t>("portable s8s8 4x8", DType::s8),
     int_kernel<uint8_t>("portable u8s8 4x8", DType::u8),
     {},
@@ -72,7 +92,10 @@ double portable_peak(const char* kind, int64_t iterations) {
   if (__builtin_strcmp(kind, "f64") == 0) {
     VecF64 sum[12] = {};
     const VecF64 x = VecF64::set1(0.5);
-    chains(sum, iterations, [&](VecF64& s) { s = fma(s, x, x); });
+    chains(sum, iterations, [&](VecF64& s) {
+      s = fma(s, x, x);
+      asm volatile("" : "+m"(s.r));
+    });
     volatile double keep = 0;
     for (auto& s : sum) keep = keep + reduce_add(s);
     return double(iterations) * 12 * VecF64::width * 2;
@@ -80,7 +103,10 @@ double portable_peak(const char* kind, int64_t iterations) {
   // bfloat16 and int8 have no unit of their own here.
   VecF32 sum[12] = {};
   const VecF32 x = VecF32::set1(0.5f);
-  chains(sum, iterations, [&](VecF32& s) { s = fma(s, x, x); });
+  chains(sum, iterations, [&](VecF32& s) {
+    s = fma(s, x, x);
+    asm volatile("" : "+m"(s.r));
+  });
   volatile float keep = 0;
   for (auto& s : sum) keep = keep + reduce_add(s);
   return double(iterations) * 12 * VecF32::width * 2;
