@@ -4,6 +4,7 @@
 ``fastnn.functional`` and ``fastnn.matmul`` and its kin are the functions themselves.
 """
 
+import importlib as _importlib
 import importlib.metadata as _metadata
 
 from . import functional, nn
@@ -19,6 +20,14 @@ try:
     __version__ = _metadata.version("fastnn")
 except _metadata.PackageNotFoundError:  # run from a source tree that is on the path
     __version__ = "0+unknown"
+
+
+def __getattr__(name):
+    # The suite and the benchmarks are imported when they are asked for: layers do not need them.
+    if name in ("testing", "bench"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ConversionError",

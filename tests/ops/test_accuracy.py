@@ -68,7 +68,7 @@ def test_linear_act_is_the_formula(isa, dtype, kind, no_fallback):
 
 def test_float32_is_no_worse_than_torch(no_fallback):
     """'highest' is held to torch's own error, on inputs of several kinds. Both are far below the bound of the formula;
-    the factor is for the order of the sums, which is another on each instruction set."""
+    the tenth is for the order of the sums, which is another on each instruction set."""
     k = 4096
     kinds = {
         "normal": (torch.randn(64, k), torch.randn(k, 64)),
@@ -81,7 +81,7 @@ def test_float32_is_no_worse_than_torch(no_fallback):
         exact = a.double() @ b.double()
         ours = torch.linalg.vector_norm(fastnn.mm(a, b).double() - exact)
         torchs = torch.linalg.vector_norm((a @ b).double() - exact)
-        assert ours <= 1.5 * torchs, name
+        assert ours <= 1.1 * torchs, name
 
 
 def test_precision_is_obeyed(no_fallback):

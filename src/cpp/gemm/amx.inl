@@ -314,7 +314,7 @@ constexpr Kernel tile_kernel(const char* name, DType type) {
           32,
           2,
           32,
-          Products == 1 ? 1024 : 512,
+          Products == 1 ? 1024 : 256,
           2 * parts,
           2 * parts,
           0,
