@@ -144,10 +144,15 @@ constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
 
 // n independent chains of sums on registers, for peak_flops.
 template <class Sum, class Step>
-FASTNN_INLINE void chains(Sum* sum, int64_t iterations, Step step) {
+FASTNN_INLINE void chains(Sum* sums, int64_t iterations, Step step) {
+  Sum s[12];  // a local array: its elements stay in registers
+#pragma GCC unroll 16
+  for (int c = 0; c < 12; c++) s[c] = sums[c];
   for (int64_t i = 0; i < iterations; i++)
 #pragma GCC unroll 16
-    for (int c = 0; c < 12; c++) step(sum[c]);
+    for (int c = 0; c < 12; c++) step(s[c]);
+#pragma GCC unroll 16
+  for (int c = 0; c < 12; c++) sums[c] = s[c];
 }
 
 }  // namespace fastnn::FASTNN_TARGET
