@@ -27,7 +27,9 @@ static double vector_peak(const char* kind, int64_t iterations) {
     const int word = 0x00030005;
     const Pair16Ops::Vec x = Pair16Ops::broadcast((const char*)&word);
     chains(sum, iterations, [&](Pair16Ops::Vec& s) {
-      s = Pair16Ops::multiply_add(s, x, x);
+      Pair16Ops::Vec y = x;  // unknown to the compiler, or the product leaves the loop
+      asm volatile("" : "+x"(y));
+      s = Pair16Ops::multiply_add(s, x, y);
       asm volatile("" : "+x"(s));
     });
     int32_t keep[Pair16Ops::width];
