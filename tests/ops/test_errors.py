@@ -24,6 +24,7 @@ CASES = {
     "linear: bias size": (fF.linear, F.linear, (X, W, torch.randn(3)), "bias"),
     "linear: scalar input": (fF.linear, F.linear, (torch.tensor(1.0), W), "input"),
     "linear: weight rank": (fF.linear, F.linear, (X, W[None]), "weight"),
+    "linear: batch of weights": (fF.linear, F.linear, (torch.randn(2, 3, 4), torch.randn(2, 5, 4)), "weight"),
     "linear: weight dtype": (fF.linear, F.linear, (X, W.double()), "weight"),
     "linear: integer weight": (fF.linear, F.linear, (X, W.int()), "weight"),
     "linear: bias dtype": (fF.linear, F.linear, (X, W, B.double()), "bias"),
@@ -114,6 +115,18 @@ def test_out_that_shares_memory_with_an_input():
     expected = buffer[:6].double() @ b.double()
     fastnn.mm(buffer[:6], b, out=buffer[2:])
     torch.testing.assert_close(buffer[2:].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_meta_mixed_with_memory():
+    """torch's vector product reads the memory that the meta tensor does not have."""
+    meta = torch.ones(2, 1, device="meta")
+    for call in (
+        lambda: fastnn.matmul(torch.ones(2), meta),
+        lambda: fastnn.mm(meta, torch.ones(1, 3)),
+        lambda: fastnn.addmm(torch.ones(3), torch.ones(2, 2), meta.expand(2, 3)),
+    ):
+        with pytest.raises(RuntimeError, match="expected one device"):
+            call()
 
 
 def test_out_counts_as_a_change():
@@ -234,17 +247,23 @@ def _laid_out(x, layout):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(which=st.sampled_from(FUNCTIONS), data=st.data())
 def test_anything(which, data):
     """Whatever the arguments: torch's result, or torch's exception type."""
     ours, torchs, count = which
     arguments = [data.draw(things) for _ in range(count)]
+    on = {a.is_meta for a in arguments if isinstance(a, torch.Tensor)}
+    if len(on) == 2:
+        # Mixed with meta tensors torch computes some things, out of memory that is not there, and refuses others.
+        with contextlib.suppress(Exception):
+            ours(*arguments)
+        return
     try:
         expected = torchs(*arguments)
     except Exception as error:
-        # Mixed with meta tensors torch computes some things and refuses others by no rule.
-        if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments):
+        # Of meta tensors alone torch computes some things and refuses others by no rule.
+        if True in on:
             with contextlib.suppress(Exception):
                 ours(*arguments)
             return

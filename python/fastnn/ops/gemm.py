@@ -339,7 +339,11 @@ def _check_tensors(**arguments: Any) -> None:
         elif value.dtype != first.dtype and not is_autocast_enabled("cpu"):
             _wrong("expected one dtype", **{first_name: first, name: value})
         elif value.device != first.device:
-            raise Unsupported(f"expected one device, got {first_name} on {first.device} and {name} on {value.device}")
+            reason = f"expected one device, got {first_name} on {first.device} and {name} on {value.device}"
+            if value.is_meta or first.is_meta:
+                # torch reads the memory that a meta tensor does not have in some of its products.
+                raise RuntimeError(f"fastnn: {reason}")
+            raise Unsupported(reason)
 
 
 def _check_inner(**arguments: Tensor) -> None:

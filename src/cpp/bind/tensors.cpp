@@ -202,7 +202,7 @@ bool integer(PyObject* object, int last, int& value) {
 }
 
 // tensor_product(a, b, transpose_b, bias, activation, precision):
-// activation(a @ b + bias), or a @ b.T; a (..., M, K), b a matrix, or of a's batch.
+// activation(a @ b + bias), or a @ b.T; a (..., M, K), b a matrix, or, untransposed, of a's batch.
 PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor a, b, bias, out;
   int activation, precision;
@@ -211,6 +211,7 @@ PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
       !integer(args[5], 2, precision))
     return not_taken();
   const bool transpose_b = args[2] == Py_True;
+  if (transpose_b && b.dims != 2) return not_taken();
   Gemm g;
   g.k = a.size(-1);
   g.n = b.size(transpose_b ? -2 : -1);
