@@ -219,11 +219,11 @@ FASTNN_INLINE void clear_sums() {
   TILE_ZERO(2);
   TILE_ZERO(3);
 }
-FASTNN_INLINE void store_sums(char* p) {
-  TILE_STORE(0, p, 128);
-  TILE_STORE(1, p + 64, 128);
-  TILE_STORE(2, p + 16 * 128, 128);
-  TILE_STORE(3, p + 16 * 128 + 64, 128);
+FASTNN_INLINE void store_sums(char* p, int64_t row) {
+  TILE_STORE(0, p, row);
+  TILE_STORE(1, p + 64, row);
+  TILE_STORE(2, p + 16 * row, row);
+  TILE_STORE(3, p + 16 * row + 64, row);
 }
 
 // Products: how many of the part products are summed: 1, 3 (two parts), 4 (two parts), 6 (three).
@@ -268,9 +268,9 @@ static void bf16_tiles(const TileArgs& t) {
       FASTNN_PRODUCTS(TILE_BF16);  // hi hi
     }
   }
-  if (!t.add) return store_sums(static_cast<char*>(t.acc));
+  if (!t.add) return store_sums(static_cast<char*>(t.acc), t.acc_row);
   alignas(64) float sums[32 * 32];
-  store_sums(reinterpret_cast<char*>(sums));
+  store_sums(reinterpret_cast<char*>(sums), 128);
   auto* acc = static_cast<float*>(t.acc);
   for (int i = 0; i < 32 * 32; i += 16)
     (VecF32::load(acc + i) + VecF32::load(sums + i)).store(acc + i);
@@ -289,9 +289,9 @@ static void int8_tiles(const TileArgs& t) {
     else
       FASTNN_PRODUCTS(TILE_U8S8);
   }
-  if (!t.add) return store_sums(static_cast<char*>(t.acc));
+  if (!t.add) return store_sums(static_cast<char*>(t.acc), t.acc_row);
   alignas(64) int32_t sums[32 * 32];
-  store_sums(reinterpret_cast<char*>(sums));
+  store_sums(reinterpret_cast<char*>(sums), 128);
   auto* acc = static_cast<int32_t*>(t.acc);
   for (int i = 0; i < 32 * 32; i += 16)
     _mm512_storeu_si512(acc + i,

@@ -3,7 +3,7 @@
 //   K is cut into blocks of kc, A into panels of mr rows, B into panels of nr columns. A block of
 //   C (some panels by some panels) belongs to one thread, which walks all of K for it:
 //
-//       for block of C           taken in turn by the threads
+//       for block of C           shared out among the threads
 //         for block of K         packed A (rows x kc) stays in L2, a panel of B in L1
 //           for panel of B
 //             for panel of A     tile += A panel . B panel, on registers
@@ -12,9 +12,16 @@
 //   Each tile starts from zero in each block of K and is added to the sum, so long sums are
 //   blocked (error grows with K/kc + kc, not K), and no element of C depends on how the blocks were
 //   shared out: the same bits for any number of threads.
+//
+//   There are two ways through the loops. `run_blocks` packs both operands first, all threads
+//   together. `run_columns` is for an A that stays in L2: a thread packs each panel of B just
+//   before its use, for itself. What one core packed another reads slowly, so this is faster where
+//   a product is small; where it is large, A would have to come from beyond L2 for every panel.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
@@ -28,9 +35,43 @@ constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand pack
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
 constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
+constexpr int64_t kColumnsBytes = int64_t(2) << 20;  // of A for run_columns
+constexpr int64_t kColumnsK = 64;                    // more than this
+constexpr int64_t kInPlaceBytes = int64_t(1) << 20;  // of A to be read where it lies
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Items [0, n), each to be done by some thread: first those of a thread's own share, which it had
+// in the last call too, so that its caches may still hold them; then what others have not begun.
+class Shares {
+ public:
+  Shares(int64_t n, int threads) : ranges_(size_t(threads)) {
+    for (int t = 0; t < threads; t++) {
+      const Range r = share_of(n, 1, t, threads);
+      ranges_[size_t(t)].next = r.begin;
+      ranges_[size_t(t)].end = r.end;
+    }
+  }
+  // The next `most` items or fewer; empty when all are taken.
+  Range take(int thread, int64_t most) {
+    const size_t count = ranges_.size();
+    for (size_t i = 0; i < count; i++) {
+      Own& own = ranges_[(size_t(thread) + i) % count];
+      if (own.next.load(std::memory_order_relaxed) >= own.end) continue;
+      const int64_t begin = own.next.fetch_add(most, std::memory_order_relaxed);
+      if (begin < own.end) return {begin, std::min(own.end, begin + most)};
+    }
+    return {0, 0};
+  }
+
+ private:
+  struct alignas(64) Own {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::vector<Own> ranges_;
+};
 
 // Where the panels of one packed operand lie: blocks of K first, panels within them.
 struct Layout {
@@ -87,6 +128,63 @@ struct Source {
   }
 };
 
+// The flags of both operands in one word, as run_blocked returns them.
+struct Flags {
+  std::atomic<unsigned> a{0}, b{0};
+  bool refused(const Kernel& kn) const { return kn.split && split_refused(a, b); }
+};
+
+// One tile over one block of K, and its way to C after the last.
+class Tiles {
+ public:
+  Tiles(const Kernel& kn, const Gemm& g, const Store& store, const Source& a, int64_t m, int64_t n,
+        int64_t i0, int64_t j0)
+      : kn_(kn), store_(store), m_(m), n_(n), i0_(i0), j0_(j0) {
+    // A whole tile that needs nothing done to it goes from the registers to C.
+    straight_ = store.plain && store.type == kn.acc && store.c_cs == 1 && a.layout.blocks() == 1;
+    acc_row_ = int64_t(kn.nr) * dtype_size(kn.acc);
+    t_.packed_a = a.packed;
+    t_.a_row = a.lane, t_.a_word = a.word;
+  }
+  // For the tiles to come: a panel of B, how many words of K, whether they are the first or last.
+  void panel(const char* b, bool packed, int64_t b_word, int64_t q) {
+    t_.b = b, t_.packed_b = packed, t_.b_word = b_word;
+    q_ = q;
+    t_.cols = int(std::min<int64_t>(kn_.nr, n_ - q * kn_.nr));
+  }
+  void block(int64_t words, bool first, bool last) {
+    t_.words = words, t_.add = !first, last_ = last;
+  }
+  void run(const char* a, int64_t p, char* acc) {
+    t_.a = a;
+    t_.rows = int(std::min<int64_t>(kn_.mr, m_ - p * kn_.mr));
+    const int64_t i = i0_ + p * kn_.mr, j = j0_ + q_ * kn_.nr;
+    if (straight_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
+      const int64_t size = dtype_size(kn_.acc);
+      t_.acc = store_.c + (i * store_.c_rs + j) * size;
+      t_.acc_row = store_.c_rs * size;
+      kn_.tile(t_);
+      return;
+    }
+    t_.acc = acc;
+    t_.acc_row = acc_row_;
+    if (t_.words)
+      kn_.tile(t_);
+    else
+      std::memset(acc, 0, size_t(acc_row_) * kn_.mr);  // an empty sum
+    if (last_) kn_.store(acc, kn_.nr, t_.rows, t_.cols, store_, i, j);
+  }
+
+ private:
+  const Kernel& kn_;
+  const Store& store_;
+  int64_t m_, n_, i0_, j0_, q_ = 0, acc_row_;
+  bool straight_, last_ = true;
+  TileArgs t_{};
+};
+
+int64_t tile_bytes(const Kernel& kn) { return int64_t(kn.mr) * kn.nr * dtype_size(kn.acc); }
+
 }  // namespace
 
 size_t packed_b_bytes(const Kernel& kn, int64_t k, int64_t n) { return layout_b(kn, k, n).total(); }
@@ -118,19 +216,20 @@ Store make_store(const Gemm& g) {
 
 // Part of the problem: rows [i0, i0+m) and columns [j0, j0+n), with both operands' panels at once
 // in the scratch memory.
-static unsigned run_part(const Kernel& kn, const Gemm& g, const Store& store, int64_t i0, int64_t m,
-                         int64_t j0, int64_t n, const Source& a, const Source& b, char* pack_a_to,
-                         char* pack_b_to, int threads) {
-  const int64_t mp = ceil_div(m, kn.mr), np = ceil_div(n, kn.nr), blocks = a.layout.blocks();
+static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int64_t i0, int64_t m,
+                       int64_t j0, int64_t n, const Source& a, const Source& b, char* pack_a_to,
+                       char* pack_b_to, Flags& flags, int threads) {
+  const int64_t mp = ceil_div(m, kn.mr), np = ceil_div(n, kn.nr);
+  const int64_t blocks = std::max<int64_t>(1, a.layout.blocks());
   const bool sum = blocks > 1;
 
   int64_t block_a = std::max<int64_t>(
       1, kBlockBytes / std::max<int64_t>(1, std::min(kn.kc, g.k) * kn.mr * kn.a_bytes));
   int64_t block_b = kBlockPanelsB;
-  const int64_t tile_bytes = int64_t(kn.mr) * kn.nr * dtype_size(kn.acc);
   block_a = std::min(block_a, mp), block_b = std::min(block_b, np);
   // The sums of a block live in L2 as well.
-  if (sum) block_a = std::min(block_a, std::max<int64_t>(1, kSumBytes / (block_b * tile_bytes)));
+  if (sum)
+    block_a = std::min(block_a, std::max<int64_t>(1, kSumBytes / (block_b * tile_bytes(kn))));
   // Enough blocks that threads which finish early find work.
   while (ceil_div(mp, block_a) * ceil_div(np, block_b) < 3 * threads && threads > 1 &&
          (block_a > 1 || block_b > 1)) {
@@ -142,83 +241,124 @@ static unsigned run_part(const Kernel& kn, const Gemm& g, const Store& store, in
       block_b = ceil_div(block_b, 2);
   }
   const int64_t blocks_m = ceil_div(mp, block_a), blocks_n = ceil_div(np, block_b);
-  const int64_t acc_bytes = (sum ? block_a * block_b : 1) * tile_bytes;
+  const int64_t acc_bytes = (sum ? block_a * block_b : 1) * tile_bytes(kn);
   char* accumulators = static_cast<char*>(scratch(Scratch::accumulator, acc_bytes * threads));
 
-  std::atomic<int64_t> next{0};
-  std::atomic<unsigned> flags_a{0}, flags_b{0};
+  Shares shares(blocks_m * blocks_n, threads);
   parallel(threads, [&](int thread, int came) {
     if (pack_a_to) {
       Matrix part = g.a;
       part.data += i0 * g.a.rs * int64_t(dtype_size(g.a.type));
-      flags_a |= pack(kn.pack_a, a.layout, pack_a_to, part, g.a.rs, g.a.cs, m, thread, came);
+      flags.a |= pack(kn.pack_a, a.layout, pack_a_to, part, g.a.rs, g.a.cs, m, thread, came);
     }
     if (pack_b_to) {
       Matrix part = g.b;
       part.data += j0 * g.b.cs * int64_t(dtype_size(g.b.type));
-      flags_b |= pack(kn.pack_b, b.layout, pack_b_to, part, g.b.cs, g.b.rs, n, thread, came);
+      flags.b |= pack(kn.pack_b, b.layout, pack_b_to, part, g.b.cs, g.b.rs, n, thread, came);
     }
     if (pack_a_to || pack_b_to) {
       if (came > 1) barrier();
-      const unsigned fb = g.packed ? g.packed->flags : flags_b.load();
-      if (kn.split && split_refused(flags_a.load(), fb)) return;
+      if (flags.refused(kn)) return;
     }
     if (kn.enter) kn.enter();
     char* acc = accumulators + acc_bytes * thread;
-    TileArgs t{};
-    t.packed_a = a.packed, t.packed_b = b.packed;
-    t.a_row = a.lane;
-    for (;;) {
-      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= blocks_m * blocks_n) break;
-      const int64_t p0 = item % blocks_m * block_a, q0 = item / blocks_m * block_b;
+    Tiles tiles(kn, g, store, a, m, n, i0, j0);
+    for (Range r; (r = shares.take(thread, 1)).begin < r.end;) {
+      const int64_t p0 = r.begin % blocks_m * block_a, q0 = r.begin / blocks_m * block_b;
       const int64_t p1 = std::min(mp, p0 + block_a), q1 = std::min(np, q0 + block_b);
-      for (int64_t block = 0; block < std::max<int64_t>(blocks, 1); block++) {
-        t.words = g.k ? a.layout.padded(block) / kn.k_word : 0;
-        t.add = block > 0;
-        t.a_word = a.word, t.b_word = b.word;
-        for (int64_t q = q0; q < q1; q++) {
-          t.b = g.k ? b.at(block, q) : nullptr;
-          t.cols = int(std::min<int64_t>(kn.nr, n - q * kn.nr));
-          for (int64_t p = p0; p < p1; p++) {
-            t.a = g.k ? a.at(block, p) : nullptr;
-            t.rows = int(std::min<int64_t>(kn.mr, m - p * kn.mr));
-            t.acc = sum ? acc + ((q - q0) * block_a + (p - p0)) * tile_bytes : acc;
-            if (g.k)
-              kn.tile(t);
-            else
-              std::memset(t.acc, 0, tile_bytes);  // an empty sum
-            if (block + 1 >= blocks)
-              kn.store(t.acc, kn.nr, t.rows, t.cols, store, i0 + p * kn.mr, j0 + q * kn.nr);
-          }
+      for (int64_t block = 0; block < blocks; block++) {
+        tiles.block(g.k ? a.layout.padded(block) / kn.k_word : 0, block == 0, block + 1 == blocks);
+        auto one = [&](int64_t p, int64_t q) {
+          tiles.panel(g.k ? b.at(block, q) : nullptr, b.packed, b.word, q);
+          tiles.run(g.k ? a.at(block, p) : nullptr, p,
+                    sum ? acc + ((q - q0) * block_a + (p - p0)) * tile_bytes(kn) : acc);
+        };
+        if (sum) {
+          for (int64_t q = q0; q < q1; q++)
+            for (int64_t p = p0; p < p1; p++) one(p, q);
+        } else {  // little work an element of C: its rows are written through, one by one
+          for (int64_t p = p0; p < p1; p++)
+            for (int64_t q = q0; q < q1; q++) one(p, q);
         }
       }
     }
     if (kn.leave) kn.leave();
   });
-  return flags_a.load() | (flags_b.load() << 8);
 }
 
-unsigned run_blocked(const Kernel& kn, const Gemm& g, int threads) {
+// All of the problem, each thread with panels of B that it packs for itself.
+static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, const Source& a,
+                        char* pack_a_to, Flags& flags, int threads) {
+  const Layout b = layout_b(kn, g.k, g.n);
+  const int64_t mp = a.layout.panels, np = b.panels, blocks = b.blocks();
+  const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
+  const int64_t own_bytes = panel_bytes + round_up((blocks > 1 ? mp : 1) * tile_bytes(kn), 4096);
+  char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
+  const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word, size_b = dtype_size(g.b.type);
+
+  // Whole panels where there are enough of them to go round, else an even share of the tiles.
+  const int64_t unit = np >= 4 * threads ? mp : 1;
+  Shares shares(mp * np / unit, threads);
+  parallel(threads, [&](int thread, int came) {
+    if (pack_a_to) {
+      flags.a |= pack(kn.pack_a, a.layout, pack_a_to, g.a, g.a.rs, g.a.cs, g.m, thread, came);
+      if (came > 1) barrier();
+    }
+    if (kn.enter) kn.enter();
+    char *panel = own + own_bytes * thread, *acc = panel + panel_bytes;
+    Tiles tiles(kn, g, store, a, g.m, g.n, 0, 0);
+    unsigned seen = 0;
+    for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : 1)).begin < r.end;) {
+      for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
+        const int64_t q = item / mp, p0 = item % mp, p1 = std::min(mp, p0 + (end - item));
+        for (int64_t block = 0; block < blocks; block++) {
+          const int lanes = int(std::min<int64_t>(kn.nr, g.n - q * kn.nr));
+          seen |= kn.pack_b(panel,
+                            g.b.data + (q * kn.nr * g.b.cs + block * kn.kc * g.b.rs) * size_b,
+                            g.b.cs, g.b.rs, lanes, b.length(block));
+          tiles.panel(panel, true, b_word, q);
+          tiles.block(b.padded(block) / kn.k_word, block == 0, block + 1 == blocks);
+          for (int64_t p = p0; p < p1; p++)
+            tiles.run(a.at(block, p), p, blocks > 1 ? acc + (p - p0) * tile_bytes(kn) : acc);
+        }
+        item += p1 - p0;
+      }
+    }
+    flags.b |= seen;
+    if (kn.leave) kn.leave();
+  });
+}
+
+// Rows at such a distance share so few sets of L1 that they would push each other out.
+static bool rows_collide(const Kernel& kn, const Gemm& g) {
+  constexpr int64_t way = 4096, ways = 8;
+  const int64_t bytes = std::abs(g.a.rs) * int64_t(dtype_size(g.a.type));
+  return g.a.cs == 1 && std::min(g.m, int64_t(kn.mr)) * std::gcd(bytes, way) > (ways - 1) * way;
+}
+
+bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const Store store = make_store(g);
   const int64_t size_a = dtype_size(g.a.type), size_b = dtype_size(g.b.type);
+  const Layout all_a = layout_a(kn, g.m, g.k), all_b = layout_b(kn, g.k, g.n);
+  Flags flags;
 
-  // Reading an operand in place saves a pass over it, and pays where each element is used little.
-  // Tiles have no tails: they are read in place where there are none.
+  // Reading an operand in place saves a pass over it, and pays where it stays in the cache, or each
+  // element is used little. Tiles have no tails: they are read in place where there are none.
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
   const bool direct_a =
-      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) && (g.n <= 2 * kn.nr || g.m <= kn.mr);
+      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+      (g.n <= 2 * kn.nr || g.m <= kn.mr ||
+       (g.m * g.k * size_a <= kInPlaceBytes && !rows_collide(kn, g)));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
+  const bool columns = !direct_b && !g.packed && g.k > kColumnsK && all_a.total() <= kColumnsBytes;
 
-  const Layout all_a = layout_a(kn, g.m, g.k), all_b = layout_b(kn, g.k, g.n);
   // Cut the problem so that each operand's packed part stays within the limit.
   int64_t part_m = g.m, part_n = g.n;
   if (!direct_a && all_a.total() > kPackedLimit)
     part_m = std::max<int64_t>(4, kPackedLimit / (all_a.total() / all_a.panels)) * kn.mr;
-  if (!direct_b && !g.packed && all_b.total() > kPackedLimit)
+  if (!direct_b && !g.packed && !columns && all_b.total() > kPackedLimit)
     part_n = std::max<int64_t>(4, kPackedLimit / (all_b.total() / all_b.panels)) * kn.nr;
 
-  unsigned flags = 0;
   for (int64_t j0 = 0; j0 < g.n; j0 += part_n) {
     const int64_t n = std::min(part_n, g.n - j0);
     Source b{};
@@ -231,7 +371,8 @@ unsigned run_blocked(const Kernel& kn, const Gemm& g, int threads) {
       b.lane = size_b, b.k = g.b.rs * size_b, b.word = b.k * kn.k_word;
     } else if (g.packed) {
       b.data = g.packed->data.get();
-    } else {
+      flags.b = g.packed->flags;
+    } else if (!columns) {
       pack_b_to = static_cast<char*>(scratch(Scratch::packed_b, b.layout.total()));
       b.data = pack_b_to;
     }
@@ -250,13 +391,15 @@ unsigned run_blocked(const Kernel& kn, const Gemm& g, int threads) {
         pack_a_to = static_cast<char*>(scratch(Scratch::packed_a, a.layout.total()));
         a.data = pack_a_to;
       }
-      flags |= run_part(kn, g, store, i0, m, j0, n, a, b, pack_a_to, i0 == 0 ? pack_b_to : nullptr,
-                        threads);
+      if (columns)
+        run_columns(kn, g, store, a, pack_a_to, flags, threads);
+      else
+        run_blocks(kn, g, store, i0, m, j0, n, a, b, pack_a_to, i0 == 0 ? pack_b_to : nullptr,
+                   flags, threads);
     }
   }
   scratch_trim();
-  const unsigned fb = g.packed ? g.packed->flags : flags >> 8;
-  return kn.split && split_refused(flags & 0xff, fb) ? 1 : 0;
+  return !flags.refused(kn);
 }
 
 void run_dot(const Kernel& kn, const Gemm& g, int threads) {

@@ -163,7 +163,7 @@ void run_one(Gemm g, int threads) {
     kn = find_kernel(q);
   }
   count(kn->name);
-  if (run_blocked(*kn, g, threads) == 0) return;
+  if (run_blocked(*kn, g, threads)) return;
 
   if (!g.b.data)
     throw std::invalid_argument(

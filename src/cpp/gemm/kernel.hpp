@@ -2,7 +2,7 @@
 // driver.cpp and the files in kernels/.
 //
 // A kernel multiplies a panel of A (up to mr rows) by a panel of B (up to nr columns) over one
-// block of K, into a tile of accumulators of mr x nr, row-major and contiguous. Panels are packed:
+// block of K, into a tile of accumulators of mr x nr, row-major. Panels are packed:
 // K is cut into words of `k_word` elements and padded with zeros to a multiple of `k_step`.
 #pragma once
 #include "gemm/gemm.hpp"
@@ -48,6 +48,7 @@ struct TileArgs {
   int rows, cols;
   bool packed_a, packed_b;
   void* acc;
+  int64_t acc_row;
   bool add;  // to what acc holds, instead of replacing it
 };
 using TileFn = void (*)(const TileArgs&);
@@ -100,9 +101,10 @@ double amx_peak(const char*, int64_t);
 
 double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
-// driver.cpp: one problem without batches, on up to `threads` threads. Returns PackFlags; when the
-// kernel is a split one and a flag forbids it, C is untouched. See split_refused.
-unsigned run_blocked(const Kernel&, const Gemm&, int threads);
+// driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
+// split one and packing noticed what it cannot represent: C is then not what it should be, and to be
+// computed again. See split_refused.
+bool run_blocked(const Kernel&, const Gemm&, int threads);
 void run_dot(const Kernel&, const Gemm&, int threads);
 bool split_refused(unsigned a_flags, unsigned b_flags);
 Store make_store(const Gemm&);

@@ -57,11 +57,12 @@ static void tile(const TileArgs& t) {
     a += a_word;
     b += b_word;
   }
-  auto* acc = static_cast<typename Ops::Acc*>(t.acc);
+  auto* acc = static_cast<char*>(t.acc);
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++)
+  for (int i = 0; i < ROWS; i++, acc += t.acc_row)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) Ops::put(acc + i * NR + v * Ops::width, sum[i][v], t.add);
+    for (int v = 0; v < NV; v++)
+      Ops::put(reinterpret_cast<typename Ops::Acc*>(acc) + v * Ops::width, sum[i][v], t.add);
 }
 
 // tile<> for a number of rows and vectors known at run time: a table of all of them.
