@@ -204,7 +204,7 @@ del torch.Tensor.__dlpack_c_exchange_api__
 import fastnn
 from fastnn.backends import cpu
 x, w = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
-assert cpu.tensor_product(x, w.detach(), True, None, 0, 0) is None
+assert cpu.tensor_product(cpu.LINEAR, x, w.detach(), None, 0, None) is None
 y = fastnn.functional.linear(x, w)
 torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
 y.sum().backward()
@@ -222,7 +222,11 @@ def test_the_dlpack_table_is_used():
     from fastnn.backends import cpu
 
     x = torch.randn(4, 6)
-    assert cpu.tensor_product(x, x, True, None, 0, 0) is not None
+
+    def product(a, b, bias=None, out=None, kind=cpu.LINEAR, activation="none"):
+        return cpu.tensor_product(kind, a, b, bias, cpu.ACTIVATION[activation], out)
+
+    assert product(x, x) is not None
     # What it does not take: other dtypes, layouts, subclasses, tensors without elements or memory.
     for bad in (
         x.int(),
@@ -234,13 +238,47 @@ def test_the_dlpack_table_is_used():
         torch.randn(6),
         torch._neg_view(x),
         torch.randn(4, 5),
+        torch.randn(2, 4, 6),
         x.double(),
     ):
-        assert cpu.tensor_product(x, bad, True, None, 0, 0) is None
-        assert cpu.tensor_product(bad, x, True, None, 0, 0) is None
-    assert cpu.tensor_product(x, x, True, x, 0, 0) is None
-    assert cpu.tensor_product(x, x) is None
-    assert cpu.tensor_product(x, x, True, None, 99, 0) is None
-    assert cpu.tensor_product(x, x, True, None, "relu", 0) is None
-    assert cpu.tensor_activation(0, x) is None
-    assert cpu.tensor_activation(1, x.t()) is None
+        assert product(x, bad) is None
+        if not isinstance(bad, torch.Tensor) or bad.dim() != 3:
+            assert product(bad, x) is None
+    assert product(x, x, bias=x) is None
+    assert product(x, x, kind=99) is None
+    # Nor an out= that torch would change, refuse or warn of, or that shares memory with an input.
+    square, large = torch.randn(4, 4), torch.randn(8, 8)
+    assert product(square, square, out=torch.empty(4, 4), kind=cpu.MM) is not None
+    assert product(square, square, out=large[::2, ::2], kind=cpu.MM) is not None
+    for out in (
+        torch.empty(4, 5),
+        torch.empty(16),
+        torch.empty(4, 4).double(),
+        torch.empty(1, 4).expand(4, 4),
+        square,
+        square.t(),
+        torch.empty(4, 4, requires_grad=True),
+        torch._neg_view(torch.empty(4, 4)),
+        [1.0],
+    ):
+        assert product(square, square, out=out, kind=cpu.MM) is None
+    with torch.inference_mode():
+        inference = torch.empty(4, 4)
+    assert product(square, square, out=inference, kind=cpu.MM) is None
+    # Where a gradient is wanted, the result comes in a tuple, if the gradient needs nothing else.
+    w = torch.randn(5, 6, requires_grad=True)
+    (result,) = product(x, w)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, x @ w.detach().t())
+    assert product(x, w, activation="gelu") is None
+    assert type(product(x, w, activation="relu")) is tuple
+    with torch.no_grad():
+        assert product(x, w) is not None
+    # And nothing where something looks on.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x, x) is None
+    with fastnn.strict():
+        assert product(x, x) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert product(x, x) is None
+    torch.func.vmap(lambda row: row if product(x, x) is None else pytest.fail("under vmap"))(x)

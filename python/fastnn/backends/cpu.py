@@ -50,14 +50,35 @@ get_precision = torch._C._get_float32_matmul_precision
 _from_dlpack = torch.from_dlpack
 
 # The shortest way of small calls: C reads the tensors itself, through the table that DLPack defines for it and torch has
-# since 2.10. What these functions do not take they answer with None, and without the table that is everything.
+# since 2.10, and asks what _route.py asks. What these functions do not take they answer with None, and without the table
+# that is everything. Where a gradient is wanted, the result comes in a tuple, for an autograd.Function to make it part of
+# the graph.
 tensor_product = _cpu.tensor_product
-tensor_inner = _cpu.tensor_inner
-tensor_column_sum = _cpu.tensor_column_sum
+tensor_linear_gradients = _cpu.tensor_linear_gradients
 tensor_activation = _cpu.tensor_activation
 tensor_activation_backward = _cpu.tensor_activation_backward
+#: What tensor_product computes.
+MATMUL, LINEAR, MM, BMM = range(4)
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _cpu.use_exchange_table(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
+    _cpu.use_torch(
+        Tensor.__dlpack_c_exchange_api__,
+        Tensor,
+        torch.nn.Parameter,
+        {
+            "plain_settings": _state.PLAIN,
+            "settings": _state.settings,
+            "forward_ad": torch.autograd.forward_ad,
+            "dispatch_modes": torch._C._len_torch_dispatch_stack,
+            "functorch_active": torch._C._are_functorch_transforms_active,
+            "tracing_state": torch._C._get_tracing_state,
+            "autocast_enabled": torch._C._is_any_autocast_enabled,
+            "grad_enabled": torch.is_grad_enabled,
+            "precision": get_precision,
+            "is_neg": Tensor.is_neg,
+            "is_inference": Tensor.is_inference,
+            "increment_version": torch._C._increment_version,
+        },
+    )
 
 
 def supports(op: str, *tensors: Tensor | None) -> str | None:

@@ -48,6 +48,9 @@ from ._route import (
 #: What linear_act and the fused epilogues take.
 KINDS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 
+_CODE = cpu.ACTIVATION
+_tensor_activation = cpu.tensor_activation
+
 _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
@@ -117,6 +120,12 @@ def _apply(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
+    if not inplace and not is_dynamo_compiling():
+        output = _tensor_activation(_CODE[kind], input, None)
+        if type(output) is tuple:
+            return _apply_activation(input, kind, output)
+        if output is not None:
+            return output
     try:
         where = _where(input)
         if inplace:
@@ -151,8 +160,7 @@ def run(kind: str, input: Tensor, where: str) -> Tensor:
     if where == EAGER:
         if is_grad_enabled() and input.requires_grad:
             return _Activation.apply(resolve(input), kind)
-        output = cpu.tensor_activation(cpu.ACTIVATION[kind], input)
-        return cpu.activation(kind, resolve(input)) if output is None else output
+        return cpu.activation(kind, resolve(input))
     if where == LIBRARY:
         return torch.ops.fastnn.activation(input, kind)
     if where == TRANSFORM:
@@ -190,6 +198,10 @@ def _in_place(kind: str, input: Tensor, where: str) -> Tensor:
 def _apply_out(
     op: str, kind: str, input: Tensor, out: Tensor, torch_function: Callable[..., Tensor], **kwargs: Any
 ) -> Tensor:
+    if not is_dynamo_compiling():
+        output = _tensor_activation(_CODE[kind], input, out)
+        if output is not None:
+            return output
     try:
         where = _where(input)
         return write_out(
@@ -208,6 +220,10 @@ def _apply_out(
 
 def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
     """grad · f'(x), differentiable twice more. ``saved`` is f(x) for relu, sigmoid and tanh, else x."""
+    if not is_dynamo_compiling():
+        output = cpu.tensor_activation_backward(_CODE[kind], grad, saved)
+        if output is not None:
+            return output
     if (
         not is_dynamo_compiling()
         and not is_grad_enabled()
@@ -219,9 +235,6 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
         and grad.layout is torch.strided
         and grad.dtype is saved.dtype
     ):
-        output = cpu.tensor_activation_backward(cpu.ACTIVATION[kind], grad, saved)
-        if output is not None:
-            return output
         try:
             return cpu.activation_backward(kind, resolve(grad), resolve(saved))
         except RuntimeError:
@@ -292,19 +305,23 @@ def _saved(kind: str, input: Tensor, output: Tensor) -> Tensor:
 
 
 class _Activation(Function):
+    """``result`` holds the output where the short way has computed it."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, kind: str) -> Tensor:
-        output = cpu.tensor_activation(cpu.ACTIVATION[kind], input)
-        if output is None:
-            output = cpu.activation(kind, input)
+    def forward(ctx: FunctionCtx, input: Tensor, kind: str, result: tuple[Tensor] | None = None) -> Tensor:
+        output = cpu.activation(kind, input) if result is None else result[0]
         ctx.kind = kind
         ctx.save_for_backward(_saved(kind, input, output))
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = ctx.saved_tensors
-        return activation_backward(ctx.kind, grad, saved), None
+        return activation_backward(ctx.kind, grad, saved), None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_activation = super(Function, _Activation).apply
 
 
 class _InPlaceActivation(Function):

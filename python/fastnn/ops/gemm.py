@@ -40,15 +40,11 @@ from ._route import (
     needs_library,
     resolve,
     route,
-    tracing_state,
     wants_grad,
 )
 
-_forward_ad = torch.autograd.forward_ad
 _settings = _state.settings
 _tensor_product = cpu.tensor_product
-_PRECISION = cpu.PRECISION
-_get_precision = cpu.get_precision
 
 # ---- the public functions ----------------------------------------------------------------------------------------
 
@@ -60,13 +56,13 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     (..., M, N); a vector stands for a row on the left and a column on the right, and its dimension is dropped.
     Raises RuntimeError for a scalar argument, inner sizes that differ, batches that do not broadcast, different dtypes.
     """
+    if not is_dynamo_compiling():
+        result = _tensor_product(cpu.MATMUL, input, other, None, 0, out)
+        if type(result) is tuple:
+            return _apply_product(input, other, result)
+        if result is not None:
+            return result
     try:
-        if out is None and _is_quiet(input, other):
-            if is_grad_enabled() and (input.requires_grad or other.requires_grad):
-                if input.dim() > 1 and other.dim() > 1 and _multiplies(input, other):
-                    return _Product.apply(input, other)
-            elif (result := _tensor_product(input, other, False, None, 0, _PRECISION[_get_precision()])) is not None:
-                return result
         _check_tensors(input=input, other=other)
         if input.dim() == 0 or other.dim() == 0:
             _wrong("expected at least one dimension each", input=input, other=other)
@@ -81,11 +77,13 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
 
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
     """(N, K) @ (K, M), as :func:`torch.mm`. Raises RuntimeError for other ranks, sizes that differ, mixed dtypes."""
+    if not is_dynamo_compiling():
+        result = _tensor_product(cpu.MM, input, mat2, None, 0, out)
+        if type(result) is tuple:
+            return _apply_product(input, mat2, result)
+        if result is not None:
+            return result
     try:
-        if out is None and _is_quiet(input, mat2) and input.dim() == 2 == mat2.dim() and _no_grad(input, mat2):
-            result = _tensor_product(input, mat2, False, None, 0, _PRECISION[_get_precision()])
-            if result is not None:
-                return result
         _check_tensors(input=input, mat2=mat2)
         if input.dim() != 2 or mat2.dim() != 2:
             _wrong("expected two matrices", input=input, mat2=mat2)
@@ -97,11 +95,13 @@ def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
     """(B, N, K) @ (B, K, M), as :func:`torch.bmm`. Raises RuntimeError for other ranks or sizes, mixed dtypes."""
+    if not is_dynamo_compiling():
+        result = _tensor_product(cpu.BMM, input, mat2, None, 0, out)
+        if type(result) is tuple:
+            return _apply_product(input, mat2, result)
+        if result is not None:
+            return result
     try:
-        if out is None and _is_quiet(input, mat2) and input.dim() == 3 == mat2.dim() and _no_grad(input, mat2):
-            result = _tensor_product(input, mat2, False, None, 0, _PRECISION[_get_precision()])
-            if result is not None:
-                return result
         _check_tensors(input=input, mat2=mat2)
         if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0]:
             _wrong("expected two batches of matrices, of one size", input=input, mat2=mat2)
@@ -136,19 +136,14 @@ def addmm(
     mat1 (N, K), mat2 (K, M), input broadcasts to (N, M) and is not read where beta is 0. Raises RuntimeError for other
     ranks, sizes that do not fit, or mixed dtypes.
     """
+    if beta == alpha == 1 and not is_dynamo_compiling():
+        result = _tensor_product(cpu.MM, mat1, mat2, input, 0, out)
+        if type(result) is tuple:
+            return _apply_scaled(input, mat1, mat2, 1.0, 1.0, result)
+        if result is not None:
+            return result
     options = {"beta": beta, "alpha": alpha, **_out(out)}
     try:
-        if (
-            out is None
-            and beta == alpha == 1
-            and _is_quiet(mat1, mat2)
-            and mat1.dim() == 2 == mat2.dim()
-            and type(input) in PLAIN
-            and _no_grad(input, mat1, mat2)
-        ):
-            result = _tensor_product(mat1, mat2, False, input, 0, _PRECISION[_get_precision()])
-            if result is not None:
-                return result
         _check_tensors(mat1=mat1, mat2=mat2, input=input)
         if mat1.dim() != 2 or mat2.dim() != 2:
             _wrong("expected two matrices", mat1=mat1, mat2=mat2)
@@ -281,43 +276,6 @@ def int_mm(
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def _is_quiet(a: Tensor, b: Tensor) -> bool:
-    """True for ordinary tensors where nothing traces, transforms, casts or was asked for."""
-    return (
-        not is_dynamo_compiling()
-        and _settings() is _state.PLAIN
-        and dispatch_modes() == 0
-        and not functorch_active()
-        and _forward_ad._current_level < 0
-        and tracing_state() is None
-        and not is_autocast_enabled("cpu")
-        and type(a) in PLAIN
-        and type(b) in PLAIN
-    )
-
-
-def _no_grad(*tensors: Tensor) -> bool:
-    return not (is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-
-
-def _multiplies(a: Tensor, b: Tensor) -> bool:
-    """True where the kernel takes the product of two ordinary tensors of two dimensions or more as it is."""
-    if (
-        a.dtype is not b.dtype
-        or a.dtype not in cpu.FLOAT
-        or not (a.is_cpu and b.is_cpu and a.layout is b.layout is torch.strided)
-        or a.is_nested
-        or b.is_nested
-        or a.shape[-1] != b.shape[-2]
-        or a.is_neg()
-        or b.is_neg()
-    ):
-        return False
-    if a.dim() > 2 and b.dim() > 2:
-        _broadcast_batch("input", a, "other", b)
-    return True
-
-
 def _wrong(expected: str, **arguments: Any) -> None:
     names = ", ".join(describe(name, value) for name, value in arguments.items())
     raise Unsupported(f"{expected}, got {names}")
@@ -434,6 +392,10 @@ def product(a: Tensor, b: Tensor, where: str | None = None) -> Tensor:
 
 def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha · (a @ b) in a backward, where most often no gradient of the gradient is asked for."""
+    if alpha == 1 and not is_dynamo_compiling():
+        result = _tensor_product(cpu.MATMUL, a, b, None, 0, None)
+        if result is not None and type(result) is not tuple:
+            return result
     if (
         not is_dynamo_compiling()
         and not is_grad_enabled()
@@ -448,10 +410,6 @@ def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
         and a.layout is b.layout is torch.strided
         and _settings().backend != "reference"
     ):
-        if alpha == 1 and _settings() is _state.PLAIN:
-            result = _tensor_product(a, b, False, None, 0, _PRECISION[_get_precision()])
-            if result is not None:
-                return result
         try:
             return cpu.product(resolve(a), resolve(b), alpha=alpha)
         except RuntimeError:
@@ -496,18 +454,20 @@ def _save_operands(ctx: Any, a: Tensor, b: Tensor, needs: tuple[bool, bool]) -> 
 
 
 class _Product(Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(*_save_operands(ctx, a, b, ctx.needs_input_grad))
-        if _settings() is _state.PLAIN:
-            result = _tensor_product(a, b, False, None, 0, _PRECISION[_get_precision()])
-            if result is not None:
-                return result
-        return cpu.product(a, b)
+    """``result`` holds the product where the short way has computed it."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return product_grads(ctx, grad, *ctx.saved_tensors)
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor, result: tuple[Tensor] | None = None) -> Tensor:
+        ctx.save_for_backward(*_save_operands(ctx, a, b, ctx.needs_input_grad[:2]))
+        return cpu.product(a, b) if result is None else result[0]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*product_grads(ctx, grad, *ctx.saved_tensors), None)
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_product = super(Function, _Product).apply
 
 
 class _TransformedProduct(Function):
@@ -607,14 +567,27 @@ def _scaled_kernel(input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: floa
 
 
 class _Scaled(Function):
+    """``result`` holds the sum where the short way has computed it."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        a: Tensor,
+        b: Tensor,
+        beta: float,
+        alpha: float,
+        result: tuple[Tensor] | None = None,
+    ) -> Tensor:
         _setup_scaled(ctx, (input, a, b, beta, alpha), None)
-        return _scaled_kernel(input, a, b, beta, alpha)
+        return _scaled_kernel(input, a, b, beta, alpha) if result is None else result[0]
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled_backward(ctx, grad)
+        return (*_scaled_backward(ctx, grad), None)
+
+
+_apply_scaled = super(Function, _Scaled).apply
 
 
 def _setup_scaled(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -24,7 +24,6 @@ from ._library import define
 from ._out import write_out
 from ._route import (
     LIBRARY,
-    PLAIN,
     REFERENCE,
     TRANSFORM,
     Unsupported,
@@ -41,48 +40,21 @@ from .gemm import kernel_product, product
 
 _torch_linear = torch.nn.functional.linear
 
-# The short way of linear reads these a hundred thousand times a second.
-_is_dynamo_compiling = _route.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
-_dispatch_modes = _route.dispatch_modes
-_functorch_active = _route.functorch_active
-_tracing_state = _route.tracing_state
 _settings = _state.settings
-_plain_settings = _state.PLAIN
-_forward_ad = torch.autograd.forward_ad
-_PRECISION = cpu.PRECISION
-_get_precision = cpu.get_precision
+_is_dynamo_compiling = _route.is_dynamo_compiling
 _tensor_product = cpu.tensor_product
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """input @ weightᵀ + bias, as :func:`torch.nn.functional.linear`. See this module for shapes, dtypes and errors."""
+    if not _is_dynamo_compiling():
+        output = _tensor_product(cpu.LINEAR, input, weight, bias, 0, out)
+        if type(output) is tuple:
+            return _apply_linear(input, weight, bias, "none", output)
+        if output is not None:
+            return output
     if out is not None:
         return _linear_out(input, weight, bias, out)
-    # The short way, where nothing traces, transforms, casts or was asked for: each question costs 20 to 100 ns of 3 µs.
-    # What is not taken here goes on to _linear, which asks everything again, in order.
-    if (
-        not _is_dynamo_compiling()
-        and _settings() is _plain_settings
-        and _dispatch_modes() == 0
-        and not _functorch_active()
-        and _forward_ad._current_level < 0
-        and _tracing_state() is None
-        and not _is_autocast_enabled("cpu")
-        and type(input) in PLAIN
-        and type(weight) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
-    ):
-        if _is_grad_enabled() and (
-            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            if _fits(input, weight, bias):
-                return _Linear.apply(input, weight, bias, "none")
-        else:
-            output = _tensor_product(input, weight, True, bias, 0, _PRECISION[_get_precision()])
-            if output is not None:
-                return output
     return _linear(input, weight, bias, "none")
 
 
@@ -93,51 +65,13 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
     is wanted, gelu and silu, whose derivatives need their input, run in two passes.
     """
     check_kind("linear_act", activation)
-    # The short way of linear, once more: a call of a shared function would cost as much as three of its questions.
-    if (
-        not _is_dynamo_compiling()
-        and _settings() is _plain_settings
-        and _dispatch_modes() == 0
-        and not _functorch_active()
-        and _forward_ad._current_level < 0
-        and _tracing_state() is None
-        and not _is_autocast_enabled("cpu")
-        and type(input) in PLAIN
-        and type(weight) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
-        and not wants_grad(input, weight, bias)
-    ):
-        output = _tensor_product(input, weight, True, bias, cpu.ACTIVATION[activation], _PRECISION[_get_precision()])
+    if not _is_dynamo_compiling():
+        output = _tensor_product(cpu.LINEAR, input, weight, bias, cpu.ACTIVATION[activation], None)
+        if type(output) is tuple:
+            return _apply_linear(input, weight, bias, activation, output)
         if output is not None:
             return output
     return _linear(input, weight, bias, activation)
-
-
-def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """True when shapes, layouts and dtypes are what the kernel takes; all three are known to be of a plain type."""
-    dtype = input.dtype
-    return (
-        dtype in cpu.FLOAT
-        and weight.dtype is dtype
-        and input.is_cpu
-        and weight.is_cpu
-        and input.layout is weight.layout is torch.strided
-        and not (input.is_nested or weight.is_nested)
-        and weight.dim() == 2
-        and input.dim() > 0
-        and input.shape[-1] == weight.shape[1]
-        and not (input.is_neg() or weight.is_neg())
-        and (
-            bias is None
-            or (
-                bias.is_cpu
-                and bias.layout is torch.strided
-                and bias.dtype is dtype
-                and bias.shape == weight.shape[:1]
-                and not bias.is_neg()
-            )
-        )
-    )
 
 
 def _check(input: Any, weight: Any, bias: Any) -> None:
@@ -225,13 +159,18 @@ def _fuses_with_grad(activation: str) -> bool:
 
 
 class _Linear(Function):
+    """``result`` holds the output where the short way has computed it."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        output = None
-        if activation == "none" and _settings() is _plain_settings:
-            output = _tensor_product(input, weight, True, bias, 0, _PRECISION[_get_precision()])
-        if output is None:
-            output = cpu.linear(input, weight, bias, activation)
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        result: tuple[Tensor] | None = None,
+    ) -> Tensor:
+        output = cpu.linear(input, weight, bias, activation) if result is None else result[0]
         by_input, by_weight = ctx.needs_input_grad[:2]
         ctx.activation = activation
         ctx.save_for_backward(
@@ -246,37 +185,31 @@ class _Linear(Function):
         input, weight, output = ctx.saved_tensors
         if output is not None:
             grad = activation_backward(ctx.activation, grad, output)
-        return _gradients(ctx.needs_input_grad, grad, input, weight)
+        return (*_gradients(ctx.needs_input_grad, grad, input, weight), None)
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_linear = super(Function, _Linear).apply
 
 
 def _gradients(
     needs: tuple[bool, ...], grad: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """grad @ weight, gradᵀ @ input and the sum of grad over rows, each only where it is needed."""
+    if not _is_dynamo_compiling():
+        gradients = cpu.tensor_linear_gradients(grad, input, weight, *needs[:3])
+        if gradients is not None:
+            return (*gradients, None)
     by_input = by_weight = by_bias = None
-    if (
-        not _is_dynamo_compiling()
-        and not _is_grad_enabled()
-        and not _functorch_active()
-        and _dispatch_modes() == 0
-        and _settings() is _plain_settings
-    ):
-        precision = _PRECISION[_get_precision()]
-        if needs[0]:
-            by_input = _tensor_product(grad, weight, False, None, 0, precision)
-        if needs[1]:
-            by_weight = cpu.tensor_inner(grad, input, precision)
-        if needs[2]:
-            by_bias = cpu.tensor_column_sum(grad)
-    if needs[0] and by_input is None:
+    if needs[0]:
         by_input = kernel_product(grad, weight) if grad.dim() > 1 else kernel_product(grad.unsqueeze(0), weight)[0]
-    if (needs[1] and by_weight is None) or (needs[2] and by_bias is None):
+    if needs[1] or needs[2]:
         rows = grad if grad.dim() == 2 else grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-        if needs[1] and by_weight is None:
+        if needs[1]:
             if input.dim() != 2:
                 input = input.reshape(rows.shape[0], input.shape[-1])
             by_weight = kernel_product(rows.t(), input)
-        if needs[2] and by_bias is None:
+        if needs[2]:
             by_bias = _column_sum(rows)
     return by_input, by_weight, by_bias, None
 
@@ -284,12 +217,12 @@ def _gradients(
 def _column_sum(rows: Tensor) -> Tensor:
     if (
         not _is_dynamo_compiling()
-        and not _is_grad_enabled()
+        and not _route.is_grad_enabled()
         and type(rows) is Tensor
         and rows.is_cpu
         and rows.layout is torch.strided
-        and _dispatch_modes() == 0
-        and not _functorch_active()
+        and _route.dispatch_modes() == 0
+        and not _route.functorch_active()
         and _settings().backend != "reference"
     ):
         try:

@@ -1,8 +1,11 @@
 // The short way of small calls: torch's tensors are read in C, through the table of functions that
-// DLPack defines for it (DLPackExchangeAPI, dmlc/dlpack 1.3), which torch has since 2.10. Asking a
-// tensor for its address, sizes and strides from Python takes longer than a small product does.
+// DLPack defines for it (DLPackExchangeAPI, dmlc/dlpack 1.3), which torch has since 2.10, and the
+// questions that every op asks first are asked here. From Python each costs 30 to 150 ns, and
+// together they take longer than a small product does.
 //
-// Each function gives None for whatever it does not take; the caller then goes the long way.
+// Each function gives None for whatever it does not take; the caller then goes the long way, where
+// everything is asked again, in order. Where a gradient is wanted, the result comes in a tuple, and
+// is not yet part of the graph: an autograd.Function makes it so.
 #include <pybind11/pybind11.h>
 
 #include <new>
@@ -57,11 +60,101 @@ constexpr int64_t kLargeBytes = 4 << 20;
 constexpr double kTiny = 5e5;
 constexpr int kMaxDims = kMaxBatchDims + 2;
 
+// What is called in torch and in Python's part of this package, all set once by use_torch. Without
+// a table, read_tensor is null, and nothing is taken.
 int (*read_tensor)(void*, DLTensor*) = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
-PyObject* name_is_neg = nullptr;
-PyObject* name_new_empty = nullptr;
+PyObject* plain_settings = nullptr;
+PyObject* forward_ad = nullptr;  // the module, of which _current_level is read
+// Functions without arguments.
+PyObject *get_settings = nullptr, *dispatch_modes = nullptr, *functorch_active = nullptr,
+         *tracing_state = nullptr, *autocast_enabled = nullptr, *grad_enabled = nullptr,
+         *get_precision = nullptr;
+// Functions of a tensor, or of a tuple of them.
+PyObject *is_neg = nullptr, *is_inference = nullptr, *increment_version = nullptr;
+PyObject *name_new_empty = nullptr, *name_requires_grad = nullptr, *name_current_level = nullptr;
+
+// What a function gives is known by identity; nothing here raises.
+bool gives(PyObject* function, PyObject* expected) {
+  PyObject* result = PyObject_CallNoArgs(function);
+  if (!result) {
+    PyErr_Clear();
+    return false;
+  }
+  Py_DECREF(result);
+  return result == expected;
+}
+bool gives_of(PyObject* function, PyObject* argument, PyObject* expected) {
+  PyObject* result = PyObject_CallOneArg(function, argument);
+  if (!result) {
+    PyErr_Clear();
+    return false;
+  }
+  Py_DECREF(result);
+  return result == expected;
+}
+
+bool integer(PyObject* object, int last, int& value) {
+  const long v = PyLong_AsLong(object);
+  if (v == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  value = int(v);
+  return v >= 0 && v <= last;
+}
+
+// True where nothing traces, transforms, casts or was asked for.
+bool quiet() {
+  if (!gives(get_settings, plain_settings) || !gives(functorch_active, Py_False) ||
+      !gives(tracing_state, Py_None) || !gives(autocast_enabled, Py_False))
+    return false;
+  PyObject* modes = PyObject_CallNoArgs(dispatch_modes);
+  PyObject* level = PyObject_GetAttr(forward_ad, name_current_level);
+  const bool none = modes && level && PyLong_AsLong(modes) == 0 && PyLong_AsLong(level) < 0;
+  Py_XDECREF(modes);
+  Py_XDECREF(level);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return none;
+}
+
+bool requires_grad(PyObject* tensor) {
+  PyObject* required = PyObject_GetAttr(tensor, name_requires_grad);
+  if (!required) {
+    PyErr_Clear();
+    return true;
+  }
+  Py_DECREF(required);
+  return required != Py_False;
+}
+template <class... Objects>
+bool wants_grad(Objects... tensors) {
+  return !gives(grad_enabled, Py_False) && (requires_grad(tensors) || ...);
+}
+
+// `highest` serves every precision, and for little work asking costs more than it can save.
+bool precision_of(DType type, double operations, Precision& precision) {
+  precision = Precision::highest;
+  if (type != DType::f32 || operations < kTiny) return true;
+  PyObject* name = PyObject_CallNoArgs(get_precision);
+  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  bool known = true;
+  if (!text)
+    known = false;
+  else if (__builtin_strcmp(text, "high") == 0)
+    precision = Precision::high;
+  else if (__builtin_strcmp(text, "medium") == 0)
+    precision = Precision::medium;
+  else
+    known = __builtin_strcmp(text, "highest") == 0;
+  Py_XDECREF(name);
+  PyErr_Clear();
+  return known;
+}
 
 struct Tensor {
   PyObject* object;
@@ -89,7 +182,7 @@ struct Tensor {
 };
 
 // False for what is no plain, dense, floating-point CPU tensor with elements. No error is left set.
-bool read(PyObject* object, Tensor& t) {
+bool read(PyObject* object, Tensor& t, bool fresh = false) {
   if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
   DLTensor dl;
   if (read_tensor(object, &dl) != 0) {
@@ -116,15 +209,33 @@ bool read(PyObject* object, Tensor& t) {
   t.data = static_cast<char*>(dl.data) + dl.byte_offset;
   t.dims = dl.ndim, t.shape = dl.shape, t.strides = dl.strides;
   // DLPack does not speak of tensors that are negated when read.
-  PyObject* negated = PyObject_VectorcallMethod(name_is_neg, &object, 1, nullptr);
-  if (!negated) {
-    PyErr_Clear();
-    return false;
-  }
-  const bool plain = negated == Py_False;
-  Py_DECREF(negated);
-  return plain;
+  return fresh || gives_of(is_neg, object, Py_False);
 }
+
+// Whether a result may be written to the elements of `out`, which has its shape: all of them apart,
+// none of them shared with `x`, and no other rule of torch's against it.
+bool apart(const Tensor& out) {
+  int order[kMaxDims];
+  for (int d = 0; d < out.dims; d++) {
+    int i = d;
+    for (; i > 0 && out.strides[order[i - 1]] > out.strides[d]; i--) order[i] = order[i - 1];
+    order[i] = d;
+  }
+  int64_t reach = 1;
+  for (int i = 0; i < out.dims; i++) {
+    const int64_t stride = out.strides[order[i]], size = out.shape[order[i]];
+    if (size == 1) continue;
+    if (stride < reach) return false;
+    reach += stride * (size - 1);
+  }
+  return true;
+}
+const char* end_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int d = 0; d < t.dims; d++) last += t.strides[d] * (t.shape[d] - 1);
+  return t.data + (last + 1) * int64_t(dtype_size(t.type));
+}
+bool overlap(const Tensor& x, const Tensor& y) { return x.data < end_of(y) && y.data < end_of(x); }
 
 // All dimensions but the last as one, without a copy: how many rows and their stride.
 bool fold_rows(const Tensor& t, int64_t& rows, int64_t& stride) {
@@ -157,7 +268,7 @@ PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor&
       made < dims ? nullptr
                   : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, nullptr);
   for (int d = 0; d < made; d++) Py_DECREF(arguments[d + 1]);
-  if (result && !read(result, out)) {
+  if (result && !read(result, out, true)) {
     Py_DECREF(result);
     return nullptr;
   }
@@ -191,32 +302,58 @@ PyObject* run(PyObject* result, double operations, Work work) {
   return nullptr;
 }
 
-bool integer(PyObject* object, int last, int& value) {
-  const long v = PyLong_AsLong(object);
-  if (v == -1 && PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  value = int(v);
-  return v >= 0 && v <= last;
+// The result of a product or a function: fresh, or the caller's `out`. Null where it is not taken.
+PyObject* result_in(PyObject* out_object, const Tensor& like, const int64_t* shape, int dims,
+                    Tensor& out) {
+  if (out_object == Py_None) return new_result(like, shape, dims, out);
+  if (!read(out_object, out) || out.type != like.type || out.dims != dims || !apart(out) ||
+      !gives_of(is_inference, out_object, Py_False))
+    return nullptr;
+  for (int d = 0; d < dims; d++)
+    if (out.shape[d] != shape[d]) return nullptr;
+  Py_INCREF(out_object);
+  return out_object;
+}
+PyObject* written(PyObject* out_object, PyObject* result) {
+  if (out_object == Py_None || !result) return result;
+  PyObject* tuple = PyTuple_Pack(1, result);
+  PyObject* done = tuple ? PyObject_CallOneArg(increment_version, tuple) : nullptr;
+  Py_XDECREF(tuple);
+  Py_XDECREF(done);
+  if (done) return result;
+  Py_DECREF(result);
+  return nullptr;
 }
 
-// tensor_product(a, b, transpose_b, bias, activation, precision):
-// activation(a @ b + bias), or a @ b.T; a (..., M, K), b a matrix, or, untransposed, of a's batch.
+// For an autograd.Function, which would take a tensor among its arguments for an input.
+PyObject* in_tuple(PyObject* result) {
+  if (!result) return nullptr;
+  PyObject* tuple = PyTuple_Pack(1, result);
+  Py_DECREF(result);
+  return tuple;
+}
+
+enum Kind { kMatmul = 0, kLinear = 1, kMm = 2, kBmm = 3 };
+
+// tensor_product(kind, a, b, bias, activation, out): activation(a @ b + bias), with b transposed in
+// a linear layer. a (..., M, K); b a matrix, or, except there, of a's batch.
 PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor a, b, bias, out;
-  int activation, precision;
-  if (n != 6 || !read_tensor || !read(args[0], a) || !read(args[1], b) || a.type != b.type ||
-      a.dims < 2 || b.dims < 2 || !integer(args[4], 6, activation) ||
-      !integer(args[5], 2, precision))
+  int kind, activation;
+  if (n != 6 || !read_tensor || !integer(args[0], kBmm, kind) || !read(args[1], a) ||
+      !read(args[2], b) || a.type != b.type || a.dims < 2 || b.dims < 2 ||
+      !integer(args[4], kActivations - 1, activation))
     return not_taken();
-  const bool transpose_b = args[2] == Py_True;
-  if (transpose_b && b.dims != 2) return not_taken();
+  if ((kind == kLinear && b.dims != 2) || (kind == kMm && (a.dims != 2 || b.dims != 2)) ||
+      (kind == kBmm && (a.dims != 3 || b.dims != 3)))
+    return not_taken();
+  const bool transposed = kind == kLinear;
   Gemm g;
   g.k = a.size(-1);
-  g.n = b.size(transpose_b ? -2 : -1);
-  if (b.size(transpose_b ? -1 : -2) != g.k) return not_taken();
-  if (args[3] != Py_None) {
+  g.n = b.size(transposed ? -2 : -1);
+  if (b.size(transposed ? -1 : -2) != g.k) return not_taken();
+  const bool has_bias = args[3] != Py_None;
+  if (has_bias) {
     if (!read(args[3], bias) || bias.type != a.type || bias.dims != 1 || bias.shape[0] != g.n)
       return not_taken();
     g.bias = bias.data, g.bias_stride = bias.strides[0];
@@ -226,83 +363,134 @@ PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
   for (int d = 0; d < a.dims - 1; d++) shape[d] = a.shape[d];
   shape[a.dims - 1] = g.n;
   double operations = double(g.n) * g.k;
+  for (int d = 0; d < a.dims - 1; d++) operations *= double(a.shape[d]);
   g.a.cs = a.stride(-1);
   if (b.dims == 2) {
     if (!fold_rows(a, g.m, g.a.rs)) return not_taken();
-    operations *= double(g.m);
   } else {
     if (a.dims != b.dims) return not_taken();
     g.m = a.size(-2), g.a.rs = a.stride(-2);
-    operations *= double(g.m);
     g.batch_dims = a.dims - 2;
-    int64_t step = g.m * g.n;
-    for (int d = g.batch_dims - 1; d >= 0; d--) {
+    for (int d = 0; d < g.batch_dims; d++) {
       if (a.shape[d] != b.shape[d]) return not_taken();
       g.batch[d] = a.shape[d];
-      g.a.batch[d] = a.strides[d], g.b.batch[d] = b.strides[d], g.c.batch[d] = step;
-      step *= a.shape[d];
-      operations *= double(a.shape[d]);
+      g.a.batch[d] = a.strides[d], g.b.batch[d] = b.strides[d];
     }
   }
-  PyObject* result = new_result(a, shape, a.dims, out);
+  if (!precision_of(a.type, operations, g.precision) || !quiet()) return not_taken();
+  const bool grad = wants_grad(args[1], args[2], has_bias ? args[3] : args[1],
+                               args[5] != Py_None ? args[5] : args[1]);
+  // Where the gradient needs the product before its activation, the two are computed apart.
+  if (grad && (args[5] != Py_None || !saves_output(activation))) return not_taken();
+  PyObject* result = result_in(args[5], a, shape, a.dims, out);
   if (!result) return not_taken();
+  if (args[5] != Py_None &&
+      (overlap(out, a) || overlap(out, b) || (has_bias && overlap(out, bias))))
+    return not_taken(result);
+  g.c.cs = out.stride(-1);
+  if (b.dims == 2) {
+    int64_t rows;
+    if (!fold_rows(out, rows, g.c.rs)) return not_taken(result);
+  } else {
+    g.c.rs = out.stride(-2);
+    for (int d = 0; d < g.batch_dims; d++) g.c.batch[d] = out.strides[d];
+  }
   g.a.data = a.data, g.a.type = a.type;
   g.b.data = b.data, g.b.type = b.type;
-  g.b.rs = b.stride(transpose_b ? -1 : -2), g.b.cs = b.stride(transpose_b ? -2 : -1);
-  g.c.data = out.data, g.c.type = out.type, g.c.rs = g.n, g.c.cs = 1;
+  g.b.rs = b.stride(transposed ? -1 : -2), g.b.cs = b.stride(transposed ? -2 : -1);
+  g.c.data = out.data, g.c.type = out.type;
   g.activation = activation;
-  if (a.type == DType::f32) g.precision = Precision(precision);
-  return run(result, operations, [&] { gemm(g); });
+  result = written(args[5], run(result, operations, [&] { gemm(g); }));
+  return grad ? in_tuple(result) : result;
 }
 
-// tensor_inner(a, b, precision): a.T @ b over all rows of a (..., M) and b (..., N): the gradient
-// of a weight, from that of the output and the input.
-PyObject* tensor_inner(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Tensor a, b, out;
-  int precision;
-  Gemm g;
-  int64_t rows = 0;
-  if (n != 3 || !read_tensor || !read(args[0], a) || !read(args[1], b) || a.type != b.type ||
-      !integer(args[2], 2, precision) || !fold_rows(a, g.k, g.a.cs) ||
-      !fold_rows(b, rows, g.b.rs) || rows != g.k)
+// tensor_linear_gradients(grad, input, weight, by_input, by_weight, by_bias): of a linear layer,
+// those that are asked for: grad @ weight, grad.T @ input and the sum of grad over its rows.
+PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor grad, input, weight, out;
+  if (n != 6 || !read_tensor || !read(args[0], grad)) return not_taken();
+  const bool by_input = args[3] == Py_True, by_weight = args[4] == Py_True,
+             by_bias = args[5] == Py_True;
+  int64_t rows, grad_rs, input_rows, input_rs;
+  if (!fold_rows(grad, rows, grad_rs)) return not_taken();
+  const int64_t columns = grad.size(-1);
+  if (by_input && (!read(args[2], weight) || weight.type != grad.type || weight.dims != 2 ||
+                   weight.shape[0] != columns))
     return not_taken();
-  g.m = a.size(-1), g.n = b.size(-1);
-  g.a.rs = a.stride(-1), g.b.cs = b.stride(-1);
-  const int64_t shape[2] = {g.m, g.n};
-  PyObject* result = new_result(a, shape, 2, out);
-  if (!result) return not_taken();
-  g.a.data = a.data, g.a.type = a.type;
-  g.b.data = b.data, g.b.type = b.type;
-  g.c.data = out.data, g.c.type = out.type, g.c.rs = g.n, g.c.cs = 1;
-  if (a.type == DType::f32) g.precision = Precision(precision);
-  return run(result, double(g.m) * g.n * g.k, [&] { gemm(g); });
-}
-
-// tensor_column_sum(x): the sum over all dimensions of x but the last.
-PyObject* tensor_column_sum(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Tensor x, out;
-  int64_t rows, stride;
-  if (n != 1 || !read_tensor || !read(args[0], x) || !fold_rows(x, rows, stride))
+  if (by_weight && (!read(args[1], input) || input.type != grad.type ||
+                    !fold_rows(input, input_rows, input_rs) || input_rows != rows))
     return not_taken();
-  const int64_t columns = x.size(-1);
-  PyObject* result = new_result(x, &columns, 1, out);
-  if (!result) return not_taken();
-  return run(result, double(rows) * columns,
-             [&] { column_sum(x.data, rows, columns, stride, x.stride(-1), x.type, out.data); });
+  Precision precision;
+  if (!precision_of(grad.type, double(rows) * columns * columns, precision) || !quiet() || !gives(grad_enabled, Py_False))
+    return not_taken();
+
+  PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};
+  auto give_up = [&] {
+    for (PyObject* g : gradients) Py_XDECREF(g);
+    return not_taken();
+  };
+  auto product = [&](int which, const int64_t* shape, int dims, Gemm& g, int64_t k) {
+    PyObject* result = new_result(grad, shape, dims, out);
+    if (!result) return false;
+    g.k = k;
+    g.n = shape[dims - 1];
+    g.c.data = out.data, g.a.type = g.b.type = g.c.type = grad.type, g.c.rs = g.n, g.c.cs = 1;
+    g.precision = precision;
+    Py_DECREF(gradients[which]);
+    gradients[which] = run(result, double(g.m) * g.n * g.k, [&] { gemm(g); });
+    return gradients[which] != nullptr;
+  };
+  if (by_input) {
+    Gemm g;
+    int64_t shape[kMaxDims];
+    for (int d = 0; d < grad.dims - 1; d++) shape[d] = grad.shape[d];
+    shape[grad.dims - 1] = weight.shape[1];
+    g.m = rows;
+    g.a.data = grad.data, g.a.rs = grad_rs, g.a.cs = grad.stride(-1);
+    g.b.data = weight.data, g.b.rs = weight.strides[0], g.b.cs = weight.strides[1];
+    if (!product(0, shape, grad.dims, g, columns)) return give_up();
+  }
+  if (by_weight) {
+    Gemm g;
+    const int64_t shape[2] = {columns, input.size(-1)};
+    g.m = columns;
+    g.a.data = grad.data, g.a.rs = grad.stride(-1), g.a.cs = grad_rs;
+    g.b.data = input.data, g.b.rs = input_rs, g.b.cs = input.stride(-1);
+    if (!product(1, shape, 2, g, rows)) return give_up();
+  }
+  if (by_bias) {
+    PyObject* result = new_result(grad, &columns, 1, out);
+    if (!result) return give_up();
+    Py_DECREF(gradients[2]);
+    gradients[2] = run(result, double(rows) * columns, [&] {
+      column_sum(grad.data, rows, columns, grad_rs, grad.stride(-1), grad.type, out.data);
+    });
+    if (!gradients[2]) return give_up();
+  }
+  PyObject* tuple = PyTuple_New(3);
+  if (!tuple) return give_up();
+  for (int i = 0; i < 3; i++) PyTuple_SET_ITEM(tuple, i, gradients[i]);
+  return tuple;
 }
 
-// tensor_activation(kind, x), for contiguous x.
+// tensor_activation(kind, x, out), for contiguous x and out; out may be x.
 PyObject* tensor_activation(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, out;
   int kind;
-  if (n != 2 || !read_tensor || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
-      !read(args[1], x) || !x.contiguous())
+  if (n != 3 || !read_tensor || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
+      !read(args[1], x) || !x.contiguous() || !quiet())
     return not_taken();
-  PyObject* result = new_result(x, x.shape, x.dims, out);
+  const bool grad = wants_grad(args[1], args[2] != Py_None ? args[2] : args[1]);
+  if (grad && args[2] != Py_None) return not_taken();
+  PyObject* result = result_in(args[2], x, x.shape, x.dims, out);
   if (!result) return not_taken();
+  if (args[2] != Py_None && (!out.contiguous() || (out.data != x.data && overlap(out, x))))
+    return not_taken(result);
   const int64_t count = x.count(), one = 1;
-  return run(result, 20. * count,
-             [&] { unary(kind, x.type, 1, &count, {x.data, &one}, {out.data, &one}); });
+  result = written(args[2], run(result, 20. * double(count), [&] {
+                     unary(kind, x.type, 1, &count, {x.data, &one}, {out.data, &one});
+                   }));
+  return grad ? in_tuple(result) : result;
 }
 
 // tensor_activation_backward(kind, grad, saved), both contiguous and of one shape.
@@ -311,47 +499,64 @@ PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_
   int kind;
   if (n != 3 || !read_tensor || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
       !read(args[1], grad) || !read(args[2], saved) || grad.type != saved.type ||
-      grad.dims != saved.dims || !grad.contiguous() || !saved.contiguous())
+      grad.dims != saved.dims || !grad.contiguous() || !saved.contiguous() || !quiet() ||
+      !gives(grad_enabled, Py_False))
     return not_taken();
   for (int d = 0; d < grad.dims; d++)
     if (grad.shape[d] != saved.shape[d]) return not_taken();
   PyObject* result = new_result(saved, saved.shape, saved.dims, out);
   if (!result) return not_taken();
   const int64_t count = saved.count(), one = 1;
-  return run(result, 20. * count, [&] {
+  return run(result, 20. * double(count), [&] {
     activation_backward(kind, saved.type, 1, &count, {grad.data, &one}, {saved.data, &one},
                         {out.data, &one});
   });
 }
 
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyMethodDef method(const char* name, FastCall function, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, doc};
+}
 PyMethodDef functions[] = {
-    {"tensor_product", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_product)),
-     METH_FASTCALL, "activation(a @ b + bias), or with b transposed; None where not taken."},
-    {"tensor_inner", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_inner)),
-     METH_FASTCALL, "a.T @ b over all rows; None where not taken."},
-    {"tensor_column_sum",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_column_sum)), METH_FASTCALL,
-     "The sum over all dimensions but the last; None where not taken."},
-    {"tensor_activation",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_activation)), METH_FASTCALL,
-     "An activation of a contiguous tensor; None where not taken."},
-    {"tensor_activation_backward",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_activation_backward)),
-     METH_FASTCALL, "Its gradient; None where not taken."},
+    method("tensor_product", tensor_product,
+           "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is wanted."),
+    method("tensor_linear_gradients", tensor_linear_gradients,
+           "The gradients of a linear layer; None where not taken."),
+    method("tensor_activation", tensor_activation,
+           "An activation; None where not taken, a tuple of it where a gradient is wanted."),
+    method("tensor_activation_backward", tensor_activation_backward,
+           "Its gradient; None where not taken."),
     {nullptr, nullptr, 0, nullptr}};
 
-// Takes the table over if its major version is known. Without it, the functions above take nothing.
-bool use_exchange_table(py::object capsule, py::type tensor, py::type parameter) {
+// Takes torch's table of functions over if its major version is known, with what is asked beside
+// it. All of it is kept for the life of the process.
+bool use_torch(py::object capsule, py::type tensor, py::type parameter, py::dict asked) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
   auto* table =
       static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (table->header.major != 1 || !table->dltensor_from_py_object_no_sync) return false;
-  // Kept for the life of the process, as the types and the capsule are.
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
-  capsule.inc_ref();
-  name_is_neg = PyUnicode_InternFromString("is_neg");
+  const std::pair<const char*, PyObject**> names[] = {
+      {"plain_settings", &plain_settings},
+      {"forward_ad", &forward_ad},
+      {"settings", &get_settings},
+      {"dispatch_modes", &dispatch_modes},
+      {"functorch_active", &functorch_active},
+      {"tracing_state", &tracing_state},
+      {"autocast_enabled", &autocast_enabled},
+      {"grad_enabled", &grad_enabled},
+      {"precision", &get_precision},
+      {"is_neg", &is_neg},
+      {"is_inference", &is_inference},
+      {"increment_version", &increment_version},
+  };
+  for (auto [name, object] : names) *object = py::object(asked[name]).release().ptr();
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  capsule.release();
   name_new_empty = PyUnicode_InternFromString("new_empty");
+  name_requires_grad = PyUnicode_InternFromString("requires_grad");
+  name_current_level = PyUnicode_InternFromString("_current_level");
   read_tensor = table->dltensor_from_py_object_no_sync;
   return true;
 }
@@ -359,8 +564,9 @@ bool use_exchange_table(py::object capsule, py::type tensor, py::type parameter)
 }  // namespace
 
 void bind_tensors(py::module_& m) {
-  m.def("use_exchange_table", &use_exchange_table, py::arg("capsule"), py::arg("tensor"),
-        py::arg("parameter"),
-        "Reads tensors through DLPack's C table from now on; False if it cannot.");
+  m.def("use_torch", &use_torch, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
+        py::arg("asked"),
+        "Reads tensors through DLPack's C table from now on, and asks torch what `asked` holds; "
+        "False if it cannot.");
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }

@@ -2,13 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#include "common/activation.hpp"
 #include "common/dtype.hpp"
 
 namespace fastnn {
 
 constexpr int kMaxElementwiseDims = 64;  // torch's own limit
-constexpr int kActivations = 7;          // ActivationKind of isa/math.hpp, none included
-constexpr int kUnaryKinds = 9;           // and exp, erf
 constexpr int kFloatTypes = 4;           // DType f32, f64, bf16, f16
 
 // Strides count elements. 0 is allowed in inputs.

@@ -20,8 +20,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <numeric>
-#include <vector>
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
@@ -46,21 +46,21 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // in the last call too, so that its caches may still hold them; then what others have not begun.
 class Shares {
  public:
-  Shares(int64_t n, int threads) : ranges_(size_t(threads)) {
+  Shares(int64_t n, int threads)
+      : count_(threads), others_(threads > 1 ? new Own[size_t(threads) - 1] : nullptr) {
     for (int t = 0; t < threads; t++) {
       const Range r = share_of(n, 1, t, threads);
-      ranges_[size_t(t)].next = r.begin;
-      ranges_[size_t(t)].end = r.end;
+      own(t).next = r.begin;
+      own(t).end = r.end;
     }
   }
   // The next `most` items or fewer; empty when all are taken.
   Range take(int thread, int64_t most) {
-    const size_t count = ranges_.size();
-    for (size_t i = 0; i < count; i++) {
-      Own& own = ranges_[(size_t(thread) + i) % count];
-      if (own.next.load(std::memory_order_relaxed) >= own.end) continue;
-      const int64_t begin = own.next.fetch_add(most, std::memory_order_relaxed);
-      if (begin < own.end) return {begin, std::min(own.end, begin + most)};
+    for (int i = 0; i < count_; i++) {
+      Own& o = own((thread + i) % count_);
+      if (o.next.load(std::memory_order_relaxed) >= o.end) continue;
+      const int64_t begin = o.next.fetch_add(most, std::memory_order_relaxed);
+      if (begin < o.end) return {begin, std::min(o.end, begin + most)};
     }
     return {0, 0};
   }
@@ -70,7 +70,10 @@ class Shares {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
-  std::vector<Own> ranges_;
+  Own& own(int t) { return t ? others_[size_t(t) - 1] : first_; }
+  int count_;
+  Own first_;  // a call on one thread allocates nothing
+  std::unique_ptr<Own[]> others_;
 };
 
 // Where the panels of one packed operand lie: blocks of K first, panels within them.

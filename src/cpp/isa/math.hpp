@@ -16,6 +16,7 @@
 // min(a, b) and max(a, b) are called with the data second, so that NaN passes through, as the x86
 // instructions define it.
 #pragma once
+#include "common/activation.hpp"
 #include "isa/vec.hpp"
 
 namespace fastnn::FASTNN_TARGET {
@@ -208,20 +209,6 @@ struct Narrow {
     const V tail = gauss * p / q;
     return select(lt(x, V::zero()), tail, V::set1(1.0f) - tail);
   }
-};
-
-// The numbers are shared with python/fastnn/backends/cpu.py.
-enum ActivationKind : int {
-  kNone = 0,
-  kRelu = 1,
-  kGelu = 2,
-  kGeluTanh = 3,
-  kSilu = 4,
-  kSigmoid = 5,
-  kTanh = 6,
-  // not activations: the functions they are made of, which the tests measure
-  kExp = 7,
-  kErf = 8
 };
 
 // 1 / (1 + exp(-x)), without overflow and with the subnormal results of the left tail

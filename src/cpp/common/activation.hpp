@@ -1,0 +1,26 @@
+// The activations by number; shared with python/fastnn/backends/cpu.py.
+#pragma once
+
+namespace fastnn {
+
+enum ActivationKind : int {
+  kNone = 0,
+  kRelu = 1,
+  kGelu = 2,
+  kGeluTanh = 3,
+  kSilu = 4,
+  kSigmoid = 5,
+  kTanh = 6,
+  // not activations: the functions they are made of, which the tests measure
+  kExp = 7,
+  kErf = 8
+};
+constexpr int kActivations = 7;  // none included
+constexpr int kUnaryKinds = 9;   // and exp, erf
+
+// Whether the gradient needs no more than the output (SAVES_OUTPUT in cpu.py).
+constexpr bool saves_output(int kind) {
+  return kind != kGelu && kind != kGeluTanh && kind != kSilu;
+}
+
+}  // namespace fastnn
