@@ -420,8 +420,14 @@ PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n
   if (by_weight && (!read(args[1], input) || input.type != grad.type ||
                     !fold_rows(input, input_rows, input_rs) || input_rows != rows))
     return not_taken();
+  // All or nothing: large results, which the long way allocates, must not be found out half-way.
+  const int64_t most = kLargeBytes / int64_t(dtype_size(grad.type));
+  if ((by_input && double(rows) * double(weight.shape[1]) > double(most)) ||
+      (by_weight && double(columns) * double(input.size(-1)) > double(most)))
+    return not_taken();
   Precision precision;
-  if (!precision_of(grad.type, double(rows) * columns * columns, precision) || !quiet() || !gives(grad_enabled, Py_False))
+  if (!precision_of(grad.type, double(rows) * columns * columns, precision) || !quiet() ||
+      !gives(grad_enabled, Py_False))
     return not_taken();
 
   PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};
@@ -520,7 +526,8 @@ PyMethodDef method(const char* name, FastCall function, const char* doc) {
 }
 PyMethodDef functions[] = {
     method("tensor_product", tensor_product,
-           "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is wanted."),
+           "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is "
+           "wanted."),
     method("tensor_linear_gradients", tensor_linear_gradients,
            "The gradients of a linear layer; None where not taken."),
     method("tensor_activation", tensor_activation,

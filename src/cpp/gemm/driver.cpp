@@ -14,9 +14,9 @@
 //   shared out: the same bits for any number of threads.
 //
 //   There are two ways through the loops. `run_blocks` packs both operands first, all threads
-//   together. `run_columns` is for an A that stays in L2: a thread packs each panel of B just
-//   before its use, for itself. What one core packed another reads slowly, so this is faster where
-//   a product is small; where it is large, A would have to come from beyond L2 for every panel.
+//   together. `run_columns` is for an A that stays in the cache: a thread packs each panel of B
+//   just before its use, for itself. What one core packed another reads slowly, and what is packed
+//   all at once goes to memory and back, so this is faster until A no longer fits.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -35,9 +35,10 @@ constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand pack
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
 constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
-constexpr int64_t kColumnsBytes = int64_t(2) << 20;  // of A for run_columns
-constexpr int64_t kColumnsK = 64;                    // more than this
-constexpr int64_t kInPlaceBytes = int64_t(1) << 20;  // of A to be read where it lies
+constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
+constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
+constexpr int64_t kColumnsK = 64;                        // more than this
+constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -316,9 +317,9 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
         const int64_t q = item / mp, p0 = item % mp, p1 = std::min(mp, p0 + (end - item));
         for (int64_t block = 0; block < blocks; block++) {
           const int lanes = int(std::min<int64_t>(kn.nr, g.n - q * kn.nr));
-          seen |= kn.pack_b(panel,
-                            g.b.data + (q * kn.nr * g.b.cs + block * kn.kc * g.b.rs) * size_b,
-                            g.b.cs, g.b.rs, lanes, b.length(block));
+          seen |=
+              kn.pack_b(panel, g.b.data + (q * kn.nr * g.b.cs + block * kn.kc * g.b.rs) * size_b,
+                        g.b.cs, g.b.rs, lanes, b.length(block));
           tiles.panel(panel, true, b_word, q);
           tiles.block(b.padded(block) / kn.k_word, block == 0, block + 1 == blocks);
           for (int64_t p = p0; p < p1; p++)
@@ -348,12 +349,12 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   // Reading an operand in place saves a pass over it, and pays where it stays in the cache, or each
   // element is used little. Tiles have no tails: they are read in place where there are none.
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
-  const bool direct_a =
-      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
-      (g.n <= 2 * kn.nr || g.m <= kn.mr ||
-       (g.m * g.k * size_a <= kInPlaceBytes && !rows_collide(kn, g)));
+  const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+                        (g.n <= 2 * kn.nr || g.m <= kn.mr ||
+                         (g.m * g.k * size_a <= kInPlaceBytes && !rows_collide(kn, g)));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
-  const bool columns = !direct_b && !g.packed && g.k > kColumnsK && all_a.total() <= kColumnsBytes;
+  const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
+                       all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);
 
   // Cut the problem so that each operand's packed part stays within the limit.
   int64_t part_m = g.m, part_n = g.n;

@@ -102,8 +102,8 @@ double amx_peak(const char*, int64_t);
 double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
 // driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
-// split one and packing noticed what it cannot represent: C is then not what it should be, and to be
-// computed again. See split_refused.
+// split one and packing noticed what it cannot represent: C is then not what it should be, and to
+// be computed again. See split_refused.
 bool run_blocked(const Kernel&, const Gemm&, int threads);
 void run_dot(const Kernel&, const Gemm&, int threads);
 bool split_refused(unsigned a_flags, unsigned b_flags);
