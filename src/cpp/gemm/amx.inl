@@ -306,69 +306,54 @@ template <class Src, int Products, bool Round>
 constexpr Kernel tile_kernel(const char* name, DType type) {
   constexpr int parts = Products == 1 ? 1 : Products == 6 ? 3 : 2;
   constexpr bool in_place = sizeof(Src) == 2 && Products == 1;
-  return {name,
-          type,
-          type,
-          DType::f32,
-          32,
-          32,
-          2,
-          32,
-          Products == 1 ? 1024 : 256,
-          2 * parts,
-          2 * parts,
-          0,
-          pack_a_tiles<Src, parts, Round>,
-          pack_b_tiles<Src, parts, Round>,
-          bf16_tiles<Products>,
-          store_f32,
-          nullptr,
-          "",
-          in_place,
-          false,
-          Products != 1,
-          false,
-          tiles_enter,
-          tiles_leave};
+  return {.name = name,
+          .a = type,
+          .b = type,
+          .mr = 32,
+          .nr = 32,
+          .k_word = 2,
+          .k_step = 32,
+          .kc = Products == 1 ? 1024 : 256,
+          .a_bytes = 2 * parts,
+          .b_bytes = 2 * parts,
+          .pack_a = pack_a_tiles<Src, parts, Round>,
+          .pack_b = pack_b_tiles<Src, parts, Round>,
+          .tile = bf16_tiles<Products>,
+          .store = store_f32,
+          .direct_a = in_place,
+          .split = Products != 1,
+          .enter = tiles_enter,
+          .leave = tiles_leave};
 }
 
-#define FASTNN_INT8_TILES(prefix)                                                              \
-  {prefix " s8s8 32x32",                                                                       \
-   DType::s8,                                                                                  \
-   DType::s8,                                                                                  \
-   DType::s32,                                                                                 \
-   32,                                                                                         \
-   32,                                                                                         \
-   4,                                                                                          \
-   64,                                                                                         \
-   2048,                                                                                       \
-   1,                                                                                          \
-   1,                                                                                          \
-   0,                                                                                          \
-   pack_a_bytes<int8_t>,                                                                       \
-   pack_b_bytes,                                                                               \
-   int8_tiles<true>,                                                                           \
-   store_s32,                                                                                  \
-   nullptr,                                                                                    \
-   "",                                                                                         \
-   false,                                                                                      \
-   false,                                                                                      \
-   false,                                                                                      \
-   false,                                                                                      \
-   tiles_enter,                                                                                \
-   tiles_leave},                                                                               \
-  {                                                                                            \
-    prefix " u8s8 32x32", DType::u8, DType::s8, DType::s32, 32, 32, 4, 64, 2048, 1, 1, 0,      \
-        pack_a_bytes<uint8_t>, pack_b_bytes, int8_tiles<false>, store_s32, nullptr, "", false, \
-        false, false, false, tiles_enter, tiles_leave                                          \
-  }
+template <class A>
+constexpr Kernel int8_tile_kernel(const char* name, DType type) {
+  return {.name = name,
+          .a = type,
+          .b = DType::s8,
+          .acc = DType::s32,
+          .mr = 32,
+          .nr = 32,
+          .k_word = 4,
+          .k_step = 64,
+          .kc = 2048,
+          .a_bytes = 1,
+          .b_bytes = 1,
+          .pack_a = pack_a_bytes<A>,
+          .pack_b = pack_b_bytes,
+          .tile = int8_tiles<(A(-1) < A(0))>,
+          .store = store_s32,
+          .enter = tiles_enter,
+          .leave = tiles_leave};
+}
 
 #define FASTNN_AMX_KERNELS(prefix)                                                               \
   static const Kernel kernels[] = {                                                              \
       tile_kernel<float, 6, false>(prefix " f32 in 3 bf16, 6 products, 32x32", DType::f32),      \
       tile_kernel<bf16, 1, false>(prefix " bf16 32x32", DType::bf16),                            \
       tile_kernel<f16, 4, false>(prefix " f16 in 2 bf16, 4 products, 32x32", DType::f16),        \
-      FASTNN_INT8_TILES(prefix),                                                                 \
+      int8_tile_kernel<int8_t>(prefix " s8s8 32x32", DType::s8),                                 \
+      int8_tile_kernel<uint8_t>(prefix " u8s8 32x32", DType::u8),                                \
       {},                                                                                        \
   };                                                                                             \
   static const Kernel high[] = {                                                                 \

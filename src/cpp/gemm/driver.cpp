@@ -141,11 +141,13 @@ struct Flags {
 // One tile over one block of K, and its way to C after the last.
 class Tiles {
  public:
-  Tiles(const Kernel& kn, const Gemm& g, const Store& store, const Source& a, int64_t m, int64_t n,
-        int64_t i0, int64_t j0)
+  Tiles(const Kernel& kn, const Store& store, const Source& a, int64_t m, int64_t n, int64_t i0,
+        int64_t j0)
       : kn_(kn), store_(store), m_(m), n_(n), i0_(i0), j0_(j0) {
     // A whole tile that needs nothing done to it goes from the registers to C.
-    straight_ = store.plain && store.type == kn.acc && store.c_cs == 1 && a.layout.blocks() == 1;
+    const bool narrow = kn.converts && store.type == DType::bf16;
+    straight_ = store.plain && (store.type == kn.acc || narrow) && store.c_cs == 1 &&
+                a.layout.blocks() == 1;
     acc_row_ = int64_t(kn.nr) * dtype_size(kn.acc);
     t_.packed_a = a.packed;
     t_.a_row = a.lane, t_.a_word = a.word;
@@ -164,14 +166,14 @@ class Tiles {
     t_.rows = int(std::min<int64_t>(kn_.mr, m_ - p * kn_.mr));
     const int64_t i = i0_ + p * kn_.mr, j = j0_ + q_ * kn_.nr;
     if (straight_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
-      const int64_t size = dtype_size(kn_.acc);
+      const int64_t size = dtype_size(store_.type);
+      t_.narrow = store_.type != kn_.acc;
       t_.acc = store_.c + (i * store_.c_rs + j) * size;
       t_.acc_row = store_.c_rs * size;
       kn_.tile(t_);
       return;
     }
-    t_.acc = acc;
-    t_.acc_row = acc_row_;
+    t_.acc = acc, t_.acc_row = acc_row_, t_.narrow = false;
     if (t_.words)
       kn_.tile(t_);
     else
@@ -266,7 +268,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
     }
     if (kn.enter) kn.enter();
     char* acc = accumulators + acc_bytes * thread;
-    Tiles tiles(kn, g, store, a, m, n, i0, j0);
+    Tiles tiles(kn, store, a, m, n, i0, j0);
     for (Range r; (r = shares.take(thread, 1)).begin < r.end;) {
       const int64_t p0 = r.begin % blocks_m * block_a, q0 = r.begin / blocks_m * block_b;
       const int64_t p1 = std::min(mp, p0 + block_a), q1 = std::min(np, q0 + block_b);
@@ -310,7 +312,7 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
     }
     if (kn.enter) kn.enter();
     char *panel = own + own_bytes * thread, *acc = panel + panel_bytes;
-    Tiles tiles(kn, g, store, a, g.m, g.n, 0, 0);
+    Tiles tiles(kn, store, a, g.m, g.n, 0, 0);
     unsigned seen = 0;
     for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : 1)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {

@@ -49,7 +49,8 @@ struct TileArgs {
   bool packed_a, packed_b;
   void* acc;
   int64_t acc_row;
-  bool add;  // to what acc holds, instead of replacing it
+  bool add;     // to what acc holds, instead of replacing it
+  bool narrow;  // acc is bfloat16: the last and only block of a whole tile, by kernels that convert
 };
 using TileFn = void (*)(const TileArgs&);
 // Rows [i0, i0+rows) and columns [j0, j0+cols) of C from a tile whose rows are `ld` apart.
@@ -62,24 +63,26 @@ using DotFn = void (*)(const void* x, int64_t x_stride, int rows, const void* w,
 constexpr int kDotRows = 4, kDotCols = 4;
 
 struct Kernel {
-  const char* name;
-  DType a, b, acc;       // operands as they lie in memory; accumulator
-  int mr, nr;            // tile
-  int k_word;            // elements of K in a word
-  int k_step;            // K is padded to a multiple of it
-  int64_t kc;            // block of K, a multiple of k_step
-  int a_bytes, b_bytes;  // packed bytes an element
-  int b_extra;           // further bytes a panel and block (column sums)
-  PackFn pack_a, pack_b;
-  TileFn tile;
-  StoreFn store;
-  DotFn dot;  // null: none
-  const char* dot_name;
-  bool direct_a, direct_b;  // can read an operand where it lies: a along K or across, b across
-  bool split;               // a split product: see split_refused
-  bool few_rows;            // for at most mr rows, reading B in place
-  void (*enter)();          // on each thread before and after its tiles, or null
-  void (*leave)();
+  const char* name = nullptr;
+  DType a = DType::f32, b = DType::f32, acc = DType::f32;  // as they lie in memory; accumulator
+  int mr = 0, nr = 0;                                      // tile
+  int k_word = 1;                                          // elements of K in a word
+  int k_step = 1;                                          // K is padded to a multiple of it
+  int64_t kc = 0;                                          // block of K, a multiple of k_step
+  int a_bytes = 0, b_bytes = 0;                            // packed bytes an element
+  int b_extra = 0;  // further bytes a panel and block (column sums)
+  PackFn pack_a = nullptr, pack_b = nullptr;
+  TileFn tile = nullptr;
+  StoreFn store = nullptr;
+  DotFn dot = nullptr;
+  const char* dot_name = "";
+  bool direct_a = false;      // can read A where it lies, along K or across
+  bool direct_b = false;      // and B, across
+  bool converts = false;      // a whole tile can leave the registers as bfloat16
+  bool split = false;         // a split product: see split_refused
+  bool few_rows = false;      // for at most mr rows, reading B in place
+  void (*enter)() = nullptr;  // on each thread before and after its tiles
+  void (*leave)() = nullptr;
 };
 
 // The kernels of an instruction set, ended by a null name; the first that fits is taken.

@@ -10,6 +10,8 @@
 //   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
 #pragma once
+#include <type_traits>
+
 #include "gemm/kernel.hpp"
 #include "isa/math.hpp"
 #include "isa/vec.hpp"
@@ -17,6 +19,25 @@
 namespace fastnn::FASTNN_TARGET {
 
 FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Two neighbouring vectors.
+template <class T, class V>
+FASTNN_INLINE void put_two(T* p, V a, V b) {
+  a.store(p);
+  b.store(p + V::width);
+}
+#ifdef __AVX512BF16__
+// The instruction rounds as `to` does, but takes denormals for zero.
+FASTNN_INLINE void put_two(bf16* p, VecF32 a, VecF32 b) {
+  constexpr int denormal = 0x20;
+  if (_mm512_fpclass_ps_mask(a.r, denormal) | _mm512_fpclass_ps_mask(b.r, denormal)) {
+    a.store(p);
+    b.store(p + 16);
+  } else {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.r, a.r));
+  }
+}
+#endif
 
 // ---- tile --------------------------------------------------------------------------------------
 
@@ -58,6 +79,15 @@ static void tile(const TileArgs& t) {
     b += b_word;
   }
   auto* acc = static_cast<char*>(t.acc);
+  if constexpr (std::is_same_v<typename Ops::Sum, VecF32> && ROWS == MR && NV == 2 &&
+                NV * Ops::width == NR) {
+    if (t.narrow) {
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++, acc += t.acc_row)
+        put_two(reinterpret_cast<bf16*>(acc), sum[i][0], sum[i][1]);
+      return;
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++, acc += t.acc_row)
 #pragma GCC unroll 8
@@ -266,7 +296,8 @@ FASTNN_INLINE V load_typed(const char* base, DType type, int64_t index, int64_t 
   }
 }
 
-template <class V>
+// Narrow: the result is rounded to 16 bits, so the activation need not be exact to more.
+template <bool Narrow, class V>
 FASTNN_INLINE V epilogue(V v, const Store& s, int64_t i, int64_t j, int n) {
   constexpr bool f64 = sizeof(typename V::T) == 8;
   using T = typename V::T;
@@ -283,7 +314,11 @@ FASTNN_INLINE V epilogue(V v, const Store& s, int64_t i, int64_t j, int n) {
     v = v + load_typed<V>(s.bias, s.bias_type, j * s.bias_stride, s.bias_stride, n);
   else if (s.bias_axis == BiasAxis::row)
     v = v + load_typed<V>(s.bias, s.bias_type, i * s.bias_stride, 0, n);
-  return s.activation ? activate(s.activation, v) : v;
+  if (!s.activation) return v;
+  if constexpr (Narrow)
+    return activate_narrow(s.activation, v);
+  else
+    return activate(s.activation, v);
 }
 
 template <class T, class V>
@@ -301,6 +336,7 @@ template <class T, class Acc>
 static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
                        int64_t j0) {
   using V = typename OutVec<Acc>::V;
+  constexpr bool narrow = sizeof(T) == 2;
   T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0 * s.c_cs;
   if (s.c_rs == 1 && s.c_cs != 1 && rows > 1) {
     // C lies the other way round: finish the tile in place, then write its columns.
@@ -310,7 +346,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
       const int n = int(least(V::width, cols - j));
       for (int i = 0; i < rows; i++) {
         V v = load_acc(acc + i * ld + j, n);
-        if (!s.plain) v = epilogue(v, s, i0 + i, j0 + j, n);
+        if (!s.plain) v = epilogue<narrow>(v, s, i0 + i, j0 + j, n);
         v.store(done + i * V::width);
       }
       for (int l = 0; l < n; l++) {
@@ -321,11 +357,24 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
     }
     return;
   }
+  if (s.c_cs == 1 && cols % (2 * V::width) == 0) {
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < cols; j += 2 * V::width) {
+        V a = load_acc(acc + i * ld + j, V::width);
+        V b = load_acc(acc + i * ld + j + V::width, V::width);
+        if (!s.plain) {
+          a = epilogue<narrow>(a, s, i0 + i, j0 + j, V::width);
+          b = epilogue<narrow>(b, s, i0 + i, j0 + j + V::width, V::width);
+        }
+        put_two(c + i * s.c_rs + j, a, b);
+      }
+    return;
+  }
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < cols; j += V::width) {
       const int n = int(least(V::width, cols - j));
       V v = load_acc(acc + i * ld + j, n);
-      if (!s.plain) v = epilogue(v, s, i0 + i, j0 + j, n);
+      if (!s.plain) v = epilogue<narrow>(v, s, i0 + i, j0 + j, n);
       put_row(c + i * s.c_rs + j * s.c_cs, s.c_cs, v, n);
     }
 }

@@ -62,30 +62,21 @@ struct Pair16Ops {
 template <class A, int MR, int NV>
 constexpr Kernel pair16_kernel(const char* name, DType a, int64_t kc) {
   constexpr int nr = NV * Pair16Ops::width;
-  return {name,
-          a,
-          DType::s8,
-          DType::s32,
-          MR,
-          nr,
-          2,
-          2,
-          kc,
-          2,
-          2,
-          0,
-          pack_panel<Pair16Ops, A, MR>,
-          pack_panel<Pair16Ops, int8_t, nr>,
-          run_tile<Pair16Ops, MR, NV, false, false>,
-          store_s32,
-          nullptr,
-          "",
-          false,
-          false,
-          false,
-          false,
-          nullptr,
-          nullptr};
+  return {.name = name,
+          .a = a,
+          .b = DType::s8,
+          .acc = DType::s32,
+          .mr = MR,
+          .nr = nr,
+          .k_word = 2,
+          .k_step = 2,
+          .kc = kc,
+          .a_bytes = 2,
+          .b_bytes = 2,
+          .pack_a = pack_panel<Pair16Ops, A, MR>,
+          .pack_b = pack_panel<Pair16Ops, int8_t, nr>,
+          .tile = run_tile<Pair16Ops, MR, NV, false, false>,
+          .store = store_s32};
 }
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -47,30 +47,19 @@ struct IntOps {
 
 template <class A>
 constexpr Kernel int_kernel(const char* name, DType a) {
-  return {name,
-          a,
-          DType::s8,
-          DType::s32,
-          4,
-          8,
-          1,
-          1,
-          256,
-          4,
-          4,
-          0,
-          pack_panel<IntOps, A, 4>,
-          pack_panel<IntOps, int8_t, 8>,
-          run_tile<IntOps, 4, 2, false, false>,
-          store_s32,
-          nullptr,
-          "",
-          false,
-          false,
-          false,
-          false,
-          nullptr,
-          nullptr};
+  return {.name = name,
+          .a = a,
+          .b = DType::s8,
+          .acc = DType::s32,
+          .mr = 4,
+          .nr = 8,
+          .kc = 256,
+          .a_bytes = 4,
+          .b_bytes = 4,
+          .pack_a = pack_panel<IntOps, A, 4>,
+          .pack_b = pack_panel<IntOps, int8_t, 8>,
+          .tile = run_tile<IntOps, 4, 2, false, false>,
+          .store = store_s32};
 }
 
 static const Kernel kernels[] = {
