@@ -38,6 +38,8 @@ constexpr int kBlockPanelsB = 16;
 constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
+constexpr int64_t kGroup = 8;                            // panels of B packed together,
+constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -297,13 +299,18 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
                         char* pack_a_to, Flags& flags, int threads) {
   const Layout b = layout_b(kn, g.k, g.n);
   const int64_t mp = a.layout.panels, np = b.panels, blocks = b.blocks();
+  // Whole panels where there are enough of them to go round, else an even share of the tiles.
+  const int64_t unit = np >= 4 * threads ? mp : 1;
+  // Rows of B are read in long pieces, several panels wide: a line from each of many pages is the
+  // slowest way through memory.
+  const bool grouped = np >= 4 * threads && g.b.cs == 1 && !kn.b_extra;
+  const int64_t group = grouped ? std::min<int64_t>(kGroup, np / (4 * threads)) : 1;
   const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
-  const int64_t own_bytes = panel_bytes + round_up((blocks > 1 ? mp : 1) * tile_bytes(kn), 4096);
+  const int64_t sums = (blocks > 1 ? group * mp : 1) * tile_bytes(kn);
+  const int64_t own_bytes = group * panel_bytes + round_up(sums, 4096);
   char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word, size_b = dtype_size(g.b.type);
 
-  // Whole panels where there are enough of them to go round, else an even share of the tiles.
-  const int64_t unit = np >= 4 * threads ? mp : 1;
   Shares shares(mp * np / unit, threads);
   parallel(threads, [&](int thread, int came) {
     if (pack_a_to) {
@@ -311,23 +318,33 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
       if (came > 1) barrier();
     }
     if (kn.enter) kn.enter();
-    char *panel = own + own_bytes * thread, *acc = panel + panel_bytes;
+    char *panels = own + own_bytes * thread, *acc = panels + group * panel_bytes;
     Tiles tiles(kn, store, a, g.m, g.n, 0, 0);
     unsigned seen = 0;
-    for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : 1)).begin < r.end;) {
+    for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : group)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
-        const int64_t q = item / mp, p0 = item % mp, p1 = std::min(mp, p0 + (end - item));
+        const int64_t q0 = item / mp, p0 = item % mp;
+        const int64_t p1 = std::min(mp, p0 + (end - item));
+        const int64_t q1 = std::min(q0 + group, ceil_div(end, mp));
         for (int64_t block = 0; block < blocks; block++) {
-          const int lanes = int(std::min<int64_t>(kn.nr, g.n - q * kn.nr));
-          seen |=
-              kn.pack_b(panel, g.b.data + (q * kn.nr * g.b.cs + block * kn.kc * g.b.rs) * size_b,
-                        g.b.cs, g.b.rs, lanes, b.length(block));
-          tiles.panel(panel, true, b_word, q);
+          const int64_t length = b.length(block),
+                        step = group == 1 ? length : std::max<int64_t>(kGroupRows, kn.k_step);
+          for (int64_t k = 0; k < length; k += step)
+            for (int64_t q = q0; q < q1; q++)
+              seen |=
+                  kn.pack_b(panels + (q - q0) * panel_bytes + k * kn.nr * kn.b_bytes,
+                            g.b.data + (q * kn.nr * g.b.cs + (block * kn.kc + k) * g.b.rs) * size_b,
+                            g.b.cs, g.b.rs, int(std::min<int64_t>(kn.nr, g.n - q * kn.nr)),
+                            std::min(step, length - k));
           tiles.block(b.padded(block) / kn.k_word, block == 0, block + 1 == blocks);
-          for (int64_t p = p0; p < p1; p++)
-            tiles.run(a.at(block, p), p, blocks > 1 ? acc + (p - p0) * tile_bytes(kn) : acc);
+          for (int64_t q = q0; q < q1; q++) {
+            tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
+            for (int64_t p = p0; p < p1; p++)
+              tiles.run(a.at(block, p), p,
+                        blocks > 1 ? acc + ((q - q0) * mp + p - p0) * tile_bytes(kn) : acc);
+          }
         }
-        item += p1 - p0;
+        item += (q1 - q0 - 1) * mp + (p1 - p0);
       }
     }
     flags.b |= seen;
