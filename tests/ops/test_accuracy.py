@@ -66,22 +66,33 @@ def test_linear_act_is_the_formula(isa, dtype, kind, no_fallback):
     assert_within(fF.linear_act(x, w, b, kind), exact, magnitude, terms=30)
 
 
-def test_float32_is_no_worse_than_torch(no_fallback):
-    """'highest' is held to torch's own error, on inputs of several kinds. Both are far below the bound of the formula;
-    the tenth is for the order of the sums, which is another on each instruction set."""
-    k = 4096
-    kinds = {
-        "normal": (torch.randn(64, k), torch.randn(k, 64)),
-        "uniform": (torch.rand(64, k), torch.rand(k, 64)),
-        "scaled": (torch.randn(64, k) * torch.logspace(-6, 6, k), torch.randn(k, 64)),
-        "cancelling": (torch.randn(64, k // 2).repeat(1, 2), torch.randn(k // 2, 64).repeat(2, 1)),
-    }
-    kinds["cancelling"][1][k // 2 :] *= -1 + 1e-3
-    for name, (a, b) in kinds.items():
-        exact = a.double() @ b.double()
-        ours = torch.linalg.vector_norm(fastnn.mm(a, b).double() - exact)
-        torchs = torch.linalg.vector_norm((a @ b).double() - exact)
-        assert ours <= 1.1 * torchs, name
+def pairs(m, n, k):
+    """Operands of several kinds, by name."""
+    yield "normal", torch.randn(m, k), torch.randn(k, n)
+    yield "uniform", torch.rand(m, k), torch.rand(k, n)
+    scales = torch.logspace(-8, 8, k)[torch.randperm(k)][:, None]
+    yield "scaled", torch.randn(m, k) * torch.logspace(-10, 10, m)[:, None], torch.randn(k, n) * scales
+    half, other = torch.randn(m, k // 2), torch.randn(k // 2, n)
+    yield "cancelling", torch.cat((half, -half * (1 + 1e-4 * torch.randn(m, k // 2))), 1), torch.cat((other, other))
+    # The rows of a Hilbert matrix, in any order: nearly parallel.
+    i, j = torch.arange(1, m + 1)[:, None], torch.randperm(k) + 1
+    yield "ill-conditioned", 1 / (i + j).float(), torch.randn(k, n)
+
+
+@pytest.mark.parametrize("k", [1024, 8192, 65536])
+def test_float32_is_no_worse_than_torch(isa, k, no_fallback):
+    """'highest' is held to torch's own error, relative to |A| |B|. Both are far below the bound of the formula; the tenth
+    is for the order of the sums, which is another on each instruction set."""
+    if k > 8192 and isa in ("portable", "amx-emulated"):
+        pytest.skip("seconds for each product; 8,192 has both levels of sums")
+    torch.manual_seed(0)
+    for m, n in ((80, 96), (4, 200), (1, 500)):
+        for name, a, b in pairs(m, n, k):
+            exact, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            for y in (b, b.t().contiguous().t()):
+                ours = torch.linalg.vector_norm((fastnn.mm(a, y).double() - exact) / magnitude)
+                torchs = torch.linalg.vector_norm(((a @ y).double() - exact) / magnitude)
+                assert ours <= 1.1 * torchs, (m, n, name, y.stride(), float(ours / torchs))
 
 
 def test_precision_is_obeyed(no_fallback):

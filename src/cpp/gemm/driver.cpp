@@ -9,9 +9,9 @@
 //             for panel of A     tile += A panel . B panel, on registers
 //       the last block of K also stores: epilogue, conversion, C
 //
-//   Each tile starts from zero in each block of K and is added to the sum, so long sums are
-//   blocked (error grows with K/kc + kc, not K), and no element of C depends on how the blocks were
-//   shared out: the same bits for any number of threads.
+//   Each tile starts from zero in each block of K and is added to the sum, and the sums of 16
+//   blocks to another, so that the error grows with kc + 16 + K / (16 kc), not with K. No element
+//   of C depends on how the blocks were shared out: the same bits for any number of threads.
 //
 //   There are two ways through the loops. `run_blocks` packs both operands first, all threads
 //   together. `run_columns` is for an A that stays in the cache: a thread packs each panel of B
@@ -35,6 +35,7 @@ constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand pack
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
 constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
+constexpr int64_t kBlocksInSum = 16;
 constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
@@ -140,12 +141,27 @@ struct Flags {
   bool refused(const Kernel& kn) const { return kn.split && split_refused(a, b); }
 };
 
+int64_t tile_bytes(const Kernel& kn) { return int64_t(kn.mr) * kn.nr * dtype_size(kn.acc); }
+
+// Which blocks of K a tile's sum begins and ends with.
+struct Sums {
+  int64_t blocks, count;  // blocks of K; tiles whose sums are kept until the last
+  bool two_levels;        // float32 alone needs it
+
+  Sums(const Kernel& kn, int64_t k_blocks, int64_t tiles)
+      : blocks(std::max<int64_t>(1, k_blocks)),
+        count(blocks > 1 ? tiles : 1),
+        two_levels(kn.acc == DType::f32 && blocks > kBlocksInSum) {}
+  int64_t bytes(const Kernel& kn) const { return count * (two_levels ? 2 : 1) * tile_bytes(kn); }
+};
+
 // One tile over one block of K, and its way to C after the last.
 class Tiles {
  public:
-  Tiles(const Kernel& kn, const Store& store, const Source& a, int64_t m, int64_t n, int64_t i0,
-        int64_t j0)
-      : kn_(kn), store_(store), m_(m), n_(n), i0_(i0), j0_(j0) {
+  // `sums` has room for sums.bytes(kn).
+  Tiles(const Kernel& kn, const Store& store, const Source& a, const Sums& sums, char* memory,
+        int64_t m, int64_t n, int64_t i0, int64_t j0)
+      : kn_(kn), store_(store), sums_(sums), memory_(memory), m_(m), n_(n), i0_(i0), j0_(j0) {
     // A whole tile that needs nothing done to it goes from the registers to C.
     const bool narrow = kn.converts && store.type == DType::bf16;
     straight_ = store.plain && (store.type == kn.acc || narrow) && store.c_cs == 1 &&
@@ -154,16 +170,19 @@ class Tiles {
     t_.packed_a = a.packed;
     t_.a_row = a.lane, t_.a_word = a.word;
   }
-  // For the tiles to come: a panel of B, how many words of K, whether they are the first or last.
+  // For the tiles to come: a panel of B, and which block of K it is.
   void panel(const char* b, bool packed, int64_t b_word, int64_t q) {
     t_.b = b, t_.packed_b = packed, t_.b_word = b_word;
     q_ = q;
     t_.cols = int(std::min<int64_t>(kn_.nr, n_ - q * kn_.nr));
   }
-  void block(int64_t words, bool first, bool last) {
-    t_.words = words, t_.add = !first, last_ = last;
+  void block(int64_t index, int64_t words) {
+    block_ = index;
+    t_.words = words;
+    t_.add = index % (sums_.two_levels ? kBlocksInSum : sums_.blocks) != 0;
   }
-  void run(const char* a, int64_t p, char* acc) {
+  // `slot` says which of the sums is this tile's.
+  void run(const char* a, int64_t p, int64_t slot) {
     t_.a = a;
     t_.rows = int(std::min<int64_t>(kn_.mr, m_ - p * kn_.mr));
     const int64_t i = i0_ + p * kn_.mr, j = j0_ + q_ * kn_.nr;
@@ -175,23 +194,39 @@ class Tiles {
       kn_.tile(t_);
       return;
     }
+    char* acc = memory_ + (sums_.count > 1 ? slot * tile_bytes(kn_) : 0);
     t_.acc = acc, t_.acc_row = acc_row_, t_.narrow = false;
     if (t_.words)
       kn_.tile(t_);
     else
       std::memset(acc, 0, size_t(acc_row_) * kn_.mr);  // an empty sum
-    if (last_) kn_.store(acc, kn_.nr, t_.rows, t_.cols, store_, i, j);
+    const bool last = block_ + 1 == sums_.blocks;
+    if (sums_.two_levels && (last || (block_ + 1) % kBlocksInSum == 0)) acc = add_up(acc);
+    if (last) kn_.store(acc, kn_.nr, t_.rows, t_.cols, store_, i, j);
   }
 
  private:
+  // Adds the sum of some blocks to the sum of sums, and returns that.
+  char* add_up(char* acc) {
+    char* total = acc + sums_.count * tile_bytes(kn_);
+    auto* from = reinterpret_cast<const float*>(acc);
+    auto* to = reinterpret_cast<float*>(total);
+    const int count = t_.rows * kn_.nr;
+    if (block_ < kBlocksInSum)
+      std::memcpy(to, from, size_t(count) * sizeof(float));
+    else
+      for (int e = 0; e < count; e++) to[e] += from[e];
+    return total;
+  }
+
   const Kernel& kn_;
   const Store& store_;
-  int64_t m_, n_, i0_, j0_, q_ = 0, acc_row_;
-  bool straight_, last_ = true;
+  const Sums sums_;
+  char* memory_;
+  int64_t m_, n_, i0_, j0_, q_ = 0, block_ = 0, acc_row_;
+  bool straight_;
   TileArgs t_{};
 };
-
-int64_t tile_bytes(const Kernel& kn) { return int64_t(kn.mr) * kn.nr * dtype_size(kn.acc); }
 
 }  // namespace
 
@@ -228,8 +263,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
                        int64_t j0, int64_t n, const Source& a, const Source& b, char* pack_a_to,
                        char* pack_b_to, Flags& flags, int threads) {
   const int64_t mp = ceil_div(m, kn.mr), np = ceil_div(n, kn.nr);
-  const int64_t blocks = std::max<int64_t>(1, a.layout.blocks());
-  const bool sum = blocks > 1;
+  const bool sum = a.layout.blocks() > 1;
 
   int64_t block_a = std::max<int64_t>(
       1, kBlockBytes / std::max<int64_t>(1, std::min(kn.kc, g.k) * kn.mr * kn.a_bytes));
@@ -249,8 +283,9 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
       block_b = ceil_div(block_b, 2);
   }
   const int64_t blocks_m = ceil_div(mp, block_a), blocks_n = ceil_div(np, block_b);
-  const int64_t acc_bytes = (sum ? block_a * block_b : 1) * tile_bytes(kn);
-  char* accumulators = static_cast<char*>(scratch(Scratch::accumulator, acc_bytes * threads));
+  const Sums sums(kn, a.layout.blocks(), block_a * block_b);
+  const int64_t own_bytes = round_up(sums.bytes(kn), 64);
+  char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
 
   Shares shares(blocks_m * blocks_n, threads);
   parallel(threads, [&](int thread, int came) {
@@ -269,17 +304,15 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
       if (flags.refused(kn)) return;
     }
     if (kn.enter) kn.enter();
-    char* acc = accumulators + acc_bytes * thread;
-    Tiles tiles(kn, store, a, m, n, i0, j0);
+    Tiles tiles(kn, store, a, sums, own + own_bytes * thread, m, n, i0, j0);
     for (Range r; (r = shares.take(thread, 1)).begin < r.end;) {
       const int64_t p0 = r.begin % blocks_m * block_a, q0 = r.begin / blocks_m * block_b;
       const int64_t p1 = std::min(mp, p0 + block_a), q1 = std::min(np, q0 + block_b);
-      for (int64_t block = 0; block < blocks; block++) {
-        tiles.block(g.k ? a.layout.padded(block) / kn.k_word : 0, block == 0, block + 1 == blocks);
+      for (int64_t block = 0; block < sums.blocks; block++) {
+        tiles.block(block, g.k ? a.layout.padded(block) / kn.k_word : 0);
         auto one = [&](int64_t p, int64_t q) {
           tiles.panel(g.k ? b.at(block, q) : nullptr, b.packed, b.word, q);
-          tiles.run(g.k ? a.at(block, p) : nullptr, p,
-                    sum ? acc + ((q - q0) * block_a + (p - p0)) * tile_bytes(kn) : acc);
+          tiles.run(g.k ? a.at(block, p) : nullptr, p, (q - q0) * block_a + (p - p0));
         };
         if (sum) {
           for (int64_t q = q0; q < q1; q++)
@@ -306,8 +339,8 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   const bool grouped = np >= 4 * threads && g.b.cs == 1 && !kn.b_extra;
   const int64_t group = grouped ? std::min<int64_t>(kGroup, np / (4 * threads)) : 1;
   const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
-  const int64_t sums = (blocks > 1 ? group * mp : 1) * tile_bytes(kn);
-  const int64_t own_bytes = group * panel_bytes + round_up(sums, 4096);
+  const Sums sums(kn, blocks, group * mp);
+  const int64_t own_bytes = group * panel_bytes + round_up(sums.bytes(kn), 4096);
   char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word, size_b = dtype_size(g.b.type);
 
@@ -318,8 +351,8 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
       if (came > 1) barrier();
     }
     if (kn.enter) kn.enter();
-    char *panels = own + own_bytes * thread, *acc = panels + group * panel_bytes;
-    Tiles tiles(kn, store, a, g.m, g.n, 0, 0);
+    char* panels = own + own_bytes * thread;
+    Tiles tiles(kn, store, a, sums, panels + group * panel_bytes, g.m, g.n, 0, 0);
     unsigned seen = 0;
     for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : group)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
@@ -336,12 +369,10 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
                             g.b.data + (q * kn.nr * g.b.cs + (block * kn.kc + k) * g.b.rs) * size_b,
                             g.b.cs, g.b.rs, int(std::min<int64_t>(kn.nr, g.n - q * kn.nr)),
                             std::min(step, length - k));
-          tiles.block(b.padded(block) / kn.k_word, block == 0, block + 1 == blocks);
+          tiles.block(block, b.padded(block) / kn.k_word);
           for (int64_t q = q0; q < q1; q++) {
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
-            for (int64_t p = p0; p < p1; p++)
-              tiles.run(a.at(block, p), p,
-                        blocks > 1 ? acc + ((q - q0) * mp + p - p0) * tile_bytes(kn) : acc);
+            for (int64_t p = p0; p < p1; p++) tiles.run(a.at(block, p), p, (q - q0) * mp + p - p0);
           }
         }
         item += (q1 - q0 - 1) * mp + (p1 - p0);

@@ -187,43 +187,56 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
 // ---- dot ---------------------------------------------------------------------------------------
 
 // Both operands run along K: vectors along K too, summed across lanes at the end. For few rows,
-// where a packed panel would be used too little to pay for itself.
+// where a packed panel would be used too little to pay for itself. The sums of a lane are blocked,
+// as those of the tiles are; the fewer lanes there are, the shorter the blocks.
 template <class Ops, class Src, int ROWS, int COLS>
 FASTNN_INLINE void dot_block(const Src* x, int64_t xs, const Src* w, int64_t ws, int64_t k,
                              typename Ops::Acc* acc) {
-  constexpr int W = Ops::dot_width;
-  typename Ops::Sum sum[ROWS][COLS];
+  constexpr int W = Ops::dot_width, steps = 8 * W;
+  typename Ops::Sum total[ROWS][COLS];
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; j++) sum[i][j] = Ops::zero();
+    for (int j = 0; j < COLS; j++) total[i][j] = Ops::zero();
   int64_t p = 0;
-  for (; p + W <= k; p += W) {
-    typename Ops::Vec wv[COLS];
+  do {
+    typename Ops::Sum sum[ROWS][COLS];
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load(w + j * ws + p);
+    for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i++) {
-      const typename Ops::Vec xv = Ops::dot_load(x + i * xs + p);
+      for (int j = 0; j < COLS; j++) sum[i][j] = Ops::zero();
+    for (const int64_t end = least(k, p + steps * W); p + W <= end; p += W) {
+      typename Ops::Vec wv[COLS];
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+      for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load(w + j * ws + p);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; i++) {
+        const typename Ops::Vec xv = Ops::dot_load(x + i * xs + p);
+#pragma GCC unroll 4
+        for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+      }
     }
-  }
-  if (p < k) {
-    typename Ops::Vec wv[COLS];
+    if (const int64_t left = k - p; left > 0 && left < W) {
+      typename Ops::Vec wv[COLS];
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load_partial(w + j * ws + p, int(k - p));
+      for (int j = 0; j < COLS; j++) wv[j] = Ops::dot_load_partial(w + j * ws + p, int(left));
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i++) {
-      const typename Ops::Vec xv = Ops::dot_load_partial(x + i * xs + p, int(k - p));
+      for (int i = 0; i < ROWS; i++) {
+        const typename Ops::Vec xv = Ops::dot_load_partial(x + i * xs + p, int(left));
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+        for (int j = 0; j < COLS; j++) sum[i][j] = Ops::multiply_add(sum[i][j], xv, wv[j]);
+      }
+      p = k;
     }
-  }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; j++) total[i][j] = total[i][j] + sum[i][j];
+  } while (p < k);
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; j++) acc[i * kDotCols + j] = reduce_add(sum[i][j]);
+    for (int j = 0; j < COLS; j++) acc[i * kDotCols + j] = reduce_add(total[i][j]);
 }
 
 template <class Ops, class Src>
