@@ -46,7 +46,7 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class _PatchMode(TorchFunctionMode):

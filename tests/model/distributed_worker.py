@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastnn
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 RANKS = 2
 
 
@@ -55,6 +56,8 @@ def compare(rank):
     loss_of(late, x[mine], target[mine]).backward()
     check("ddp, then convert", {n.removeprefix("module."): p.grad for n, p in late.named_parameters()}, expected)
 
+    if TORCH < (2, 10):  # there fully_shard's own gradients over gloo are wrong (pytorch issue 162338), or it fails
+        return
     mesh = init_device_mesh("cpu", (RANKS,))
     sharded = fastnn.convert(network())
     for layer in sharded:

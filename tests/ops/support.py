@@ -2,6 +2,9 @@
 
 import torch
 
+#: The version of torch.
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: The unit roundoff of a dtype, and of the type its sums are kept in.

@@ -8,6 +8,7 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import fastnn
 import fastnn.functional as fF
+from fastnn import _cpu
 from fastnn.ops.activation import KINDS, activation
 
 
@@ -207,3 +208,12 @@ def test_func_vmap_of_linear(shapes, dims, no_fallback):
 def test_func_vmap_of_matmul(shapes, dims, no_fallback):
     inputs = [torch.randn(s) for s in shapes]
     close(vmap(fastnn.matmul, dims)(*inputs), vmap(torch.matmul, dims)(*inputs))
+
+
+def test_create_graph_computes_each_product_once():
+    x, w = (torch.randn(90, 90, requires_grad=True) for _ in range(2))
+    for function in (lambda: fF.linear(x, w), lambda: fastnn.mm(x, w)):
+        result = function()
+        _cpu.reset_counters()
+        torch.autograd.grad(result.sum(), (x, w), create_graph=True)
+        assert sum(_cpu.counters().values()) == 2

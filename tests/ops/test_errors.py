@@ -46,6 +46,7 @@ CASES = {
     "mv: sizes": (fastnn.mv, torch.mv, (X, B), "vec"),
     "mv: ranks": (fastnn.mv, torch.mv, (B, B), "input"),
     "addmm: input": (fastnn.addmm, torch.addmm, (torch.randn(3), X, W.t()), "input"),
+    "addmm: input None": (fastnn.addmm, torch.addmm, (None, X, W.t()), "input"),
     "addmm: dtype": (fastnn.addmm, torch.addmm, (B.double(), X, W.t()), "input"),
     "addmm: ranks": (fastnn.addmm, torch.addmm, (B, X[0], W.t()), "mat1"),
     "baddbmm: ranks": (fastnn.baddbmm, torch.baddbmm, (B, X, W.t()), "batch1"),
@@ -179,6 +180,64 @@ def test_negated_views():
     negative = torch._neg_view(torch.ones(2, 2))
     assert torch.equal(fastnn.mm(negative, torch.eye(2)), -torch.ones(2, 2))
     assert torch.equal(fF.relu(negative), torch.zeros(2, 2))
+
+
+def test_addmm_bad_scale():
+    for name in ("alpha", "beta"):
+        with pytest.raises(TypeError):
+            torch.addmm(B, X, W.t(), **{name: torch.ones(2)})
+        with pytest.raises(TypeError, match=name):
+            fastnn.addmm(B, X, W.t(), **{name: torch.ones(2)})
+
+
+def without_memory():
+    """Tensors of an ordinary type that have no memory: the zeros of forward mode, and what escaped a transform."""
+    yield torch._efficientzerotensor(3, 4)
+    escaped = []
+    torch.func.functionalize(lambda x: escaped.append(x) or x)(X.clone())
+    yield escaped[0]
+    torch.func.vmap(lambda x: escaped.append(x) or x)(torch.randn(2, 3, 4))
+    yield escaped[1]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_tensors_without_memory(which):
+    calls = (
+        (lambda x: fF.linear(x, W, B), lambda x: F.linear(x, W, B)),
+        (lambda x: fastnn.mm(x, W.t()), lambda x: torch.mm(x, W.t())),
+        (lambda x: fastnn.mm(W, x.t()), lambda x: torch.mm(W, x.t())),
+        (fF.relu, torch.relu),
+        (fF.gelu, F.gelu),
+        (fF.silu, F.silu),
+    )
+    for ours, torchs in calls:
+        x = list(without_memory())[which]
+        try:
+            expected = torchs(x)
+        except Exception as error:
+            with pytest.raises(type(error)):
+                ours(x)
+        else:
+            torch.testing.assert_close(ours(x) + 0, expected + 0)
+
+
+def test_gradients_without_memory():
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    result = fF.linear(x, w)
+    zeros = torch.autograd.grad(result, (x, w), torch._efficientzerotensor(3, 5))
+    assert all(not (z + 0).any() for z in zeros)
+    y = X.clone().requires_grad_()
+    (zero,) = torch.autograd.grad(fF.gelu(y), y, torch._efficientzerotensor(3, 4))
+    assert not (zero + 0).any()
+
+
+def test_interruptions_are_not_swallowed():
+    class Interrupts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        fastnn.mm(X, W.t())
 
 
 def test_int_mm_bad_arguments():

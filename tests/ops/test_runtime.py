@@ -200,7 +200,8 @@ def test_without_the_dlpack_table_of_newer_torch():
     """torch before 2.10 has none: everything goes the long way, to the same results."""
     program = """
 import torch
-del torch.Tensor.__dlpack_c_exchange_api__
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__
 import fastnn
 from fastnn.backends import cpu
 x, w = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
@@ -214,6 +215,26 @@ torch.testing.assert_close(fastnn.functional.gelu(x), torch.nn.functional.gelu(x
 print(fastnn._state.fallbacks())
 """
     assert run(program) == "{}"
+
+
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_bits_do_not_depend_on_threads_where_values_are_tiny(isa):
+    """What packing notices of a split product decides the kernel, and must not depend on how the work was cut."""
+    before, threads = _cpu.isa(), torch.get_num_threads()
+    _cpu.set_isa(isa)
+    try:
+        for tiny in (1e-35, 1e-20, 0.0):
+            a, b = torch.randn(96, 256), torch.randn(256, 256)
+            b[:32] *= tiny
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(fastnn.mm(a, b))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(threads)
+        _cpu.set_isa(before)
 
 
 def test_the_dlpack_table_is_used():

@@ -12,6 +12,11 @@ import fastnn
 import fastnn.functional as fF
 from fastnn import _state
 
+from .support import TORCH
+
+# Dynamo of torch 2.6 cannot raise an exception of a class of one's own, by which an op says that a call is torch's.
+raises_inside_compile = pytest.mark.skipif(TORCH < (2, 7), reason="a call that falls back, inside of torch.compile")
+
 
 def op(name):
     return getattr(torch.ops.fastnn, name).default
@@ -126,6 +131,7 @@ def test_compile_inductor(no_fallback):
         close(a, b)
 
 
+@raises_inside_compile
 def test_transforms_inside_compile_are_right():
     """Dynamo traces what a transform does inside; there torch's own ops run, and are counted."""
     torch._dynamo.reset()
@@ -136,6 +142,7 @@ def test_transforms_inside_compile_are_right():
     assert ("linear", "a torch.func transform inside of torch.compile") in _state.fallbacks()
 
 
+@raises_inside_compile
 def test_fallbacks_compile():
     torch._dynamo.reset()
     _state.reset_fallbacks()

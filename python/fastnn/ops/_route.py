@@ -24,9 +24,11 @@ functorch_active = torch._C._are_functorch_transforms_active
 tracing_state = torch._C._get_tracing_state
 # What torch.autograd.grad(is_grads_batched=True) gives a backward: it knows torch's own ops alone.
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-#: The types that hold data as torch knows it. Anything else may compute something else.
-PLAIN = frozenset((Tensor, Parameter))
+#: The types that hold data as torch knows it. Anything else may compute something else. (A tuple: Dynamo before torch 2.10
+#: does not see into a set of types.)
+PLAIN = (Tensor, Parameter)
 
 #: Ordinary tensors, ordinary mode: kernels straight, with a classic autograd.Function where a gradient is wanted.
 EAGER = "eager"
@@ -64,6 +66,8 @@ def route(op: str, *tensors: Tensor | None) -> str:
             library = True
         if not library and is_legacy_batched(tensor):
             raise Unsupported("a batch of gradients (is_grads_batched)")
+        if not library and not transformed and not _has_memory(tensor):
+            raise Unsupported("a tensor without memory of its own")
     reason = cpu.supports(op, *tensors)
     if reason is not None:
         raise Unsupported(reason)
@@ -74,6 +78,32 @@ def route(op: str, *tensors: Tensor | None) -> str:
     if _state.settings().backend == "reference":
         return REFERENCE
     return EAGER
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for what escaped from a transform, and for the zeros that forward mode makes."""
+    return not (is_wrapped(tensor) or torch._is_functional_tensor(tensor) or tensor._is_zerotensor())
+
+
+def is_straight(*tensors: Tensor) -> bool:
+    """In a backward: whether the kernels can be called on these as they are, with nothing looking on."""
+    return (
+        not is_dynamo_compiling()
+        and not is_grad_enabled()
+        and not functorch_active()
+        and dispatch_modes() == 0
+        and _state.settings().backend != "reference"
+        and all(
+            type(tensor) in PLAIN
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.dtype is tensors[0].dtype
+            and tensor.dtype in cpu.FLOAT
+            and not is_legacy_batched(tensor)
+            and _has_memory(tensor)
+            for tensor in tensors
+        )
+    )
 
 
 def _is_plain_subclass(kind: type) -> bool:

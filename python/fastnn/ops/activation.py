@@ -28,20 +28,16 @@ from ._out import has_internal_overlap, write_out
 from ._route import (
     EAGER,
     LIBRARY,
-    PLAIN,
     REFERENCE,
     TRANSFORM,
     Unsupported,
-    dispatch_modes,
     fall_back,
-    functorch_active,
     is_dynamo_compiling,
     is_grad_enabled,
-    is_legacy_batched,
+    is_straight,
     needs_library,
     resolve,
     route,
-    tracing_state,
     wants_grad,
 )
 
@@ -136,20 +132,6 @@ def _apply(
 
 
 def _where(input: Tensor) -> str:
-    if (
-        not is_dynamo_compiling()
-        and type(input) in PLAIN
-        and input.is_cpu
-        and input.layout is torch.strided
-        and input.dtype in cpu.FLOAT
-        and _state.settings() is _state.PLAIN
-        and dispatch_modes() == 0
-        and not functorch_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and tracing_state() is None
-        and not input.is_nested
-    ):
-        return EAGER
     if not isinstance(input, Tensor):
         raise Unsupported(f"input: expected a Tensor, got {type(input).__name__}")
     return route("activation", input)
@@ -224,22 +206,8 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
         output = cpu.tensor_activation_backward(_CODE[kind], grad, saved)
         if output is not None:
             return output
-    if (
-        not is_dynamo_compiling()
-        and not is_grad_enabled()
-        and type(grad) is Tensor
-        and type(saved) in PLAIN
-        and dispatch_modes() == 0
-        and not functorch_active()
-        and grad.is_cpu
-        and grad.layout is torch.strided
-        and grad.dtype is saved.dtype
-    ):
-        try:
-            return cpu.activation_backward(kind, resolve(grad), resolve(saved))
-        except RuntimeError:
-            if not is_legacy_batched(grad):
-                raise
+    if is_straight(grad, saved):
+        return cpu.activation_backward(kind, resolve(grad), resolve(saved))
     try:
         where = route("activation", grad, saved)
     except Unsupported as reason:

@@ -24,19 +24,15 @@ from ._library import define
 from ._out import write_out
 from ._route import (
     LIBRARY,
-    PLAIN,
     REFERENCE,
     TRANSFORM,
     Unsupported,
     autocast,
     describe,
-    dispatch_modes,
     fall_back,
-    functorch_active,
     is_autocast_enabled,
     is_dynamo_compiling,
-    is_grad_enabled,
-    is_legacy_batched,
+    is_straight,
     needs_library,
     resolve,
     route,
@@ -136,7 +132,7 @@ def addmm(
     mat1 (N, K), mat2 (K, M), input broadcasts to (N, M) and is not read where beta is 0. Raises RuntimeError for other
     ranks, sizes that do not fit, or mixed dtypes.
     """
-    if beta == alpha == 1 and not is_dynamo_compiling():
+    if input is not None and _is_one(beta) and _is_one(alpha) and not is_dynamo_compiling():
         result = _tensor_product(cpu.MM, mat1, mat2, input, 0, out)
         if type(result) is tuple:
             return _apply_scaled(input, mat1, mat2, 1.0, 1.0, result)
@@ -312,7 +308,8 @@ def _check_inner(**arguments: Tensor) -> None:
 
 
 def _broadcast_batch(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    for p, q in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2]), strict=False):
+    # Without `strict`, which Dynamo before torch 2.10 takes for true.
+    for p, q in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2])):  # noqa: B905
         if p != q and p != 1 and q != 1:
             _wrong("expected batch dimensions that broadcast", **{a_name: a, b_name: b})
 
@@ -394,27 +391,12 @@ def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha · (a @ b) in a backward, where most often no gradient of the gradient is asked for."""
     if alpha == 1 and not is_dynamo_compiling():
         result = _tensor_product(cpu.MATMUL, a, b, None, 0, None)
-        if result is not None and type(result) is not tuple:
+        if type(result) is tuple:
+            return _apply_product(a, b, result)
+        if result is not None:
             return result
-    if (
-        not is_dynamo_compiling()
-        and not is_grad_enabled()
-        and type(a) in PLAIN
-        and type(b) in PLAIN
-        and a.is_cpu
-        and b.is_cpu
-        and a.dtype is b.dtype
-        and a.dtype in cpu.FLOAT
-        and not functorch_active()
-        and dispatch_modes() == 0
-        and a.layout is b.layout is torch.strided
-        and _settings().backend != "reference"
-    ):
-        try:
-            return cpu.product(resolve(a), resolve(b), alpha=alpha)
-        except RuntimeError:
-            if not (is_legacy_batched(a) or is_legacy_batched(b)):
-                raise
+    if is_straight(a, b):
+        return cpu.product(resolve(a), resolve(b), alpha=alpha)
     result = product(a, b)
     return result if alpha == 1 else alpha * result
 
@@ -521,9 +503,10 @@ def _scaled(op: str, input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: fl
     beta, alpha = _number("beta", beta), _number("alpha", alpha)
     input, a, b = _cast(out, input, a, b)
     shape = (*a.shape[:-1], b.shape[-1])
-    if input.dim() > len(shape) or any(
-        size != 1 and size != full for size, full in zip(reversed(input.shape), reversed(shape), strict=False)
-    ):
+    broadcasts = input.dim() <= len(shape)
+    for size, full in zip(reversed(input.shape), reversed(shape)):  # noqa: B905 - and no any(), for Dynamo
+        broadcasts = broadcasts and (size == 1 or size == full)
+    if not broadcasts:
         _wrong("expected input to broadcast to the product", input=input, mat1=a, mat2=b)
     where = route("gemm", input, a, b)
 
@@ -553,6 +536,10 @@ def _scaled(op: str, input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: fl
         compute,
         in_place_of=input,
     )
+
+
+def _is_one(value: Any) -> bool:
+    return type(value) in (int, float) and value == 1
 
 
 def _number(name: str, value: Any) -> float:

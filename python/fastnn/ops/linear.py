@@ -215,21 +215,8 @@ def _gradients(
 
 
 def _column_sum(rows: Tensor) -> Tensor:
-    if (
-        not _is_dynamo_compiling()
-        and not _route.is_grad_enabled()
-        and type(rows) is Tensor
-        and rows.is_cpu
-        and rows.layout is torch.strided
-        and _route.dispatch_modes() == 0
-        and not _route.functorch_active()
-        and _settings().backend != "reference"
-    ):
-        try:
-            return cpu.column_sum(resolve(rows))
-        except RuntimeError:
-            if not _route.is_legacy_batched(rows):
-                raise
+    if _route.is_straight(rows):
+        return cpu.column_sum(resolve(rows))
     # Traced, mapped or differentiated again: a sum that every tracer knows.
     return rows.sum(0)
 

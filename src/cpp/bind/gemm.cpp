@@ -138,6 +138,7 @@ void linear_call(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, uintptr_t 
   if (m < 0 || n < 0 || k < 0) bad_argument("linear", "m, n, k", "0 or more");
   const DType t = dtype_argument("linear", "dtype", dtype);
   if (!is_float(t)) bad_argument("linear", "dtype", "a floating-point type");
+  if (m && n && (!out || (k && (!x || !w)))) bad_argument("linear", "x, w, out", "addresses");
   g.m = m, g.n = n, g.k = k;
   g.a.data = reinterpret_cast<char*>(x), g.a.type = t, g.a.rs = x_stride, g.a.cs = 1;
   g.b.data = reinterpret_cast<char*>(w), g.b.type = t, g.b.rs = 1, g.b.cs = w_stride;
@@ -193,6 +194,7 @@ void bind_gemm(py::module_& m) {
          uintptr_t out) {
         const DType t = dtype_argument("column_sum", "dtype", dtype);
         if (rows < 0 || cols < 0) bad_argument("column_sum", "m, n", "0 or more");
+        if (cols && (!out || (rows && !x))) bad_argument("column_sum", "x, out", "addresses");
         py::gil_scoped_release release;
         column_sum(reinterpret_cast<void*>(x), rows, cols, rs, cs, t, reinterpret_cast<void*>(out));
       },

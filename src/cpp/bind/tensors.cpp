@@ -57,7 +57,7 @@ constexpr uint8_t kFloat = 2, kBfloat = 4;
 // Results above this come from the caching allocator, the long way (LARGE_BYTES in cpu.py).
 constexpr int64_t kLargeBytes = 4 << 20;
 // Giving up the GIL costs as much as this many multiplications take.
-constexpr double kTiny = 5e5;
+constexpr double kFewOperations = 5e5;
 constexpr int kMaxDims = kMaxBatchDims + 2;
 
 // What is called in torch and in Python's part of this package, all set once by use_torch. Without
@@ -75,20 +75,26 @@ PyObject *get_settings = nullptr, *dispatch_modes = nullptr, *functorch_active =
 PyObject *is_neg = nullptr, *is_inference = nullptr, *increment_version = nullptr;
 PyObject *name_new_empty = nullptr, *name_requires_grad = nullptr, *name_current_level = nullptr;
 
-// What a function gives is known by identity; nothing here raises.
+// After a call that failed: the long way finds out why. What is no Exception (a KeyboardInterrupt
+// in a mode written in Python) stays, and not_taken raises it.
+void forget_error() {
+  if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
+}
+
+// What a function gives is known by identity. False as well where it fails, or has failed before.
 bool gives(PyObject* function, PyObject* expected) {
-  PyObject* result = PyObject_CallNoArgs(function);
+  PyObject* result = PyErr_Occurred() ? nullptr : PyObject_CallNoArgs(function);
   if (!result) {
-    PyErr_Clear();
+    forget_error();
     return false;
   }
   Py_DECREF(result);
   return result == expected;
 }
 bool gives_of(PyObject* function, PyObject* argument, PyObject* expected) {
-  PyObject* result = PyObject_CallOneArg(function, argument);
+  PyObject* result = PyErr_Occurred() ? nullptr : PyObject_CallOneArg(function, argument);
   if (!result) {
-    PyErr_Clear();
+    forget_error();
     return false;
   }
   Py_DECREF(result);
@@ -139,7 +145,7 @@ bool wants_grad(Objects... tensors) {
 // `highest` serves every precision, and for little work asking costs more than it can save.
 bool precision_of(DType type, double operations, Precision& precision) {
   precision = Precision::highest;
-  if (type != DType::f32 || operations < kTiny) return true;
+  if (type != DType::f32 || operations < kFewOperations) return true;
   PyObject* name = PyObject_CallNoArgs(get_precision);
   const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
   bool known = true;
@@ -152,7 +158,7 @@ bool precision_of(DType type, double operations, Precision& precision) {
   else
     known = __builtin_strcmp(text, "highest") == 0;
   Py_XDECREF(name);
-  PyErr_Clear();
+  forget_error();
   return known;
 }
 
@@ -186,7 +192,7 @@ bool read(PyObject* object, Tensor& t, bool fresh = false) {
   if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
   DLTensor dl;
   if (read_tensor(object, &dl) != 0) {
-    PyErr_Clear();
+    forget_error();
     return false;
   }
   if (dl.device.type != kCpu || dl.dtype.lanes != 1 || !dl.data || dl.ndim < 1 ||
@@ -212,8 +218,7 @@ bool read(PyObject* object, Tensor& t, bool fresh = false) {
   return fresh || gives_of(is_neg, object, Py_False);
 }
 
-// Whether a result may be written to the elements of `out`, which has its shape: all of them apart,
-// none of them shared with `x`, and no other rule of torch's against it.
+// Whether all elements of `out` lie apart.
 bool apart(const Tensor& out) {
   int order[kMaxDims];
   for (int d = 0; d < out.dims; d++) {
@@ -284,7 +289,7 @@ PyObject* not_taken(PyObject* result = nullptr) {
 template <class Work>
 PyObject* run(PyObject* result, double operations, Work work) {
   try {
-    if (operations < kTiny) {
+    if (operations < kFewOperations) {
       work();
     } else {
       py::gil_scoped_release release;
@@ -426,8 +431,11 @@ PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n
       (by_weight && double(columns) * double(input.size(-1)) > double(most)))
     return not_taken();
   Precision precision;
-  if (!precision_of(grad.type, double(rows) * columns * columns, precision) || !quiet() ||
-      !gives(grad_enabled, Py_False))
+  const double operations = double(rows) * double(columns) *
+                            double(by_weight  ? input.size(-1)
+                                   : by_input ? weight.shape[1]
+                                              : 1);
+  if (!precision_of(grad.type, operations, precision) || !quiet() || !gives(grad_enabled, Py_False))
     return not_taken();
 
   PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};

@@ -40,6 +40,7 @@ constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
 constexpr int64_t kGroup = 8;                            // panels of B packed together,
+constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
 
@@ -333,11 +334,16 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   const Layout b = layout_b(kn, g.k, g.n);
   const int64_t mp = a.layout.panels, np = b.panels, blocks = b.blocks();
   // Whole panels where there are enough of them to go round, else an even share of the tiles.
-  const int64_t unit = np >= 4 * threads ? mp : 1;
+  const bool whole_panels = np >= 4 * threads;
+  const int64_t unit = whole_panels ? mp : 1;
   // Rows of B are read in long pieces, several panels wide: a line from each of many pages is the
   // slowest way through memory.
-  const bool grouped = np >= 4 * threads && g.b.cs == 1 && !kn.b_extra;
-  const int64_t group = grouped ? std::min<int64_t>(kGroup, np / (4 * threads)) : 1;
+  // What packing notices (split), or adds (b_extra), is of a whole panel, and slices do not know
+  // it.
+  const bool grouped = whole_panels && g.b.cs == 1 && !kn.b_extra && !kn.split;
+  const int64_t wanted = std::min<int64_t>(kGroup, np / (4 * threads));
+  const int64_t fitting = kGroupSumBytes / (mp * tile_bytes(kn));
+  const int64_t group = grouped ? std::max<int64_t>(1, std::min(wanted, fitting)) : 1;
   const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
   const Sums sums(kn, blocks, group * mp);
   const int64_t own_bytes = group * panel_bytes + round_up(sums.bytes(kn), 4096);
@@ -354,7 +360,7 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
     char* panels = own + own_bytes * thread;
     Tiles tiles(kn, store, a, sums, panels + group * panel_bytes, g.m, g.n, 0, 0);
     unsigned seen = 0;
-    for (Range r; (r = shares.take(thread, unit == 1 ? mp * np : group)).begin < r.end;) {
+    for (Range r; (r = shares.take(thread, whole_panels ? group : mp * np)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
         const int64_t q0 = item / mp, p0 = item % mp;
         const int64_t p1 = std::min(mp, p0 + (end - item));

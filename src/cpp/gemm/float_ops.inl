@@ -15,6 +15,7 @@ struct FloatOps {
   using Vec = V;
   using Sum = V;
   static constexpr int width = V::width, dot_width = V::width, k_word = 1;
+  static constexpr bool narrows = sizeof(Word) == 4;
 
   static FASTNN_INLINE V zero() { return V::zero(); }
   static FASTNN_INLINE V load(const char* p) { return V::load((const Word*)p); }

@@ -9,9 +9,8 @@
 //   Vec                         a vector of words;  Sum: a vector of accumulators
 //   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
+//   narrows                     the sums may leave as bfloat16
 #pragma once
-#include <type_traits>
-
 #include "gemm/kernel.hpp"
 #include "isa/math.hpp"
 #include "isa/vec.hpp"
@@ -79,8 +78,7 @@ static void tile(const TileArgs& t) {
     b += b_word;
   }
   auto* acc = static_cast<char*>(t.acc);
-  if constexpr (std::is_same_v<typename Ops::Sum, VecF32> && ROWS == MR && NV == 2 &&
-                NV * Ops::width == NR) {
+  if constexpr (Ops::narrows && ROWS == MR && NV == 2 && NV * Ops::width == NR) {
     if (t.narrow) {
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++, acc += t.acc_row)

@@ -33,6 +33,7 @@ struct Pair16Ops {
 #endif
   using Sum = Vec;
   static constexpr int k_word = 2;
+  static constexpr bool narrows = false;
   static FASTNN_INLINE Vec load_partial(const char* p, int) { return load(p); }
   static FASTNN_INLINE Vec start(const char*) { return zero(); }
   static FASTNN_INLINE void put(int32_t* p, Vec sum, bool more) {

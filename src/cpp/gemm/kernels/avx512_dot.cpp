@@ -14,6 +14,7 @@ struct Bf16Ops {
   using Vec = __m512i;
   using Sum = VecF32;
   static constexpr int width = 16, dot_width = 32, k_word = 2;
+  static constexpr bool narrows = true;
 
   static FASTNN_INLINE VecF32 zero() { return VecF32::zero(); }
   static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
@@ -88,6 +89,7 @@ struct Int8Ops {
   using Vec = __m512i;
   using Sum = __m512i;
   static constexpr int width = 16, k_word = 4;
+  static constexpr bool narrows = false;
 
   static FASTNN_INLINE Vec zero() { return _mm512_setzero_si512(); }
   static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
