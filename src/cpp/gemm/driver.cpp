@@ -109,8 +109,8 @@ Layout layout_b(const Kernel& kn, int64_t k, int64_t n) {
 }
 
 // Packs panels [first, last) of all blocks of K, this thread's share of them.
-unsigned pack(PackFn fn, const Layout& l, char* dst, const Matrix& src, int64_t lane_stride,
-              int64_t k_stride, int64_t lanes_total, int thread, int threads) {
+unsigned pack(PackFn fn, FinishFn finish, int k_word, const Layout& l, char* dst, const Matrix& src,
+              int64_t lane_stride, int64_t k_stride, int64_t lanes_total, int thread, int threads) {
   const int64_t size = dtype_size(src.type);
   const Range mine = share_of(l.blocks() * l.panels, 1, thread, threads);
   unsigned flags = 0;
@@ -120,6 +120,7 @@ unsigned pack(PackFn fn, const Layout& l, char* dst, const Matrix& src, int64_t 
     flags |= fn(dst + l.offset(block, panel),
                 src.data + (panel * l.lanes * lane_stride + block * l.kc * k_stride) * size,
                 lane_stride, k_stride, lanes, l.length(block));
+    if (finish) finish(dst + l.offset(block, panel), l.padded(block) / k_word);
   }
   return flags;
 }
@@ -235,7 +236,8 @@ size_t packed_b_bytes(const Kernel& kn, int64_t k, int64_t n) { return layout_b(
 
 unsigned pack_all_b(const Kernel& kn, const Matrix& b, int64_t k, int64_t n, char* dst, int thread,
                     int threads) {
-  return pack(kn.pack_b, layout_b(kn, k, n), dst, b, b.cs, b.rs, n, thread, threads);
+  return pack(kn.pack_b, kn.finish_b, kn.k_word, layout_b(kn, k, n), dst, b, b.cs, b.rs, n, thread,
+              threads);
 }
 
 bool split_refused(unsigned a, unsigned b) {
@@ -293,12 +295,14 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
     if (pack_a_to) {
       Matrix part = g.a;
       part.data += i0 * g.a.rs * int64_t(dtype_size(g.a.type));
-      flags.a |= pack(kn.pack_a, a.layout, pack_a_to, part, g.a.rs, g.a.cs, m, thread, came);
+      flags.a |= pack(kn.pack_a, nullptr, kn.k_word, a.layout, pack_a_to, part, g.a.rs, g.a.cs, m,
+                      thread, came);
     }
     if (pack_b_to) {
       Matrix part = g.b;
       part.data += j0 * g.b.cs * int64_t(dtype_size(g.b.type));
-      flags.b |= pack(kn.pack_b, b.layout, pack_b_to, part, g.b.cs, g.b.rs, n, thread, came);
+      flags.b |= pack(kn.pack_b, kn.finish_b, kn.k_word, b.layout, pack_b_to, part, g.b.cs, g.b.rs,
+                      n, thread, came);
     }
     if (pack_a_to || pack_b_to) {
       if (came > 1) barrier();
@@ -353,7 +357,8 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   Shares shares(mp * np / unit, threads);
   parallel(threads, [&](int thread, int came) {
     if (pack_a_to) {
-      flags.a |= pack(kn.pack_a, a.layout, pack_a_to, g.a, g.a.rs, g.a.cs, g.m, thread, came);
+      flags.a |= pack(kn.pack_a, nullptr, kn.k_word, a.layout, pack_a_to, g.a, g.a.rs, g.a.cs, g.m,
+                      thread, came);
       if (came > 1) barrier();
     }
     if (kn.enter) kn.enter();
@@ -375,8 +380,10 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
                             g.b.data + (q * kn.nr * g.b.cs + (block * kn.kc + k) * g.b.rs) * size_b,
                             g.b.cs, g.b.rs, int(std::min<int64_t>(kn.nr, g.n - q * kn.nr)),
                             std::min(step, length - k));
-          tiles.block(block, b.padded(block) / kn.k_word);
+          const int64_t words = b.padded(block) / kn.k_word;
+          tiles.block(block, words);
           for (int64_t q = q0; q < q1; q++) {
+            if (kn.finish_b) kn.finish_b(panels + (q - q0) * panel_bytes, words);
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
             for (int64_t p = p0; p < p1; p++) tiles.run(a.at(block, p), p, (q - q0) * mp + p - p0);
           }

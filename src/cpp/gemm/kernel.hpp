@@ -38,6 +38,8 @@ struct Store {
 // One panel of up to mr (nr) lanes over kc elements of K; strides in elements.
 using PackFn = unsigned (*)(void* panel, const void* src, int64_t lane_stride, int64_t k_stride,
                             int lanes, int64_t kc);
+// What is left behind the `words` of K of a panel of B once all of it is packed: column sums.
+using FinishFn = void (*)(void* panel, int64_t words);
 // One tile. Strides in bytes; they are those of a panel unless the operand is read where it lies.
 struct TileArgs {
   int64_t words;  // of K
@@ -72,6 +74,7 @@ struct Kernel {
   int a_bytes = 0, b_bytes = 0;                            // packed bytes an element
   int b_extra = 0;  // further bytes a panel and block (column sums)
   PackFn pack_a = nullptr, pack_b = nullptr;
+  FinishFn finish_b = nullptr;
   TileFn tile = nullptr;
   StoreFn store = nullptr;
   DotFn dot = nullptr;

@@ -141,20 +141,16 @@ struct Int8Pack {
   }
 };
 
-static unsigned pack_b_signed(void* dst, const void* src, int64_t lane_stride, int64_t k_stride,
-                              int lanes, int64_t kc) {
-  pack_panel<Int8Pack<false>, int8_t, 32>(dst, src, lane_stride, k_stride, lanes, kc);
-  const char* words = static_cast<const char*>(dst);
-  const int64_t count = (kc + 3) / 4;
+static void negative_sums(void* panel, int64_t words) {
+  const char* b = static_cast<const char*>(panel);
   __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int64_t w = 0; w < count; w++)
+  for (int64_t w = 0; w < words; w++)
     for (int v = 0; v < 2; v++)
       sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_set1_epi8(1),
-                                   _mm512_loadu_si512(words + (w * 2 + v) * 64));
+                                   _mm512_loadu_si512(b + (w * 2 + v) * 64));
   for (int v = 0; v < 2; v++)
-    _mm512_storeu_si512((char*)dst + count * 128 + v * 64,
+    _mm512_storeu_si512((char*)panel + words * 128 + v * 64,
                         _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum[v], 7)));
-  return 0;
 }
 
 template <class Src>
@@ -196,7 +192,8 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .b_bytes = 1,
           .b_extra = is_signed ? 128 : 0,
           .pack_a = pack_panel<Int8Pack<is_signed>, A, 14>,
-          .pack_b = is_signed ? pack_b_signed : pack_panel<Int8Pack<false>, int8_t, 32>,
+          .pack_b = pack_panel<Int8Pack<false>, int8_t, 32>,
+          .finish_b = is_signed ? negative_sums : nullptr,
           .tile = run_tile<Int8Ops<is_signed>, 14, 2, false, false>,
           .store = store_s32};
 }
