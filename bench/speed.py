@@ -151,7 +151,7 @@ def main() -> int:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="*", help=", ".join(names))
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each shape (default: 0.6)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each shape (default: 0.3)")
     parser.add_argument("--here", action="store_true", help="in this process, as it was started: one row")
     options = parser.parse_args()
     unknown = set(options.row) - set(names)
