@@ -295,6 +295,15 @@ def test_the_dlpack_table_is_used():
     assert type(product(x, w, activation="relu")) is tuple
     with torch.no_grad():
         assert product(x, w) is not None
+    # What C and Python both know must be the same.
+    for kind in cpu.ACTIVATION:
+        if kind is not None:
+            fused = kind == "none" or kind in cpu.SAVES_OUTPUT
+            assert (product(x, w, activation=kind) is not None) == fused, kind
+    most = cpu.LARGE_BYTES // 4
+    column = torch.ones(most, 1)
+    assert product(column, torch.ones(1, 1), kind=cpu.MM) is not None
+    assert product(torch.ones(most + 1, 1), torch.ones(1, 1), kind=cpu.MM) is None
     # And nothing where something looks on.
     with torch.autocast("cpu", torch.bfloat16):
         assert product(x, x) is None
