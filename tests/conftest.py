@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastnn import _state
+from fastnn import _cpu, _state
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,14 @@ def fresh_state():
     torch.set_float32_matmul_precision(precision)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def use_isa():
+    """Chooses an instruction set until the test ends."""
+    before = _cpu.isa()
+    yield _cpu.set_isa
+    _cpu.set_isa(before)
 
 
 @pytest.fixture

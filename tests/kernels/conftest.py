@@ -17,9 +17,7 @@ def _seeded():
 
 
 @pytest.fixture(params=ISAS)
-def isa(request):
+def isa(request, use_isa):
     """Runs the test once on each instruction set of this machine."""
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
+    use_isa(request.param)
+    return request.param

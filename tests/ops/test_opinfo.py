@@ -95,11 +95,9 @@ def test_gradients_of_samples(name, dtype):
             torch.testing.assert_close(g.double(), e, rtol=loose, atol=loose * max(scale, 1))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if ENTRIES[name].error_inputs_func is not None])
 def test_errors(name):
     op = ENTRIES[name]
-    if op.error_inputs_func is None:
-        pytest.skip("torch lists none")
     for error in op.error_inputs("cpu"):
         sample = error.sample_input
         with pytest.raises(Exception) as ours:

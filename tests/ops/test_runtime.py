@@ -218,23 +218,18 @@ print(fastnn._state.fallbacks())
 
 
 @pytest.mark.parametrize("isa", _cpu.available_isas())
-def test_bits_do_not_depend_on_threads_where_values_are_tiny(isa):
+def test_bits_do_not_depend_on_threads_where_values_are_tiny(isa, use_isa):
     """What packing notices of a split product decides the kernel, and must not depend on how the work was cut."""
-    before, threads = _cpu.isa(), torch.get_num_threads()
-    _cpu.set_isa(isa)
-    try:
-        for tiny in (1e-35, 1e-20, 0.0):
-            a, b = torch.randn(96, 256), torch.randn(256, 256)
-            b[:32] *= tiny
-            results = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(fastnn.mm(a, b))
-            assert torch.equal(results[0], results[1])
-            assert torch.equal(results[0], results[2])
-    finally:
-        torch.set_num_threads(threads)
-        _cpu.set_isa(before)
+    use_isa(isa)
+    for tiny in (1e-35, 1e-20, 0.0):
+        a, b = torch.randn(96, 256), torch.randn(256, 256)
+        b[:32] *= tiny
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fastnn.mm(a, b))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
 
 
 def test_the_dlpack_table_is_used():

@@ -121,17 +121,14 @@ bool quiet() {
   const bool none = modes && level && PyLong_AsLong(modes) == 0 && PyLong_AsLong(level) < 0;
   Py_XDECREF(modes);
   Py_XDECREF(level);
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
+  forget_error();
   return none;
 }
 
 bool requires_grad(PyObject* tensor) {
   PyObject* required = PyObject_GetAttr(tensor, name_requires_grad);
   if (!required) {
-    PyErr_Clear();
+    forget_error();
     return true;
   }
   Py_DECREF(required);
@@ -385,6 +382,7 @@ PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (!precision_of(a.type, operations, g.precision) || !quiet()) return not_taken();
   const bool grad = wants_grad(args[1], args[2], has_bias ? args[3] : args[1],
                                args[5] != Py_None ? args[5] : args[1]);
+  if (PyErr_Occurred()) return not_taken();
   // Where the gradient needs the product before its activation, the two are computed apart.
   if (grad && (args[5] != Py_None || !saves_output(activation))) return not_taken();
   PyObject* result = result_in(args[5], a, shape, a.dims, out);
@@ -495,7 +493,7 @@ PyObject* tensor_activation(PyObject*, PyObject* const* args, Py_ssize_t n) {
       !read(args[1], x) || !x.contiguous() || !quiet())
     return not_taken();
   const bool grad = wants_grad(args[1], args[2] != Py_None ? args[2] : args[1]);
-  if (grad && args[2] != Py_None) return not_taken();
+  if (PyErr_Occurred() || (grad && args[2] != Py_None)) return not_taken();
   PyObject* result = result_in(args[2], x, x.shape, x.dims, out);
   if (!result) return not_taken();
   if (args[2] != Py_None && (!out.contiguous() || (out.data != x.data && overlap(out, x))))

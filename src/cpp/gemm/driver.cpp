@@ -137,7 +137,7 @@ struct Source {
   }
 };
 
-// The flags of both operands in one word, as run_blocked returns them.
+// What packing noticed of both operands.
 struct Flags {
   std::atomic<unsigned> a{0}, b{0};
   bool refused(const Kernel& kn) const { return kn.split && split_refused(a, b); }
@@ -341,10 +341,9 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   const bool whole_panels = np >= 4 * threads;
   const int64_t unit = whole_panels ? mp : 1;
   // Rows of B are read in long pieces, several panels wide: a line from each of many pages is the
-  // slowest way through memory.
-  // What packing notices (split), or adds (b_extra), is of a whole panel, and slices do not know
-  // it.
-  const bool grouped = whole_panels && g.b.cs == 1 && !kn.b_extra && !kn.split;
+  // slowest way through memory. Not by split kernels: what their packing notices is of a whole
+  // panel, and slices do not know it.
+  const bool grouped = whole_panels && g.b.cs == 1 && !kn.split;
   const int64_t wanted = std::min<int64_t>(kGroup, np / (4 * threads));
   const int64_t fitting = kGroupSumBytes / (mp * tile_bytes(kn));
   const int64_t group = grouped ? std::max<int64_t>(1, std::min(wanted, fitting)) : 1;

@@ -190,7 +190,9 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
 template <class Ops, class Src, int ROWS, int COLS>
 FASTNN_INLINE void dot_block(const Src* x, int64_t xs, const Src* w, int64_t ws, int64_t k,
                              typename Ops::Acc* acc) {
-  constexpr int W = Ops::dot_width, steps = 8 * W;
+  constexpr int W = Ops::dot_width;
+  int64_t steps = 8 * W;
+  while (steps * steps * W < k) steps *= 2;  // as many blocks as steps in each, at most
   typename Ops::Sum total[ROWS][COLS];
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; i++)
