@@ -54,7 +54,7 @@ struct ExchangeTable {
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kFloat = 2, kBfloat = 4;
 
-// Results above this come from the caching allocator, the long way (LARGE_BYTES in cpu.py).
+// Results above this come from the caching allocator, the long way (LARGE_BYTES in backends/cpu/).
 constexpr int64_t kLargeBytes = 4 << 20;
 // Giving up the GIL costs as much as this many multiplications take.
 constexpr double kFewOperations = 5e5;

@@ -1,4 +1,4 @@
-// The activations by number; shared with python/fastnn/backends/cpu.py.
+// The activations by number; shared with python/fastnn/backends/cpu/.
 #pragma once
 
 namespace fastnn {
@@ -18,7 +18,7 @@ enum ActivationKind : int {
 constexpr int kActivations = 7;  // none included
 constexpr int kUnaryKinds = 9;   // and exp, erf
 
-// Whether the gradient needs no more than the output (SAVES_OUTPUT in cpu.py).
+// Whether the gradient needs no more than the output (SAVES_OUTPUT in backends/cpu/).
 constexpr bool saves_output(int kind) {
   return kind != kGelu && kind != kGeluTanh && kind != kSilu;
 }

@@ -1,4 +1,4 @@
-// The element types of the kernels. The numbers are shared with python/fastnn/backends/cpu.py.
+// The element types of the kernels. The numbers are shared with python/fastnn/backends/cpu/.
 #pragma once
 #include <cstddef>
 #include <cstdint>

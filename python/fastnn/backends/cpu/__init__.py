@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # After torch: the extension finds its OpenMP symbols in torch's own runtime.
-from .. import _cpu, _state
+from ... import _cpu, _state
 
 DTYPE: dict[torch.dtype, int] = {
     torch.float32: 0,
