@@ -13,7 +13,8 @@ namespace {
 Tensor5 tensor(const char* op, const char* name, uintptr_t ptr, py::handle shape,
                py::handle strides) {
   Tensor5 t;
-  if (read_tuple(op, name, shape, t.size, 5) != 5 || read_tuple(op, name, strides, t.stride, 5) != 5)
+  if (read_tuple(op, name, shape, t.size, 5) != 5 ||
+      read_tuple(op, name, strides, t.stride, 5) != 5)
     bad_argument(op, name, "five sizes and strides");
   for (const int64_t size : t.size)
     if (size < 0) bad_argument(op, name, "sizes of 0 or more");
@@ -100,4 +101,17 @@ void bind_conv(py::module_& m) {
             "x = activation(transposed conv(y, w) + bias + residual): the gradient by the input.");
   define<2>(m, "conv_weight",
             "w = the gradient by the weight of conv(x, w), where y is the gradient of its result.");
+  m.def(
+      "channel_sum",
+      [](uintptr_t y_ptr, py::handle y_shape, py::handle y_strides, uintptr_t out_ptr, int dtype) {
+        const char* op = "channel_sum";
+        const Tensor5 y = tensor(op, "y", y_ptr, y_shape, y_strides);
+        const DType type = dtype_argument(op, "dtype", dtype);
+        if (!out_ptr && y.size[1]) bad_argument(op, "out_ptr", "an address");
+        py::gil_scoped_release release;
+        channel_sum(y, type, reinterpret_cast<void*>(out_ptr));
+      },
+      "out[c] = the sum of y (N, C, D, H, W) over all but C: the gradient of a bias.",
+      py::arg("y_ptr"), py::arg("y_shape"), py::arg("y_strides"), py::arg("out_ptr"),
+      py::arg("dtype"));
 }

@@ -151,9 +151,9 @@ void correlate(const Patches& p, const char* a, int64_t m, const Conv& c, const 
 // The taps that a position of the input meets, by its remainder to the stride: those of one
 // remainder are evenly apart, and so are the outputs that they meet.
 struct Phase {
-  int64_t first_tap, taps;      // first_tap + i * tap_step
-  int64_t first, delta;         // of the output that tap i meets at position 0
-  int64_t positions;            // of the input
+  int64_t first_tap, taps;  // first_tap + i * tap_step
+  int64_t first, delta;     // of the output that tap i meets at position 0
+  int64_t positions;        // of the input
 };
 struct Phases {
   int64_t tap_step;
@@ -234,7 +234,8 @@ void conv_forward(const Conv& c) {
   if (!outer && !channels_inner(c.w))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
   for_groups(c, [&](int64_t group, int threads) {
-    Patches p = patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
+    Patches p =
+        patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
     for (int d = 0; d < kSpatial; d++) {
       p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
@@ -251,8 +252,8 @@ void conv_input(const Conv& c) {
   const int64_t size = int64_t(dtype_size(c.type));
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
-    phases[d] = phases_of(c.x.size[2 + d], c.w.size[2 + d], c.stride[d], c.padding[d],
-                          c.dilation[d]);
+    phases[d] =
+        phases_of(c.x.size[2 + d], c.w.size[2 + d], c.stride[d], c.padding[d], c.dilation[d]);
   const int64_t step[] = {phases[0].tap_step, phases[1].tap_step, phases[2].tap_step};
   for_groups(c, [&](int64_t group, int threads) {
     Tensor5 w = c.w;
@@ -289,7 +290,8 @@ void conv_weight(const Conv& c) {
   const int64_t size = int64_t(dtype_size(c.type));
   for_groups(c, [&](int64_t group, int threads) {
     const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
-    Patches p = patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
+    Patches p =
+        patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
     for (int d = 0; d < kSpatial; d++) {
       p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
@@ -299,8 +301,7 @@ void conv_weight(const Conv& c) {
     Gemm g;
     g.m = rows, g.n = p.depth(), g.k = p.positions();
     g.segments = c.y.size[0];
-    if (!flat(y, g.a.cs))
-      throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;

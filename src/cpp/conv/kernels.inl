@@ -71,7 +71,8 @@ FASTNN_INLINE __m512i load_words(const uint32_t* p, int64_t stride, __mmask16 ma
 static void copy_rows4(void* dst_, int64_t dst_row, const void* src_, int64_t src_row, int64_t rows,
                        int64_t stride, int64_t lo, int64_t hi, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 in = __mmask16(range_mask(lo, hi, i, 16)), out = VecF32::first(clamp(n - i, 16));
+    const __mmask16 in = __mmask16(range_mask(lo, hi, i, 16)),
+                    out = VecF32::first(clamp(n - i, 16));
     uint32_t* dst = static_cast<uint32_t*>(dst_) + i;
     const uint32_t* src = static_cast<const uint32_t*>(src_) + i * stride;
     if (stride == 1)

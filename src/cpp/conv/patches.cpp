@@ -136,9 +136,8 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
         const Seen s = see(p_, runs[i], t);
         for (int l = 0; l < runs[i].length; l++) {
           const bool in = l >= s.lo && l < s.hi;
-          lanes[runs[i].begin + l] = {
-              s.src + (in ? (l * s.stride + ch.first) * p_.element : 0), 0,
-              in ? int32_t(ch.count) : 0};
+          lanes[runs[i].begin + l] = {s.src + (in ? (l * s.stride + ch.first) * p_.element : 0), 0,
+                                      in ? int32_t(ch.count) : 0};
         }
       }
       for (int l = columns; l < ld; l++) lanes[l] = {p_.data, 0, 0};

@@ -16,8 +16,8 @@ struct Patches {
   int64_t element = 4;         // bytes
   int64_t images = 0, channels = 0;
   int64_t image_stride = 0, channel_stride = 0;
-  int64_t size[kSpatial], stride[kSpatial];      // of `in`
-  int64_t out[kSpatial], step[kSpatial];         // positions of the filter
+  int64_t size[kSpatial], stride[kSpatial];  // of `in`
+  int64_t out[kSpatial], step[kSpatial];     // positions of the filter
   int64_t taps[kSpatial], first[kSpatial], delta[kSpatial];
   // Whether the index (c, t) runs over channels fastest.
   bool channels_inner = false;

@@ -469,8 +469,8 @@ static bool rows_collide(const Kernel& kn, const Gemm& g) {
   return g.a.cs == 1 && std::min(g.m, int64_t(kn.mr)) * std::gcd(bytes, way) > (ways - 1) * way;
 }
 
-// The product with a PanelSource: B's panels are made by their user, and A is read in place where it
-// can be, unless each of its elements is used so often that packing it is repaid.
+// The product with a PanelSource: B's panels are made by their user, and A is read in place where
+// it can be, unless each of its elements is used so often that packing it is repaid.
 bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
   const Store store = make_store(g);
   const int64_t size_a = dtype_size(g.a.type);
