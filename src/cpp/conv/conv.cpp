@@ -13,6 +13,7 @@
 #include "conv/depthwise.hpp"
 #include "conv/patches.hpp"
 #include "conv/phases.hpp"
+#include "conv/winograd.hpp"
 
 namespace fastnn {
 
@@ -245,6 +246,7 @@ void conv_forward(const Conv& c) {
     }
     return;
   }
+  if (is_winograd(c, c.x, c.y) && winograd_forward(c)) return;
   const bool outer = channels_outer(c.w);
   if (!outer && !channels_inner(c.w))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
@@ -277,6 +279,7 @@ void conv_input(const Conv& c) {
     }
     return;
   }
+  if (is_winograd(c, c.y, c.x) && winograd_input(c)) return;
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
     phases[d] =
