@@ -15,9 +15,9 @@ namespace {
 
 constexpr int kPositions = 16;     // of a transformed tile
 constexpr int64_t kChannels = 16;  // transformed together
-// Products summed before they join the total. With 32 the error stays below that of a direct
-// convolution in one chain of sums, for up to 512 channels and beyond.
-constexpr int64_t kSum = 32;
+// Sums of 16 products, sums of 8 of those, and sums of these: with chains as short as that the
+// error stays about that of a direct convolution, which knows no cancellation within a tile.
+constexpr int64_t kSum = 16, kGroup = 128;
 // A tile mixes its 16 inputs, and each output is rounded as if it were as large as all of them. An
 // output's own 9 inputs must not be smaller than this part of the tile's.
 constexpr float kLeastShare = 1.f / 64;
@@ -137,17 +137,18 @@ bool judge(const Sizes& s, const TileRun* runs, int count, const float* sums, Ho
 }
 
 struct Buffers {
-  float *slab, *sums, *u, *m, *y;
+  float *slab, *sums, *u, *m, *part, *y;
   static int64_t floats(const Job& j, const Sizes& s, const Kernel& kn) {
     return kChannels * 8 * s.row + 8 * s.row + kPositions * j.in.size[1] * kn.nr + 16 +
-           kPositions * kn.mr * kn.nr + 4 * kn.mr * kn.nr + 64;
+           (kPositions + 5) * kn.mr * kn.nr + 64;
   }
   Buffers(float* memory, const Job& j, const Sizes& s, const Kernel& kn) {
     slab = memory;
     sums = slab + kChannels * 8 * s.row;
     u = sums + 8 * s.row;
     m = u + kPositions * j.in.size[1] * kn.nr + 16;
-    y = m + kPositions * kn.mr * kn.nr;
+    part = m + kPositions * kn.mr * kn.nr;
+    y = part + kn.mr * kn.nr;
   }
 };
 
@@ -187,14 +188,21 @@ bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKe
   t.a_row = 4, t.a_word = 4 * kn.mr, t.b_word = 4 * kn.nr;
   t.acc_row = 4 * kn.nr;
   for (int p = 0; p < kPositions; p++) {
-    t.acc = b.m + p * kn.mr * kn.nr;
+    float* total = b.m + p * kn.mr * kn.nr;
+    auto join = [&](int64_t end) {
+      if (end > kGroup)
+        for (int e = 0; e < rows * kn.nr; e++) total[e] += b.part[e];
+    };
     for (int64_t k = 0; k < channels; k += kSum) {
+      if (k % kGroup == 0) join(k);
+      t.acc = k < kGroup ? total : b.part;
       t.words = std::min(kSum, channels - k);
       t.a = reinterpret_cast<const char*>(v + ((panel * kPositions + p) * channels + k) * kn.mr);
       t.b = reinterpret_cast<const char*>(u + (p * channels + k) * kn.nr);
-      t.add = k > 0;
+      t.add = k % kGroup != 0;
       kn.tile(t);
     }
+    join(channels);
   }
   const int64_t y_row = 2 * kn.nr;
   if (!kernels.winograd_output(b.m, int64_t(kn.mr) * kn.nr, kn.nr, b.y, y_row, rows, kn.nr))
@@ -330,7 +338,7 @@ bool is_winograd(const Conv& c, const Tensor5& in, const Tensor5& out) {
     return false;
   for (int d = 0; d < kSpatial; d++)
     if (c.stride[d] != 1 || c.dilation[d] != 1) return false;
-  if (c.padding[0] != 0 || in.size[1] < 16 || out.size[1] < 16) return false;
+  if (c.padding[0] != 0 || in.size[1] < 32 || out.size[1] < 16) return false;
   // Multiplications a pair of channels: 9 a position directly; 16 a tile here, and a fourth as much
   // time again for the tiles' transformation, and about 200 for that of the filter.
   const double positions = double(out.size[0]) * double(out.size[3] * out.size[4]);
