@@ -301,6 +301,7 @@ void conv_weight(const Conv& c) {
     Gemm g;
     g.m = rows, g.n = p.depth(), g.k = p.positions();
     g.segments = c.y.size[0];
+    if (g.segments == 0) g.segments = 1, g.k = 0;  // no images: zeros
     if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
