@@ -237,12 +237,19 @@ def _transposed(
         extra = _numbers("output_padding", output_padding, rank, 0)
         dilations = _numbers("dilation", dilation, rank, 1)
         for d in range(rank):
-            # Beyond the stride there is no convolution of which this is the transpose.
-            if extra[d] >= strides[d]:
-                raise Unsupported(f"output_padding: expected less than the stride, got {output_padding!r}, {stride!r}")
+            if extra[d] >= max(strides[d], dilations[d]):
+                raise Unsupported(
+                    f"output_padding: expected less than the stride or the dilation, got {output_padding!r}, "
+                    f"{stride!r}, {dilation!r}"
+                )
         x, w, b = _one_dtype(input, weight, bias)
         batched = x.dim() == rank + 2
         x = x if batched else x.unsqueeze(0)
+        if any(e >= s for e, s in zip(extra, strides, strict=True)):
+            # A convolution of which this is the transpose has as many positions more; nothing came from them.
+            more = [n for e, s in zip(reversed(extra), reversed(strides), strict=True) for n in (0, e // s)]
+            x = torch.nn.functional.pad(x, more)
+            extra = [e % s for e, s in zip(extra, strides, strict=True)]
         size = [
             (x.shape[2 + d] - 1) * strides[d] - 2 * pads[d] + dilations[d] * (w.shape[2 + d] - 1) + extra[d] + 1
             for d in range(rank)

@@ -299,10 +299,9 @@ void conv_weight(const Conv& c) {
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
     p.channels_inner = (c.x.stride[1] == 1 && channels > 1) || !channels_outer(c.w);
     Gemm g;
-    g.m = rows, g.n = p.depth(), g.k = p.positions();
-    g.segments = c.y.size[0];
-    if (g.segments == 0) g.segments = 1, g.k = 0;  // no images: zeros
-    if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    g.m = rows, g.n = p.depth();
+    if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
+    if (!flat(y, g.a.cs) && c.y.count()) throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
