@@ -7,7 +7,8 @@ transposed convolution is the gradient of this by its input.
 Shapes: input (N, C, *spatial) or (C, *spatial); weight (M, C / groups, *kernel), transposed (C, M / groups, *kernel); bias
 (M). float32, float64, bfloat16 or float16, one dtype for all, any strides (weights that are neither contiguous nor
 channels-last are copied), accumulated in float32 (float64 for float64) and rounded once. float32 obeys
-``torch.get_float32_matmul_precision()``. The result is channels-last where input or weight is, as torch's. Complex and
+``torch.get_float32_matmul_precision()``. The zeros around an input are multiplied as if they were part of it: an infinity
+or NaN in a weight gives NaN there, in the transposed convolutions and gradients too, where torch may not. The result is channels-last where input or weight is, as torch's. Complex and
 integer tensors, sparse ones and other devices go to torch. Bad input raises what torch raises: RuntimeError for shapes,
 dtypes and devices, TypeError for what is no tensor.
 """
@@ -325,7 +326,8 @@ def _forward_fake(
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(x.dim() - 2)
     ]
-    return _fake_layout(x, (x.shape[0], w.shape[0], *spatial), kernels.is_channels_last(x, w))
+    channels_last = kernels.gives_channels_last(x, w, False, stride, padding, dilation, groups)
+    return _fake_layout(x, (x.shape[0], w.shape[0], *spatial), channels_last)
 
 
 def _forward_save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> tuple[Tensor | None, ...]:
@@ -385,7 +387,8 @@ def _forward_vmap(
 def _input_fake(
     y: Tensor, w: Tensor, b: Tensor | None, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    return _fake_layout(y, (y.shape[0], w.shape[1] * groups, *size), kernels.is_channels_last(y, w))
+    channels_last = kernels.gives_channels_last(y, w, True, stride, padding, dilation, groups)
+    return _fake_layout(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
 
 
 def _input_save(ctx: Any, args: tuple[Any, ...], x: Tensor) -> tuple[Tensor | None, ...]:

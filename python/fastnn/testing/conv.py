@@ -32,6 +32,13 @@ _CONVS: list[tuple[int | None, int, int, int, tuple[int, ...], tuple[int, ...], 
 ]
 
 
+def _finite(w: torch.Tensor) -> torch.Tensor:
+    """In place and as it lies. What is not finite in the filter of a transposed convolution reaches other positions in
+    fastnn, which multiplies the zeros around the input with it, than in torch, which does not."""
+    (w[:1] if w.numel() and w.stride(0) == 0 else w).nan_to_num_(1.0, 1.0, 1.0)
+    return w
+
+
 def _samples(rank: int, transposed: bool) -> Callable[[Maker], Iterator[Sample]]:
     def samples(make: Maker) -> Iterator[Sample]:
         for number, (batch, channels, filters, groups, size, kernel, options) in enumerate(_CONVS):
@@ -44,6 +51,8 @@ def _samples(rank: int, transposed: bool) -> Callable[[Maker], Iterator[Sample]]
             x = make(*n, channels * groups, *size[3 - rank :], reduced=-rank - 1)
             shape = (channels * groups, filters) if transposed else (filters * groups, channels)
             w = make(*shape, *kernel[3 - rank :], reduced=0 if transposed else 1)
+            if transposed and w.is_floating_point():
+                w = _finite(w)
             yield Sample((x, w) if number % 3 == 2 else (x, w, make(filters * groups)), {**options, "groups": groups})
 
     return samples
