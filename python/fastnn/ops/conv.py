@@ -24,7 +24,7 @@ from torch import Tensor
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
 from ._op import Op
-from ._route import Unsupported, autocast, describe, fall_back, is_straight, resolve
+from ._route import Unsupported, autocast, describe, fall_back, is_straight, resolve, tracing_state
 
 _Numbers = int | Sequence[int]
 
@@ -205,6 +205,8 @@ def _conv(
         else:
             pads = _numbers("padding", padding, rank, 0)
         for d in range(rank):
+            if input.shape[d - rank] == 0:
+                raise Unsupported(f"input: expected spatial sizes of at least 1, got {describe('input', input)}")
             if x.shape[d - rank] + 2 * pads[d] < dilations[d] * (kernel[d] - 1) + 1:
                 raise Unsupported(
                     f"weight: expected a kernel no larger than the padded input, got {describe('input', input)}, "
@@ -232,6 +234,8 @@ def _transposed(
     dilation: Any,
 ) -> Tensor:
     try:
+        if tracing_state() is not None:
+            raise Unsupported("torch.jit.trace, in which the sizes of a result are no numbers")
         _check(input, weight, bias, rank, groups, True)
         strides = _numbers("stride", stride, rank, 1)
         pads = _numbers("padding", padding, rank, 0)
