@@ -231,7 +231,8 @@ void conv_forward(const Conv& c) {
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   const bool outer = channels_outer(c.w);
-  if (!outer && !channels_inner(c.w))
+  const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
+  if (apart || (!outer && !channels_inner(c.w)))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
   for_groups(c, [&](int64_t group, int threads) {
     Patches p =
