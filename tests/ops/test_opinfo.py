@@ -10,6 +10,7 @@ import fastnn.functional as fF
 
 from .support import FLOATS, assert_within, double
 
+CONVS = [f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)]
 OURS = {
     "nn.functional.linear": fF.linear,
     "nn.functional.bilinear": fF.bilinear,
@@ -24,6 +25,7 @@ OURS = {
     "addmm": fastnn.addmm,
     "baddbmm": fastnn.baddbmm,
     "mv": fastnn.mv,
+    **{f"nn.functional.{name}": getattr(fF, name) for name in CONVS},
 }
 ELEMENTWISE = ("nn.functional.relu", "nn.functional.gelu", "nn.functional.silu", "sigmoid", "tanh")
 ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
@@ -45,7 +47,11 @@ def magnitude_of(op, sample, exact):
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
 
 
-def terms_of(sample):
+def terms_of(op, sample):
+    if op.name.removeprefix("nn.functional.") in CONVS:
+        # The channels that a result is a sum over, all groups of them, and the taps.
+        weight = sample.args[0]
+        return 2 + weight.numel() // weight.shape["transpose" in op.name]
     tensors = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
     return 8 + 2 * max((size for t in tensors for size in t.shape), default=1)
 
@@ -60,7 +66,7 @@ def test_samples(name, dtype):
         assert result.stride() == torchs.stride()
         assert result.dtype == torchs.dtype
         exact = op.op(double(sample.input), *double(sample.args), **double(sample.kwargs))
-        assert_within(result, exact, magnitude_of(op, sample, exact), terms_of(sample))
+        assert_within(result, exact, magnitude_of(op, sample, exact), terms_of(op, sample))
         count += 1
     assert count
 
@@ -127,6 +133,12 @@ def test_signatures():
     import inspect
 
     assert str(inspect.signature(fF.relu)).replace("'", "").startswith("(input: Tensor, inplace: bool = False)")
+    # torch's convolutions are builtins, whose signatures are known by their docstrings.
+    for name in CONVS:
+        parameters = [str(p).split(":")[0] + f"={p.default}" for p in inspect.signature(getattr(fF, name)).parameters.values()]
+        theirs = getattr(F, name).__doc__.split("(", 1)[1].split(")")[0]
+        defaults = [p if "=" in p else f"{p}={inspect.Parameter.empty}" for p in theirs.split(", ")]
+        assert parameters == defaults, name
     for ours, torchs in ((fF.relu, F.relu), (fF.silu, F.silu)):
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(torchs).parameters)
     x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, gemm
+from . import activations, conv, gemm
 from .benchmark import (
     Benchmark,
     Problem,
@@ -29,6 +29,7 @@ __all__ = [
     "benchmark",
     "benchmarks",
     "compare",
+    "conv",
     "gemm",
     "parse_shape",
     "quartiles",

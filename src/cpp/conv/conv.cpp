@@ -248,7 +248,8 @@ void conv_forward(const Conv& c) {
   }
   if (is_winograd(c, c.x, c.y) && winograd_forward(c)) return;
   const bool outer = channels_outer(c.w);
-  if (!outer && !channels_inner(c.w))
+  const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
+  if (apart || (!outer && !channels_inner(c.w)))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
   for_groups(c, [&](int64_t group, int threads) {
     Patches p =
@@ -330,9 +331,9 @@ void conv_weight(const Conv& c) {
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
     p.channels_inner = (c.x.stride[1] == 1 && channels > 1) || !channels_outer(c.w);
     Gemm g;
-    g.m = rows, g.n = p.depth(), g.k = p.positions();
-    g.segments = c.y.size[0];
-    if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    g.m = rows, g.n = p.depth();
+    if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
+    if (!flat(y, g.a.cs) && c.y.count()) throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
