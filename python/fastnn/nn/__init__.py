@@ -11,5 +11,40 @@ one fused call.
 from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh
 from .linear import Bilinear, Linear
 from .mlp import MLP
+from .pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+)
 
-__all__ = ["GELU", "MLP", "Bilinear", "Linear", "ReLU", "SiLU", "Sigmoid", "Tanh"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "Bilinear",
+    "Linear",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+]
