@@ -14,6 +14,7 @@ Gradients are summed in the order of the outputs, in float32 or float64, and rou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from ._route import (
     describe,
     fall_back,
     is_autocast_enabled,
+    is_dynamo_compiling,
     route,
     wants_grad,
 )
@@ -160,7 +162,7 @@ def _check_input(dims: int, input: Any) -> Tensor:
         raise Unsupported("input: expected a dense tensor")
     if input.dim() not in (dims + 1, dims + 2):
         raise Unsupported(f"{describe('input', input)}: expected {dims + 1} or {dims + 2} dimensions")
-    if any(n == 0 for n in input.shape[input.dim() - dims - 1 :]):
+    if 0 in input.shape[input.dim() - dims - 1 :]:
         raise Unsupported(f"{describe('input', input)}: only its batch may be of size 0")
     return input
 
@@ -180,10 +182,20 @@ def _check_bool(name: str, value: Any) -> None:
         raise Unsupported(f"{describe(name, value)}: expected True or False")
 
 
-def _read_windows(
-    dims: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+def _read_windows(dims: int, input: Tensor, *arguments: Any) -> tuple[Windows, tuple[int, ...]]:
+    """The windows that kernel_size, stride, padding, dilation and ceil_mode mean, and the size of the output."""
+    size = tuple(input.shape[input.dim() - dims :])
+    if is_dynamo_compiling():
+        return _windows_of(dims, size, *arguments)
+    try:
+        return _known_windows(dims, size, *arguments)
+    except TypeError:  # lists and symbolic sizes
+        return _windows_of(dims, size, *arguments)
+
+
+def _windows_of(
+    dims: int, sizes: tuple[int, ...], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
 ) -> tuple[Windows, tuple[int, ...]]:
-    """The windows, and the size of the output."""
     kernel = _numbers("kernel_size", kernel_size, dims)
     unset = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
     steps = kernel if unset else _numbers("stride", stride, dims)
@@ -191,7 +203,7 @@ def _read_windows(
     apart = _numbers("dilation", dilation, dims)
     _check_bool("ceil_mode", ceil_mode)
     output = []
-    for n, k, s, p, d in zip(input.shape[input.dim() - dims :], kernel, steps, around, apart, strict=True):
+    for n, k, s, p, d in zip(sizes, kernel, steps, around, apart, strict=True):
         if k < 1:
             raise Unsupported("kernel_size: expected integers above 0")
         if s < 1:
@@ -215,6 +227,9 @@ def _read_windows(
     return windows, tuple(output)
 
 
+# Reading the same arguments again and again would take longer than a small pool.
+_known_windows = functools.lru_cache(maxsize=1024, typed=True)(_windows_of)
+
 _ADAPTIVE = Windows((), (), (), ())
 
 
@@ -234,17 +249,20 @@ def _read_output_size(dims: int, input: Tensor, output_size: Any) -> tuple[int, 
 
 
 def _is_channels_last(x: Tensor, dims: int) -> bool:
-    """Whether torch takes the strides for channels-last ones (c10/core/MemoryFormat.h); it sees one dimension as the
-    second of two."""
-    if x.dim() != dims + 2:
+    """Whether torch takes the strides for channels-last ones; it sees one dimension as the second of two."""
+    if x.dim() != dims + 2 or (x.shape[1] > 1 and x.stride(-1) == 1):
         return False
-    shape, strides = list(x.shape), list(x.stride())
+    shape, strides = tuple(x.shape), x.stride()
     if dims == 1:
-        strides.insert(2, shape[2] * strides[2])
-        shape.insert(2, 1)
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
+    return _like_channels_last(shape, strides)
+
+
+def _like_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """The rule of c10/core/MemoryFormat.h."""
     if strides[1] == 0:
         return False
-    least: Any = 0
+    least = 0
     for d in (1, *range(len(shape) - 1, 1, -1), 0):
         if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
             return False
@@ -268,6 +286,11 @@ def _max_pool(dims: int, torch_function: Callable[..., Any], input: Any, *argume
         windows, output = _read_windows(dims, x, *windows_arguments)
         if dims == 3 and not return_indices:
             x = _widened(x)
+        if dims == 3 and x.dim() == 4 and _like_channels_last((1, *x.shape), (x.numel(), *x.stride())):
+            # Here alone torch looks at the strides of what has no batch.
+            batch = x.movedim(0, -1).unsqueeze(0).movedim(-1, 1)
+            found = _max_pool(dims, torch_function, batch, *arguments)
+            return tuple(t.squeeze(0) for t in found) if return_indices else found.squeeze(0)
         # Without gradient and indices torch has another kernel in one dimension.
         keeps = dims > 1 or return_indices or wants_grad(x) or route("pool", x) == TRANSFORM
         return _maxima(x, windows, output, keeps and _is_channels_last(x, dims), bool(return_indices))

@@ -13,6 +13,7 @@
 //   (to nearest even), sqrt, lt/le/eq/is_nan -> V::Mask, either(mask, mask), select(mask, yes, no)
 //   even_odd(a, b, even, odd)                   every second element of a and b together, and back:
 //   zip(even, odd, a, b)
+//   stream(p, v), p aligned to the vector: a store around the caches; end_stream() after the last
 #pragma once
 #include "common/dtype.hpp"
 
@@ -196,6 +197,14 @@ FASTNN_INLINE void zip(VecF64 even, VecF64 odd, VecF64& a, VecF64& b) {
   b = {_mm512_permutex2var_pd(even.r, _mm512_add_epi64(i, _mm512_set1_epi64(4)), odd.r)};
 }
 
+FASTNN_INLINE void stream(float* p, VecF32 v) { _mm512_stream_ps(p, v.r); }
+FASTNN_INLINE void stream(double* p, VecF64 v) { _mm512_stream_pd(p, v.r); }
+template <class H>
+FASTNN_INLINE void stream(H* p, VecF32 v) {
+  _mm256_stream_si256((__m256i*)p, v.to(H()));
+}
+FASTNN_INLINE void end_stream() { _mm_sfence(); }
+
 // For math.hpp. ldexp(a, n) = a 2^n for integral n, rounded once, through subnormals to 0 and to
 // infinity. The two halves of a float32 vector in float64, and back with one rounding.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) { return {_mm512_scalef_ps(a.r, n.r)}; }
@@ -365,6 +374,14 @@ FASTNN_INLINE void zip(VecF64 even, VecF64 odd, VecF64& a, VecF64& b) {
   b = {_mm256_permute2f128_pd(low, high, 0x31)};
 }
 
+FASTNN_INLINE void stream(float* p, VecF32 v) { _mm256_stream_ps(p, v.r); }
+FASTNN_INLINE void stream(double* p, VecF64 v) { _mm256_stream_pd(p, v.r); }
+template <class H>
+FASTNN_INLINE void stream(H* p, VecF32 v) {
+  _mm_stream_si128((__m128i*)p, v.to(H()));
+}
+FASTNN_INLINE void end_stream() { _mm_sfence(); }
+
 // For math.hpp; see above. a 2^n in two steps, as 2^n alone may be out of range: the first is exact
 // for a near 1 and |n| up to twice the largest exponent.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) {
@@ -502,6 +519,12 @@ struct PortableVec {
 };
 using VecF32 = PortableVec<float, int32_t, 4>;
 using VecF64 = PortableVec<double, int64_t, 2>;
+
+template <class T, class V>
+FASTNN_INLINE void stream(T* p, V v) {
+  v.store(p);
+}
+FASTNN_INLINE void end_stream() {}
 
 // For math.hpp; see above. NaN in n gives something arbitrary times a, which is NaN then as well.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) {

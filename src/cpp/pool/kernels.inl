@@ -222,6 +222,24 @@ static void join_row(const C* phases, const PoolWindows& w, int64_t length, T* x
   }
 }
 
+// The row itself, or a copy that lies together in the type of the computation.
+template <class T, class C>
+static FASTNN_INLINE const C* dense_row(const T* x, int64_t xs, int64_t n, C* copy) {
+  using V = typename Compute<T>::V;
+  if (xs != 1) {
+    for (int64_t i = 0; i < n; i++) copy[i] = wide(x[i * xs]);
+    return copy;
+  }
+  if constexpr (sizeof(T) == sizeof(C)) {
+    return x;
+  } else {
+    int64_t i = 0;
+    for (; i + V::width <= n; i += V::width) V::load(x + i).store(copy + i);
+    if (i < n) V::load_partial(x + i, int(n - i)).store_partial(copy + i, int(n - i));
+    return copy;
+  }
+}
+
 template <class T, class C>
 static void store_row(const C* from, T* to, int64_t stride, int64_t n) {
   using V = typename Compute<T>::V;
@@ -343,6 +361,26 @@ static void forward_planes(const PoolPlan& p, char* x_, char* out_, char* codes,
   const int64_t length = p.phase_length, phase_count = p.segments ? 1 : wx.stride;
   Work work{scratch};
   C* phases = work.take<C>(phase_count * length);
+  if (p.whole) {
+    const C by = p.divisor != 0 ? C(p.divisor) : C(wx.divisor[0]);
+    for (int64_t r = begin; r < end; r++) {
+      const int64_t n = r / p.channels, c = r % p.channels;
+      const C* row = dense_row(x + n * p.x[0] + c * p.x[1], p.x[4], wx.in, phases);
+      C value;
+      int64_t at;
+      reduce_segment<mode, V>(row, wx.in, value, at);
+      if constexpr (mode == kSum) value = value / by;
+      from_any(out[n * p.out[0] + c * p.out[1]], value);
+      if constexpr (mode == kMaxCodes) {
+        const int64_t place = n * p.code[0] + c * p.code[1];
+        if (p.wide_codes)
+          reinterpret_cast<int32_t*>(codes)[place] = int32_t(at);
+        else
+          reinterpret_cast<uint8_t*>(codes)[place] = uint8_t(at);
+      }
+    }
+    return;
+  }
   const int64_t slot_size = mode == kMaxCodes ? 2 * p.row : p.row;
   C* slots = work.take<C>(p.ring_z * p.ring_y * slot_size);
   int64_t* owner = work.take<int64_t>(p.ring_z * p.ring_y);
@@ -369,19 +407,7 @@ static void forward_planes(const PoolPlan& p, char* x_, char* out_, char* codes,
   auto reduce_row = [&](const T* from, C* value) __attribute__((always_inline)) {
     C* code = value + p.row;
     if (p.segments) {
-      const C* row = phases;
-      if constexpr (sizeof(T) == sizeof(C)) {
-        if (p.x[4] == 1) row = from;
-      }
-      if (row == phases) {
-        if (p.x[4] == 1) {
-          int64_t i = 0;
-          for (; i + V::width <= wx.in; i += V::width) V::load(from + i).store(phases + i);
-          for (; i < wx.in; i++) phases[i] = wide(from[i]);
-        } else {
-          for (int64_t i = 0; i < wx.in; i++) phases[i] = wide(from[i * p.x[4]]);
-        }
-      }
+      const C* row = dense_row(from, p.x[4], wx.in, phases);
       for (int64_t o = 0; o < wx.out; o++) {
         int64_t at;
         reduce_segment<mode, V>(row + wx.begin[o] + wx.first[o], wx.count[o], value[o], at);
@@ -470,6 +496,25 @@ static void backward_planes(const PoolPlan& p, char* x_, char* out_, char* codes
   const int64_t length = p.phase_length, phase_count = p.segments ? 1 : wx.stride;
   Work work{scratch};
   C* phases = work.take<C>(phase_count * length);
+  if constexpr (!coded) {
+    if (p.whole) {
+      const C by = p.divisor != 0 ? C(p.divisor) : C(wx.divisor[0]);
+      for (int64_t r = begin; r < end; r++) {
+        const int64_t n = r / p.channels, c = r % p.channels;
+        const C value = wide(out[n * p.out[0] + c * p.out[1]]) / by;
+        T* to = x + n * p.x[0] + c * p.x[1];
+        if (p.x[4] == 1) {
+          const V v = V::set1(value);
+          int64_t i = 0;
+          for (; i + V::width <= wx.in; i += V::width) v.store(to + i);
+          if (i < wx.in) v.store_partial(to + i, int(wx.in - i));
+        } else {
+          for (int64_t i = 0; i < wx.in; i++) from_any(to[i * p.x[4]], value);
+        }
+      }
+      return;
+    }
+  }
   const int64_t slot_size = coded ? 2 * p.row : p.row;
   C* slots = work.take<C>(p.ring_z * p.ring_y * slot_size);
   int64_t* owner = work.take<int64_t>(p.ring_z * p.ring_y);
@@ -698,7 +743,13 @@ static FASTNN_INLINE void element_of_channels(const PoolPlan& p, T* x, const T* 
       }
     }
   }
-  for (int u = 0; u < vectors; u++) store_lanes(x + c + u * V::width, sum[u], lanes);
+  for (int u = 0; u < vectors; u++) {
+    T* to = x + c + u * V::width;
+    if (p.around_caches && lanes == V::width && uintptr_t(to) % (sizeof(T) * V::width) == 0)
+      stream(to, sum[u]);
+    else
+      store_lanes(to, sum[u], lanes);
+  }
 }
 
 template <class T, bool coded>

@@ -1,6 +1,8 @@
 // The windows as tables, the choice between planes and channels, and the threads.
 #include "pool/pool.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,6 +35,14 @@ const PoolKernels& kernels() {
       break;
   }
   return portable_pool();
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return l3 > 0 ? int64_t(l3) : int64_t(32) << 20;
+  }();
+  return bytes;
 }
 
 enum class Job { forward, backward, element };
@@ -164,7 +174,7 @@ struct Plan {
 
   Plan(const PoolCall& given, Job job) : call(given), item(dtype_size(given.type)) {
     auto dense = [](const PoolTensor& t) { return t.stride[1] == 1; };
-    channels_last = call.channels > 1 && dense(call.x) && dense(call.out) &&
+    channels_last = call.channels > 1 && (!call.x.data || dense(call.x)) && dense(call.out) &&
                     (!call.codes.data || dense(call.codes));
     if (!channels_last) fold_rows(call);
     for (int d = 0; d < 3; d++) {
@@ -185,6 +195,8 @@ struct Plan {
     if (call.codes.data && !call.wide_codes && p.taps > 256)
       throw std::invalid_argument("pool: codes: expected int32 for more than 256 taps");
     planes = call.batch * call.channels;
+    p.around_caches =
+        planes * wz.in * wy.in * wx.in * int64_t(item) > last_cache_bytes() / 2;
     in_rows = wz.in * wy.in;
     out_rows = wz.out * wy.out;
     if (job == Job::element) return;
@@ -193,7 +205,10 @@ struct Plan {
     // Tap by tap a vector holds successive outputs, which must be enough of them and, where the
     // stride is more than 2, worth a scalar split of the row.
     p.segments = !wx.regular || (wx.stride > 2 && wx.dilation == 1 &&
-                                 (!forward || wx.kernel >= 16 || wx.out < 16));
+                                 (!forward || wx.kernel >= 16 || wx.out < 16)) ||
+                 (wx.out == 1 && wx.count[0] == wx.in && wx.dilation == 1 && wx.padding == 0);
+    p.whole = p.segments && wz.in * wy.in == 1 && out_rows == 1 && wx.out == 1 && wx.padding == 0 &&
+              wx.count[0] == wx.in;
     const int64_t reach = (wx.kernel - 1) * wx.dilation / wx.stride;
     p.lead = forward || p.segments ? 0 : reach;
     const int64_t places =
@@ -285,18 +300,25 @@ void run_channels(const Plan& plan, PoolKernels::Channels kernel, int64_t rows_o
   });
 }
 
-// Calls f(batch, channel, z, y) for every row of outputs.
+// Calls f(batch, channel, z, y, x) for every output: channels innermost where they lie together.
 template <class F>
-void for_rows(const Plan& plan, F f) {
-  const PoolWindows &wz = plan.p.axis[0], &wy = plan.p.axis[1];
+void for_outputs(const Plan& plan, F f) {
+  const PoolPlan& p = plan.p;
+  const int64_t width = p.axis[2].out, height = p.axis[1].out;
+  const int64_t channels = plan.channels_last ? 1 : p.channels;
   parallel(plan.threads(), [&](int thread, int count) {
-    const Range r = share_of(plan.planes * plan.out_rows, 1, thread, count);
+    const Range r = share_of(plan.call.batch * channels * plan.out_rows, 1, thread, count);
     for (int64_t u = r.begin; u < r.end; u++) {
       const int64_t plane = u / plan.out_rows, row = u % plan.out_rows;
-      f(plane / plan.p.channels, plane % plan.p.channels, row / wy.out, row % wy.out);
+      const int64_t n = plane / channels, z = row / height, y = row % height;
+      if (plan.channels_last) {
+        for (int64_t x = 0; x < width; x++)
+          for (int64_t c = 0; c < p.channels; c++) f(n, c, z, y, x);
+      } else {
+        for (int64_t x = 0; x < width; x++) f(n, plane % channels, z, y, x);
+      }
     }
   });
-  (void)wz;
 }
 
 bool empty(const PoolCall& call) { return call.batch == 0 || call.channels == 0; }
@@ -313,18 +335,17 @@ void gather(const Plan& plan) {
   const Item* x = static_cast<const Item*>(plan.call.x.data);
   Item* out = static_cast<Item*>(plan.call.out.data);
   const int64_t elements = wz.in * wy.in * wx.in;
-  for_rows(plan, [&](int64_t n, int64_t c, int64_t z, int64_t y) {
-    const int64_t code_row = n * p.code[0] + c * p.code[1] + z * p.code[2] + y * p.code[3];
-    Item* to = out + n * p.out[0] + c * p.out[1] + z * p.out[2] + y * p.out[3];
-    const int64_t corner = (wz.begin[z] * wy.in + wy.begin[y]) * wx.in;
-    const int64_t from = n * p.x[0] + c * p.x[1] + wz.begin[z] * p.x[2] + wy.begin[y] * p.x[3];
-    for (int64_t o = 0; o < wx.out; o++) {
-      const int64_t code = code_at(plan, code_row + o * p.code[4]);
-      // What is no code of this op must not lead out of memory.
-      const bool known = uint64_t(code) < uint64_t(p.taps) &&
-                         uint64_t(corner + wx.begin[o] + p.tap_position[code]) < uint64_t(elements);
-      to[o * p.out[4]] = known ? x[from + wx.begin[o] * p.x[4] + p.tap_address[code]] : Item(0);
-    }
+  for_outputs(plan, [&](int64_t n, int64_t c, int64_t z, int64_t y, int64_t o) {
+    const int64_t code = code_at(
+        plan, n * p.code[0] + c * p.code[1] + z * p.code[2] + y * p.code[3] + o * p.code[4]);
+    const int64_t corner = (wz.begin[z] * wy.in + wy.begin[y]) * wx.in + wx.begin[o];
+    // What is no code of this op must not lead out of memory.
+    const bool known = uint64_t(code) < uint64_t(p.taps) &&
+                       uint64_t(corner + p.tap_position[code]) < uint64_t(elements);
+    out[n * p.out[0] + c * p.out[1] + z * p.out[2] + y * p.out[3] + o * p.out[4]] =
+        known ? x[n * p.x[0] + c * p.x[1] + wz.begin[z] * p.x[2] + wy.begin[y] * p.x[3] +
+                  wx.begin[o] * p.x[4] + p.tap_address[code]]
+              : Item(0);
   });
 }
 
@@ -418,14 +439,30 @@ void max_pool_indices(const PoolCall& call) {
   const PoolPlan& p = plan.p;
   const PoolWindows &wz = p.axis[0], &wy = p.axis[1], &wx = p.axis[2];
   int64_t* out = static_cast<int64_t*>(call.out.data);
-  for_rows(plan, [&](int64_t n, int64_t c, int64_t z, int64_t y) {
-    const int64_t code_row = n * p.code[0] + c * p.code[1] + z * p.code[2] + y * p.code[3];
-    int64_t* to = out + n * p.out[0] + c * p.out[1] + z * p.out[2] + y * p.out[3];
-    const int64_t corner = (wz.begin[z] * wy.in + wy.begin[y]) * wx.in;
-    for (int64_t o = 0; o < wx.out; o++) {
-      const int64_t code = code_at(plan, code_row + o * p.code[4]);
-      to[o * p.out[4]] =
-          uint64_t(code) < uint64_t(p.taps) ? corner + wx.begin[o] + p.tap_position[code] : 0;
+  const int64_t* position = p.tap_position;  // what is no code of this op means the first tap
+  const int64_t channels = plan.channels_last ? 1 : p.channels;
+  const int64_t run = plan.channels_last ? p.channels : 1;
+  parallel(plan.threads(), [&](int thread, int count) {
+    const Range r = share_of(plan.call.batch * channels * plan.out_rows, 1, thread, count);
+    for (int64_t u = r.begin; u < r.end; u++) {
+      const int64_t plane = u / plan.out_rows, row = u % plan.out_rows;
+      const int64_t n = plane / channels, c = plane % channels, z = row / wy.out, y = row % wy.out;
+      const int64_t corner = (wz.begin[z] * wy.in + wy.begin[y]) * wx.in;
+      int64_t* to = out + n * p.out[0] + c * p.out[1] + z * p.out[2] + y * p.out[3];
+      const int64_t from = n * p.code[0] + c * p.code[1] + z * p.code[2] + y * p.code[3];
+      auto convert = [&](const auto* codes) {
+        for (int64_t o = 0; o < wx.out; o++) {
+          const int64_t base = corner + wx.begin[o];
+          const auto* code = codes + from + o * p.code[4];
+          int64_t* at = to + o * p.out[4];
+          for (int64_t i = 0; i < run; i++)
+            at[i] = base + position[uint64_t(code[i]) < uint64_t(p.taps) ? code[i] : 0];
+        }
+      };
+      if (call.wide_codes)
+        convert(static_cast<const int32_t*>(call.codes.data));
+      else
+        convert(static_cast<const uint8_t*>(call.codes.data));
     }
   });
 }

@@ -84,6 +84,8 @@ struct PoolPlan {
   int64_t taps;
   // Planes whose rows are not reduced tap by tap, but output by output.
   bool segments;
+  bool whole;          // a plane is one such segment
+  bool around_caches;  // write gradients around them
   // Rows in work: element i of a row is in phase (i + padding) % stride at (i + padding) / stride,
   // so that one tap of successive outputs lies together.
   int64_t phase_length;
