@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, gemm
+from . import activations, conv, gemm, pool
 from .benchmark import (
     Benchmark,
     Problem,
@@ -32,6 +32,7 @@ __all__ = [
     "conv",
     "gemm",
     "parse_shape",
+    "pool",
     "quartiles",
     "register",
     "run",

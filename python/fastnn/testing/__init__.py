@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, conv, gemm
+from . import activations, conv, gemm, pool
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -34,6 +34,7 @@ __all__ = [
     "gamma",
     "gemm",
     "poisoned",
+    "pool",
     "register",
     "relative_error",
     "roundoff",
