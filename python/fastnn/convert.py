@@ -27,6 +27,9 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.SiLU: nn.SiLU,
     torch.nn.Sigmoid: nn.Sigmoid,
     torch.nn.Tanh: nn.Tanh,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: nn.BatchNorm3d,
 }
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.

@@ -10,6 +10,7 @@
 
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
 void bind_allocator(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
 
