@@ -9,10 +9,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import _state, functional
 from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
+
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """``torch.batch_norm``, whose arguments have another order."""
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
 
 #: What torch is asked for, and what answers. ``a @ b`` reaches a mode as ``Tensor.matmul``.
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -23,6 +41,8 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.silu: functional.silu,
     F.sigmoid: functional.sigmoid,
     F.tanh: functional.tanh,
+    F.batch_norm: functional.batch_norm,
+    torch.batch_norm: batch_norm,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -45,6 +65,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.mv: mv,
 }
 
+# Where a number among the tensors is not the sign of another overload.
+_TAKES_NUMBERS = (F.batch_norm, torch.batch_norm)
+
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -60,7 +83,9 @@ class _PatchMode(TorchFunctionMode):
         replacement = PATCHES.get(func)
         if replacement is None or not all(kind in _PLAIN for kind in types):
             return func(*args, **kwargs)
-        if "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args):
+        if "out_dtype" in kwargs or (
+            func not in _TAKES_NUMBERS and any(isinstance(argument, (int, float, torch.dtype)) for argument in args)
+        ):
             # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs.
             _state.count_fallback(replacement.__name__, "an overload that fastnn does not have")
             return func(*args, **kwargs)
@@ -80,8 +105,8 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
-    ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``,
+    ``batch_norm``; ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, gemm
+from . import activations, gemm, norm
 from .benchmark import (
     Benchmark,
     Problem,
@@ -30,6 +30,7 @@ __all__ = [
     "benchmarks",
     "compare",
     "gemm",
+    "norm",
     "parse_shape",
     "quartiles",
     "register",

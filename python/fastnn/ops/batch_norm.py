@@ -15,19 +15,23 @@ for what is no tensor or number.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..backends import cpu
 from ..backends.cpu import norm as kernels
 from ..backends.reference import norm as formulas
 from ._op import Op
-from ._route import Unsupported, ask_torch, describe, fall_back, route
+from ._route import Unsupported, ask_torch, describe, fall_back, functorch_active, is_wrapped, route
 
 _torch_batch_norm = torch.nn.functional.batch_norm
+
+is_gradtracking = torch._C._functorch.is_gradtrackingtensor
 
 #: What batch_norm_act takes.
 KINDS = ("none", "relu")
@@ -186,7 +190,14 @@ def _check(
 
 def _update(running: Tensor, statistic: Tensor, momentum: float) -> None:
     """running = (1 - momentum) * running + momentum * statistic, rounded once."""
-    with torch.no_grad():
+    level = contextlib.nullcontext()
+    if functorch_active() and not is_wrapped(running):
+        # As torch's own, below the transforms that take gradients: what is captured may not be changed at their level.
+        while is_gradtracking(statistic):
+            statistic = torch._C._functorch.get_unwrapped(statistic)
+        if not is_wrapped(statistic):
+            level = temporarily_clear_interpreter_stack()
+    with level, torch.no_grad():
         running.copy_(torch.lerp(running.double(), statistic, momentum))
 
 

@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, gemm
+from . import activations, gemm, norm
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -32,6 +32,7 @@ __all__ = [
     "cases",
     "gamma",
     "gemm",
+    "norm",
     "poisoned",
     "register",
     "relative_error",

@@ -4,6 +4,8 @@
 // bits.
 #include "norm/batch_norm.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -35,7 +37,7 @@ const BatchNormKernels& kernels() {
 }
 
 // A block is what is summed in one float32 chain a lane; with what goes with it it fits L1.
-constexpr int64_t kPlaneBlock = 4096, kAcrossRows = 128;
+constexpr int64_t kPlaneBlock = 4096, kAcrossRows = 64;
 // Enough to share out evenly; each has sums of its own for every channel.
 constexpr int64_t kChunks = 64;
 // Channels of one item of work, where there are few chunks.
@@ -56,7 +58,13 @@ struct Layout {
   int64_t per_channel = 1;  // elements
   // Blocks: `groups` of rows and `pieces` of a row for each index of the outer dimensions.
   int64_t group_rows, groups, piece, pieces, blocks, chunk_blocks, chunks;
+  bool around_caches = false;
 };
+
+int64_t cache_bytes(int name, int64_t otherwise) {
+  const long size = sysconf(name);
+  return size > 0 ? int64_t(size) : otherwise;
+}
 
 // The strides of operand `by`, which is dense, decide the order of the dimensions.
 Layout make_layout(int dims, const int64_t* shape, const NormOperand* operands, int count, int by,
@@ -119,10 +127,13 @@ Layout make_layout(int dims, const int64_t* shape, const NormOperand* operands, 
 
 // f(block, elements a channel) for each block of a chunk, in order, of channel c or of [c, end).
 template <class F>
-void for_each_block(const Layout& l, int64_t chunk, int64_t c, int64_t end, F f) {
+void for_each_block(const Layout& l, int64_t chunk, int64_t c, int64_t end, F f,
+                    int64_t ahead = 0) {
   const int64_t last = std::min(l.blocks, (chunk + 1) * l.chunk_blocks);
   for (int64_t b = chunk * l.chunk_blocks; b < last; b++) {
     NormBlock block;
+    block.ahead = ahead;
+    block.around_caches = l.around_caches;
     const int64_t piece = b % l.pieces * l.piece;
     const int64_t first = b / l.pieces % l.groups * l.group_rows;
     block.rows = std::min(l.group_rows, l.rows - first);
@@ -158,16 +169,26 @@ void for_each_item(const Layout& l, int thread, int threads, bool backwards, F f
   const Range r = share_of(tiles * l.chunks, 1, thread, threads);
   for (int64_t k = r.begin; k < r.end; k++) {
     const int64_t i = backwards ? r.end - 1 - (k - r.begin) : k;
-    // Across channels memory goes on with the chunk, else with the channel.
-    const int64_t chunk = l.across ? i / tiles : i % l.chunks;
-    const int64_t c = (l.across ? i % tiles : i / l.chunks) * width;
-    f(chunk, c, std::min(c + width, l.channels));
+    const int64_t c = i % tiles * width;
+    f(i / tiles, c, std::min(c + width, l.channels));
   }
 }
 
 // Whether each thread takes whole channels: what it has summed up is then still in its cache when
 // it goes over it again.
 bool by_channel(const Layout& l, int threads) { return !l.across && l.channels >= 8 * threads; }
+
+// Whether `operands` as large as x are more than the last cache holds.
+bool beyond_cache(const Layout& l, int64_t operands) {
+  static const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, int64_t(32) << 20);
+  return l.per_channel * l.channels * l.item * operands > l3;
+}
+
+// Whether two channels of `operands` stay in a core's own cache.
+bool next_fits(const Layout& l, int64_t operands) {
+  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t(1) << 20);
+  return 2 * l.per_channel * l.item * operands <= l2;
+}
 
 int threads_for(const Layout& l, int64_t operands) {
   constexpr double kWorthAThread = 10e-6, kBytesASecond = 40e9;  // a region costs about 5 us
@@ -251,8 +272,9 @@ void wide_statistics(const Layout& l, const BatchNormKernels& k, DType type, int
 void batch_norm(const BatchNormForward& call) {
   const NormOperand operands[] = {call.x, call.residual, call.out};
   const bool wide = call.type == DType::f64;
-  const Layout l =
-      make_layout(call.dims, call.shape, operands, 3, 2, int64_t(dtype_size(call.type)));
+  Layout l = make_layout(call.dims, call.shape, operands, 3, 2, int64_t(dtype_size(call.type)));
+  l.around_caches = beyond_cache(l, 2);
+  const bool fetch = next_fits(l, 1);
   const BatchNormKernels& k = kernels();
   const auto& kernel = (l.across ? k.across : k.plane)[int(call.type)][l.dense];
   const int64_t channels = l.channels;
@@ -298,12 +320,18 @@ void batch_norm(const BatchNormForward& call) {
     call.var[c] = all / double(l.per_channel);
     find_coefficients(c);
   };
-  auto normalize = [&](int64_t chunk, int64_t c, int64_t end) {
+  auto normalize_and_fetch = [&](int64_t chunk, int64_t c, int64_t end, int64_t ahead) {
     const void* at[4];
     coef.at(c, at);
-    for_each_block(l, chunk, c, end, [&](const NormBlock& b, int64_t) {
-      kernel.apply(b, at, call.residual.data != nullptr, call.relu);
-    });
+    for_each_block(
+        l, chunk, c, end,
+        [&](const NormBlock& b, int64_t) {
+          kernel.apply(b, at, call.residual.data != nullptr, call.relu);
+        },
+        ahead);
+  };
+  auto normalize = [&](int64_t chunk, int64_t c, int64_t end) {
+    normalize_and_fetch(chunk, c, end, 0);
   };
 
   if (given) {
@@ -317,7 +345,9 @@ void batch_norm(const BatchNormForward& call) {
       for (int64_t c = r.begin; c < r.end; c++) {
         for (int64_t chunk = 0; chunk < l.chunks; chunk++) find_statistics(chunk, c, c + 1);
         combine(c);
-        for (int64_t chunk = 0; chunk < l.chunks; chunk++) normalize(chunk, c, c + 1);
+        const int64_t ahead = c + 1 < r.end && fetch ? l.channel[0] : 0;
+        for (int64_t chunk = 0; chunk < l.chunks; chunk++)
+          normalize_and_fetch(chunk, c, c + 1, ahead);
       }
       return;
     }
@@ -341,8 +371,9 @@ void batch_norm_backward(const BatchNormBackward& call) {
   const NormOperand operands[] = {call.grad, call.x, call.out, call.grad_x, call.grad_residual};
   const bool wide = call.type == DType::f64, relu = call.out.data != nullptr;
   const bool residual = call.grad_residual.data != nullptr;
-  const Layout l =
-      make_layout(call.dims, call.shape, operands, 5, 3, int64_t(dtype_size(call.type)));
+  Layout l = make_layout(call.dims, call.shape, operands, 5, 3, int64_t(dtype_size(call.type)));
+  l.around_caches = beyond_cache(l, 3);
+  const bool fetch = next_fits(l, relu ? 3 : 2);
   const BatchNormKernels& k = kernels();
   const auto& kernel = (l.across ? k.across : k.plane)[int(call.type)][l.dense];
   const int64_t channels = l.channels, partial = l.chunks * channels;
@@ -385,12 +416,15 @@ void batch_norm_backward(const BatchNormBackward& call) {
     coef.set(2, c, by_x);
     coef.set(3, c, -weight[c] * deviation * (sum / n) - by_x * rest);
   };
-  auto find_gradient = [&](int64_t chunk, int64_t c, int64_t end) {
+  auto find_gradient_and_fetch = [&](int64_t chunk, int64_t c, int64_t end, int64_t ahead) {
     const void* at[4];
     coef.at(c, at);
-    for_each_block(l, chunk, c, end, [&](const NormBlock& b, int64_t) {
-      kernel.backward(b, at, true, residual, relu);
-    });
+    for_each_block(
+        l, chunk, c, end,
+        [&](const NormBlock& b, int64_t) { kernel.backward(b, at, true, residual, relu); }, ahead);
+  };
+  auto find_gradient = [&](int64_t chunk, int64_t c, int64_t end) {
+    find_gradient_and_fetch(chunk, c, end, 0);
   };
   // Statistics that do not depend on x: the gradient of a block needs no sums.
   auto in_one_pass = [&](int64_t chunk, int64_t c, int64_t end) {
@@ -409,7 +443,9 @@ void batch_norm_backward(const BatchNormBackward& call) {
       for (int64_t c = r.begin; c < r.end; c++) {
         for (int64_t chunk = 0; chunk < l.chunks; chunk++) sum_up(chunk, c, c + 1);
         combine(c);
-        for (int64_t chunk = 0; chunk < l.chunks; chunk++) find_gradient(chunk, c, c + 1);
+        const int64_t ahead = c + 1 < r.end && fetch ? l.channel[1] : 0;
+        for (int64_t chunk = 0; chunk < l.chunks; chunk++)
+          find_gradient_and_fetch(chunk, c, c + 1, ahead);
       }
       return;
     }

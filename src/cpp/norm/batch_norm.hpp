@@ -58,6 +58,10 @@ struct NormBlock {
   int64_t rows, n;
   char* at[kMost];
   int64_t row[kMost], inner[kMost];
+  // Elements from a place to the same place of the next channel, which is fetched while this one is
+  // written; 0 fetches nothing new.
+  int64_t ahead = 0;
+  bool around_caches = false;  // results will have left the caches before anyone reads them
 };
 
 // The kernels of one instruction set, indexed by [dtype], then by [dense: all inner strides are 1].

@@ -1,6 +1,6 @@
 // The batch norm kernels of one instruction set. Included once by each file in kernels/, which
 // defines FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
-#include "isa/vec.hpp"
+#include "isa/stream.hpp"
 #include "norm/batch_norm.hpp"
 
 namespace fastnn::FASTNN_TARGET {
@@ -35,17 +35,18 @@ static FASTNN_INLINE V load_at(const T* p, int64_t stride, int64_t i, int lanes)
     return V::load_partial(gathered, lanes);
   }
 }
-template <bool dense, class V, class T>
-static FASTNN_INLINE void store_at(V v, T* p, int64_t stride, int64_t i, int lanes) {
+// row[i] = f(i-th vector), as fill() of isa/stream.hpp, of any stride.
+template <bool dense, class V, class T, class F>
+static FASTNN_INLINE void fill_row(T* row, int64_t stride, int64_t n, bool around_caches, F f) {
   if constexpr (dense) {
-    if (lanes == V::width)
-      v.store(p + i);
-    else
-      v.store_partial(p + i, lanes);
+    fill<T, V>(row, n, around_caches, f);
   } else {
-    T scattered[V::width];
-    v.store(scattered);
-    for (int j = 0; j < lanes; j++) p[(i + j) * stride] = scattered[j];
+    for (int64_t i = 0; i < n; i += V::width) {
+      const int lanes = n - i < V::width ? int(n - i) : V::width;
+      T scattered[V::width];
+      f(i, lanes).store(scattered);
+      for (int j = 0; j < lanes; j++) row[(i + j) * stride] = scattered[j];
+    }
   }
 }
 
@@ -83,8 +84,14 @@ static FASTNN_INLINE void for_each_vector(int64_t n, F f) {
 // Statistics are sums of deviations from a value near the mean: squares of the elements themselves
 // would cancel where the mean is far from 0. That value is the mean of an eighth of the block: even
 // if that part is unlike the rest, its distance from the block's mean squared is at most eight times
-// the block's variance, so that little can cancel.
+// the block's variance, so that little can cancel. Where it is
+// small beside the elements it is taken for 0: nothing cancels then, and subtracting it would round
+// each of them, which shows in a mean that is near 0 itself.
 constexpr int64_t kPilot = 8;
+template <class V>
+static FASTNN_INLINE V pilot(V sum, V size, V share) {
+  return select(lt(abs(sum) + abs(sum), size), V::zero(), sum * share);
+}
 
 // Chan, Golub and LeVeque (1983): two sets of elements, each with its mean and sum of squared
 // deviations, become one.
@@ -106,19 +113,22 @@ struct Plane {
     const int64_t stride = b.inner[0];
     const int64_t pilot_rows = (b.rows + kPilot - 1) / kPilot;
     const int64_t pilot_n = b.rows > 1 ? b.n : (b.n + kPilot - 1) / kPilot;
-    V p[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    V q[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t r = 0; r < pilot_rows; r++) {
       const T* row = x + r * b.row[0];
       for_each_vector<V>(pilot_n, [&](int k, int64_t i, int lanes) __attribute__((always_inline)) {
-        p[k] = p[k] + load_at<dense, V>(row, stride, i, lanes);
+        const V v = load_at<dense, V>(row, stride, i, lanes);
+        s[k] = s[k] + v;
+        q[k] = q[k] + abs(v);
       });
     }
-    const S shift = S(sum_lanes((p[0] + p[1]) + (p[2] + p[3])) / double(pilot_rows * pilot_n));
-    const V center = V::set1(shift);
+    const V center = pilot(V::set1(S(sum_lanes((s[0] + s[1]) + (s[2] + s[3])))),
+                           V::set1(S(sum_lanes((q[0] + q[1]) + (q[2] + q[3])))),
+                           V::set1(S(1) / S(pilot_rows * pilot_n)));
     const int tail = int(b.n % V::width);
     const V tail_center = center * ones<V>(tail);
-    V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    V q[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int k = 0; k < 4; k++) s[k] = q[k] = V::zero();
     for (int64_t r = 0; r < b.rows; r++) {
       const T* row = x + r * b.row[0];
       for_each_vector<V>(b.n, [&](int k, int64_t i, int lanes) __attribute__((always_inline)) {
@@ -131,8 +141,8 @@ struct Plane {
     const double count = double(b.rows * b.n);
     merge(double(before), count, count / (double(before) + count),
           sum_lanes(s[0]) + sum_lanes(s[1]) + sum_lanes(s[2]) + sum_lanes(s[3]),
-          sum_lanes(q[0]) + sum_lanes(q[1]) + sum_lanes(q[2]) + sum_lanes(q[3]), double(shift),
-          *mean, *squares);
+          sum_lanes(q[0]) + sum_lanes(q[1]) + sum_lanes(q[2]) + sum_lanes(q[3]),
+          sum_lanes(center) / V::width, *mean, *squares);
   }
 
   template <bool relu>
@@ -186,12 +196,17 @@ struct Across {
     const double count = double(b.rows), share = count / (double(before) + count);
     for_each_tile(b.n, [&]<int vectors>(int64_t first, int lanes) __attribute__((always_inline)) {
       V center[vectors], s[vectors], q[vectors];
-      for (int v = 0; v < vectors; v++) center[v] = s[v] = q[v] = V::zero();
+      for (int v = 0; v < vectors; v++) s[v] = q[v] = V::zero();
       for (int64_t r = 0; r < pilot_rows; r++)
-        for (int v = 0; v < vectors; v++)
-          center[v] =
-              center[v] + load_at<dense, V>(x + r * b.row[0], stride, first + v * w, lanes);
-      for (int v = 0; v < vectors; v++) center[v] = center[v] * V::set1(S(1) / S(pilot_rows));
+        for (int v = 0; v < vectors; v++) {
+          const V e = load_at<dense, V>(x + r * b.row[0], stride, first + v * w, lanes);
+          s[v] = s[v] + e;
+          q[v] = q[v] + abs(e);
+        }
+      for (int v = 0; v < vectors; v++) {
+        center[v] = pilot(s[v], q[v], V::set1(S(1) / S(pilot_rows)));
+        s[v] = q[v] = V::zero();
+      }
       for (int64_t r = 0; r < b.rows; r++)
         for (int v = 0; v < vectors; v++) {
           const V d =
@@ -272,53 +287,66 @@ struct Coefficient {
 template <class T, bool dense, bool across, bool residual>
 static FASTNN_INLINE void apply_as(const NormBlock& b, const void* const* coef, bool relu) {
   using V = typename ComputeIn<T>::V;
-  constexpr int w = V::width;
   const Coefficient<across, V> center(coef[0]), scale(coef[1]), shift(coef[2]);
   // The second operand of max is its result where that is NaN.
   const V least = V::set1(relu ? 0 : -__builtin_inf());
+  const int64_t x_stride = b.inner[0], added_stride = b.inner[1], ahead = b.ahead;
   for (int64_t r = 0; r < b.rows; r++) {
     const T* x = reinterpret_cast<const T*>(b.at[0]) + r * b.row[0];
     const T* added = reinterpret_cast<const T*>(b.at[1]) + r * b.row[1];
     T* out = reinterpret_cast<T*>(b.at[2]) + r * b.row[2];
-    auto one = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      V y = fma(load_at<dense, V>(x, b.inner[0], i, lanes) - center.at(i, lanes),
-                scale.at(i, lanes), shift.at(i, lanes));
-      if constexpr (residual) y = y + load_at<dense, V>(added, b.inner[1], i, lanes);
-      store_at<dense, V>(max(least, y), out, b.inner[2], i, lanes);
-    };
-    int64_t i = 0;
-    for (; i + w <= b.n; i += w) one(i, w);
-    if (i < b.n) one(i, int(b.n - i));
+    fill_row<dense, V>(
+        out, b.inner[2], b.n, b.around_caches,
+        [=](int64_t i, int lanes) __attribute__((always_inline)) {
+          if constexpr (dense && !across) __builtin_prefetch(x + i + ahead, 0, 2);
+          V y = fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
+                    scale.at(i, lanes), shift.at(i, lanes));
+          if constexpr (residual) y = y + load_at<dense, V>(added, added_stride, i, lanes);
+          return max(least, y);
+        });
   }
+  if (b.around_caches) end_stream();
 }
 
 template <class T, bool dense, bool across, bool training, bool residual, bool relu>
 static FASTNN_INLINE void backward_as(const NormBlock& b, const void* const* coef) {
   using V = typename ComputeIn<T>::V;
-  constexpr int w = V::width;
   const Coefficient<across, V> center(coef[0]), by_grad(coef[1]), by_x(coef[2]), rest(coef[3]);
+  const int64_t grad_stride = b.inner[0], x_stride = b.inner[1], out_stride = b.inner[2],
+                residual_stride = b.inner[4], ahead = b.ahead;
   for (int64_t r = 0; r < b.rows; r++) {
     const T* grad = reinterpret_cast<const T*>(b.at[0]) + r * b.row[0];
     const T* x = reinterpret_cast<const T*>(b.at[1]) + r * b.row[1];
     const T* out = reinterpret_cast<const T*>(b.at[2]) + r * b.row[2];
     T* grad_x = reinterpret_cast<T*>(b.at[3]) + r * b.row[3];
     T* grad_residual = reinterpret_cast<T*>(b.at[4]) + r * b.row[4];
-    auto one = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      V g = load_at<dense, V>(grad, b.inner[0], i, lanes);
+    auto gradient = [=](int64_t i, int lanes) __attribute__((always_inline)) {
+      const V g = load_at<dense, V>(grad, grad_stride, i, lanes);
       if constexpr (relu)
-        g = select(le(load_at<dense, V>(out, b.inner[2], i, lanes), V::zero()), V::zero(), g);
-      if constexpr (residual) store_at<dense, V>(g, grad_residual, b.inner[4], i, lanes);
-      V result = g * by_grad.at(i, lanes);
-      if constexpr (training)
-        result = fma(g, by_grad.at(i, lanes),
-                     fma(load_at<dense, V>(x, b.inner[1], i, lanes) - center.at(i, lanes),
-                         by_x.at(i, lanes), rest.at(i, lanes)));
-      store_at<dense, V>(result, grad_x, b.inner[3], i, lanes);
+        return select(le(load_at<dense, V>(out, out_stride, i, lanes), V::zero()), V::zero(), g);
+      else
+        return g;
     };
-    int64_t i = 0;
-    for (; i + w <= b.n; i += w) one(i, w);
-    if (i < b.n) one(i, int(b.n - i));
+    if constexpr (residual)
+      fill_row<dense, V>(grad_residual, residual_stride, b.n, b.around_caches, gradient);
+    fill_row<dense, V>(
+        grad_x, b.inner[3], b.n, b.around_caches,
+        [=](int64_t i, int lanes) __attribute__((always_inline)) {
+          if constexpr (dense && !across && training) {
+            __builtin_prefetch(grad + i + ahead, 0, 2);
+            __builtin_prefetch(x + i + ahead, 0, 2);
+            if constexpr (relu) __builtin_prefetch(out + i + ahead, 0, 2);
+          }
+          const V g = gradient(i, lanes);
+          if constexpr (training)
+            return fma(g, by_grad.at(i, lanes),
+                       fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
+                           by_x.at(i, lanes), rest.at(i, lanes)));
+          else
+            return g * by_grad.at(i, lanes);
+        });
   }
+  if (b.around_caches) end_stream();
 }
 
 template <class T, bool dense, bool across>

@@ -51,8 +51,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and the mean and the biased variance that it was computed with, in float64."""
     out = empty_result(input)
-    statistics = torch.empty_strided((2, input.shape[1]), (input.shape[1], 1), dtype=torch.float64)
-    found_mean, found_var = statistics.unbind()
+    found_mean = torch.empty_strided((input.shape[1],), (1,), dtype=torch.float64)
+    found_var = torch.empty_like(found_mean)
     _cpu.batch_norm(
         input.shape,
         DTYPE[input.dtype],
