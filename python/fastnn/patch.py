@@ -16,7 +16,6 @@ from . import _state, functional
 from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
 
 
-
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,

@@ -13,4 +13,16 @@ from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .linear import Bilinear, Linear
 from .mlp import MLP
 
-__all__ = ["GELU", "MLP", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Bilinear", "Linear", "ReLU", "SiLU", "Sigmoid", "Tanh"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Bilinear",
+    "Linear",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+]

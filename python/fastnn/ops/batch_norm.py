@@ -185,7 +185,9 @@ def _check(
         if eps <= 0:
             raise Unsupported(f"eps: expected more than 0 in training, got {eps}")
         if input.numel() == channels:
-            raise Unsupported(f"input: expected more than 1 value a channel in training, got {describe('input', input)}")
+            raise Unsupported(
+                f"input: expected more than 1 value a channel in training, got {describe('input', input)}"
+            )
 
 
 def _update(running: Tensor, statistic: Tensor, momentum: float) -> None:

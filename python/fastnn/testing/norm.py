@@ -12,7 +12,17 @@ import fastnn
 from .case import Case, Sample, register
 from .inputs import Maker
 
-_SHAPES = ((2, 3), (17, 5), (5, 33), (3, 7, 11), (2, 4, 127), (3, 5, 7, 9), (2, 65, 3, 5), (1, 2, 67, 71), (2, 3, 5, 3, 4))
+_SHAPES = (
+    (2, 3),
+    (17, 5),
+    (5, 33),
+    (3, 7, 11),
+    (2, 4, 127),
+    (3, 5, 7, 9),
+    (2, 65, 3, 5),
+    (1, 2, 67, 71),
+    (2, 3, 5, 3, 4),
+)
 
 
 def _training(make: Maker) -> Iterator[Sample]:
@@ -61,7 +71,9 @@ def _size(
     return (x.abs() + mean.abs()) * scale + bias.abs()
 
 
-def _magnitude_training(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _magnitude_training(
+    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     mean, var = x.mean(axes), x.var(axes, unbiased=False)
     return _size(x, mean, var, weight, bias)

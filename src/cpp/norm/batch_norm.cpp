@@ -36,8 +36,8 @@ const BatchNormKernels& kernels() {
   return portable_batch_norm();
 }
 
-// A block is what is summed in one float32 chain a lane; with what goes with it it fits L1.
-constexpr int64_t kPlaneBlock = 4096, kAcrossRows = 64;
+// A block is what is summed in float32; with what goes with it it fits L1.
+constexpr int64_t kPlaneBlock = 4096, kAcrossRows = 128;
 // Enough to share out evenly; each has sums of its own for every channel.
 constexpr int64_t kChunks = 64;
 // Channels of one item of work, where there are few chunks.
@@ -85,9 +85,8 @@ Layout make_layout(int dims, const int64_t* shape, const NormOperand* operands, 
     l.data[o] = static_cast<char*>(operands[o].data);
     l.channel[o] = stride_of(o, 1);
   }
-  std::stable_sort(order, order + used, [&](int a, int b) {
-    return operands[by].strides[a] > operands[by].strides[b];
-  });
+  std::stable_sort(order, order + used,
+                   [&](int a, int b) { return operands[by].strides[a] > operands[by].strides[b]; });
   int kept = 0;
   for (int i = 0; i < used; i++) {
     const int d = order[i];
@@ -112,8 +111,7 @@ Layout make_layout(int dims, const int64_t* shape, const NormOperand* operands, 
   }
   take(l.rows, l.row);
   l.outer = kept;
-  for (int o = 0; o < count; o++)
-    l.dense = l.dense && (l.n == 1 || l.inner[o] == 1 || !l.data[o]);
+  for (int o = 0; o < count; o++) l.dense = l.dense && (l.n == 1 || l.inner[o] == 1 || !l.data[o]);
   l.piece = l.across ? l.n : std::min(l.n, kPlaneBlock);
   l.pieces = l.across ? 1 : (l.n + l.piece - 1) / l.piece;
   l.group_rows = std::min(l.rows, l.across ? kAcrossRows : kPlaneBlock / l.piece);
@@ -162,9 +160,9 @@ void for_each_block(const Layout& l, int64_t chunk, int64_t c, int64_t end, F f,
 // backwards, since what was read last may still be in the cache.
 template <class F>
 void for_each_item(const Layout& l, int thread, int threads, bool backwards, F f) {
-  const int64_t width = !l.across                    ? 1
+  const int64_t width = !l.across                 ? 1
                         : l.chunks >= 4 * threads ? l.channels
-                                                     : std::min(kTile, l.channels);
+                                                  : std::min(kTile, l.channels);
   const int64_t tiles = (l.channels + width - 1) / width;
   const Range r = share_of(tiles * l.chunks, 1, thread, threads);
   for (int64_t k = r.begin; k < r.end; k++) {

@@ -30,7 +30,7 @@ struct BatchNormForward {
   NormOperand x, residual, out;
   PerChannel weight, bias;
   PerChannel given_mean, given_var;  // null: the statistics are those of x
-  double *mean, *var;                // what was normalized with, the variance biased: always written
+  double *mean, *var;  // what was normalized with, the variance biased: always written
   double eps;
   bool relu;
 };

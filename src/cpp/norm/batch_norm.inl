@@ -83,10 +83,10 @@ static FASTNN_INLINE void for_each_vector(int64_t n, F f) {
 
 // Statistics are sums of deviations from a value near the mean: squares of the elements themselves
 // would cancel where the mean is far from 0. That value is the mean of an eighth of the block: even
-// if that part is unlike the rest, its distance from the block's mean squared is at most eight times
-// the block's variance, so that little can cancel. Where it is
-// small beside the elements it is taken for 0: nothing cancels then, and subtracting it would round
-// each of them, which shows in a mean that is near 0 itself.
+// if that part is unlike the rest, its distance from the block's mean squared is at most eight
+// times the block's variance, so that little can cancel. Where it is small beside the elements it
+// is taken for 0: nothing cancels then, and subtracting it would round each of them, which shows in
+// a mean that is near 0 itself.
 constexpr int64_t kPilot = 8;
 template <class V>
 static FASTNN_INLINE V pilot(V sum, V size, V share) {
@@ -132,8 +132,8 @@ struct Plane {
     for (int64_t r = 0; r < b.rows; r++) {
       const T* row = x + r * b.row[0];
       for_each_vector<V>(b.n, [&](int k, int64_t i, int lanes) __attribute__((always_inline)) {
-        const V d = load_at<dense, V>(row, stride, i, lanes) -
-                    (lanes == V::width ? center : tail_center);
+        const V d =
+            load_at<dense, V>(row, stride, i, lanes) - (lanes == V::width ? center : tail_center);
         s[k] = s[k] + d;
         q[k] = fma(d, d, q[k]);
       });
@@ -189,6 +189,16 @@ struct Across {
     if (i < n) f.template operator()<1>(i, int(n - i));
   }
 
+  // A lane adds up one channel, and no other lanes average its rounding out: chains are short.
+  static constexpr int64_t kChain = 16;
+  template <int vectors>
+  static FASTNN_INLINE void end_chain(V* sum, V* all) {
+    for (int v = 0; v < vectors; v++) {
+      all[v] = all[v] + sum[v];
+      sum[v] = V::zero();
+    }
+  }
+
   static void stats(const NormBlock& b, int64_t before, double* mean, double* squares) {
     const T* x = reinterpret_cast<const T*>(b.at[0]);
     const int64_t stride = b.inner[0];
@@ -207,18 +217,24 @@ struct Across {
         center[v] = pilot(s[v], q[v], V::set1(S(1) / S(pilot_rows)));
         s[v] = q[v] = V::zero();
       }
-      for (int64_t r = 0; r < b.rows; r++)
-        for (int v = 0; v < vectors; v++) {
-          const V d =
-              load_at<dense, V>(x + r * b.row[0], stride, first + v * w, lanes) - center[v];
-          s[v] = s[v] + d;
-          q[v] = fma(d, d, q[v]);
-        }
+      V all_s[vectors], all_q[vectors];
+      for (int v = 0; v < vectors; v++) all_s[v] = all_q[v] = V::zero();
+      for (int64_t r = 0; r < b.rows;) {
+        for (const int64_t end = r + kChain < b.rows ? r + kChain : b.rows; r < end; r++)
+          for (int v = 0; v < vectors; v++) {
+            const V d =
+                load_at<dense, V>(x + r * b.row[0], stride, first + v * w, lanes) - center[v];
+            s[v] = s[v] + d;
+            q[v] = fma(d, d, q[v]);
+          }
+        end_chain<vectors>(s, all_s);
+        end_chain<vectors>(q, all_q);
+      }
       for (int v = 0; v < vectors; v++) {
         S shift[w], sum[w], square[w];
         center[v].store(shift);
-        s[v].store(sum);
-        q[v].store(square);
+        all_s[v].store(sum);
+        all_q[v].store(square);
         double* m = mean + first + v * w;
         double* m2 = squares + first + v * w;
         for (int j = 0; j < lanes; j++)
@@ -233,28 +249,32 @@ struct Across {
                                       double* sum_grad_x) {
     const S* centers = static_cast<const S*>(center_);
     for_each_tile(b.n, [&]<int vectors>(int64_t first, int lanes) __attribute__((always_inline)) {
-      V center[vectors], s[vectors], q[vectors];
+      V center[vectors], s[vectors], q[vectors], all_s[vectors], all_q[vectors];
       for (int v = 0; v < vectors; v++) {
-        s[v] = q[v] = V::zero();
+        s[v] = q[v] = all_s[v] = all_q[v] = V::zero();
         center[v] = load_at<true, V>(centers, 1, first + v * w, lanes);
       }
-      for (int64_t r = 0; r < b.rows; r++) {
-        const T* grad = reinterpret_cast<const T*>(b.at[0]) + r * b.row[0];
-        const T* x = reinterpret_cast<const T*>(b.at[1]) + r * b.row[1];
-        const T* out = reinterpret_cast<const T*>(b.at[2]) + r * b.row[2];
-        for (int v = 0; v < vectors; v++) {
-          const int64_t i = first + v * w;
-          V g = load_at<dense, V>(grad, b.inner[0], i, lanes);
-          if constexpr (relu)
-            g = select(le(load_at<dense, V>(out, b.inner[2], i, lanes), V::zero()), V::zero(), g);
-          s[v] = s[v] + g;
-          q[v] = fma(g, load_at<dense, V>(x, b.inner[1], i, lanes) - center[v], q[v]);
+      for (int64_t r = 0; r < b.rows;) {
+        for (const int64_t end = r + kChain < b.rows ? r + kChain : b.rows; r < end; r++) {
+          const T* grad = reinterpret_cast<const T*>(b.at[0]) + r * b.row[0];
+          const T* x = reinterpret_cast<const T*>(b.at[1]) + r * b.row[1];
+          const T* out = reinterpret_cast<const T*>(b.at[2]) + r * b.row[2];
+          for (int v = 0; v < vectors; v++) {
+            const int64_t i = first + v * w;
+            V g = load_at<dense, V>(grad, b.inner[0], i, lanes);
+            if constexpr (relu)
+              g = select(le(load_at<dense, V>(out, b.inner[2], i, lanes), V::zero()), V::zero(), g);
+            s[v] = s[v] + g;
+            q[v] = fma(g, load_at<dense, V>(x, b.inner[1], i, lanes) - center[v], q[v]);
+          }
         }
+        end_chain<vectors>(s, all_s);
+        end_chain<vectors>(q, all_q);
       }
       for (int v = 0; v < vectors; v++) {
         S sum[w], product[w];
-        s[v].store(sum);
-        q[v].store(product);
+        all_s[v].store(sum);
+        all_q[v].store(product);
         for (int j = 0; j < lanes; j++) {
           sum_grad[first + v * w + j] += double(sum[j]);
           sum_grad_x[first + v * w + j] += double(product[j]);
@@ -295,15 +315,15 @@ static FASTNN_INLINE void apply_as(const NormBlock& b, const void* const* coef, 
     const T* x = reinterpret_cast<const T*>(b.at[0]) + r * b.row[0];
     const T* added = reinterpret_cast<const T*>(b.at[1]) + r * b.row[1];
     T* out = reinterpret_cast<T*>(b.at[2]) + r * b.row[2];
-    fill_row<dense, V>(
-        out, b.inner[2], b.n, b.around_caches,
-        [=](int64_t i, int lanes) __attribute__((always_inline)) {
-          if constexpr (dense && !across) __builtin_prefetch(x + i + ahead, 0, 2);
-          V y = fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
-                    scale.at(i, lanes), shift.at(i, lanes));
-          if constexpr (residual) y = y + load_at<dense, V>(added, added_stride, i, lanes);
-          return max(least, y);
-        });
+    fill_row<dense, V>(out, b.inner[2], b.n, b.around_caches,
+                       [=](int64_t i, int lanes) __attribute__((always_inline)) {
+                         if constexpr (dense && !across) __builtin_prefetch(x + i + ahead, 0, 2);
+                         V y = fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
+                                   scale.at(i, lanes), shift.at(i, lanes));
+                         if constexpr (residual)
+                           y = y + load_at<dense, V>(added, added_stride, i, lanes);
+                         return max(least, y);
+                       });
   }
   if (b.around_caches) end_stream();
 }
@@ -329,22 +349,22 @@ static FASTNN_INLINE void backward_as(const NormBlock& b, const void* const* coe
     };
     if constexpr (residual)
       fill_row<dense, V>(grad_residual, residual_stride, b.n, b.around_caches, gradient);
-    fill_row<dense, V>(
-        grad_x, b.inner[3], b.n, b.around_caches,
-        [=](int64_t i, int lanes) __attribute__((always_inline)) {
-          if constexpr (dense && !across && training) {
-            __builtin_prefetch(grad + i + ahead, 0, 2);
-            __builtin_prefetch(x + i + ahead, 0, 2);
-            if constexpr (relu) __builtin_prefetch(out + i + ahead, 0, 2);
-          }
-          const V g = gradient(i, lanes);
-          if constexpr (training)
-            return fma(g, by_grad.at(i, lanes),
-                       fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
-                           by_x.at(i, lanes), rest.at(i, lanes)));
-          else
-            return g * by_grad.at(i, lanes);
-        });
+    fill_row<dense, V>(grad_x, b.inner[3], b.n, b.around_caches,
+                       [=](int64_t i, int lanes) __attribute__((always_inline)) {
+                         if constexpr (dense && !across && training) {
+                           __builtin_prefetch(grad + i + ahead, 0, 2);
+                           __builtin_prefetch(x + i + ahead, 0, 2);
+                           if constexpr (relu) __builtin_prefetch(out + i + ahead, 0, 2);
+                         }
+                         const V g = gradient(i, lanes);
+                         if constexpr (training)
+                           return fma(
+                               g, by_grad.at(i, lanes),
+                               fma(load_at<dense, V>(x, x_stride, i, lanes) - center.at(i, lanes),
+                                   by_x.at(i, lanes), rest.at(i, lanes)));
+                         else
+                           return g * by_grad.at(i, lanes);
+                       });
   }
   if (b.around_caches) end_stream();
 }
@@ -375,10 +395,10 @@ static void widen(const void* x_, int64_t stride, int64_t n, double* out) {
   for (int64_t i = 0; i < n; i++) out[i] = to_f64(x[i * stride]);
 }
 
-#define FASTNN_PLANE(T, dense) \
+#define FASTNN_PLANE(T, dense)                                              \
   {Plane<T, dense>::stats, apply<T, dense, false>, Plane<T, dense>::reduce, \
    backward<T, dense, false>}
-#define FASTNN_ACROSS(T, dense) \
+#define FASTNN_ACROSS(T, dense)                                              \
   {Across<T, dense>::stats, apply<T, dense, true>, Across<T, dense>::reduce, \
    backward<T, dense, true>}
 static const BatchNormKernels batch_norm_table = {
