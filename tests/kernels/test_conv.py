@@ -363,7 +363,7 @@ def test_bad_arguments(product, change, message):
 
 
 def test_a_weight_that_is_not_dense_is_refused():
-    x, w, y = torch.zeros(1, 4, 1, 5, 5), torch.zeros(6, 4, 1, 3, 3), torch.zeros(1, 3, 1, 3, 3)
+    x, w = torch.zeros(1, 4, 1, 5, 5), torch.zeros(6, 4, 1, 3, 3)
     for odd in (w[:3].transpose(1, 2).contiguous().transpose(1, 2)[..., ::2], w[::2]):
         out = (5 - odd.shape[3] + 1, 5 - odd.shape[4] + 1)
         with pytest.raises(ValueError, match="w: expected dense filters"):

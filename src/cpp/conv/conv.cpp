@@ -19,8 +19,6 @@ namespace fastnn {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Threads are worth waking for about 20 microseconds of work.
 int threads_for(double multiplications) { return multiplications < 1e6 ? 1 : max_threads(); }
 
@@ -333,7 +331,8 @@ void conv_weight(const Conv& c) {
     Gemm g;
     g.m = rows, g.n = p.depth();
     if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
-    if (!flat(y, g.a.cs) && c.y.count()) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    if (!flat(y, g.a.cs) && c.y.count())
+      throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
