@@ -90,7 +90,7 @@ def test_every_class_of_the_table_goes_there_and_back():
     arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
-        layer = original(*arguments.get(original, ()))
+        layer = original(*arguments.get(original, (2,) if "Pool" in original.__name__ else ()))
         assert type(fastnn.convert(layer)) is fast
         assert type(fastnn.revert(layer)) is original
 
