@@ -92,7 +92,7 @@ def test_every_class_of_the_table_goes_there_and_back():
     arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
-        layer = original(*arguments.get(original, ()))
+        layer = original(*arguments.get(original, (2,) if "Pool" in original.__name__ else ()))
         assert type(fastnn.convert(layer)) is fast
         assert type(fastnn.revert(layer)) is original
 

@@ -28,6 +28,8 @@ each_mode = pytest.mark.parametrize("training", (True, False), ids=("train", "ev
 def samples(info, dtype, *, training=True, requires_grad=True):
     """Pairs of torch's module and fastnn's with the same parameters, and the arguments to call them with."""
     # torch makes its samples in float32 and float64; the half precisions are those rounded.
+    if info.module_cls is torch.nn.AvgPool3d and dtype.itemsize == 2:
+        return  # torch has no kernel to compare with; test_opinfo.py compares with float64
     made = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     for sample in info.module_inputs_func(
         info, device="cpu", dtype=made, requires_grad=requires_grad, training=training
@@ -48,7 +50,9 @@ def run(module, values, names, *, requires_grad):
     positional = values[: len(values) - len(names)]
     named = dict(zip(names, values[len(positional) :], strict=True))
     output = module(*positional, **named)
-    results = [output]
+    # A pool may give the indices of its maxima too.
+    results = list(output) if isinstance(output, tuple) else [output]
+    output = results[0]
     if requires_grad:
         output.backward(
             torch.linspace(-1, 1, max(output.numel(), 1), dtype=torch.float64)[: output.numel()]
@@ -80,6 +84,9 @@ def test_forward_and_gradients(info, dtype, training, no_fallback):
             for one, other, reference in zip(got, expected, truth, strict=True):
                 assert one.stride() == other.stride()
                 assert one.requires_grad == other.requires_grad
+                if not one.is_floating_point():
+                    assert torch.equal(one, other)
+                    continue
                 assert_as_near_as_torch(one, other, reference)
 
 
@@ -100,6 +107,7 @@ def test_non_contiguous_inputs(info, dtype):
             positional = spread[: len(spread) - len(names)]
             named = dict(zip(names, spread[len(positional) :], strict=True))
             got = ours(*positional, **named)
+            got = got[0] if isinstance(got, tuple) else got
             truth = run(copy.deepcopy(theirs).double(), [v.double() for v in values], names, requires_grad=False)[0]
             expected = run(theirs, values, names, requires_grad=False)[0]
         assert_as_near_as_torch(got, expected, truth)

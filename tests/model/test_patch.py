@@ -77,6 +77,19 @@ CALLS = {
 }
 CALLS["conv2d"].append(lambda x: torch.nn.Conv2d(1, 2, 3, padding=1)(x[None]))
 CALLS["conv1d"].append(lambda x: torch.conv1d(x, x[:, :, None], bias=x[0]))
+CALLS |= {
+    "max_pool1d": [lambda x: F.max_pool1d(x, 2), lambda x: torch.max_pool1d(x, 2)],
+    "max_pool2d": [
+        lambda x: F.max_pool2d(x[None], 2),
+        lambda x: F.max_pool2d(x[None], 2, return_indices=True)[1],
+        lambda x: F.max_pool2d_with_indices(x[None], 2)[0],
+        lambda x: torch.max_pool2d(x[None], 2, 1),
+        lambda x: torch.nn.MaxPool2d(2)(x[None]),
+    ],
+    "avg_pool2d": [lambda x: F.avg_pool2d(x[None], 2, 1), lambda x: torch.nn.AvgPool2d(2)(x[None])],
+    "adaptive_avg_pool2d": [lambda x: F.adaptive_avg_pool2d(x[None], (1, 2))],
+    "adaptive_max_pool2d": [lambda x: F.adaptive_max_pool2d(x[None], 2, True)[1]],
+}
 CALLS["matmul"][0] = lambda x: torch.matmul(x, x)
 CALLS["matmul"][3] = lambda x: torch.linalg.matmul(x, x)
 

@@ -27,7 +27,28 @@ def randn(*shape, grad=False, dtype=None):
     return torch.randn(shape, requires_grad=grad, dtype=dtype)
 
 
+def codes(*shape):
+    return torch.randint(0, 4, shape).to(torch.uint8)
+
+
+WINDOWS = ([2, 2], [2, 2], [0, 0], [1, 1])
 OPCHECKS = {
+    "max_pool": lambda g: (op("max_pool"), (randn(2, 3, 6, 4, grad=g), *WINDOWS, [3, 2], True)),
+    "max_pool adaptive": lambda g: (op("max_pool"), (randn(3, 6, 5, grad=g), [], [], [], [], [3, 2], False)),
+    "max_pool_backward": lambda g: (
+        op("max_pool_backward"),
+        (randn(2, 3, 3, 2, grad=g), codes(2, 3, 3, 2), *WINDOWS, [2, 3, 6, 4], 2, False),
+    ),
+    "max_pool_gather": lambda g: (
+        op("max_pool_gather"),
+        (randn(2, 3, 6, 4, grad=g), codes(2, 3, 3, 2), *WINDOWS, 2, True),
+    ),
+    "max_pool_indices": lambda g: (op("max_pool_indices"), (codes(2, 3, 3, 2), *WINDOWS, [6, 4], False)),
+    "avg_pool": lambda g: (op("avg_pool"), (randn(2, 3, 6, 4, grad=g), *WINDOWS, [3, 2], True, 0, True)),
+    "avg_pool_backward": lambda g: (
+        op("avg_pool_backward"),
+        (randn(2, 3, 3, 2, grad=g), *WINDOWS, [2, 3, 6, 4], 2, True, 3, False),
+    ),
     "linear": lambda g: (op("linear"), (randn(2, 3, 4, grad=g), randn(5, 4, grad=g), randn(5, grad=g), "none")),
     "linear relu": lambda g: (op("linear"), (randn(3, 4, grad=g), randn(5, 4, grad=g), randn(5, grad=g), "relu")),
     "linear gelu": lambda g: (op("linear"), (randn(3, 4, grad=g), randn(5, 4, grad=g), None, "gelu")),

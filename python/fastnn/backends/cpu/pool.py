@@ -31,7 +31,7 @@ def taps(windows: Windows, size: Sequence[int], output: Sequence[int]) -> int:
     """How many elements a window has at most; of adaptive windows, no more than this."""
     if windows.kernel:
         return math.prod(windows.kernel)
-    return math.prod((n - 1) // o + 2 for n, o in zip(size, output, strict=True))
+    return math.prod([(n - 1) // o + 2 for n, o in zip(size, output, strict=True)])  # Dynamo takes no generator here
 
 
 def code_dtype(windows: Windows, size: Sequence[int], output: Sequence[int]) -> torch.dtype:

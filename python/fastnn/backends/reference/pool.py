@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,15 +84,19 @@ def max_pool_indices(codes: Tensor, windows: Windows, size: Sequence[int]) -> Te
 
 
 def max_pool_backward(grad: Tensor, codes: Tensor, windows: Windows, size: Sequence[int], dims: int) -> Tensor:
-    places = max_pool_indices(codes, windows, size[len(size) - dims :]).flatten(-dims)
-    flat = grad.double().flatten(-dims)
-    zeros = flat.new_zeros(size).flatten(-dims)
-    return zeros.scatter_add(-1, places.expand(flat.shape), flat).view(size).to(grad.dtype)
+    # reshape, and zeros that know nothing of grad: a batch of gradients (is_grads_batched) comes through here.
+    lead, output = codes.shape[: codes.dim() - dims], codes.shape[codes.dim() - dims :]
+    places = max_pool_indices(codes, windows, size[len(size) - dims :]).reshape(*lead, math.prod(output))
+    zeros = torch.zeros((*lead, math.prod(size[len(size) - dims :])), dtype=torch.float64, device=grad.device)
+    flat = grad.double().reshape(*lead, math.prod(output))
+    return zeros.scatter_add(-1, places, flat).reshape(tuple(size)).to(grad.dtype)
 
 
 def max_pool_gather(x: Tensor, codes: Tensor, windows: Windows, dims: int) -> Tensor:
-    places = max_pool_indices(codes, windows, x.shape[x.dim() - dims :])
-    return x.flatten(-dims).gather(-1, places.flatten(-dims)).view(codes.shape)
+    lead, output = codes.shape[: codes.dim() - dims], codes.shape[codes.dim() - dims :]
+    size = x.shape[x.dim() - dims :]
+    places = max_pool_indices(codes, windows, size).reshape(*lead, math.prod(output))
+    return x.reshape(*lead, math.prod(size)).gather(-1, places).reshape(codes.shape)
 
 
 def avg_pool(

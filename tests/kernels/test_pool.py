@@ -1,0 +1,88 @@
+"""The pooling kernels on each instruction set, against the formula spelled out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastnn.backends.cpu import pool as cpu
+from fastnn.backends.cpu.pool import Windows
+from fastnn.backends.reference import pool as reference
+
+from .calls import FLOATS, error_in_ulp
+
+dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+
+#: size, kernel, stride, padding, dilation: widths around those of vectors, each way through the kernels.
+WINDOWS = [
+    ((9, 31), (2, 2), (2, 2), (0, 0), (1, 1)),
+    ((7, 33), (3, 3), (2, 2), (1, 1), (1, 1)),
+    ((8, 65), (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((6, 17), (2, 5), (3, 4), (1, 2), (1, 1)),
+    ((9, 40), (3, 4), (1, 2), (2, 3), (2, 3)),
+    ((4, 70), (2, 35), (2, 35), (0, 0), (1, 1)),
+    ((7, 7), (7, 7), (1, 1), (3, 3), (1, 1)),
+    ((5, 19), (5, 19), (5, 19), (0, 0), (1, 1)),
+    ((4, 5, 18), (2, 3, 2), (2, 1, 2), (1, 1, 0), (1, 1, 1)),
+    ((67,), (3,), (2,), (1,), (1,)),
+]
+ADAPTIVE = [((9, 31), (4, 7)), ((12, 40), (3, 10)), ((5, 6, 7), (2, 6, 3)), ((9, 50), (1, 1)), ((70,), (3,))]
+
+
+def calls():
+    for size, *windows in WINDOWS:
+        output = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *windows, strict=True)]
+        yield size, Windows(*windows), tuple(output)
+    for size, output in ADAPTIVE:
+        yield size, Windows((), (), (), ()), output
+
+
+def inputs(size, dtype):
+    """In planes, and with the channels together; small integers, with NaN around."""
+    dims = len(size)
+    for channels in (1, 37):
+        shape = (2, channels, *size)
+        base = torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype)
+        x = base[64:-64].view(shape).copy_(torch.randint(-9, 10, shape))
+        yield x, False
+        base = torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype)
+        yield base[64:-64].view(2, *size, channels).movedim(-1, 1).copy_(x), True
+    assert dims == x.dim() - 2
+
+
+@dtypes
+def test_maxima(isa, dtype):
+    for size, windows, output in calls():
+        for x, last in inputs(size, dtype):
+            values, codes = cpu.max_pool(x, windows, output, last)
+            expected, expected_codes = reference.max_pool(x, windows, output)
+            assert torch.equal(values, expected), (size, windows)
+            assert torch.equal(codes, expected_codes), (size, windows)
+            assert torch.equal(cpu.max_pool(x, windows, output, last, coded=False)[0], expected)
+            indices = reference.max_pool_indices(codes, windows, size)
+            assert torch.equal(cpu.max_pool_indices(codes, windows, size, last), indices)
+            assert torch.equal(cpu.max_pool_gather(x, codes, windows, len(size), last), expected)
+            grad = torch.randint(-2, 3, values.shape).to(dtype)
+            back = cpu.max_pool_backward(grad, codes, windows, x.shape, len(size), last)
+            assert torch.equal(back, reference.max_pool_backward(grad, codes, windows, x.shape, len(size)))
+
+
+@dtypes
+def test_averages(isa, dtype):
+    for size, windows, output in calls():
+        if windows.dilation and max(windows.dilation) > 1:
+            continue
+        for x, last in inputs(size, dtype):
+            for include, divisor in ((True, 0), (False, 0), (True, 3)):
+                found = cpu.avg_pool(x, windows, output, include, divisor, last)
+                exact = reference.avg_pool(x.double(), windows, output, include, divisor)
+                assert error_in_ulp(found, exact) <= 1
+                if divisor:
+                    continue
+                grad = torch.randint(-2, 3, found.shape).to(dtype)
+                back = cpu.avg_pool_backward(grad, windows, x.shape, len(size), include, divisor, last)
+                exact = reference.avg_pool_backward(grad.double(), windows, x.shape, len(size), include, divisor)
+                scale = exact.abs().max().item() + 2
+                assert (back.double() - exact).abs().max().item() <= 4 * torch.finfo(dtype).eps * scale
