@@ -231,6 +231,7 @@ struct Coefficients {
   }
   // What (x - mean) becomes once the mean is rounded: the rest of the mean goes into another term.
   double rounded(double mean) const { return wide ? mean : double(float(mean)); }
+  double rest(double mean) const { return std::isfinite(mean) ? mean - rounded(mean) : 0; }
   // The four arrays from channel c on.
   void at(int64_t c, const void** out) const {
     for (int which = 0; which < 4; which++)
@@ -288,10 +289,10 @@ void batch_norm(const BatchNormForward& call) {
 
   auto find_coefficients = [&](int64_t c) {
     const double scale = weight[c] / std::sqrt(call.var[c] + call.eps);
-    const double center = coef.rounded(call.mean[c]);
-    coef.set(0, c, center);
+    const double rest = coef.rest(call.mean[c]);
+    coef.set(0, c, coef.rounded(call.mean[c]));
     coef.set(1, c, scale);
-    coef.set(2, c, bias[c] - (call.mean[c] - center) * scale);
+    coef.set(2, c, std::isfinite(scale) ? bias[c] - rest * scale : bias[c]);
   };
   auto find_statistics = [&](int64_t chunk, int64_t c, int64_t end) {
     double *mean = means + chunk * channels + c, *square = squares + chunk * channels + c;
@@ -406,7 +407,7 @@ void batch_norm_backward(const BatchNormBackward& call) {
       product += products[chunk * channels + c];
     }
     const double deviation = 1 / std::sqrt(call.var[c] + call.eps), n = double(l.per_channel);
-    const double rest = call.mean[c] - coef.rounded(call.mean[c]);
+    const double rest = coef.rest(call.mean[c]);
     const double grad_weight = (product - rest * sum) * deviation;
     call.grad_weight[c] = grad_weight;
     call.grad_bias[c] = sum;
