@@ -182,10 +182,12 @@ bool beyond_cache(const Layout& l, int64_t operands) {
   return l.per_channel * l.channels * l.item * operands > l3;
 }
 
-// Whether two channels of `operands` stay in a core's own cache.
+// Whether a channel of `operands` stays in a core's own cache. Then the next one is worth fetching
+// while this one is written, though it pushes some of it out: the rows of a channel lie far apart,
+// where the hardware does not fetch ahead. Measured for 32x64x56x56: twice as quick backwards.
 bool next_fits(const Layout& l, int64_t operands) {
   static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t(1) << 20);
-  return 2 * l.per_channel * l.item * operands <= l2;
+  return l.per_channel * l.item * operands <= l2;
 }
 
 int threads_for(const Layout& l, int64_t operands) {
