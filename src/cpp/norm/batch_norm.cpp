@@ -182,10 +182,12 @@ bool beyond_cache(const Layout& l, int64_t operands) {
   return l.per_channel * l.channels * l.item * operands > l3;
 }
 
-// Whether two channels of `operands` stay in a core's own cache.
+// Whether a channel of `operands` stays in a core's own cache. Then the next one is worth fetching
+// while this one is written, though it pushes some of it out: the rows of a channel lie far apart,
+// where the hardware does not fetch ahead. Measured for 32x64x56x56: twice as quick backwards.
 bool next_fits(const Layout& l, int64_t operands) {
   static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t(1) << 20);
-  return 2 * l.per_channel * l.item * operands <= l2;
+  return l.per_channel * l.item * operands <= l2;
 }
 
 int threads_for(const Layout& l, int64_t operands) {
@@ -231,6 +233,7 @@ struct Coefficients {
   }
   // What (x - mean) becomes once the mean is rounded: the rest of the mean goes into another term.
   double rounded(double mean) const { return wide ? mean : double(float(mean)); }
+  double rest(double mean) const { return std::isfinite(mean) ? mean - rounded(mean) : 0; }
   // The four arrays from channel c on.
   void at(int64_t c, const void** out) const {
     for (int which = 0; which < 4; which++)
@@ -288,10 +291,10 @@ void batch_norm(const BatchNormForward& call) {
 
   auto find_coefficients = [&](int64_t c) {
     const double scale = weight[c] / std::sqrt(call.var[c] + call.eps);
-    const double center = coef.rounded(call.mean[c]);
-    coef.set(0, c, center);
+    const double rest = coef.rest(call.mean[c]);
+    coef.set(0, c, coef.rounded(call.mean[c]));
     coef.set(1, c, scale);
-    coef.set(2, c, bias[c] - (call.mean[c] - center) * scale);
+    coef.set(2, c, std::isfinite(scale) ? bias[c] - rest * scale : bias[c]);
   };
   auto find_statistics = [&](int64_t chunk, int64_t c, int64_t end) {
     double *mean = means + chunk * channels + c, *square = squares + chunk * channels + c;
@@ -406,7 +409,7 @@ void batch_norm_backward(const BatchNormBackward& call) {
       product += products[chunk * channels + c];
     }
     const double deviation = 1 / std::sqrt(call.var[c] + call.eps), n = double(l.per_channel);
-    const double rest = call.mean[c] - coef.rounded(call.mean[c]);
+    const double rest = coef.rest(call.mean[c]);
     const double grad_weight = (product - rest * sum) * deviation;
     call.grad_weight[c] = grad_weight;
     call.grad_bias[c] = sum;
