@@ -91,9 +91,10 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
-    ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
-    :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh``; ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``,
+    ``sigmoid``, ``tanh``; the :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``,
+    ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds
     for the thread that entered it alone, may be nested, and works as a decorator as well (``@fastnn.patch()``). Every

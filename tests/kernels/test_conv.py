@@ -33,9 +33,7 @@ def problem(n, channels, filters, groups, size, kernel, **options):
     options = {"stride": (1, 1, 1), "padding": (0, 0, 0), "dilation": (1, 1, 1), **options, "groups": groups}
     out = [
         (s + 2 * p - d * (k - 1) - 1) // t + 1
-        for s, k, t, p, d in zip(
-            size, kernel, options["stride"], options["padding"], options["dilation"], strict=True
-        )
+        for s, k, t, p, d in zip(size, kernel, options["stride"], options["padding"], options["dilation"], strict=True)
     ]
     return (n, channels * groups, *size), (filters * groups, channels, *kernel), (n, filters * groups, *out), options
 
@@ -232,10 +230,15 @@ def test_float32_is_no_worse_than_torch(isa, channels):
         torchs = (F.conv2d(x[:, :, 0], w[:, :, 0], None, **flat), *gradients[:2])
         for number, product in enumerate(PRODUCTS):
             reference = exactly(product, x, w, y, options)
-            operands = [torch.full_like(t, math.nan) if which == product else t for which, t in zip(("input", "weight", "forward"), (x, w, y), strict=True)]
+            operands = [
+                torch.full_like(t, math.nan) if which == product else t
+                for which, t in zip(("input", "weight", "forward"), (x, w, y), strict=True)
+            ]
             found = convolve(product, *operands, **options)
             squares[number, 0] += (found.double() - reference).square().sum() / reference.square().sum()
-            squares[number, 1] += (torchs[number].double() - reference[:, :, 0]).square().sum() / reference.square().sum()
+            squares[number, 1] += (
+                torchs[number].double() - reference[:, :, 0]
+            ).square().sum() / reference.square().sum()
     for product, (ours, theirs) in zip(PRODUCTS, squares.sqrt().tolist(), strict=True):
         assert ours <= 1.1 * theirs, (product, ours / theirs)
 
@@ -305,12 +308,22 @@ def test_channel_sum(dtype):
     """The gradient of a bias, in every layout."""
     from fastnn.backends.cpu.conv import channel_sum
 
-    for shape in ((2, 3, 1, 5, 7), (1, 1, 1, 1, 1), (3, 17, 2, 4, 3), (2, 5, 1, 1, 9), (2, 4, 1, 6, 1), (0, 3, 1, 2, 2)):
+    for shape in (
+        (2, 3, 1, 5, 7),
+        (1, 1, 1, 1, 1),
+        (3, 17, 2, 4, 3),
+        (2, 5, 1, 1, 9),
+        (2, 4, 1, 6, 1),
+        (0, 3, 1, 2, 2),
+    ):
         y = integers(shape, dtype)
         expected = y.double().sum((0, 2, 3, 4)).to(dtype)
         for layout in LAYOUTS:
             assert torch.equal(channel_sum(layout(y)), expected), (shape, layout)
-        assert torch.equal(channel_sum(torch.ones((), dtype=dtype).expand(shape)).double(), torch.full((shape[1],), float(y[:, 0].numel()), dtype=torch.float64))
+        assert torch.equal(
+            channel_sum(torch.ones((), dtype=dtype).expand(shape)).double(),
+            torch.full((shape[1],), float(y[:, 0].numel()), dtype=torch.float64),
+        )
     y = torch.randn(3, 5, 1, 61, 67).to(dtype)
     exact_sum = y.double().sum((0, 2, 3, 4))
     u = {torch.float64: 2.0**-48, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
@@ -350,7 +363,7 @@ def test_bad_arguments(product, change, message):
 
 
 def test_a_weight_that_is_not_dense_is_refused():
-    x, w, y = torch.zeros(1, 4, 1, 5, 5), torch.zeros(6, 4, 1, 3, 3), torch.zeros(1, 3, 1, 3, 3)
+    x, w = torch.zeros(1, 4, 1, 5, 5), torch.zeros(6, 4, 1, 3, 3)
     for odd in (w[:3].transpose(1, 2).contiguous().transpose(1, 2)[..., ::2], w[::2]):
         out = (5 - odd.shape[3] + 1, 5 - odd.shape[4] + 1)
         with pytest.raises(ValueError, match="w: expected dense filters"):

@@ -188,7 +188,12 @@ def test_convolutions_pad_in_every_mode(rank, no_fallback):
     name, size = f"Conv{rank}d", (6, 5, 4)[:rank]
     for mode in ("zeros", "reflect", "replicate", "circular"):
         for padding in ("same", "valid", 1, (2, 1, 0)[:rank]):
-            arguments = {"padding": padding, "padding_mode": mode, "dilation": 1 if padding == "same" else 2, "groups": 2}
+            arguments = {
+                "padding": padding,
+                "padding_mode": mode,
+                "dilation": 1 if padding == "same" else 2,
+                "groups": 2,
+            }
             ours = getattr(fastnn.nn, name)(4, 6, 2, **arguments)
             theirs = getattr(torch.nn, name)(4, 6, 2, **arguments)
             theirs.load_state_dict(ours.state_dict())

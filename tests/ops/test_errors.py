@@ -514,7 +514,9 @@ def lay_out(draw, shape):
     how = draw(st.sampled_from(("dense", "dense", "permuted", "sliced", "expanded")))
     if how == "permuted":
         order = draw(st.permutations(range(len(shape))))
-        return torch.randint(-2, 3, [shape[i] for i in order]).float().permute([order.index(i) for i in range(len(shape))])
+        return (
+            torch.randint(-2, 3, [shape[i] for i in order]).float().permute([order.index(i) for i in range(len(shape))])
+        )
     if how == "sliced":
         big = torch.full([2 * size for size in shape], math.nan)
         part = big[tuple(slice(0, 2 * size, 2) for size in shape)]

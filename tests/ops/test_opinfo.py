@@ -135,7 +135,9 @@ def test_signatures():
     assert str(inspect.signature(fF.relu)).replace("'", "").startswith("(input: Tensor, inplace: bool = False)")
     # torch's convolutions are builtins, whose signatures are known by their docstrings.
     for name in CONVS:
-        parameters = [str(p).split(":")[0] + f"={p.default}" for p in inspect.signature(getattr(fF, name)).parameters.values()]
+        parameters = [
+            str(p).split(":")[0] + f"={p.default}" for p in inspect.signature(getattr(fF, name)).parameters.values()
+        ]
         theirs = getattr(F, name).__doc__.split("(", 1)[1].split(")")[0]
         defaults = [p if "=" in p else f"{p}={inspect.Parameter.empty}" for p in theirs.split(", ")]
         assert parameters == defaults, name

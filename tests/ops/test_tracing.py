@@ -389,7 +389,9 @@ def test_export_convolutions(strict, no_fallback):
 
 
 @pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=["", "input", "weight"])
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+)
 def test_meta_and_fake_convolutions(name, formats, no_fallback):
     """Shape, strides and dtype are those of a call with data."""
     rank = int(name[-2])

@@ -302,7 +302,8 @@ void conv_weight(const Conv& c) {
     Gemm g;
     g.m = rows, g.n = p.depth();
     if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
-    if (!flat(y, g.a.cs) && c.y.count()) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    if (!flat(y, g.a.cs) && c.y.count())
+      throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
