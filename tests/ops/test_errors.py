@@ -538,5 +538,9 @@ def test_any_convolution(call):
         return
     (y, *_), (mine, *_) = found
     assert (mine.shape, mine.dtype) == (y.shape, y.dtype)
+    if y.numel():
+        # Strides, but of dimensions of size 1, which mean nothing.
+        strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (mine, y)]
+        assert strides[0] == strides[1]
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)

@@ -23,8 +23,10 @@ def gives_channels_last(
     dilation: Sequence[int],
     groups: int,
 ) -> bool:
-    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in three dimensions
-    that depends on which of its kernels torch would choose as well."""
+    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in one dimension the
+    weight, and in three that depends on which of its kernels torch would choose as well."""
+    if x.dim() == 3:
+        return not w.is_contiguous() and is_channels_last(w.unsqueeze(2))
     if not is_channels_last(x, w):
         return False
     if x.dim() == 4 or x.is_meta:
