@@ -32,7 +32,7 @@ def gives_channels_last(
     if x.dim() == 4 or x.is_meta:
         return True
     backend = torch._C._select_conv_backend(
-        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups, None
+        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups
     )
     return torch._C._conv_determine_backend_memory_format(x, w, backend) is torch.channels_last_3d
 
