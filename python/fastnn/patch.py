@@ -143,8 +143,7 @@ class patch(contextlib.ContextDecorator):
 
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
-    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
-    ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

@@ -41,16 +41,13 @@ def square(*shape):
     return torch.randn(shape or (5, 5))
 
 
+def convolution(kind, rank):
+    function, ones = getattr(F, f"conv{kind}{rank}d"), [1] * (rank - 1)
+    return lambda x: function(x.view(1, 1, 25, *ones), torch.ones(1, 1, 3, *ones), stride=2)
+
+
 CALLS = {
-    **{
-        f"conv{kind}{rank}d": [
-            lambda x, f=getattr(F, f"conv{kind}{rank}d"), rank=rank: f(
-                x.view(1, 1, 25, *[1] * (rank - 1)), torch.ones(1, 1, 3, *[1] * (rank - 1)), stride=2
-            ),
-        ]
-        for kind in ("", "_transpose")
-        for rank in (1, 2, 3)
-    },
+    **{f"conv{kind}{rank}d": [convolution(kind, rank)] for kind in ("", "_transpose") for rank in (1, 2, 3)},
     "linear": [lambda x: F.linear(x, x), lambda x: F.linear(x, x, bias=x[0]), lambda x: torch.nn.Linear(5, 3)(x)],
     "bilinear": [lambda x: F.bilinear(x, x, torch.ones(2, 5, 5))],
     "batch_norm": [

@@ -262,6 +262,7 @@ def image_losses(model, images, target, steps=9, **to):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_a_convolutional_network_trains_as_torchs(memory_format, no_fallback):
+    torch.set_num_threads(1)
     theirs = Autoencoder()
     ours, exact = fastnn.convert(copy.deepcopy(theirs), strict=True), copy.deepcopy(theirs)
     images, target = torch.randn(3, 6, 2, 12, 10), torch.randint(5, (3, 6))

@@ -184,6 +184,14 @@ def test_a_saved_tensor_changed_in_place_is_noticed():
         w.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    images, filters = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    for f in (fF.conv2d, lambda x, w: fF.conv_transpose2d(x, w.transpose(0, 1))):
+        y = f(images, filters)
+        with torch.no_grad():
+            filters.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    y = fF.linear(x, w)
     z = fF.relu(y)
     z.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

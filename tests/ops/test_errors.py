@@ -271,6 +271,7 @@ def test_negated_views():
     torch.testing.assert_close(fastnn.mm(x, x), x.clone() @ x.clone())
     torch.testing.assert_close(fF.linear(x, x, x[0]), F.linear(x.clone(), x.clone(), x[0].clone()))
     torch.testing.assert_close(fF.gelu(x), F.gelu(x.clone()))
+    torch.testing.assert_close(fF.conv1d(x, x[..., None], x[0]), F.conv1d(x.clone(), x.clone()[..., None], x[0].clone()))
     negative = torch._neg_view(torch.ones(2, 2))
     assert torch.equal(fastnn.mm(negative, torch.eye(2)), -torch.ones(2, 2))
     assert torch.equal(fF.relu(negative), torch.zeros(2, 2))
@@ -303,6 +304,8 @@ def test_tensors_without_memory(which):
         (fF.relu, torch.relu),
         (fF.gelu, F.gelu),
         (fF.silu, F.silu),
+        (lambda x: fF.conv1d(x, W[..., None]), lambda x: F.conv1d(x, W[..., None])),
+        (lambda x: fF.conv1d(x.t(), x[..., None], B[:3]), lambda x: F.conv1d(x.t(), x[..., None], B[:3])),
     )
     for ours, torchs in calls:
         x = list(without_memory())[which]
@@ -319,6 +322,10 @@ def test_gradients_without_memory():
     x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
     result = fF.linear(x, w)
     zeros = torch.autograd.grad(result, (x, w), torch._efficientzerotensor(3, 5))
+    assert all(not (z + 0).any() for z in zeros)
+    i, k = I.clone().requires_grad_(), K.clone().requires_grad_()
+    result = fF.conv2d(i, k)
+    zeros = torch.autograd.grad(result, (i, k), torch._efficientzerotensor(result.shape))
     assert all(not (z + 0).any() for z in zeros)
     y = X.clone().requires_grad_()
     (zero,) = torch.autograd.grad(fF.gelu(y), y, torch._efficientzerotensor(3, 4))
@@ -566,5 +573,9 @@ def test_any_convolution(call):
         return
     (y, *_), (mine, *_) = found
     assert (mine.shape, mine.dtype) == (y.shape, y.dtype)
+    if y.numel():
+        # Strides, but of dimensions of size 1, which mean nothing.
+        strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (mine, y)]
+        assert strides[0] == strides[1]
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)

@@ -354,6 +354,7 @@ def test_convolutions_give_the_same_bits_on_any_number_of_threads(isa, dtype, us
 def test_convolutions_are_batch_invariant(isa, dtype, use_isa):
     """An image's bits do not depend on how many others are in the batch, nor do those of its gradient."""
     use_isa(isa)
+    torch.set_num_threads(1)
     for name, (_, *rest), w_shape, options in CONVOLUTIONS:
         w = torch.randn(w_shape).to(dtype)
         for channels_last in (False, True):

@@ -35,6 +35,25 @@ def test_torch_itself_passes(name):
     verify(case.peer, case, dtypes=[case.dtypes[0], dtype]).raise_if_failed()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", [f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)])
+def test_convolutions_pass_and_wrong_ones_do_not(name):
+    case = testing.case(name)
+    verify(case.resolve(), case, dtypes=[torch.float32]).raise_if_failed()
+
+    def hurried(x, w, b=None, **options):
+        return case.peer(x.bfloat16(), w.bfloat16(), None if b is None else b.bfloat16(), **options).to(x.dtype)
+
+    def undilated(x, w, b=None, **options):
+        result = case.peer(x, w, b, **options)
+        if options.get("dilation", 1) > 1 and result.numel():
+            result[(-1,) * result.dim()] += w.reshape(-1)[-1] + 1
+        return result
+
+    assert "bfloat16" in failing(hurried, name)
+    assert "dilation=2" in failing(undilated, name)
+
+
 def bf16_accumulation(a, b):
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
     for k in range(a.shape[1]):

@@ -23,14 +23,16 @@ def gives_channels_last(
     dilation: Sequence[int],
     groups: int,
 ) -> bool:
-    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in three dimensions
-    that depends on which of its kernels torch would choose as well."""
+    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in one dimension the
+    weight, and in three that depends on which of its kernels torch would choose as well."""
+    if x.dim() == 3:
+        return not w.is_contiguous() and is_channels_last(w.unsqueeze(2))
     if not is_channels_last(x, w):
         return False
     if x.dim() == 4 or x.is_meta:
         return True
     backend = torch._C._select_conv_backend(
-        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups, None
+        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups
     )
     return torch._C._conv_determine_backend_memory_format(x, w, backend) is torch.channels_last_3d
 
