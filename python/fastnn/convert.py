@@ -22,6 +22,12 @@ Selection = str | type | Predicate | Iterable[str | type | Predicate]
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Linear: nn.Linear,
     torch.nn.Bilinear: nn.Bilinear,
+    torch.nn.Conv1d: nn.Conv1d,
+    torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.Conv3d: nn.Conv3d,
+    torch.nn.ConvTranspose1d: nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d: nn.ConvTranspose2d,
+    torch.nn.ConvTranspose3d: nn.ConvTranspose3d,
     torch.nn.ReLU: nn.ReLU,
     torch.nn.GELU: nn.GELU,
     torch.nn.SiLU: nn.SiLU,

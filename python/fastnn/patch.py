@@ -18,6 +18,12 @@ from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: functional.linear,
     F.bilinear: functional.bilinear,
+    F.conv1d: functional.conv1d,
+    F.conv2d: functional.conv2d,
+    F.conv3d: functional.conv3d,
+    F.conv_transpose1d: functional.conv_transpose1d,
+    F.conv_transpose2d: functional.conv_transpose2d,
+    F.conv_transpose3d: functional.conv_transpose3d,
     F.relu: functional.relu,
     F.gelu: functional.gelu,
     F.silu: functional.silu,
@@ -45,6 +51,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.mv: mv,
 }
 
+# Those of which torch has overloads that take numbers in a tensor's place.
+_PRODUCTS = frozenset((addmm, baddbmm, bmm, matmul, mm, mv))
+
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -60,7 +69,9 @@ class _PatchMode(TorchFunctionMode):
         replacement = PATCHES.get(func)
         if replacement is None or not all(kind in _PLAIN for kind in types):
             return func(*args, **kwargs)
-        if "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args):
+        if replacement in _PRODUCTS and (
+            "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args)
+        ):
             # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs.
             _state.count_fallback(replacement.__name__, "an overload that fastnn does not have")
             return func(*args, **kwargs)
@@ -80,7 +91,7 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
     ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

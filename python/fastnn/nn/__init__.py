@@ -9,7 +9,23 @@ one fused call.
 """
 
 from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh
+from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .linear import Bilinear, Linear
 from .mlp import MLP
 
-__all__ = ["GELU", "MLP", "Bilinear", "Linear", "ReLU", "SiLU", "Sigmoid", "Tanh"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "Bilinear",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+]

@@ -32,5 +32,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gemm(m);
   bind_elementwise(m);
   bind_allocator(m);
+  bind_conv(m);
   bind_tensors(m);
 }

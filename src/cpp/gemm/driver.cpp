@@ -43,6 +43,7 @@ constexpr int64_t kGroup = 8;                            // panels of B packed t
 constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
+constexpr int64_t kPackedUses = 16;                      // of A that repay packing it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -81,12 +82,16 @@ class Shares {
   std::unique_ptr<Own[]> others_;
 };
 
-// Where the panels of one packed operand lie: blocks of K first, panels within them.
+// Where the panels of one packed operand lie: blocks of K first, panels within them. K may be some
+// segments of k, which blocks do not cross.
 struct Layout {
-  int64_t k, kc, k_step, panels, lanes, bytes, extra;
+  int64_t k, segments, kc, k_step, panels, lanes, bytes, extra;
 
-  int64_t blocks() const { return ceil_div(k, kc); }
-  int64_t length(int64_t block) const { return std::min(kc, k - block * kc); }  // in elements of K
+  int64_t blocks_in_segment() const { return ceil_div(k, kc); }
+  int64_t blocks() const { return segments * blocks_in_segment(); }
+  int64_t segment(int64_t block) const { return block / blocks_in_segment(); }
+  int64_t begin(int64_t block) const { return block % blocks_in_segment() * kc; }
+  int64_t length(int64_t block) const { return std::min(kc, k - begin(block)); }  // elements of K
   int64_t padded(int64_t block) const { return round_up(length(block), k_step); }
   int64_t panel_bytes(int64_t block) const {
     return round_up(padded(block) * lanes * bytes + extra, 64);
@@ -101,16 +106,17 @@ struct Layout {
   }
 };
 
-Layout layout_a(const Kernel& kn, int64_t m, int64_t k) {
-  return {k, kn.kc, kn.k_step, ceil_div(m, kn.mr), kn.mr, kn.a_bytes, 0};
+Layout layout_a(const Kernel& kn, int64_t m, int64_t k, int64_t segments = 1) {
+  return {k, segments, kn.kc, kn.k_step, ceil_div(m, kn.mr), kn.mr, kn.a_bytes, 0};
 }
-Layout layout_b(const Kernel& kn, int64_t k, int64_t n) {
-  return {k, kn.kc, kn.k_step, ceil_div(n, kn.nr), kn.nr, kn.b_bytes, kn.b_extra};
+Layout layout_b(const Kernel& kn, int64_t k, int64_t n, int64_t segments = 1) {
+  return {k, segments, kn.kc, kn.k_step, ceil_div(n, kn.nr), kn.nr, kn.b_bytes, kn.b_extra};
 }
 
 // Packs panels [first, last) of all blocks of K, this thread's share of them.
 unsigned pack(PackFn fn, FinishFn finish, int k_word, const Layout& l, char* dst, const Matrix& src,
-              int64_t lane_stride, int64_t k_stride, int64_t lanes_total, int thread, int threads) {
+              int64_t lane_stride, int64_t k_stride, int64_t lanes_total, int thread, int threads,
+              int64_t segment_stride = 0) {
   const int64_t size = dtype_size(src.type);
   const Range mine = share_of(l.blocks() * l.panels, 1, thread, threads);
   unsigned flags = 0;
@@ -118,7 +124,9 @@ unsigned pack(PackFn fn, FinishFn finish, int k_word, const Layout& l, char* dst
     const int64_t block = item / l.panels, panel = item % l.panels;
     const int lanes = int(std::min(l.lanes, lanes_total - panel * l.lanes));
     flags |= fn(dst + l.offset(block, panel),
-                src.data + (panel * l.lanes * lane_stride + block * l.kc * k_stride) * size,
+                src.data + (panel * l.lanes * lane_stride + l.segment(block) * segment_stride +
+                            l.begin(block) * k_stride) *
+                               size,
                 lane_stride, k_stride, lanes, l.length(block));
     if (finish) finish(dst + l.offset(block, panel), l.padded(block) / k_word);
   }
@@ -130,10 +138,11 @@ struct Source {
   const char* data;
   bool packed;
   Layout layout;
-  int64_t lane, word, k;  // strides in bytes where it is read in place
+  int64_t lane, word, k, segment;  // strides in bytes where it is read in place
   const char* at(int64_t block, int64_t panel) const {
     return packed ? data + layout.offset(block, panel)
-                  : data + panel * layout.lanes * lane + block * layout.kc * k;
+                  : data + panel * layout.lanes * lane + layout.segment(block) * segment +
+                        layout.begin(block) * k;
   }
 };
 
@@ -188,10 +197,11 @@ class Tiles {
     t_.a = a;
     t_.rows = int(std::min<int64_t>(kn_.mr, m_ - p * kn_.mr));
     const int64_t i = i0_ + p * kn_.mr, j = j0_ + q_ * kn_.nr;
-    if (straight_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
+    if (straight_ && t_.rows == kn_.mr && t_.cols == kn_.nr &&
+        (!store_.columns || in_one_piece(j))) {
       const int64_t size = dtype_size(store_.type);
       t_.narrow = store_.type != kn_.acc;
-      t_.acc = store_.c + (i * store_.c_rs + j) * size;
+      t_.acc = store_.c + (i * store_.c_rs + column_offset(j)) * size;
       t_.acc_row = store_.c_rs * size;
       kn_.tile(t_);
       return;
@@ -204,10 +214,50 @@ class Tiles {
       std::memset(acc, 0, size_t(acc_row_) * kn_.mr);  // an empty sum
     const bool last = block_ + 1 == sums_.blocks;
     if (sums_.two_levels && (last || (block_ + 1) % kBlocksInSum == 0)) acc = add_up(acc);
-    if (last) kn_.store(acc, kn_.nr, t_.rows, t_.cols, store_, i, j);
+    if (!last) return;
+    if (store_.columns)
+      store_pieces(acc, i, j);
+    else
+      kn_.store(acc, kn_.nr, t_.rows, t_.cols, store_, i, j);
   }
 
  private:
+  bool in_one_piece(int64_t j) const {
+    const int64_t length = store_.columns->length;
+    return j % length + t_.cols <= length;
+  }
+  // How far from C's first column j lies, where columns have stride 1.
+  int64_t column_offset(int64_t j) const {
+    if (!store_.columns) return j;
+    int64_t c, r;
+    piece(j / store_.columns->length, c, r);
+    return c + j % store_.columns->length;
+  }
+  void piece(int64_t index, int64_t& c, int64_t& residual) const {
+    const ColumnPieces& p = *store_.columns;
+    c = residual = 0;
+    for (int d = ColumnPieces::kDims - 1; d >= 0; d--) {
+      c += index % p.counts[d] * p.c[d];
+      residual += index % p.counts[d] * p.residual[d];
+      index /= p.counts[d];
+    }
+  }
+  // Column j of the product is column j % length of its piece.
+  void store_pieces(const char* acc, int64_t i, int64_t j) {
+    const int64_t length = store_.columns->length, size = dtype_size(store_.type);
+    for (int done = 0; done < t_.cols;) {
+      const int64_t within = (j + done) % length;
+      const int n = int(std::min<int64_t>(t_.cols - done, length - within));
+      int64_t c, r;
+      piece((j + done) / length, c, r);
+      Store s = store_;
+      s.c += c * size;
+      if (s.residual) s.residual += r * size;
+      kn_.store(acc + done * dtype_size(kn_.acc), kn_.nr, t_.rows, n, s, i, within);
+      done += n;
+    }
+  }
+
   // Adds the sum of some blocks to the sum of sums, and returns that.
   char* add_up(char* acc) {
     char* total = acc + sums_.count * tile_bytes(kn_);
@@ -256,6 +306,7 @@ Store make_store(const Gemm& g) {
   s.bias_type = g.bias_type, s.bias_axis = g.bias_axis, s.bias_stride = g.bias_stride;
   s.activation = g.activation;
   s.row_scale = g.row_scale, s.col_scale = g.col_scale;
+  s.columns = g.columns.length ? &g.columns : nullptr;
   s.plain = g.alpha == 1 && !s.residual && !s.bias && !s.activation && !s.row_scale && !s.col_scale;
   return s;
 }
@@ -335,7 +386,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
 // All of the problem, each thread with panels of B that it packs for itself.
 static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, const Source& a,
                         char* pack_a_to, Flags& flags, int threads) {
-  const Layout b = layout_b(kn, g.k, g.n);
+  const Layout b = layout_b(kn, g.k, g.n, g.segments);
   const int64_t mp = a.layout.panels, np = b.panels, blocks = b.blocks();
   // Whole panels where there are enough of them to go round, else an even share of the tiles.
   const bool whole_panels = np >= 4 * threads;
@@ -343,48 +394,64 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   // Rows of B are read in long pieces, several panels wide: a line from each of many pages is the
   // slowest way through memory. Not by split kernels: what their packing notices is of a whole
   // panel, and slices do not know it.
-  const bool grouped = whole_panels && g.b.cs == 1 && !kn.split;
+  const bool grouped = whole_panels && (g.b_panels || g.b.cs == 1) && !kn.split;
   const int64_t wanted = std::min<int64_t>(kGroup, np / (4 * threads));
   const int64_t fitting = kGroupSumBytes / (mp * tile_bytes(kn));
   const int64_t group = grouped ? std::max<int64_t>(1, std::min(wanted, fitting)) : 1;
   const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
   const Sums sums(kn, blocks, group * mp);
-  const int64_t own_bytes = group * panel_bytes + round_up(sums.bytes(kn), 4096);
+  const int64_t size_b = dtype_size(g.b.type), sums_bytes = round_up(sums.bytes(kn), 4096);
+  // A panel made for a kernel that packs it further lies here in between.
+  const bool as_packed = kn.k_word == 1 && kn.b_bytes == size_b && !kn.split && !kn.b_extra;
+  const int64_t made_bytes =
+      g.b_panels && !as_packed ? round_up(std::min(kn.kc, g.k) * kn.nr * size_b, 4096) : 0;
+  const int64_t own_bytes = group * panel_bytes + sums_bytes + made_bytes;
   char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
-  const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word, size_b = dtype_size(g.b.type);
+  const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
 
   Shares shares(mp * np / unit, threads);
   parallel(threads, [&](int thread, int came) {
     if (pack_a_to) {
       flags.a |= pack(kn.pack_a, nullptr, kn.k_word, a.layout, pack_a_to, g.a, g.a.rs, g.a.cs, g.m,
-                      thread, came);
+                      thread, came, g.a_segment);
       if (came > 1) barrier();
     }
     if (kn.enter) kn.enter();
     char* panels = own + own_bytes * thread;
+    char* made = panels + group * panel_bytes + sums_bytes;
     Tiles tiles(kn, store, a, sums, panels + group * panel_bytes, g.m, g.n, 0, 0);
     unsigned seen = 0;
+    // Some rows of a panel of B, packed.
+    auto pack_rows = [&](char* panel, int64_t block, int64_t q, int64_t k, int64_t rows) {
+      char* to = panel + k * kn.nr * kn.b_bytes;
+      const int64_t j0 = q * kn.nr, k0 = b.begin(block) + k;
+      const int columns = int(std::min<int64_t>(kn.nr, g.n - j0));
+      if (!g.b_panels)
+        return kn.pack_b(to, g.b.data + (j0 * g.b.cs + k0 * g.b.rs) * size_b, g.b.cs, g.b.rs,
+                         columns, rows);
+      g.b_panels->fill(as_packed ? to : made, b.segment(block), k0, rows, j0, columns, kn.nr);
+      return as_packed ? 0 : kn.pack_b(to, made, 1, kn.nr, columns, rows);
+    };
     for (Range r; (r = shares.take(thread, whole_panels ? group : mp * np)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
         const int64_t q0 = item / mp, p0 = item % mp;
         const int64_t p1 = std::min(mp, p0 + (end - item));
         const int64_t q1 = std::min(q0 + group, ceil_div(end, mp));
-        for (int64_t block = 0; block < blocks; block++) {
-          const int64_t length = b.length(block),
-                        step = group == 1 ? length : std::max<int64_t>(kGroupRows, kn.k_step);
+        for (int64_t block = 0; block < sums.blocks; block++) {
+          const int64_t length = g.k ? b.length(block) : 0,
+                        step = group == 1 || g.b_panels ? length
+                                                        : std::max<int64_t>(kGroupRows, kn.k_step);
           for (int64_t k = 0; k < length; k += step)
             for (int64_t q = q0; q < q1; q++)
-              seen |=
-                  kn.pack_b(panels + (q - q0) * panel_bytes + k * kn.nr * kn.b_bytes,
-                            g.b.data + (q * kn.nr * g.b.cs + (block * kn.kc + k) * g.b.rs) * size_b,
-                            g.b.cs, g.b.rs, int(std::min<int64_t>(kn.nr, g.n - q * kn.nr)),
-                            std::min(step, length - k));
-          const int64_t words = b.padded(block) / kn.k_word;
+              seen |= pack_rows(panels + (q - q0) * panel_bytes, block, q, k,
+                                std::min(step, length - k));
+          const int64_t words = g.k ? b.padded(block) / kn.k_word : 0;
           tiles.block(block, words);
           for (int64_t q = q0; q < q1; q++) {
-            if (kn.finish_b) kn.finish_b(panels + (q - q0) * panel_bytes, words);
+            if (kn.finish_b && words) kn.finish_b(panels + (q - q0) * panel_bytes, words);
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
-            for (int64_t p = p0; p < p1; p++) tiles.run(a.at(block, p), p, (q - q0) * mp + p - p0);
+            for (int64_t p = p0; p < p1; p++)
+              tiles.run(words ? a.at(block, p) : nullptr, p, (q - q0) * mp + p - p0);
           }
         }
         item += (q1 - q0 - 1) * mp + (p1 - p0);
@@ -400,6 +467,34 @@ static bool rows_collide(const Kernel& kn, const Gemm& g) {
   constexpr int64_t way = 4096, ways = 8;
   const int64_t bytes = std::abs(g.a.rs) * int64_t(dtype_size(g.a.type));
   return g.a.cs == 1 && std::min(g.m, int64_t(kn.mr)) * std::gcd(bytes, way) > (ways - 1) * way;
+}
+
+// The product with a PanelSource: B's panels are made by their user, and A is read in place where
+// it can be, unless each of its elements is used so often that packing it is repaid.
+bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
+  const Store store = make_store(g);
+  const int64_t size_a = dtype_size(g.a.type);
+  Flags flags;
+  Source a{};
+  a.layout = layout_a(kn, g.m, g.k, g.segments);
+  const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
+  const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+                        (g.n <= kPackedUses * kn.nr || !rows_collide(kn, g));
+  char* pack_a_to = nullptr;
+  a.packed = !direct_a;
+  if (direct_a) {
+    a.data = g.a.data;
+    a.lane = g.a.rs * size_a, a.k = g.a.cs * size_a, a.word = a.k * kn.k_word;
+    a.segment = g.a_segment * size_a;
+  } else {
+    a.word = int64_t(kn.mr) * kn.a_bytes * kn.k_word;
+    a.lane = int64_t(kn.a_bytes) * kn.k_word;
+    pack_a_to = static_cast<char*>(scratch(Scratch::packed_a, a.layout.total()));
+    a.data = pack_a_to;
+  }
+  run_columns(kn, g, store, a, pack_a_to, flags, threads);
+  scratch_trim();
+  return !flags.refused(kn);
 }
 
 bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {

@@ -221,6 +221,24 @@ void gemm(const Gemm& in) {
   }
 }
 
+void gemm_panels(const Gemm& g, int threads) {
+  if (g.m == 0 || g.n == 0) return;
+  // A split product pays from about as many rows on as in run_one.
+  Query q{g.a.type, g.b.type, g.precision, int64_t(1) << 40, false, g.batch_invariant || g.m <= 64};
+  const Kernel* kn = find_kernel(q);
+  if (!kn) throw std::invalid_argument("gemm: no kernel for these types");
+  if (kn->split && overlaps(g)) {
+    q.exact_only = true;
+    kn = find_kernel(q);
+  }
+  count(kn->name);
+  if (run_panels(*kn, g, threads)) return;
+  q.exact_only = true;
+  const Kernel* exact = find_kernel(q);
+  count(exact->name);
+  run_panels(*exact, g, threads);
+}
+
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision) {
   const Kernel* kn = find_kernel({b.type == DType::u8 ? DType::s8 : b.type, b.type, precision,
                                   int64_t(1) << 40, false, false});

@@ -36,6 +36,28 @@ struct Matrix {
   int64_t batch[kMaxBatchDims] = {};
 };
 
+// A matrix B that lies nowhere as such: its panels are made where they are needed. The patches of
+// an image that a convolution multiplies with are one.
+class PanelSource {
+ public:
+  // Rows [k0, k0 + k) of segment `segment` and columns [j0, j0 + columns), as elements of B's type,
+  // to dst[row * ld + column]; the columns up to `ld` as zeros.
+  virtual void fill(void* dst, int64_t segment, int64_t k0, int64_t k, int64_t j0, int columns,
+                    int ld) const = 0;
+
+ protected:
+  ~PanelSource() = default;
+};
+
+// Where the columns of C lie when they are not evenly apart: in pieces of `length`, of which each
+// is found by `counts`, the last running fastest. Strides in elements.
+struct ColumnPieces {
+  static constexpr int kDims = 3;
+  int64_t length = 0;  // 0: one piece
+  int64_t counts[kDims] = {1, 1, 1};
+  int64_t c[kDims] = {}, residual[kDims] = {};
+};
+
 struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   int batch_dims = 0;
@@ -52,10 +74,19 @@ struct Gemm {
   Precision precision = Precision::highest;
   const PackedOperand* packed = nullptr;
   bool batch_invariant = false;  // a row's bits do not depend on the number of rows
+
+  // For products with a PanelSource alone, which gemm_panels computes.
+  const PanelSource* b_panels = nullptr;
+  int64_t segments = 1;   // K is so many pieces of k, each a sum of its own at first
+  int64_t a_segment = 0;  // A's stride from one to the next
+  ColumnPieces columns;
 };
 
 // Throws std::invalid_argument where the types do not go together, std::bad_alloc.
 void gemm(const Gemm& g);
+
+// The same with b_panels in place of B, without batches, on up to `threads` threads.
+void gemm_panels(const Gemm& g, int threads);
 
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision);
 

@@ -33,6 +33,7 @@ struct Store {
   int activation;
   const float* row_scale;
   const float* col_scale;
+  const ColumnPieces* columns;  // null: evenly apart; for the driver, not for a StoreFn
 };
 
 // One panel of up to mr (nr) lanes over kc elements of K; strides in elements.
@@ -111,6 +112,7 @@ double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 // split one and packing noticed what it cannot represent: C is then not what it should be, and to
 // be computed again. See split_refused.
 bool run_blocked(const Kernel&, const Gemm&, int threads);
+bool run_panels(const Kernel&, const Gemm&, int threads);  // where there is a PanelSource
 void run_dot(const Kernel&, const Gemm&, int threads);
 bool split_refused(unsigned a_flags, unsigned b_flags);
 Store make_store(const Gemm&);

@@ -1,0 +1,162 @@
+"""The convolution kernels on CPU tensors: x (N, C, *spatial), w (M, C / groups, *kernel), y (N, M, *out), 1 to 3
+spatial dimensions, all of one floating-point dtype and any strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _cpu, _state
+from . import ACTIVATION, DTYPE, empty, precision
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(*tensors: Tensor) -> bool:
+    """Whether torch's convolution of these gives a result in channels-last: where one of them is."""
+    return any(
+        tensor.dim() > 3
+        and (tensor.stride(1) == 1 or not tensor.is_contiguous())
+        and torch._prims_common.suggest_memory_format(tensor) is _CHANNELS_LAST[tensor.dim()]
+        for tensor in tensors
+    )
+
+
+def new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Uninitialised memory in one of the two layouts; large blocks come from the caching allocator."""
+    if not channels_last:
+        return empty(shape, like.dtype)
+    n, c, *spatial = shape
+    return empty((n, *spatial, c), like.dtype).movedim(-1, 1)
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(conv(x, w) + bias + residual); the residual has the result's shape."""
+    spatial = [
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in range(x.dim() - 2)
+    ]
+    y = new(x, (x.shape[0], w.shape[0], *spatial), is_channels_last(x, w))
+    if residual is not None and residual.stride() != y.stride():
+        residual = new(x, y.shape, is_channels_last(x, w)).copy_(residual)
+    w = w if _has_dense_filters(w) else w.contiguous()
+    _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual)
+    return y
+
+
+def input(
+    y: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of x, of the spatial sizes ``size``, from that of y; with ``bias``, the transposed convolution."""
+    x = new(y, (y.shape[0], w.shape[1] * groups, *size), is_channels_last(y, w))
+    _call(_cpu.conv_input, x, w, y, stride, padding, dilation, groups, bias)
+    return x
+
+
+def weight(
+    y: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of w from that of y."""
+    w = new(x, (y.shape[1], x.shape[1] // groups, *kernel), channels_last)
+    # Positions one stride apart, as in all that torch makes; an odd view is worth a copy.
+    y = y if _is_evenly_spaced(y) else y.contiguous()
+    _call(_cpu.conv_weight, x, w, y, stride, padding, dilation, groups)
+    return w
+
+
+def channel_sum(y: Tensor) -> Tensor:
+    """The sum over all but dimension 1: the gradient of the bias."""
+    out = torch.empty(y.shape[1], dtype=y.dtype)
+    _cpu.channel_sum(y.data_ptr(), _five(y.shape), _five(y.stride()), out.data_ptr(), DTYPE[y.dtype])
+    return out
+
+
+def _five(sizes: Sequence[int], fill: int = 1) -> tuple[int, ...]:
+    """Sizes or strides with the missing spatial dimensions in front of the others."""
+    return (*sizes[:2], *(fill,) * (5 - len(sizes)), *sizes[2:])
+
+
+def _three(numbers: Sequence[int], fill: int) -> tuple[int, ...]:
+    return (*(fill,) * (3 - len(numbers)), *numbers)
+
+
+def _has_dense_filters(w: Tensor) -> bool:
+    return w.is_contiguous() or (w.dim() > 3 and w.is_contiguous(memory_format=_CHANNELS_LAST[w.dim()]))
+
+
+def _is_evenly_spaced(y: Tensor) -> bool:
+    step = 0
+    count = 1
+    for size, stride in zip(reversed(y.shape[2:]), reversed(y.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if count == 1:
+            step = stride
+        elif stride != step * count:
+            return False
+        count *= size
+    return True
+
+
+def _call(
+    function: Callable[..., None],
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> None:
+    if bias is not None:
+        bias = bias.contiguous()
+    function(
+        x.data_ptr(),
+        _five(x.shape),
+        _five(x.stride()),
+        w.data_ptr(),
+        _five(w.shape),
+        _five(w.stride()),
+        y.data_ptr(),
+        _five(y.shape),
+        _five(y.stride()),
+        DTYPE[x.dtype],
+        _three(stride, 1),
+        _three(padding, 0),
+        _three(dilation, 1),
+        groups,
+        precision(x.dtype),
+        _state.settings().batch_invariant,
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        ACTIVATION[activation],
+    )

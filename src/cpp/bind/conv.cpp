@@ -1,0 +1,117 @@
+// The convolutions for Python.
+#include "conv/conv.hpp"
+
+#include <pybind11/pybind11.h>
+
+#include "bind/bind.hpp"
+
+namespace py = pybind11;
+using namespace fastnn;
+
+namespace {
+
+Tensor5 tensor(const char* op, const char* name, uintptr_t ptr, py::handle shape,
+               py::handle strides) {
+  Tensor5 t;
+  if (read_tuple(op, name, shape, t.size, 5) != 5 ||
+      read_tuple(op, name, strides, t.stride, 5) != 5)
+    bad_argument(op, name, "five sizes and strides");
+  for (const int64_t size : t.size)
+    if (size < 0) bad_argument(op, name, "sizes of 0 or more");
+  if (!ptr && t.count()) bad_argument(op, name, "an address");
+  t.data = reinterpret_cast<char*>(ptr);
+  return t;
+}
+
+void conv(int which, uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w_ptr,
+          py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
+          py::handle y_strides, int dtype, py::handle stride, py::handle padding,
+          py::handle dilation, int64_t groups, int precision, bool batch_invariant,
+          uintptr_t bias_ptr, uintptr_t residual_ptr, int activation) {
+  const char* op = "conv";
+  Conv c;
+  c.x = tensor(op, "x", x_ptr, x_shape, x_strides);
+  c.w = tensor(op, "w", w_ptr, w_shape, w_strides);
+  c.y = tensor(op, "y", y_ptr, y_shape, y_strides);
+  c.type = dtype_argument(op, "dtype", dtype);
+  if (int(c.type) > int(DType::f16)) bad_argument(op, "dtype", "a floating-point type");
+  if (read_tuple(op, "stride", stride, c.stride, kSpatial) != kSpatial ||
+      read_tuple(op, "padding", padding, c.padding, kSpatial) != kSpatial ||
+      read_tuple(op, "dilation", dilation, c.dilation, kSpatial) != kSpatial)
+    bad_argument(op, "stride, padding, dilation", "three numbers each");
+  if (groups < 1 || c.x.size[1] != c.w.size[1] * groups || c.w.size[0] % groups ||
+      c.y.size[1] != c.w.size[0])
+    bad_argument(op, "groups", "channels that groups divide");
+  if (c.x.size[0] != c.y.size[0]) bad_argument(op, "y", "as many images as x");
+  for (int d = 0; d < kSpatial; d++) {
+    if (c.stride[d] < 1 || c.dilation[d] < 1 || c.padding[d] < 0)
+      bad_argument(op, "stride, padding, dilation", "positive numbers");
+    // Each position of the filter starts within the padded input. (Positions beyond what a forward
+    // convolution would have are a transposed one's output padding.)
+    const int64_t reach =
+        c.x.size[2 + d] + 2 * c.padding[d] - c.dilation[d] * (c.w.size[2 + d] - 1) - 1;
+    if (c.w.size[2 + d] < 1 || (c.y.count() && c.y.size[2 + d] != reach / c.stride[d] + 1) ||
+        (c.y.count() && reach < 0))
+      bad_argument(op, "y", "the size that x, w, stride, padding and dilation give");
+  }
+  if (precision < 0 || precision > 2) bad_argument(op, "precision", "0 to 2");
+  if (activation < 0 || activation > 6) bad_argument(op, "activation", "0 to 6");
+  c.groups = groups;
+  c.precision = Precision(precision), c.batch_invariant = batch_invariant;
+  c.bias = reinterpret_cast<const char*>(bias_ptr);
+  c.residual = reinterpret_cast<const char*>(residual_ptr);
+  c.activation = activation;
+  py::gil_scoped_release release;
+  if (which == 0)
+    conv_forward(c);
+  else if (which == 1)
+    conv_input(c);
+  else
+    conv_weight(c);
+}
+
+template <int which>
+void define(py::module_& m, const char* name, const char* doc) {
+  m.def(
+      name,
+      [](uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w_ptr,
+         py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
+         py::handle y_strides, int dtype, py::handle stride, py::handle padding,
+         py::handle dilation, int64_t groups, int precision, bool batch_invariant,
+         uintptr_t bias_ptr, uintptr_t residual_ptr, int activation) {
+        conv(which, x_ptr, x_shape, x_strides, w_ptr, w_shape, w_strides, y_ptr, y_shape, y_strides,
+             dtype, stride, padding, dilation, groups, precision, batch_invariant, bias_ptr,
+             residual_ptr, activation);
+      },
+      doc, py::arg("x_ptr"), py::arg("x_shape"), py::arg("x_strides"), py::arg("w_ptr"),
+      py::arg("w_shape"), py::arg("w_strides"), py::arg("y_ptr"), py::arg("y_shape"),
+      py::arg("y_strides"), py::arg("dtype"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("groups"), py::arg("precision") = 0,
+      py::arg("batch_invariant") = false, py::arg("bias_ptr") = 0, py::arg("residual_ptr") = 0,
+      py::arg("activation") = 0);
+}
+
+}  // namespace
+
+void bind_conv(py::module_& m) {
+  define<0>(m, "conv_forward",
+            "y = activation(conv(x, w) + bias + residual); shapes (N, C, D, H, W), strides in "
+            "elements, of any layout; the filters of w dense, contiguous or channels-last.");
+  define<1>(m, "conv_input",
+            "x = activation(transposed conv(y, w) + bias + residual): the gradient by the input.");
+  define<2>(m, "conv_weight",
+            "w = the gradient by the weight of conv(x, w), where y is the gradient of its result.");
+  m.def(
+      "channel_sum",
+      [](uintptr_t y_ptr, py::handle y_shape, py::handle y_strides, uintptr_t out_ptr, int dtype) {
+        const char* op = "channel_sum";
+        const Tensor5 y = tensor(op, "y", y_ptr, y_shape, y_strides);
+        const DType type = dtype_argument(op, "dtype", dtype);
+        if (!out_ptr && y.size[1]) bad_argument(op, "out_ptr", "an address");
+        py::gil_scoped_release release;
+        channel_sum(y, type, reinterpret_cast<void*>(out_ptr));
+      },
+      "out[c] = the sum of y (N, C, D, H, W) over all but C: the gradient of a bias.",
+      py::arg("y_ptr"), py::arg("y_shape"), py::arg("y_strides"), py::arg("out_ptr"),
+      py::arg("dtype"));
+}

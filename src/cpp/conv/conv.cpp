@@ -1,0 +1,326 @@
+// Which algorithm computes a convolution, and how each comes down to a matrix product.
+#include "conv/conv.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+#include "conv/patches.hpp"
+
+namespace fastnn {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads are worth waking for about 20 microseconds of work.
+int threads_for(double multiplications) { return multiplications < 1e6 ? 1 : max_threads(); }
+
+double work(const Conv& c) {
+  return double(c.y.count()) * double(c.w.size[1]) * double(c.w.spatial());
+}
+
+// Rows of channels, or of taps, that lie densely: those in which a weight's (c, t) is one index.
+bool channels_outer(const Tensor5& w) {
+  int64_t expected = 1;
+  for (int d = 4; d >= 1; d--) {
+    if (w.size[d] != 1 && w.stride[d] != expected) return false;
+    expected *= w.size[d];
+  }
+  return true;
+}
+bool channels_inner(const Tensor5& w) {
+  if (w.size[1] != 1 && w.stride[1] != 1) return false;
+  int64_t expected = w.size[1];
+  for (int d = 4; d >= 2; d--) {
+    if (w.size[d] != 1 && w.stride[d] != expected) return false;
+    expected *= w.size[d];
+  }
+  return true;
+}
+
+// The spatial dimensions as one that runs over all of them at one stride, if they lie so.
+bool flat(const Tensor5& t, int64_t& stride) {
+  stride = 0;
+  int64_t seen = 1;
+  for (int d = 4; d >= 2; d--) {
+    if (t.size[d] == 1) continue;
+    if (seen == 1)
+      stride = t.stride[d];
+    else if (t.stride[d] != stride * seen)
+      return false;
+    seen *= t.size[d];
+  }
+  if (seen == 1) stride = 1;
+  return true;
+}
+
+// Columns (n, o) of a result whose rows are channels.
+void place_columns(Gemm& g, const Tensor5& out) {
+  int64_t stride;
+  if (flat(out, stride)) {
+    g.c.cs = stride;
+    if (out.size[0] == 1 || out.stride[0] == stride * out.spatial()) return;
+    g.columns.length = out.spatial();
+    g.columns.counts[2] = out.size[0];
+    g.columns.c[2] = out.stride[0];
+  } else {
+    g.c.cs = out.stride[4];
+    g.columns.length = out.size[4];
+    const int from[] = {0, 2, 3};
+    for (int d = 0; d < 3; d++)
+      g.columns.counts[d] = out.size[from[d]], g.columns.c[d] = out.stride[from[d]];
+  }
+  std::copy(g.columns.c, g.columns.c + ColumnPieces::kDims, g.columns.residual);
+}
+
+Patches patches_of(const Tensor5& in, int64_t channels, DType type) {
+  Patches p;
+  p.data = in.data;
+  p.element = int64_t(dtype_size(type));
+  p.images = in.size[0], p.channels = channels;
+  p.image_stride = in.stride[0], p.channel_stride = in.stride[1];
+  for (int d = 0; d < kSpatial; d++) p.size[d] = in.size[2 + d], p.stride[d] = in.stride[2 + d];
+  return p;
+}
+
+Tensor5 channels_from(Tensor5 t, int64_t first, int64_t count, DType type) {
+  t.data += first * t.stride[1] * int64_t(dtype_size(type));
+  t.size[1] = count;
+  return t;
+}
+
+void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_channel) {
+  g.activation = c.activation;
+  if (c.bias) {
+    g.bias = c.bias + first_channel * int64_t(dtype_size(c.type));
+    g.bias_type = c.type, g.bias_axis = BiasAxis::row;
+  }
+  if (c.residual) {
+    g.residual = g.c;
+    const char* base = c.residual + (g.c.data - out.data);
+    g.residual.data = const_cast<char*>(base);
+    g.beta = 1;
+  }
+}
+
+// Groups whole to the threads where there are enough of them, else one after the other.
+template <class F>
+void for_groups(const Conv& c, F f) {
+  const int threads = threads_for(work(c));
+  if (c.groups < 4 * threads) {
+    for (int64_t g = 0; g < c.groups; g++) f(g, threads);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  parallel(threads, [&](int, int) {
+    try {
+      for (int64_t g; (g = next.fetch_add(1)) < c.groups;) f(g, 1);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+// out[m, (n, o)] = epilogue(sum over (c, t) of a[m, (c, t)] patches[(c, t), (n, o)])
+void correlate(const Patches& p, const char* a, int64_t m, const Conv& c, const Tensor5& out,
+               const Tensor5& whole, int64_t first_channel, int threads) {
+  Gemm g;
+  g.m = m, g.n = p.images * p.positions(), g.k = p.depth();
+  g.a.data = const_cast<char*>(a);
+  g.a.rs = g.k, g.a.cs = 1;
+  g.a.type = g.b.type = g.c.type = c.type;
+  g.c.data = out.data, g.c.rs = out.stride[1];
+  place_columns(g, out);
+  g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+  set_epilogue(g, c, whole, first_channel);
+  const PatchColumns columns(p);
+  g.b_panels = &columns;
+  gemm_panels(g, threads);
+}
+
+// ---- the input's gradient ----------------------------------------------------------------------
+
+// The taps that a position of the input meets, by its remainder to the stride: those of one
+// remainder are evenly apart, and so are the outputs that they meet.
+struct Phase {
+  int64_t first_tap, taps;  // first_tap + i * tap_step
+  int64_t first, delta;     // of the output that tap i meets at position 0
+  int64_t positions;        // of the input
+};
+struct Phases {
+  int64_t tap_step;
+  std::vector<Phase> of;
+};
+Phases phases_of(int64_t in, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+  Phases r{1, {}};
+  while (r.tap_step * dilation % stride != 0) r.tap_step++;
+  for (int64_t rest = 0; rest < std::min(stride, in); rest++) {
+    Phase f{0, 0, 0, 0, ceil_div(in - rest, stride)};
+    for (int64_t t = 0; t < std::min(taps, r.tap_step); t++)
+      if ((rest + padding - t * dilation) % stride == 0) {
+        f.first_tap = t;
+        f.taps = ceil_div(taps - t, r.tap_step);
+        f.first = (rest + padding - t * dilation) / stride;
+        f.delta = -(r.tap_step * dilation / stride);
+        break;
+      }
+    r.of.push_back(f);
+  }
+  return r;
+}
+
+// One group's weight with its first two dimensions exchanged, and some of its taps: (c, m, t) from
+// (m, c, t), or (c, t, m) where m is to run fastest.
+void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
+              const int64_t step[kSpatial], bool m_inner, char* dst, int threads) {
+  const int64_t size = int64_t(dtype_size(type)), ms = w.size[0], cs = w.size[1];
+  const int64_t n0 = f[0]->taps, n1 = f[1]->taps, n2 = f[2]->taps, taps = n0 * n1 * n2;
+  const ConvKernels& kernels = conv_kernels();
+  constexpr int64_t kBlock = 16;
+  std::vector<int64_t> offset(static_cast<size_t>(taps));
+  for (int64_t t = 0; t < taps; t++)
+    offset[size_t(t)] = (f[0]->first_tap + t / (n1 * n2) * step[0]) * w.stride[2] +
+                        (f[1]->first_tap + t / n2 % n1 * step[1]) * w.stride[3] +
+                        (f[2]->first_tap + t % n2 * step[2]) * w.stride[4];
+  parallel(threads, [&](int thread, int came) {
+    const Range mine = share_of(cs, kBlock, thread, came);
+    for (int64_t c0 = mine.begin; c0 < mine.end; c0 += kBlock) {
+      const int64_t nc = std::min(kBlock, mine.end - c0);
+      for (int64_t m0 = 0; m0 < ms; m0 += kBlock) {
+        const int64_t nm = std::min(kBlock, ms - m0);
+        for (int64_t t = 0; t < taps; t++) {
+          const char* src =
+              w.data + (m0 * w.stride[0] + c0 * w.stride[1] + offset[size_t(t)]) * size;
+          const int64_t at = m_inner ? (c0 * taps + t) * ms + m0 : (c0 * ms + m0) * taps + t;
+          if (w.stride[1] == 1 && m_inner) {
+            Lane lanes[kBlock];
+            for (int64_t i = 0; i < nm; i++)
+              lanes[i] = {src + i * w.stride[0] * size, 0, int32_t(nc)};
+            kernels.transpose[size_index(size)](dst + at * size, taps * ms, lanes, int(nm), 1, nc);
+          } else if (size == 4) {
+            const auto* from = reinterpret_cast<const uint32_t*>(src);
+            auto* to = reinterpret_cast<uint32_t*>(dst) + at;
+            for (int64_t j = 0; j < nc; j++)
+              for (int64_t i = 0; i < nm; i++)
+                to[j * ms * taps + i * (m_inner ? 1 : taps)] =
+                    from[i * w.stride[0] + j * w.stride[1]];
+          } else {
+            for (int64_t j = 0; j < nc; j++)
+              for (int64_t i = 0; i < nm; i++)
+                std::memcpy(dst + (at + j * ms * taps + i * (m_inner ? 1 : taps)) * size,
+                            src + (i * w.stride[0] + j * w.stride[1]) * size, size_t(size));
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void conv_forward(const Conv& c) {
+  if (c.y.count() == 0) return;
+  const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
+  const int64_t size = int64_t(dtype_size(c.type));
+  const bool outer = channels_outer(c.w);
+  if (!outer && !channels_inner(c.w))
+    throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
+  for_groups(c, [&](int64_t group, int threads) {
+    Patches p =
+        patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
+    for (int d = 0; d < kSpatial; d++) {
+      p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
+      p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
+    }
+    p.channels_inner = !outer;
+    correlate(p, c.w.data + group * rows * p.depth() * size, rows, c,
+              channels_from(c.y, group * rows, rows, c.type), c.y, group * rows, threads);
+  });
+}
+
+void conv_input(const Conv& c) {
+  if (c.x.count() == 0) return;
+  const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
+  const int64_t size = int64_t(dtype_size(c.type));
+  Phases phases[kSpatial];
+  for (int d = 0; d < kSpatial; d++)
+    phases[d] =
+        phases_of(c.x.size[2 + d], c.w.size[2 + d], c.stride[d], c.padding[d], c.dilation[d]);
+  const int64_t step[] = {phases[0].tap_step, phases[1].tap_step, phases[2].tap_step};
+  for_groups(c, [&](int64_t group, int threads) {
+    Tensor5 w = c.w;
+    w.data += group * rows * w.stride[0] * size;
+    w.size[0] = rows;
+    const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
+    const Tensor5 x = channels_from(c.x, group * channels, channels, c.type);
+    for (size_t i0 = 0; i0 < phases[0].of.size(); i0++)
+      for (size_t i1 = 0; i1 < phases[1].of.size(); i1++)
+        for (size_t i2 = 0; i2 < phases[2].of.size(); i2++) {
+          const Phase* f[] = {&phases[0].of[i0], &phases[1].of[i1], &phases[2].of[i2]};
+          const size_t at[] = {i0, i1, i2};
+          Patches p = patches_of(y, rows, c.type);
+          Tensor5 out = x;
+          for (int d = 0; d < kSpatial; d++) {
+            p.out[d] = f[d]->positions, p.step[d] = 1;
+            p.taps[d] = f[d]->taps, p.first[d] = f[d]->first, p.delta[d] = f[d]->delta;
+            out.data += int64_t(at[d]) * x.stride[2 + d] * size;
+            out.size[2 + d] = f[d]->positions;
+            out.stride[2 + d] = x.stride[2 + d] * c.stride[d];
+          }
+          p.channels_inner = w.stride[1] == 1 && channels > 1;
+          char* weight = static_cast<char*>(
+              scratch(Scratch::misc, size_t(std::max<int64_t>(1, channels * p.depth() * size))));
+          exchange(w, c.type, f, step, p.channels_inner, weight, threads);
+          correlate(p, weight, channels, c, out, c.x, group * channels, threads);
+        }
+  });
+}
+
+void conv_weight(const Conv& c) {
+  if (c.w.count() == 0) return;
+  const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
+  const int64_t size = int64_t(dtype_size(c.type));
+  for_groups(c, [&](int64_t group, int threads) {
+    const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
+    Patches p =
+        patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
+    for (int d = 0; d < kSpatial; d++) {
+      p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
+      p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
+    }
+    // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
+    p.channels_inner = (c.x.stride[1] == 1 && channels > 1) || !channels_outer(c.w);
+    Gemm g;
+    g.m = rows, g.n = p.depth(), g.k = p.positions();
+    g.segments = c.y.size[0];
+    if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
+    g.a.type = g.b.type = g.c.type = c.type;
+    g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
+    g.c.rs = c.w.stride[0], g.c.cs = 1;
+    if (p.channels_inner && p.tap_count() > 1) {
+      g.c.cs = c.w.stride[1];
+      g.columns.length = channels;
+      for (int d = 0; d < kSpatial; d++)
+        g.columns.counts[d] = c.w.size[2 + d], g.columns.c[d] = c.w.stride[2 + d];
+    } else if (p.channels_inner) {
+      g.c.cs = c.w.stride[1];
+    }
+    g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+    const PatchRows patches(p);
+    g.b_panels = &patches;
+    gemm_panels(g, threads);
+  });
+}
+
+const char* conv_path(const Conv&) { return "implicit gemm"; }
+
+}  // namespace fastnn

@@ -1,0 +1,163 @@
+// The kernels of one instruction set. Included once by each file in kernels/, which defines
+// FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
+#include "conv/kernels.hpp"
+#include "isa/vec.hpp"
+#if FASTNN_TARGET_ID == 2
+#include "isa/transpose_avx512.hpp"
+#endif
+
+namespace fastnn::FASTNN_TARGET {
+
+FASTNN_INLINE int64_t clamp(int64_t x, int64_t most) { return x < 0 ? 0 : x < most ? x : most; }
+
+template <class T>
+static void copy_rows(void* dst_, int64_t dst_row, const void* src_, int64_t src_row, int64_t rows,
+                      int64_t stride, int64_t lo, int64_t hi, int64_t n) {
+  T* dst = static_cast<T*>(dst_);
+  const T* src = static_cast<const T*>(src_);
+  lo = clamp(lo, n), hi = clamp(hi, n);
+  for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row) {
+    for (int64_t i = 0; i < lo; i++) dst[i] = T{};
+    if (stride == 1)
+      for (int64_t i = lo; i < hi; i++) dst[i] = src[i];
+    else
+      for (int64_t i = lo; i < hi; i++) dst[i] = src[i * stride];
+    for (int64_t i = hi < lo ? lo : hi; i < n; i++) dst[i] = T{};
+  }
+}
+
+template <class T>
+static void transpose(void* dst_, int64_t ld, const Lane* lanes, int count, int64_t stride,
+                      int64_t n) {
+  T* dst = static_cast<T*>(dst_);
+  for (int l = 0; l < count; l++) {
+    const T* src = reinterpret_cast<const T*>(lanes[l].src);
+    const int64_t lo = clamp(lanes[l].lo, n), hi = clamp(lanes[l].hi, n);
+    for (int64_t i = 0; i < n; i++) dst[i * ld + l] = i >= lo && i < hi ? src[i * stride] : T{};
+  }
+}
+
+#if FASTNN_TARGET_ID == 2
+// Bits [lo, hi) of 16, counted from i.
+FASTNN_INLINE uint32_t range_mask(int64_t lo, int64_t hi, int64_t i, int width) {
+  const int64_t a = clamp(lo - i, width), b = clamp(hi - i, width);
+  return a < b ? uint32_t((uint64_t(1) << b) - (uint64_t(1) << a)) : 0;
+}
+
+// 16 elements `stride` apart where the mask says so.
+FASTNN_INLINE __m512i load_words(const uint32_t* p, int64_t stride, __mmask16 mask) {
+  if (stride == 1) return _mm512_maskz_loadu_epi32(mask, p);
+  if (stride == 2) {
+    // Every other word of two vectors; the words in between are not touched.
+    uint32_t wide = mask;
+    wide = (wide | wide << 8) & 0x00ff00ff;
+    wide = (wide | wide << 4) & 0x0f0f0f0f;
+    wide = (wide | wide << 2) & 0x33333333;
+    wide = (wide | wide << 1) & 0x55555555;
+    const __m512i a = _mm512_maskz_loadu_epi32(__mmask16(wide), p);
+    const __m512i b = _mm512_maskz_loadu_epi32(__mmask16(wide >> 16), p + 16);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_epi32(a, even, b);
+  }
+  alignas(64) uint32_t lanes[16] = {};
+  for (uint32_t m = mask; m; m &= m - 1) {
+    const int i = __builtin_ctz(m);
+    lanes[i] = p[i * stride];
+  }
+  return _mm512_load_si512(lanes);
+}
+
+static void copy_rows4(void* dst_, int64_t dst_row, const void* src_, int64_t src_row, int64_t rows,
+                       int64_t stride, int64_t lo, int64_t hi, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 in = __mmask16(range_mask(lo, hi, i, 16)),
+                    out = VecF32::first(clamp(n - i, 16));
+    uint32_t* dst = static_cast<uint32_t*>(dst_) + i;
+    const uint32_t* src = static_cast<const uint32_t*>(src_) + i * stride;
+    if (stride == 1)
+      for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
+        _mm512_mask_storeu_epi32(dst, out, _mm512_maskz_loadu_epi32(in, src));
+    else
+      for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
+        _mm512_mask_storeu_epi32(dst, out, load_words(src, stride, in));
+  }
+}
+
+static void copy_rows2(void* dst_, int64_t dst_row, const void* src_, int64_t src_row, int64_t rows,
+                       int64_t stride, int64_t lo, int64_t hi, int64_t n) {
+  if (stride != 1)
+    return copy_rows<uint16_t>(dst_, dst_row, src_, src_row, rows, stride, lo, hi, n);
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 in = range_mask(lo, hi, i, 32), out = range_mask(0, n, i, 32);
+    uint16_t* dst = static_cast<uint16_t*>(dst_) + i;
+    const uint16_t* src = static_cast<const uint16_t*>(src_) + i;
+    for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
+      _mm512_mask_storeu_epi16(dst, out, _mm512_maskz_loadu_epi16(in, src));
+  }
+}
+
+static void transpose4(void* dst_, int64_t ld, const Lane* lanes, int count, int64_t stride,
+                       int64_t n) {
+  for (int l0 = 0; l0 < count; l0 += 16) {
+    const int room = int(clamp(count - l0, 16));
+    for (int64_t i = 0; i < n; i += 16) {
+      __m512i row[16];
+#pragma GCC unroll 16
+      for (int l = 0; l < 16; l++) {
+        if (l < room) {
+          const Lane& lane = lanes[l0 + l];
+          row[l] = load_words(reinterpret_cast<const uint32_t*>(lane.src) + i * stride, stride,
+                              __mmask16(range_mask(lane.lo, lane.hi, i, 16)));
+        } else {
+          row[l] = _mm512_setzero_si512();
+        }
+      }
+      transpose16(row);
+      uint32_t* dst = static_cast<uint32_t*>(dst_) + i * ld + l0;
+      const __mmask16 out = VecF32::first(room);
+      const int64_t left = n - i;
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; r++)
+        if (r < left) _mm512_mask_storeu_epi32(dst + r * ld, out, row[r]);
+    }
+  }
+}
+
+static void transpose2(void* dst_, int64_t ld, const Lane* lanes, int count, int64_t stride,
+                       int64_t n) {
+  if (stride != 1) return transpose<uint16_t>(dst_, ld, lanes, count, stride, n);
+  for (int l0 = 0; l0 < count; l0 += 16) {
+    const int room = int(clamp(count - l0, 16));
+    for (int64_t i = 0; i < n; i += 16) {
+      __m512i row[16];
+#pragma GCC unroll 16
+      for (int l = 0; l < 16; l++) {
+        if (l < room) {
+          const Lane& lane = lanes[l0 + l];
+          row[l] = _mm512_cvtepu16_epi32(
+              _mm256_maskz_loadu_epi16(__mmask16(range_mask(lane.lo, lane.hi, i, 16)),
+                                       reinterpret_cast<const uint16_t*>(lane.src) + i));
+        } else {
+          row[l] = _mm512_setzero_si512();
+        }
+      }
+      transpose16(row);
+      uint16_t* dst = static_cast<uint16_t*>(dst_) + i * ld + l0;
+      const __mmask16 out = VecF32::first(room);
+      const int64_t left = n - i;
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; r++)
+        if (r < left) _mm256_mask_storeu_epi16(dst + r * ld, out, _mm512_cvtepi32_epi16(row[r]));
+    }
+  }
+}
+
+static const ConvKernels table = {{copy_rows2, copy_rows4, copy_rows<uint64_t>},
+                                  {transpose2, transpose4, transpose<uint64_t>}};
+#else
+static const ConvKernels table = {{copy_rows<uint16_t>, copy_rows<uint32_t>, copy_rows<uint64_t>},
+                                  {transpose<uint16_t>, transpose<uint32_t>, transpose<uint64_t>}};
+#endif
+
+}  // namespace fastnn::FASTNN_TARGET

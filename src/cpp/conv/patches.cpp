@@ -1,0 +1,210 @@
+#include "conv/patches.hpp"
+
+#include <algorithm>
+
+#include "common/cpu_features.hpp"
+
+namespace fastnn {
+
+const ConvKernels& conv_kernels() {
+  switch (active_isa()) {
+#ifdef FASTNN_HAS_AVX2
+    case Isa::avx2:
+      return avx2_conv();
+#endif
+#ifdef FASTNN_HAS_AVX512
+    case Isa::avx512:
+    case Isa::amx:
+    case Isa::amx_emulated:
+      return avx512_conv();
+#endif
+    default:
+      return portable_conv();
+  }
+}
+
+namespace {
+
+constexpr int kMostLanes = 128;  // the widest panel of any kernel
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  if (b == 1) return a;  // most often, and a division takes longer than the rest of what asks
+  return a >= 0 ? (a + b - 1) / b : -(-a / b);
+}
+
+// Neighbouring positions of the filter in one row of one image.
+struct Run {
+  int64_t image, at[kSpatial];
+  int64_t begin;  // of the run, among the columns or rows that were asked for
+  int length;
+};
+
+Run run_at(const Patches& p, int64_t position, int64_t begin, int64_t most) {
+  Run r;
+  r.begin = begin;
+  r.at[2] = position % p.out[2];
+  position /= p.out[2];
+  r.at[1] = position % p.out[1];
+  position /= p.out[1];
+  r.at[0] = position % p.out[0];
+  r.image = position / p.out[0];
+  r.length = int(std::min(most, p.out[2] - r.at[2]));
+  return r;
+}
+
+struct Tap {
+  int64_t at[kSpatial];
+};
+Tap tap_at(const Patches& p, int64_t index) {
+  Tap t;
+  t.at[2] = index % p.taps[2];
+  index /= p.taps[2];
+  t.at[1] = index % p.taps[1];
+  t.at[0] = index / p.taps[1];
+  return t;
+}
+
+// What one tap sees of a run: elements [lo, hi) of it, at src + i * stride; or nothing.
+struct Seen {
+  const char* src = nullptr;
+  int64_t stride = 0, lo = 0, hi = 0;
+};
+Seen see(const Patches& p, const Run& r, const Tap& t) {
+  int64_t offset = r.image * p.image_stride;
+  for (int d = 0; d < 2; d++) {
+    const int64_t at = r.at[d] * p.step[d] + p.first[d] + t.at[d] * p.delta[d];
+    if (at < 0 || at >= p.size[d]) return {p.data, 0, 0, 0};
+    offset += at * p.stride[d];
+  }
+  const int64_t from = r.at[2] * p.step[2] + p.first[2] + t.at[2] * p.delta[2];
+  Seen s;
+  s.lo = std::clamp<int64_t>(ceil_div(-from, p.step[2]), 0, r.length);
+  s.hi = std::clamp<int64_t>(ceil_div(p.size[2] - from, p.step[2]), s.lo, r.length);
+  s.stride = p.step[2] * p.stride[2];
+  s.src = p.data + (offset + from * p.stride[2]) * p.element;
+  return s;
+}
+
+// Which channels of a tap are among the indices [k0, k0 + k) of (c, t), and where the first of them
+// is among those, and how far the next.
+struct Channels {
+  int64_t first, count, at, apart;
+};
+Channels channels_of(const Patches& p, int64_t tap, int64_t k0, int64_t k) {
+  if (p.channels_inner) {
+    const int64_t begin = std::max(k0, tap * p.channels),
+                  end = std::min(k0 + k, (tap + 1) * p.channels);
+    return {begin - tap * p.channels, std::max<int64_t>(0, end - begin), begin - k0, 1};
+  }
+  const int64_t taps = p.tap_count();
+  const int64_t begin = std::max<int64_t>(0, ceil_div(k0 - tap, taps)),
+                end = std::min(p.channels, ceil_div(k0 + k - tap, taps));
+  return {begin, std::max<int64_t>(0, end - begin), begin * taps + tap - k0, taps};
+}
+
+// The taps that [k0, k0 + k) has any of.
+struct TapRange {
+  int64_t begin, end;
+};
+TapRange taps_of(const Patches& p, int64_t k0, int64_t k) {
+  if (!p.channels_inner) return {0, p.tap_count()};
+  return {k0 / p.channels, std::min(p.tap_count(), ceil_div(k0 + k, p.channels))};
+}
+
+}  // namespace
+
+void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, int columns,
+                        int ld) const {
+  char* dst = static_cast<char*>(dst_);
+  const int size = size_index(p_.element);
+  Run runs[kMostLanes];
+  int count = 0;
+  for (int j = 0; j < columns; j += runs[count++].length)
+    runs[count] = run_at(p_, j0 + j, j, columns - j);
+
+  const TapRange range = taps_of(p_, k0, k);
+  const bool across = p_.channel_stride == 1 && p_.channels > 1;
+  for (int64_t tap = range.begin; tap < range.end; tap++) {
+    const Channels ch = channels_of(p_, tap, k0, k);
+    if (!ch.count) continue;
+    const Tap t = tap_at(p_, tap);
+    char* row = dst + ch.at * ld * p_.element;
+    if (across) {
+      // A position's channels are neighbours: one lane each, turned into rows.
+      Lane lanes[kMostLanes];
+      for (int i = 0; i < count; i++) {
+        const Seen s = see(p_, runs[i], t);
+        for (int l = 0; l < runs[i].length; l++) {
+          const bool in = l >= s.lo && l < s.hi;
+          lanes[runs[i].begin + l] = {s.src + (in ? (l * s.stride + ch.first) * p_.element : 0), 0,
+                                      in ? int32_t(ch.count) : 0};
+        }
+      }
+      for (int l = columns; l < ld; l++) lanes[l] = {p_.data, 0, 0};
+      kernels_.transpose[size](row, ch.apart * ld, lanes, ld, 1, ch.count);
+      continue;
+    }
+    for (int i = 0; i < count; i++) {
+      const Seen s = see(p_, runs[i], t);
+      kernels_.copy_rows[size](row + runs[i].begin * p_.element, ch.apart * ld,
+                               s.src + ch.first * p_.channel_stride * p_.element, p_.channel_stride,
+                               ch.count, s.stride, s.lo, s.hi, runs[i].length);
+    }
+    if (columns < ld)
+      kernels_.copy_rows[size](row + columns * p_.element, ch.apart * ld, p_.data, 0, ch.count, 1,
+                               0, 0, ld - columns);
+  }
+}
+
+void PatchRows::fill(void* dst_, int64_t segment, int64_t k0, int64_t k, int64_t j0, int columns,
+                     int ld) const {
+  char* dst = static_cast<char*>(dst_);
+  const int size = size_index(p_.element);
+  const bool along = p_.channel_stride == 1 && p_.channels_inner;
+  const TapRange range = taps_of(p_, j0, columns);
+  const int64_t first = segment * p_.positions() + k0, taps = p_.tap_count();
+
+  Tap tap_of[kMostLanes];
+  if (!along)
+    for (int l = 0; l < columns; l++)
+      tap_of[l] = tap_at(p_, p_.channels_inner ? (j0 + l) / p_.channels : (j0 + l) % taps);
+
+  Run r;
+  for (int64_t at = 0; at < k; at += r.length) {
+    r = run_at(p_, first + at, at, k - at);
+    char* rows = dst + at * ld * p_.element;
+    if (along) {
+      // Rows of channels, copied as they lie.
+      for (int64_t tap = range.begin; tap < range.end; tap++) {
+        const Channels ch = channels_of(p_, tap, j0, columns);
+        const Seen s = see(p_, r, tap_at(p_, tap));
+        char* to = rows + ch.at * p_.element;
+        auto zero = [&](int64_t begin, int64_t end) {
+          kernels_.copy_rows[size](to + begin * ld * p_.element, ld, p_.data, 0, end - begin, 1, 0,
+                                   0, ch.count);
+        };
+        zero(0, s.lo);
+        kernels_.copy_rows[size](to + s.lo * ld * p_.element, ld,
+                                 s.src + (s.lo * s.stride + ch.first) * p_.element, s.stride,
+                                 s.hi - s.lo, 1, 0, ch.count, ch.count);
+        zero(s.hi, r.length);
+      }
+      if (columns < ld)
+        kernels_.copy_rows[size](rows + columns * p_.element, ld, p_.data, 0, r.length, 1, 0, 0,
+                                 ld - columns);
+      continue;
+    }
+    Lane lanes[kMostLanes];
+    int64_t stride = 1;
+    for (int l = 0; l < columns; l++) {
+      const int64_t c = p_.channels_inner ? (j0 + l) % p_.channels : (j0 + l) / taps;
+      const Seen s = see(p_, r, tap_of[l]);
+      lanes[l] = {s.src + c * p_.channel_stride * p_.element, int32_t(s.lo), int32_t(s.hi)};
+      if (s.lo < s.hi) stride = s.stride;
+    }
+    for (int l = columns; l < ld; l++) lanes[l] = {p_.data, 0, 0};
+    kernels_.transpose[size](rows, ld, lanes, ld, stride, r.length);
+  }
+}
+
+}  // namespace fastnn
