@@ -10,7 +10,9 @@
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "conv/depthwise.hpp"
 #include "conv/patches.hpp"
+#include "conv/phases.hpp"
 
 namespace fastnn {
 
@@ -146,36 +148,38 @@ void correlate(const Patches& p, const char* a, int64_t m, const Conv& c, const 
   gemm_panels(g, threads);
 }
 
-// ---- the input's gradient ----------------------------------------------------------------------
+// ---- one tap
+// -------------------------------------------------------------------------------------
 
-// The taps that a position of the input meets, by its remainder to the stride: those of one
-// remainder are evenly apart, and so are the outputs that they meet.
-struct Phase {
-  int64_t first_tap, taps;  // first_tap + i * tap_step
-  int64_t first, delta;     // of the output that tap i meets at position 0
-  int64_t positions;        // of the input
-};
-struct Phases {
-  int64_t tap_step;
-  std::vector<Phase> of;
-};
-Phases phases_of(int64_t in, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
-  Phases r{1, {}};
-  while (r.tap_step * dilation % stride != 0) r.tap_step++;
-  for (int64_t rest = 0; rest < std::min(stride, in); rest++) {
-    Phase f{0, 0, 0, 0, ceil_div(in - rest, stride)};
-    for (int64_t t = 0; t < std::min(taps, r.tap_step); t++)
-      if ((rest + padding - t * dilation) % stride == 0) {
-        f.first_tap = t;
-        f.taps = ceil_div(taps - t, r.tap_step);
-        f.first = (rest + padding - t * dilation) / stride;
-        f.delta = -(r.tap_step * dilation / stride);
-        break;
-      }
-    r.of.push_back(f);
-  }
-  return r;
+// Where each position of the input meets one of the output alone, and channels are neighbours, the
+// convolution is an ordinary product of (positions, channels) with a matrix.
+bool is_pointwise(const Conv& c) {
+  if (c.w.spatial() != 1) return false;
+  for (int d = 0; d < kSpatial; d++)
+    if (c.stride[d] != 1 || c.padding[d] != 0) return false;
+  int64_t x_step, y_step;
+  return c.x.stride[1] == 1 && c.y.stride[1] == 1 && flat(c.x, x_step) && flat(c.y, y_step);
 }
+
+// out (positions, n) = epilogue(in (positions, k) b (k, n)), image by image where they are apart.
+void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, const Matrix& b,
+                        const Tensor5& whole, int64_t first_channel) {
+  Gemm g;
+  g.m = in.spatial(), g.k = in.size[1], g.n = out.size[1];
+  g.batch_dims = 1, g.batch[0] = in.size[0];
+  flat(in, g.a.rs);
+  flat(out, g.c.rs);
+  g.a.data = in.data, g.a.cs = 1, g.a.batch[0] = in.stride[0];
+  g.c.data = out.data, g.c.cs = 1, g.c.batch[0] = out.stride[0];
+  g.b = b;
+  g.a.type = g.b.type = g.c.type = c.type;
+  g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+  set_epilogue(g, c, whole, first_channel);
+  if (g.bias) g.bias_axis = BiasAxis::column;
+  gemm(g);
+}
+
+// ---- the input's gradient ----------------------------------------------------------------------
 
 // One group's weight with its first two dimensions exchanged, and some of its taps: (c, m, t) from
 // (m, c, t), or (c, t, m) where m is to run fastest.
@@ -228,8 +232,19 @@ void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
 
 void conv_forward(const Conv& c) {
   if (c.y.count() == 0) return;
+  if (is_depthwise(c)) return depthwise_forward(c);
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
+  if (is_pointwise(c)) {
+    for (int64_t group = 0; group < c.groups; group++) {
+      Matrix w;
+      w.data = c.w.data + group * rows * c.w.stride[0] * size;
+      w.rs = c.w.stride[1], w.cs = c.w.stride[0];
+      multiply_positions(c, channels_from(c.x, group * channels, channels, c.type),
+                         channels_from(c.y, group * rows, rows, c.type), w, c.y, group * rows);
+    }
+    return;
+  }
   const bool outer = channels_outer(c.w);
   if (!outer && !channels_inner(c.w))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
@@ -248,8 +263,20 @@ void conv_forward(const Conv& c) {
 
 void conv_input(const Conv& c) {
   if (c.x.count() == 0) return;
+  if (is_depthwise(c)) return depthwise_input(c);
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
+  if (is_pointwise(c)) {
+    for (int64_t group = 0; group < c.groups; group++) {
+      Matrix w;
+      w.data = c.w.data + group * rows * c.w.stride[0] * size;
+      w.rs = c.w.stride[0], w.cs = c.w.stride[1];
+      multiply_positions(c, channels_from(c.y, group * rows, rows, c.type),
+                         channels_from(c.x, group * channels, channels, c.type), w, c.x,
+                         group * channels);
+    }
+    return;
+  }
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
     phases[d] =
@@ -286,6 +313,7 @@ void conv_input(const Conv& c) {
 
 void conv_weight(const Conv& c) {
   if (c.w.count() == 0) return;
+  if (is_depthwise(c)) return depthwise_weight(c);
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   for_groups(c, [&](int64_t group, int threads) {

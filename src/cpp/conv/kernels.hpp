@@ -18,9 +18,32 @@ struct Lane {
 using TransposeFn = void (*)(void* dst, int64_t ld, const Lane* lanes, int count, int64_t stride,
                              int64_t n);
 
+// Depthwise convolution of one element type. Sums and filters are float32, of float64 float64;
+// `sums` holds a vector of `width` lanes a tap, to be added up by the caller.
+struct DepthwiseKernels {
+  int width;
+  // Positions side by side, row by row: out[r * out_row + i] = start + sum over t of
+  // w[t] x[r * x_row + offset[t] + i].
+  void (*rows)(const void* x, int64_t x_row, const int64_t* offset, const void* w, int taps,
+               double start, void* out, int64_t out_row, int64_t rows, int64_t n);
+  // sums[t][i % width] += y[i] x[offset[t] + i].
+  void (*weight)(const void* x, const int64_t* offset, int taps, const void* y, int64_t n,
+                 void* sums);
+  // Channels side by side: out[p * out_step + c] = start[c] + sum over t of
+  // w[tap[t] * w_row + c] x[p * x_step + offset[t] + c], with `start` (none: 0) and w of the
+  // element type.
+  void (*positions)(const void* x, int64_t x_step, const int64_t* offset, const void* w,
+                    int64_t w_row, const int* tap, int taps, const void* start, void* out,
+                    int64_t out_step, int64_t positions, int64_t channels);
+  // n positions, `lanes` channels: sums[t][c] += y[i * y_step + c] x[offset[t] + i * x_step + c].
+  void (*channels)(const void* x, const int64_t* offset, int taps, int64_t x_step, const void* y,
+                   int64_t y_step, int64_t n, int lanes, void* sums);
+};
+
 struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
   TransposeFn transpose[3];
+  DepthwiseKernels depthwise[4];  // by DType
 };
 constexpr int size_index(int64_t bytes) { return bytes == 2 ? 0 : bytes == 4 ? 1 : 2; }
 

@@ -1,5 +1,6 @@
 // The kernels of one instruction set. Included once by each file in kernels/, which defines
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
+#include "conv/depthwise.inl"
 #include "conv/kernels.hpp"
 #include "isa/vec.hpp"
 #if FASTNN_TARGET_ID == 2
@@ -68,19 +69,37 @@ FASTNN_INLINE __m512i load_words(const uint32_t* p, int64_t stride, __mmask16 ma
   return _mm512_load_si512(lanes);
 }
 
+// Which lanes of each vector of a row are read, and which written: the same for all rows.
+template <class Mask, int WIDTH>
+struct RowMasks {
+  static constexpr int kMost = 16;
+  Mask in[kMost], out[kMost];
+  int count = 0;
+  RowMasks(int64_t lo, int64_t hi, int64_t n) {
+    for (int64_t i = 0; i < n && count < kMost; i += WIDTH, count++) {
+      in[count] = Mask(range_mask(lo, hi, i, WIDTH));
+      out[count] = Mask(range_mask(0, n, i, WIDTH));
+    }
+  }
+};
+
 static void copy_rows4(void* dst_, int64_t dst_row, const void* src_, int64_t src_row, int64_t rows,
                        int64_t stride, int64_t lo, int64_t hi, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 in = __mmask16(range_mask(lo, hi, i, 16)),
-                    out = VecF32::first(clamp(n - i, 16));
-    uint32_t* dst = static_cast<uint32_t*>(dst_) + i;
-    const uint32_t* src = static_cast<const uint32_t*>(src_) + i * stride;
+  using Masks = RowMasks<__mmask16, 16>;
+  for (int64_t i0 = 0; i0 < n; i0 += 16 * Masks::kMost) {
+    const Masks m(lo - i0, hi - i0, n - i0);
+    uint32_t* dst = static_cast<uint32_t*>(dst_) + i0;
+    const uint32_t* src = static_cast<const uint32_t*>(src_) + i0 * stride;
     if (stride == 1)
       for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
-        _mm512_mask_storeu_epi32(dst, out, _mm512_maskz_loadu_epi32(in, src));
+        for (int i = 0; i < m.count; i++)
+          _mm512_mask_storeu_epi32(dst + 16 * i, m.out[i],
+                                   _mm512_maskz_loadu_epi32(m.in[i], src + 16 * i));
     else
       for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
-        _mm512_mask_storeu_epi32(dst, out, load_words(src, stride, in));
+        for (int i = 0; i < m.count; i++)
+          _mm512_mask_storeu_epi32(dst + 16 * i, m.out[i],
+                                   load_words(src + 16 * i * stride, stride, m.in[i]));
   }
 }
 
@@ -88,12 +107,15 @@ static void copy_rows2(void* dst_, int64_t dst_row, const void* src_, int64_t sr
                        int64_t stride, int64_t lo, int64_t hi, int64_t n) {
   if (stride != 1)
     return copy_rows<uint16_t>(dst_, dst_row, src_, src_row, rows, stride, lo, hi, n);
-  for (int64_t i = 0; i < n; i += 32) {
-    const __mmask32 in = range_mask(lo, hi, i, 32), out = range_mask(0, n, i, 32);
-    uint16_t* dst = static_cast<uint16_t*>(dst_) + i;
-    const uint16_t* src = static_cast<const uint16_t*>(src_) + i;
+  using Masks = RowMasks<__mmask32, 32>;
+  for (int64_t i0 = 0; i0 < n; i0 += 32 * Masks::kMost) {
+    const Masks m(lo - i0, hi - i0, n - i0);
+    uint16_t* dst = static_cast<uint16_t*>(dst_) + i0;
+    const uint16_t* src = static_cast<const uint16_t*>(src_) + i0;
     for (int64_t r = 0; r < rows; r++, dst += dst_row, src += src_row)
-      _mm512_mask_storeu_epi16(dst, out, _mm512_maskz_loadu_epi16(in, src));
+      for (int i = 0; i < m.count; i++)
+        _mm512_mask_storeu_epi16(dst + 32 * i, m.out[i],
+                                 _mm512_maskz_loadu_epi16(m.in[i], src + 32 * i));
   }
 }
 
@@ -153,11 +175,17 @@ static void transpose2(void* dst_, int64_t ld, const Lane* lanes, int count, int
   }
 }
 
-static const ConvKernels table = {{copy_rows2, copy_rows4, copy_rows<uint64_t>},
-                                  {transpose2, transpose4, transpose<uint64_t>}};
+constexpr CopyRowsFn copies[] = {copy_rows2, copy_rows4, copy_rows<uint64_t>};
+constexpr TransposeFn transposes[] = {transpose2, transpose4, transpose<uint64_t>};
 #else
-static const ConvKernels table = {{copy_rows<uint16_t>, copy_rows<uint32_t>, copy_rows<uint64_t>},
-                                  {transpose<uint16_t>, transpose<uint32_t>, transpose<uint64_t>}};
+constexpr CopyRowsFn copies[] = {copy_rows<uint16_t>, copy_rows<uint32_t>, copy_rows<uint64_t>};
+constexpr TransposeFn transposes[] = {transpose<uint16_t>, transpose<uint32_t>,
+                                      transpose<uint64_t>};
 #endif
+
+static const ConvKernels table = {{copies[0], copies[1], copies[2]},
+                                  {transposes[0], transposes[1], transposes[2]},
+                                  {depthwise_kernels<float>, depthwise_kernels<double>,
+                                   depthwise_kernels<bf16>, depthwise_kernels<f16>}};
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -144,6 +144,10 @@ void unary(int kind, DType type, int dims, const int64_t* shape, Operand x, Oper
   });
 }
 
+void activate_row(int kind, DType type, void* x, int64_t n) {
+  kernels().unary[int(type)][kind](x, 1, x, 1, n, false);
+}
+
 void activation_backward(int kind, DType type, int dims, const int64_t* shape, Operand grad,
                          Operand saved, Operand out) {
   const Operand operands[] = {grad, saved, out};

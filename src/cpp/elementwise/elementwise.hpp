@@ -24,6 +24,9 @@ void unary(int kind, DType type, int dims, const int64_t* shape, Operand x, Oper
 void activation_backward(int kind, DType type, int dims, const int64_t* shape, Operand grad,
                          Operand saved, Operand out);
 
+// x[i] = f(x[i]) for n neighbours, on the calling thread: the end of what other families compute.
+void activate_row(int kind, DType type, void* x, int64_t n);
+
 // The largest error of float32 `kind` on the active instruction set against the portable float64
 // function, in units in the last place of the exact result, over the `count` floats whose bit
 // patterns start at `first`, every `step`-th. A wrong infinity or NaN counts as infinite.

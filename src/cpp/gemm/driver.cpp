@@ -43,7 +43,6 @@ constexpr int64_t kGroup = 8;                            // panels of B packed t
 constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
-constexpr int64_t kPackedUses = 16;                      // of A that repay packing it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -479,7 +478,7 @@ bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
   a.layout = layout_a(kn, g.m, g.k, g.segments);
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
   const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
-                        (g.n <= kPackedUses * kn.nr || !rows_collide(kn, g));
+                        (g.n <= 2 * kn.nr || !rows_collide(kn, g));
   char* pack_a_to = nullptr;
   a.packed = !direct_a;
   if (direct_a) {

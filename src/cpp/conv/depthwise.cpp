@@ -1,0 +1,528 @@
+#include "conv/depthwise.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+#include "conv/kernels.hpp"
+#include "conv/phases.hpp"
+#include "elementwise/elementwise.hpp"
+
+#define FASTNN_TARGET portable
+#define FASTNN_TARGET_ID 0
+#include "isa/vec.hpp"
+
+namespace fastnn {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+double element(const char* p, DType type) {
+  switch (type) {
+    case DType::f64:
+      return *reinterpret_cast<const double*>(p);
+    case DType::bf16:
+      return portable::to_f32(*reinterpret_cast<const bf16*>(p));
+    case DType::f16:
+      return portable::to_f32(*reinterpret_cast<const f16*>(p));
+    default:
+      return *reinterpret_cast<const float*>(p);
+  }
+}
+void put(char* p, DType type, double value) {
+  switch (type) {
+    case DType::f64:
+      *reinterpret_cast<double*>(p) = value;
+      return;
+    case DType::bf16:
+      return portable::from_f32(*reinterpret_cast<bf16*>(p), float(value));
+    case DType::f16:
+      return portable::from_f32(*reinterpret_cast<f16*>(p), float(value));
+    default:
+      *reinterpret_cast<float*>(p) = float(value);
+  }
+}
+
+int64_t multiplier(const Conv& c) { return c.w.size[0] / c.groups; }
+// Channels are neighbours in both images, and one to one.
+bool channels_last(const Conv& c) {
+  return c.x.stride[1] == 1 && c.y.stride[1] == 1 && multiplier(c) == 1;
+}
+int threads_for(const Conv& c) {
+  return double(c.y.count()) * double(c.w.spatial()) < 3e5 ? 1 : max_threads();
+}
+int64_t size_of(const Conv& c) { return int64_t(dtype_size(c.type)); }
+int64_t sum_size(const Conv& c) { return c.type == DType::f64 ? 8 : 4; }
+
+// One dimension of a correlation: position o meets, by tap i, index o * step + first + i * delta.
+struct Axis {
+  int64_t in, out, step, taps, first, delta;
+  int64_t lowest() const { return first + std::min<int64_t>(0, (taps - 1) * delta); }
+  int64_t tap(int64_t i) const { return i * delta - std::min<int64_t>(0, (taps - 1) * delta); }
+  int64_t reach() const { return (taps - 1) * std::abs(delta); }  // between the outermost taps
+  bool sees(int64_t o, int64_t i) const {
+    const int64_t at = o * step + first + i * delta;
+    return at >= 0 && at < in;
+  }
+  // Positions whose tap i is inside.
+  int64_t begin(int64_t i) const {
+    return std::clamp<int64_t>(ceil_div(-(first + i * delta), step), 0, out);
+  }
+  int64_t end(int64_t i) const {
+    return std::clamp<int64_t>(ceil_div(in - (first + i * delta), step), begin(i), out);
+  }
+};
+
+void set_forward_axes(const Conv& c, Axis axis[kSpatial]) {
+  for (int d = 0; d < kSpatial; d++)
+    axis[d] = {c.x.size[2 + d], c.y.size[2 + d], c.stride[d],
+               c.w.size[2 + d], -c.padding[d],   c.dilation[d]};
+}
+
+// ---- planes: positions are neighbours -----------------------------------------------------------
+
+// Some rows of a plane with what surrounds it as zeros, the elements of each row sorted by their
+// remainder to the step, so that each tap of a row of positions is a run of neighbours:
+// [tap in depth][row][remainder][column].
+struct Window {
+  const Axis* axis;
+  int64_t size;  // of an element
+  int64_t rows, columns, row_stride, depth_stride;
+
+  Window(const Axis* a, int64_t element_size, int64_t most_rows) : axis(a), size(element_size) {
+    rows = (most_rows - 1) * a[1].step + a[1].reach() + 1;
+    columns = a[2].out + a[2].reach() / a[2].step;
+    row_stride = a[2].step * columns;
+    depth_stride = rows * row_stride;
+  }
+  int64_t elements() const { return axis[0].taps * depth_stride; }
+  int64_t offset(int64_t t0, int64_t t1, int64_t t2) const {
+    const int64_t w = axis[2].tap(t2), step = axis[2].step;
+    return t0 * depth_stride + axis[1].tap(t1) * row_stride + w % step * columns + w / step;
+  }
+  // For positions (o0, [o1, o1 + count)).
+  void load(const ConvKernels& kernels, const char* plane, const int64_t* stride, int64_t o0,
+            int64_t o1, int64_t count, char* to) const {
+    const auto copy = kernels.copy_rows[size_index(size)];
+    const int64_t used = (count - 1) * axis[1].step + axis[1].reach() + 1;
+    const int64_t top = o1 * axis[1].step + axis[1].lowest();
+    const int64_t begin = std::clamp<int64_t>(-top, 0, used),
+                  end = std::clamp<int64_t>(axis[1].in - top, begin, used);
+    const int64_t step = axis[2].step, left = axis[2].lowest();
+    for (int64_t t = 0; t < axis[0].taps; t++) {
+      char* dst = to + t * depth_stride * size;
+      const bool inside = axis[0].sees(o0, t);
+      const int64_t at = o0 * axis[0].step + axis[0].first + t * axis[0].delta;
+      const int64_t from = inside ? begin : 0, until = inside ? end : 0;
+      auto zero = [&](int64_t a, int64_t b) {
+        if (a < b)
+          copy(dst + a * row_stride * size, row_stride, plane, 0, b - a, 1, 0, 0, row_stride);
+      };
+      zero(0, from);
+      if (from < until)
+        for (int64_t q = 0; q < step; q++) {
+          // Column j of this remainder is the element left + q + j * step of its row.
+          const int64_t x0 = left + q;
+          const int64_t lo = std::clamp<int64_t>(ceil_div(-x0, step), 0, columns),
+                        hi = std::clamp<int64_t>(ceil_div(axis[2].in - x0, step), lo, columns);
+          copy(dst + (from * row_stride + q * columns) * size, row_stride,
+               plane + (at * stride[0] + (top + from) * stride[1] + x0 * stride[2]) * size,
+               stride[1], until - from, step * stride[2], lo, hi, columns);
+        }
+      zero(until, used);
+    }
+  }
+};
+
+// to[i * stride] = from[i]
+void scatter(char* to, int64_t stride, const char* from, int64_t n, int64_t size) {
+  if (size == 4)
+    for (int64_t i = 0; i < n; i++)
+      reinterpret_cast<uint32_t*>(to)[i * stride] = reinterpret_cast<const uint32_t*>(from)[i];
+  else
+    for (int64_t i = 0; i < n; i++)
+      std::memcpy(to + i * stride * size, from + i * size, size_t(size));
+}
+
+constexpr int64_t kWindowBytes = 64 << 10;
+
+// As many rows of positions at a time as keep their window in the cache.
+int64_t rows_at_once(const Axis* axis, int64_t size, int64_t planes) {
+  const Window one(axis, size, 1);
+  const int64_t a_row = std::max<int64_t>(1, axis[0].taps * axis[1].step * one.row_stride * size);
+  const int64_t fixed = one.elements() * size;
+  return std::clamp<int64_t>((kWindowBytes / planes - fixed) / a_row, 1,
+                             std::max<int64_t>(1, axis[1].out));
+}
+
+// out (one plane) = epilogue(start + the correlation of `planes` planes of `in` with a filter each)
+struct PlaneJob {
+  const Conv& c;
+  const Tensor5& in;
+  const Tensor5& out;
+  const Axis* axis;
+  int64_t planes;            // of `in` that a plane of `out` is made of
+  int64_t planes_shared;     // planes of `out` that are made of one of `in`
+  const int64_t* first_tap;  // of the filter
+  const int64_t* tap_step;
+};
+
+void run_planes(const PlaneJob& j) {
+  const Conv& c = j.c;
+  const ConvKernels& kernels = conv_kernels();
+  const DepthwiseKernels& dw = kernels.depthwise[int(c.type)];
+  const int64_t size = size_of(c);
+  const Axis* a = j.axis;
+  const int64_t rows = rows_at_once(a, size, j.planes);
+  const Window window(a, size, rows);
+  const int64_t taps = a[0].taps * a[1].taps * a[2].taps, all_taps = j.planes * taps;
+  const int64_t window_bytes = (j.planes * window.elements() * size + 63) / 64 * 64 + 64;
+  const int64_t row_bytes = (a[2].out * size + 63) / 64 * 64 + 64;
+  const int threads = threads_for(c);
+  char* scratch_memory =
+      static_cast<char*>(scratch(Scratch::misc, size_t((window_bytes + row_bytes) * threads)));
+  parallel(threads, [&](int thread, int came) {
+    char* memory = scratch_memory + (window_bytes + row_bytes) * thread;
+    char* row_memory = memory + window_bytes;
+    std::vector<int64_t> offset(static_cast<size_t>(all_taps));
+    std::vector<char> filter(static_cast<size_t>(all_taps * sum_size(c)));
+    const Range mine = share_of(j.out.size[0] * j.out.size[1], 1, thread, came);
+    for (int64_t unit = mine.begin; unit < mine.end; unit++) {
+      const int64_t n = unit / j.out.size[1], channel = unit % j.out.size[1];
+      size_t at = 0;
+      for (int64_t p = 0; p < j.planes; p++) {
+        // The filter of output channel m of the convolution.
+        const int64_t m = j.planes > 1 || j.planes_shared == 1 ? channel * j.planes + p : channel;
+        const char* w = c.w.data + m * c.w.stride[0] * size;
+        for (int64_t t0 = 0; t0 < a[0].taps; t0++)
+          for (int64_t t1 = 0; t1 < a[1].taps; t1++)
+            for (int64_t t2 = 0; t2 < a[2].taps; t2++, at++) {
+              offset[at] = p * window.elements() + window.offset(t0, t1, t2);
+              const double value =
+                  element(w + ((j.first_tap[0] + t0 * j.tap_step[0]) * c.w.stride[2] +
+                               (j.first_tap[1] + t1 * j.tap_step[1]) * c.w.stride[3] +
+                               (j.first_tap[2] + t2 * j.tap_step[2]) * c.w.stride[4]) *
+                                  size,
+                          c.type);
+              if (c.type == DType::f64)
+                reinterpret_cast<double*>(filter.data())[at] = value;
+              else
+                reinterpret_cast<float*>(filter.data())[at] = float(value);
+            }
+      }
+      const double start = c.bias ? element(c.bias + channel * size, c.type) : 0;
+      for (int64_t o0 = 0; o0 < a[0].out; o0++)
+        for (int64_t o1 = 0; o1 < a[1].out; o1 += rows) {
+          const int64_t count = std::min(rows, a[1].out - o1);
+          for (int64_t p = 0; p < j.planes; p++) {
+            const int64_t from = channel * j.planes / j.planes_shared + p;
+            window.load(kernels, j.in.data + (n * j.in.stride[0] + from * j.in.stride[1]) * size,
+                        j.in.stride + 2, o0, o1, count, memory + p * window.elements() * size);
+          }
+          char* to = j.out.data + (n * j.out.stride[0] + channel * j.out.stride[1] +
+                                   o0 * j.out.stride[2] + o1 * j.out.stride[3]) *
+                                      size;
+          const int64_t length = a[2].out, x_row = a[1].step * window.row_stride;
+          const bool direct = j.out.stride[4] == 1 || length == 1;
+          if (direct)
+            dw.rows(memory, x_row, offset.data(), filter.data(), int(all_taps), start, to,
+                    j.out.stride[3], count, length);
+          for (int64_t r = 0; r < count && (!direct || c.activation); r++) {
+            char* out_row = to + r * j.out.stride[3] * size;
+            char* row = direct ? out_row : row_memory;
+            if (!direct)
+              dw.rows(memory + r * x_row * size, x_row, offset.data(), filter.data(), int(all_taps),
+                      start, row, 0, 1, length);
+            if (c.activation) activate_row(c.activation, c.type, row, length);
+            if (!direct) scatter(out_row, j.out.stride[4], row, length, size);
+          }
+        }
+    }
+  });
+}
+
+// ---- positions: channels are neighbours
+// ----------------------------------------------------------
+
+// The filters as (tap, channel), which `position` reads.
+std::vector<char> turned_filters(const Conv& c) {
+  const int64_t size = size_of(c), channels = c.w.size[0];
+  std::vector<char> out(static_cast<size_t>(c.w.count() * size));
+  int64_t t = 0;
+  for (int64_t t0 = 0; t0 < c.w.size[2]; t0++)
+    for (int64_t t1 = 0; t1 < c.w.size[3]; t1++)
+      for (int64_t t2 = 0; t2 < c.w.size[4]; t2++, t++)
+        for (int64_t m = 0; m < channels; m++)
+          std::memcpy(out.data() + (t * channels + m) * size,
+                      c.w.data + (m * c.w.stride[0] + t0 * c.w.stride[2] + t1 * c.w.stride[3] +
+                                  t2 * c.w.stride[4]) *
+                                     size,
+                      size_t(size));
+  return out;
+}
+
+struct PositionJob {
+  const Conv& c;
+  const Tensor5& in;
+  const Tensor5& out;
+  const Axis* axis;
+  const char* filters;  // (tap, channel)
+  const int64_t* first_tap;
+  const int64_t* tap_step;
+};
+
+void run_positions(const PositionJob& j) {
+  const Conv& c = j.c;
+  const DepthwiseKernels& dw = conv_kernels().depthwise[int(c.type)];
+  const Axis* a = j.axis;
+  const int64_t size = size_of(c), channels = j.out.size[1];
+  const size_t taps = size_t(a[0].taps * a[1].taps * a[2].taps);
+  const int64_t per_image = a[0].out * a[1].out;
+  parallel(threads_for(c), [&](int thread, int came) {
+    std::vector<int64_t> offset(taps);
+    std::vector<int> tap(taps);
+    const Range mine = share_of(j.out.size[0] * per_image, 1, thread, came);
+    for (int64_t unit = mine.begin; unit < mine.end; unit++) {
+      const int64_t n = unit / per_image, o0 = unit % per_image / a[1].out, o1 = unit % a[1].out;
+      const char* image = j.in.data + n * j.in.stride[0] * size;
+      char* row =
+          j.out.data + (n * j.out.stride[0] + o0 * j.out.stride[2] + o1 * j.out.stride[3]) * size;
+      // The taps that are inside at a position, their offsets counted from those of o2 = 0.
+      auto list = [&](int64_t o2) {
+        int count = 0;
+        for (int64_t t0 = 0; t0 < a[0].taps; t0++) {
+          if (!a[0].sees(o0, t0)) continue;
+          for (int64_t t1 = 0; t1 < a[1].taps; t1++) {
+            if (!a[1].sees(o1, t1)) continue;
+            for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
+              if (!a[2].sees(o2, t2)) continue;
+              const int64_t at[] = {o0 * a[0].step + a[0].first + t0 * a[0].delta,
+                                    o1 * a[1].step + a[1].first + t1 * a[1].delta,
+                                    a[2].first + t2 * a[2].delta};
+              offset[size_t(count)] =
+                  at[0] * j.in.stride[2] + at[1] * j.in.stride[3] + at[2] * j.in.stride[4];
+              tap[size_t(count++)] = int(((j.first_tap[0] + t0 * j.tap_step[0]) * c.w.size[3] +
+                                          j.first_tap[1] + t1 * j.tap_step[1]) *
+                                             c.w.size[4] +
+                                         j.first_tap[2] + t2 * j.tap_step[2]);
+            }
+          }
+        }
+        return count;
+      };
+      int64_t inner_begin = 0, inner_end = a[2].out;
+      for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
+        inner_begin = std::max(inner_begin, a[2].begin(t2));
+        inner_end = std::min(inner_end, a[2].end(t2));
+      }
+      // Positions one by one at the sides, and all of the inside at once.
+      for (int64_t o2 = 0, run = 1; o2 < a[2].out; o2 += run) {
+        const int count = list(o2);
+        run = o2 >= inner_begin && o2 < inner_end ? inner_end - o2 : 1;
+        char* to = row + o2 * j.out.stride[4] * size;
+        dw.positions(image + o2 * a[2].step * j.in.stride[4] * size, a[2].step * j.in.stride[4],
+                     offset.data(), j.filters, channels, tap.data(), count, c.bias, to,
+                     j.out.stride[4], run, channels);
+        if (c.activation)
+          for (int64_t i = 0; i < run; i++)
+            activate_row(c.activation, c.type, to + i * j.out.stride[4] * size, channels);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+bool is_depthwise(const Conv& c) {
+  return c.groups > 1 && c.w.size[1] == 1 && c.groups == c.x.size[1] && !c.residual;
+}
+
+void depthwise_forward(const Conv& c) {
+  Axis axis[kSpatial];
+  set_forward_axes(c, axis);
+  const int64_t first[] = {0, 0, 0}, step[] = {1, 1, 1};
+  if (channels_last(c)) {
+    const std::vector<char> filters = turned_filters(c);
+    run_positions({c, c.x, c.y, axis, filters.data(), first, step});
+  } else {
+    run_planes({c, c.x, c.y, axis, 1, multiplier(c), first, step});
+  }
+}
+
+void depthwise_input(const Conv& c) {
+  Phases phases[kSpatial];
+  for (int d = 0; d < kSpatial; d++)
+    phases[d] =
+        phases_of(c.x.size[2 + d], c.w.size[2 + d], c.stride[d], c.padding[d], c.dilation[d]);
+  const int64_t step[] = {phases[0].tap_step, phases[1].tap_step, phases[2].tap_step};
+  const bool last = channels_last(c);
+  std::vector<char> filters;
+  if (last) filters = turned_filters(c);
+  for (size_t i0 = 0; i0 < phases[0].of.size(); i0++)
+    for (size_t i1 = 0; i1 < phases[1].of.size(); i1++)
+      for (size_t i2 = 0; i2 < phases[2].of.size(); i2++) {
+        const size_t at[] = {i0, i1, i2};
+        Axis axis[kSpatial];
+        int64_t first[kSpatial];
+        Tensor5 out = c.x;
+        for (int d = 0; d < kSpatial; d++) {
+          const Phase& f = phases[d].of[at[d]];
+          axis[d] = {c.y.size[2 + d], f.positions, 1, f.taps, f.first, f.delta};
+          first[d] = f.first_tap;
+          out.data += int64_t(at[d]) * c.x.stride[2 + d] * size_of(c);
+          out.stride[2 + d] *= c.stride[d];
+        }
+        if (last)
+          run_positions({c, c.y, out, axis, filters.data(), first, step});
+        else
+          run_planes({c, c.y, out, axis, multiplier(c), 1, first, step});
+      }
+}
+
+void depthwise_weight(const Conv& c) {
+  const ConvKernels& kernels = conv_kernels();
+  const DepthwiseKernels& dw = kernels.depthwise[int(c.type)];
+  Axis a[kSpatial];
+  set_forward_axes(c, a);
+  const int64_t size = size_of(c), taps = c.w.spatial();
+  const int64_t lanes = dw.width;
+  const size_t sums_bytes = size_t(taps * lanes * sum_size(c));
+  // Sums of a few hundred products, which a float64 adds up.
+  constexpr int64_t kPositions = 512;
+
+  // Adds the lanes of each tap's sums, all or one by one, and starts them again.
+  auto value = [&](const char* sums, int64_t index) {
+    return c.type == DType::f64 ? reinterpret_cast<const double*>(sums)[index]
+                                : double(reinterpret_cast<const float*>(sums)[index]);
+  };
+  auto store = [&](int64_t m, int64_t t, double total) {
+    const int64_t t2 = t % c.w.size[4], t1 = t / c.w.size[4] % c.w.size[3],
+                  t0 = t / c.w.size[4] / c.w.size[3];
+    put(c.w.data +
+            (m * c.w.stride[0] + t0 * c.w.stride[2] + t1 * c.w.stride[3] + t2 * c.w.stride[4]) *
+                size,
+        c.type, total);
+  };
+
+  if (channels_last(c)) {
+    const int64_t channels = c.w.size[0];
+    parallel(threads_for(c), [&](int thread, int came) {
+      std::vector<char> sums(sums_bytes);
+      std::vector<double> totals(size_t(taps * lanes));
+      std::vector<int64_t> offset(size_t(a[2].taps));
+      const Range mine = share_of(ceil_div(channels, lanes), 1, thread, came);
+      for (int64_t block = mine.begin; block < mine.end; block++) {
+        const int64_t first = block * lanes, count = std::min(lanes, channels - first);
+        std::fill(totals.begin(), totals.end(), 0);
+        std::fill(sums.begin(), sums.end(), 0);
+        int64_t positions = 0;
+        auto flush = [&] {
+          for (size_t i = 0; i < totals.size(); i++) totals[i] += value(sums.data(), int64_t(i));
+          std::fill(sums.begin(), sums.end(), 0);
+          positions = 0;
+        };
+        int64_t inner_begin = 0, inner_end = a[2].out;
+        for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
+          inner_begin = std::max(inner_begin, a[2].begin(t2));
+          inner_end = std::min(inner_end, a[2].end(t2));
+        }
+        inner_end = std::max(inner_begin, inner_end);
+        for (int64_t n = 0; n < c.y.size[0]; n++)
+          for (int64_t o0 = 0; o0 < a[0].out; o0++)
+            for (int64_t o1 = 0; o1 < a[1].out; o1++) {
+              const char* y =
+                  c.y.data +
+                  (n * c.y.stride[0] + o0 * c.y.stride[2] + o1 * c.y.stride[3] + first) * size;
+              for (int64_t t0 = 0; t0 < a[0].taps; t0++) {
+                if (!a[0].sees(o0, t0)) continue;
+                for (int64_t t1 = 0; t1 < a[1].taps; t1++) {
+                  if (!a[1].sees(o1, t1)) continue;
+                  const int64_t x0 = o0 * a[0].step + a[0].first + t0 * a[0].delta,
+                                x1 = o1 * a[1].step + a[1].first + t1 * a[1].delta;
+                  const char* x =
+                      c.x.data +
+                      (n * c.x.stride[0] + x0 * c.x.stride[2] + x1 * c.x.stride[3] + first) * size;
+                  char* to = sums.data() + (t0 * a[1].taps + t1) * a[2].taps * lanes * sum_size(c);
+                  for (int64_t t2 = 0; t2 < a[2].taps; t2++)
+                    offset[size_t(t2)] = (a[2].first + t2 * a[2].delta) * c.x.stride[4];
+                  auto run = [&](int64_t t2, int64_t number, int64_t begin, int64_t end) {
+                    if (begin < end)
+                      dw.channels(x + begin * a[2].step * c.x.stride[4] * size, &offset[size_t(t2)],
+                                  int(number), a[2].step * c.x.stride[4],
+                                  y + begin * c.y.stride[4] * size, c.y.stride[4], end - begin,
+                                  int(count), to + t2 * lanes * sum_size(c));
+                  };
+                  run(0, a[2].taps, inner_begin, inner_end);
+                  for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
+                    run(t2, 1, a[2].begin(t2), std::min(inner_begin, a[2].end(t2)));
+                    run(t2, 1, std::max(inner_end, a[2].begin(t2)), a[2].end(t2));
+                  }
+                }
+              }
+              if ((positions += a[2].out) >= kPositions) flush();
+            }
+        flush();
+        for (int64_t l = 0; l < count; l++)
+          for (int64_t t = 0; t < taps; t++) store(first + l, t, totals[size_t(t * lanes + l)]);
+      }
+    });
+    return;
+  }
+
+  const int64_t many = multiplier(c);
+  const int64_t rows = rows_at_once(a, size, 1);
+  const Window window(a, size, rows);
+  const int64_t window_bytes = (window.elements() * size + 63) / 64 * 64 + 64;
+  const int64_t row_bytes = (a[2].out * size + 63) / 64 * 64 + 64;
+  const int threads = threads_for(c);
+  char* scratch_memory =
+      static_cast<char*>(scratch(Scratch::misc, size_t((window_bytes + row_bytes) * threads)));
+  std::vector<int64_t> offset;
+  for (int64_t t0 = 0; t0 < a[0].taps; t0++)
+    for (int64_t t1 = 0; t1 < a[1].taps; t1++)
+      for (int64_t t2 = 0; t2 < a[2].taps; t2++) offset.push_back(window.offset(t0, t1, t2));
+  parallel(threads, [&](int thread, int came) {
+    char* memory = scratch_memory + (window_bytes + row_bytes) * thread;
+    char* row_memory = memory + window_bytes;
+    std::vector<char> sums(sums_bytes);
+    std::vector<double> totals(size_t(many * taps));
+    const Range mine = share_of(c.x.size[1], 1, thread, came);
+    for (int64_t channel = mine.begin; channel < mine.end; channel++) {
+      std::fill(totals.begin(), totals.end(), 0);
+      for (int64_t n = 0; n < c.y.size[0]; n++)
+        for (int64_t o0 = 0; o0 < a[0].out; o0++)
+          for (int64_t o1 = 0; o1 < a[1].out; o1 += rows) {
+            const int64_t count = std::min(rows, a[1].out - o1);
+            window.load(kernels, c.x.data + (n * c.x.stride[0] + channel * c.x.stride[1]) * size,
+                        c.x.stride + 2, o0, o1, count, memory);
+            for (int64_t k = 0; k < many; k++) {
+              const int64_t m = channel * many + k;
+              std::fill(sums.begin(), sums.end(), 0);
+              for (int64_t r = 0; r < count; r++) {
+                const char* y = c.y.data + (n * c.y.stride[0] + m * c.y.stride[1] +
+                                            o0 * c.y.stride[2] + (o1 + r) * c.y.stride[3]) *
+                                               size;
+                if (c.y.stride[4] != 1 && a[2].out > 1) {
+                  kernels.copy_rows[size_index(size)](row_memory, 0, y, 0, 1, c.y.stride[4], 0,
+                                                      a[2].out, a[2].out);
+                  y = row_memory;
+                }
+                dw.weight(memory + r * a[1].step * window.row_stride * size, offset.data(),
+                          int(taps), y, a[2].out, sums.data());
+              }
+              for (int64_t t = 0; t < taps; t++)
+                for (int64_t l = 0; l < lanes; l++)
+                  totals[size_t(k * taps + t)] += value(sums.data(), t * lanes + l);
+            }
+          }
+      for (int64_t k = 0; k < many; k++)
+        for (int64_t t = 0; t < taps; t++)
+          store(channel * many + k, t, totals[size_t(k * taps + t)]);
+    }
+  });
+}
+
+}  // namespace fastnn
