@@ -31,27 +31,27 @@ class LeNet5(nn.Module):
 
 
 class AlexNet(nn.Module):
-    # Where the convolution stands in `features`: its channels, kernel, stride, padding, and whether a pool follows.
-    table = {
-        0: (3, 64, 11, 4, 2, True),
-        3: (64, 192, 5, 1, 2, True),
-        6: (192, 384, 3, 1, 1, False),
-        8: (384, 256, 3, 1, 1, False),
-        10: (256, 256, 3, 1, 1, True),
-    }
+    # Where the convolution stands in `features`, its channels, kernel, stride, padding, and whether a pool follows.
+    table = (
+        ("0", 3, 64, 11, 4, 2, True),
+        ("3", 64, 192, 5, 1, 2, True),
+        ("6", 192, 384, 3, 1, 1, False),
+        ("8", 384, 256, 3, 1, 1, False),
+        ("10", 256, 256, 3, 1, 1, True),
+    )
 
     def __init__(self, num_classes=1000, dropout=0.5, hidden=4096):
         super().__init__()
         self.dropout = dropout
-        self.features = nn.ModuleDict({str(at): nn.Conv2d(*row[:5]) for at, row in self.table.items()})
+        self.features = nn.ModuleDict({at: nn.Conv2d(*row) for at, *row, _ in self.table})
         self.classifier = nn.ModuleDict(
             {"1": nn.Linear(9216, hidden), "4": nn.Linear(hidden, hidden), "6": nn.Linear(hidden, num_classes)}
         )
 
     def forward(self, x):
-        for at, row in self.table.items():
-            x = relu(self.features[str(at)](x))
-            if row[5]:
+        for at, *_, pooled in self.table:
+            x = relu(self.features[at](x))
+            if pooled:
                 x = max_pool2d(x, 3, 2)
         x = F.adaptive_avg_pool2d(x, 6).flatten(1)
         for at in "14":
@@ -120,15 +120,15 @@ class ResNet(nn.Module):
 
 class MobileNetV2(nn.Module):
     # Expansion, channels, stride of each of the 17 blocks of table 2.
-    table = [
+    table = (
         (1, 16, 1),
-        *[(6, 24, s) for s in (2, 1)],
-        *[(6, 32, s) for s in (2, 1, 1)],
-        *[(6, 64, s) for s in (2, 1, 1, 1)],
-        *[(6, 96, s) for s in (1, 1, 1)],
-        *[(6, 160, s) for s in (2, 1, 1)],
+        *((6, 24, s) for s in (2, 1)),
+        *((6, 32, s) for s in (2, 1, 1)),
+        *((6, 64, s) for s in (2, 1, 1, 1)),
+        *((6, 96, s) for s in (1, 1, 1)),
+        *((6, 160, s) for s in (2, 1, 1)),
         (6, 320, 1),
-    ]
+    )
 
     def __init__(self, num_classes=1000, widths=None, first=32, last=1280, dropout=0.2):
         """`widths` takes the place of the 17 blocks' channels."""
@@ -179,7 +179,9 @@ class M5(nn.Module):
 
 
 class WaveNet(nn.Module):
-    def __init__(self, dilations, kernel_size, dilation_channels, residual_channels, skip_channels, end_channels, classes, bias):
+    def __init__(
+        self, dilations, kernel_size, dilation_channels, residual_channels, skip_channels, end_channels, classes, bias
+    ):
         super().__init__()
         self.dilations = dilations
         self.start_conv = nn.Conv1d(classes, residual_channels, 1, bias=bias)

@@ -111,7 +111,9 @@ NETWORKS = {
         (4, 3, 40, 33),
     ),
     "mobilenet_v2": Network(
-        lambda: models.mobilenet_v2(num_classes=10, dropout=0.0), lambda: twins.MobileNetV2(10, dropout=0.0), (4, 3, 40, 33)
+        lambda: models.mobilenet_v2(num_classes=10, dropout=0.0),
+        lambda: twins.MobileNetV2(10, dropout=0.0),
+        (4, 3, 40, 33),
     ),
     "m5": Network(lambda: models.M5(n_output=10), lambda: twins.M5(n_output=10), (4, 1, 8000)),
     "wavenet": Network(
@@ -455,7 +457,9 @@ def test_mobilenet_width(multiplier, first, groups, last):
 
 
 def test_mobilenet_arguments():
-    model = models.mobilenet_v2(inverted_residual_setting=[[1, 16, 1, 1], [2, 20, 2, 2]], round_nearest=4, num_classes=5)
+    model = models.mobilenet_v2(
+        inverted_residual_setting=[[1, 16, 1, 1], [2, 20, 2, 2]], round_nearest=4, num_classes=5
+    )
     assert [tuple(m.weight.shape[:2]) for m in model.modules() if isinstance(m, nn.Conv2d)] == [
         *[(32, 3), (32, 1), (16, 32)],
         *[(32, 16), (32, 1), (20, 32)],

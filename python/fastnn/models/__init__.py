@@ -15,11 +15,7 @@ Outputs are logits. Every model starts from random weights; ``load_state_dict`` 
 implementation, and :func:`fastnn.revert` makes a model of ``torch.nn`` layers of it.
 """
 
-# Until fastnn.nn has convolutions, batch norm and pooling, torch's layers stand in for them: remove these two lines.
-from .. import nn as _nn
-
-_nn.__getattr__ = lambda name: getattr(__import__("torch").nn, name)
-
+from . import _stand_ins  # noqa: F401
 from .alexnet import AlexNet, alexnet
 from .lenet import LeNet5
 from .m5 import M5

@@ -194,7 +194,12 @@ class ResNet(torch.nn.Module):
                     torch.nn.init.zeros_(module.bn2.weight)
 
     def _make_layer(
-        self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
     ) -> torch.nn.Sequential:
         """One stage. Its first block alone strides, and still has the dilation of the stage before it."""
         first_dilation = self.dilation

@@ -68,9 +68,7 @@ class WaveNet(torch.nn.Module):
         self.skip_convs = torch.nn.ModuleList()
         for dilation in dilations:
             for convs in (self.filter_convs, self.gate_convs):
-                convs.append(
-                    nn.Conv1d(residual_channels, dilation_channels, kernel_size, dilation=dilation, bias=bias)
-                )
+                convs.append(nn.Conv1d(residual_channels, dilation_channels, kernel_size, dilation=dilation, bias=bias))
             self.residual_convs.append(nn.Conv1d(dilation_channels, residual_channels, kernel_size=1, bias=bias))
             self.skip_convs.append(nn.Conv1d(dilation_channels, skip_channels, kernel_size=1, bias=bias))
         self.end_conv_1 = nn.Conv1d(skip_channels, end_channels, kernel_size=1)
