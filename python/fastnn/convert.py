@@ -33,6 +33,18 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.SiLU: nn.SiLU,
     torch.nn.Sigmoid: nn.Sigmoid,
     torch.nn.Tanh: nn.Tanh,
+    torch.nn.AvgPool1d: nn.AvgPool1d,
+    torch.nn.AvgPool2d: nn.AvgPool2d,
+    torch.nn.AvgPool3d: nn.AvgPool3d,
+    torch.nn.MaxPool1d: nn.MaxPool1d,
+    torch.nn.MaxPool2d: nn.MaxPool2d,
+    torch.nn.MaxPool3d: nn.MaxPool3d,
+    torch.nn.AdaptiveAvgPool1d: nn.AdaptiveAvgPool1d,
+    torch.nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d,
+    torch.nn.AdaptiveAvgPool3d: nn.AdaptiveAvgPool3d,
+    torch.nn.AdaptiveMaxPool1d: nn.AdaptiveMaxPool1d,
+    torch.nn.AdaptiveMaxPool2d: nn.AdaptiveMaxPool2d,
+    torch.nn.AdaptiveMaxPool3d: nn.AdaptiveMaxPool3d,
 }
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.

@@ -4,10 +4,33 @@ from .ops.activation import gelu, relu, sigmoid, silu, tanh
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.linear import linear, linear_act
+from .ops.pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
 
 # The very functions of ops, not wrappers: a Python call more would be felt in small layers.
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
     "addmm",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
     "baddbmm",
     "bilinear",
     "bmm",
@@ -22,6 +45,9 @@ __all__ = [
     "linear",
     "linear_act",
     "matmul",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
     "mm",
     "mv",
     "relu",

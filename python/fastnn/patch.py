@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 from . import _state, functional
 from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
+
+
+def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
+    """What F.max_pool2d hands a call with ``return_indices=True`` to; called by itself it returns them in any case."""
+
+    @functools.wraps(pool)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(pool).parameters)
+        return pool(**{**dict(zip(names, args, strict=False)), **kwargs, "return_indices": True})
+
+    return call
+
 
 #: What torch is asked for, and what answers. ``a @ b`` reaches a mode as ``Tensor.matmul``.
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -29,6 +43,20 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.silu: functional.silu,
     F.sigmoid: functional.sigmoid,
     F.tanh: functional.tanh,
+    **{
+        getattr(F, name): getattr(functional, name)
+        for name in functional.__all__
+        if name.endswith(("pool1d", "pool2d", "pool3d"))
+    },
+    F.max_pool1d_with_indices: _with_indices(functional.max_pool1d),
+    F.max_pool2d_with_indices: _with_indices(functional.max_pool2d),
+    F.max_pool3d_with_indices: _with_indices(functional.max_pool3d),
+    F.adaptive_max_pool1d_with_indices: _with_indices(functional.adaptive_max_pool1d),
+    F.adaptive_max_pool2d_with_indices: _with_indices(functional.adaptive_max_pool2d),
+    F.adaptive_max_pool3d_with_indices: _with_indices(functional.adaptive_max_pool3d),
+    torch.max_pool1d: functional.max_pool1d,
+    torch.max_pool2d: functional.max_pool2d,
+    torch.max_pool3d: functional.max_pool3d,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -51,8 +79,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.mv: mv,
 }
 
-# Those of which torch has overloads that take numbers in a tensor's place.
-_PRODUCTS = frozenset((addmm, baddbmm, bmm, matmul, mm, mv))
+_PRODUCTS = (addmm, baddbmm, bmm, matmul, mm, mv)
+_OVERLOADED = frozenset(function for function, ours in PATCHES.items() if ours in _PRODUCTS)
+_WITHOUT_OUT = frozenset((F.avg_pool2d, F.avg_pool3d))
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -69,10 +98,13 @@ class _PatchMode(TorchFunctionMode):
         replacement = PATCHES.get(func)
         if replacement is None or not all(kind in _PLAIN for kind in types):
             return func(*args, **kwargs)
-        if replacement in _PRODUCTS and (
-            "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args)
+        if (
+            "out_dtype" in kwargs
+            or ("out" in kwargs and func in _WITHOUT_OUT)
+            or (func in _OVERLOADED and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
         ):
-            # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs.
+            # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs; and the
+            # out= that avg_pool2d takes and does not document.
             _state.count_fallback(replacement.__name__, "an overload that fastnn does not have")
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)
@@ -91,7 +123,9 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``gelu``, ``silu``, ``sigmoid``, ``tanh``;
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh`` and the pools (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in
+    one to three dimensions);
     ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

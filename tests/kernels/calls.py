@@ -86,6 +86,46 @@ def math_function(name: str, x: Tensor) -> Tensor:
     return out
 
 
+def convolve(
+    product: str,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    stride=(1, 1, 1),
+    padding=(0, 0, 0),
+    dilation=(1, 1, 1),
+    groups: int = 1,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    precision: str = "highest",
+) -> Tensor:
+    """One of the three products of a 3-d convolution, "forward", "input" or "weight"; returns what was written."""
+    getattr(_cpu, f"conv_{product}")(
+        x.data_ptr(),
+        tuple(x.shape),
+        x.stride(),
+        w.data_ptr(),
+        tuple(w.shape),
+        w.stride(),
+        y.data_ptr(),
+        tuple(y.shape),
+        y.stride(),
+        DTYPE[x.dtype],
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        ("highest", "high", "medium").index(precision),
+        False,
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if activation is None else KIND[activation],
+    )
+    return {"forward": y, "input": x, "weight": w}[product]
+
+
 class Capsule:
     def __init__(self, capsule):
         self.capsule = capsule

@@ -88,6 +88,7 @@ def test_replaces_the_class_and_nothing_else():
 
 def test_every_class_of_the_table_goes_there_and_back():
     arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5)}
+    arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
         layer = original(*arguments.get(original, ()))
@@ -145,12 +146,12 @@ def test_no_module_is_an_error(function):
 
 
 def test_strict_names_all_that_cannot_be_replaced_and_changes_nothing():
-    model = nn.Sequential(network(), nn.Conv2d(1, 1, 1), Scaled(), nn.LSTM(2, 2))
+    model = nn.Sequential(network(), nn.PReLU(), Scaled(), nn.LSTM(2, 2))
     before = classes(model)
     with pytest.raises(ConversionError) as caught:
         fastnn.convert(model, strict=True)
     assert [row.name for row in caught.value.rows] == ["1", "2", "3"]
-    assert "fastnn has no Conv2d" in str(caught.value)
+    assert "fastnn has no PReLU" in str(caught.value)
     assert classes(model) == before
     fastnn.convert(model, strict=True, skip=["1", "2", "3"])
     assert type(model[0][0]) is fastnn.nn.Linear
@@ -161,7 +162,8 @@ REASONS = {
     "subclass": (lambda: Plain(3, 3), "subclass of torch.nn.Linear (only exact types"),
     "override": (lambda: Doubled(3, 3), "with a forward of its own"),
     "lazy": (lambda: nn.LazyLinear(3), "becomes Linear on its first call"),
-    "lazy convolution": (lambda: nn.LazyConv2d(3, 3), "shape is not known"),
+    "lazy convolution": (lambda: nn.LazyConv2d(3, 3), "becomes Conv2d on its first call"),
+    "lazy norm": (lambda: nn.LazyInstanceNorm1d(), "shape is not known"),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
         "register_parametrization",
@@ -173,7 +175,7 @@ REASONS = {
     "scripted": (lambda: torch.jit.script(nn.Linear(3, 3)), "TorchScript"),
     "own parameters": (Scaled, "does not know what it computes with its parameters"),
     "own computation": (Squared, "does not know what it computes"),
-    "no such layer": (lambda: nn.Conv2d(3, 3, 3), "fastnn has no Conv2d"),
+    "no such layer": (lambda: nn.PReLU(), "fastnn has no PReLU"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64 parameters"),
     "attention's projection": (
         lambda: nn.MultiheadAttention(4, 2).out_proj,
@@ -223,6 +225,35 @@ def test_a_lazy_layer_converts_after_its_first_call():
     fastnn.convert(model)
     assert type(model[0]) is fastnn.nn.Linear
     torch.testing.assert_close(model(x), expected)
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="circular"),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding="same", groups=8),
+        nn.ConvTranspose2d(8, 4, 2, stride=2),
+    )
+
+
+def test_convolutions_are_reported_converted_and_reverted(no_fallback):
+    model = convolutions()
+    x = torch.randn(2, 3, 8, 6)
+    expected, state = model(x), model.state_dict()
+    assert [row.status for row in fastnn.report(model).rows] == ["available"] * 4
+    fastnn.convert(model, strict=True)
+    rows = fastnn.report(model).rows
+    assert [row.replacement for row in rows] == [f"fastnn.nn.{type(layer).__name__}" for layer in model]
+    assert all(row.status == "replaced" for row in rows)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    y = last(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    assert {name: t.data_ptr() for name, t in model.state_dict().items()} == {n: t.data_ptr() for n, t in state.items()}
+    fastnn.revert(model)
+    assert classes(model) == classes(convolutions())
 
 
 def test_report_before_and_after():

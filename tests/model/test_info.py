@@ -19,6 +19,7 @@ def test_is_json_and_readable():
         assert word in text
     assert found["instruction_sets"]["active"] in found["instruction_sets"]["available"]
     assert set(found["ops"]) >= {"linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "relu"}
+    assert set(found["ops"]) >= {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
     assert found["ops"]["linear"]["float32"].startswith("cpu: ")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -175,8 +176,45 @@ def test_gradcheck(info):
             return torch.func.functional_call(layer, state, positional, named)
 
         everything = (*leaves, *parameters)
-        assert torch.autograd.gradcheck(call, everything)
-        assert torch.autograd.gradgradcheck(call, everything)
+        # Of thousands of numbers a Jacobian takes a minute; two directions of it tell as much.
+        fast = sum(t.numel() for t in everything) > 100
+        assert torch.autograd.gradcheck(call, everything, fast_mode=fast)
+        assert torch.autograd.gradgradcheck(call, everything, fast_mode=fast)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_pad_in_every_mode(rank, no_fallback):
+    """... in a batch and without one, and a transposed one gives the size that is asked for."""
+    name, size = f"Conv{rank}d", (6, 5, 4)[:rank]
+    for mode in ("zeros", "reflect", "replicate", "circular"):
+        for padding in ("same", "valid", 1, (2, 1, 0)[:rank]):
+            arguments = {
+                "padding": padding,
+                "padding_mode": mode,
+                "dilation": 1 if padding == "same" else 2,
+                "groups": 2,
+            }
+            ours = getattr(fastnn.nn, name)(4, 6, 2, **arguments)
+            theirs = getattr(torch.nn, name)(4, 6, 2, **arguments)
+            theirs.load_state_dict(ours.state_dict())
+            for x in (torch.randn(3, 4, *size), torch.randn(4, *size)):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Using padding='same'")
+                    torch.testing.assert_close(ours(x), theirs(x))
+    name = f"ConvTranspose{rank}d"
+    ours, theirs = (getattr(m, name)(4, 2, 3, stride=2, padding=1) for m in (fastnn.nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    for x in (torch.randn(3, 4, *size), torch.randn(4, *size)):
+        for more in (0, 1):
+            wanted = [2 * n - 1 + more for n in size]
+            result = ours(x, output_size=wanted)
+            assert list(result.shape[-rank:]) == wanted
+            torch.testing.assert_close(result, theirs(x, output_size=wanted))
+        torch.testing.assert_close(ours(x), theirs(x))
+        with pytest.raises(ValueError, match="output size"):
+            ours(x, output_size=[99] * rank)
+    with pytest.raises(ValueError, match="padding mode"):
+        getattr(fastnn.nn, name)(4, 2, 3, padding_mode="reflect")
 
 
 @each_module

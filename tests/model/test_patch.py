@@ -42,6 +42,15 @@ def square(*shape):
 
 
 CALLS = {
+    **{
+        f"conv{kind}{rank}d": [
+            lambda x, f=getattr(F, f"conv{kind}{rank}d"), rank=rank: f(
+                x.view(1, 1, 25, *[1] * (rank - 1)), torch.ones(1, 1, 3, *[1] * (rank - 1)), stride=2
+            ),
+        ]
+        for kind in ("", "_transpose")
+        for rank in (1, 2, 3)
+    },
     "linear": [lambda x: F.linear(x, x), lambda x: F.linear(x, x, bias=x[0]), lambda x: torch.nn.Linear(5, 3)(x)],
     "bilinear": [lambda x: F.bilinear(x, x, torch.ones(2, 5, 5))],
     "relu": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x.clone(), inplace=True)],
@@ -60,6 +69,8 @@ CALLS = {
     "baddbmm": [lambda x: torch.baddbmm(x, x[None], x[None]), lambda x: x[None].baddbmm(x[None], x[None])],
     "mv": [lambda x: torch.mv(x, x[0]), lambda x: x.mv(x[0])],
 }
+CALLS["conv2d"].append(lambda x: torch.nn.Conv2d(1, 2, 3, padding=1)(x[None]))
+CALLS["conv1d"].append(lambda x: torch.conv1d(x, x[:, :, None], bias=x[0]))
 CALLS["matmul"][0] = lambda x: torch.matmul(x, x)
 CALLS["matmul"][3] = lambda x: torch.linalg.matmul(x, x)
 

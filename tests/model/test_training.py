@@ -220,3 +220,71 @@ def test_gradients_accumulate_and_scale_and_clip():
         nn.utils.clip_grad_norm_(one.parameters(), 0.1)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- convolutional networks --------------------------------------------------------------------------------------
+
+
+class Autoencoder(nn.Module):
+    """Strided, padded, depthwise and pointwise convolutions, and a transposed one; two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(2, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", groups=8),
+            nn.Conv2d(8, 12, 1, bias=False),
+            nn.GELU(),
+        )
+        self.up = nn.ConvTranspose2d(12, 2, 4, stride=2, padding=1)
+        self.classes = nn.Linear(12, 5)
+
+    def forward(self, x):
+        features = self.down(x)
+        return self.classes(features.mean((2, 3))), self.up(features)
+
+
+def image_losses(model, images, target, steps=9, **to):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.to(**to)
+    history = []
+    for step in range(steps):
+        batch, labels = images[step % 3].to(**to), target[step % 3]
+        scores, image = model(batch)
+        loss = nn.functional.cross_entropy(scores, labels) + (image - batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.detach())
+    return torch.stack(history)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_convolutional_network_trains_as_torchs(memory_format, no_fallback):
+    theirs = Autoencoder()
+    ours, exact = fastnn.convert(copy.deepcopy(theirs), strict=True), copy.deepcopy(theirs)
+    images, target = torch.randn(3, 6, 2, 12, 10), torch.randint(5, (3, 6))
+    losses = [
+        image_losses(model, images, target, memory_format=memory_format, dtype=dtype)
+        for model, dtype in ((ours, torch.float32), (theirs, torch.float32), (exact, torch.float64))
+    ]
+    assert losses[2][-3:].mean() < losses[2][:3].mean()
+    assert_as_near_as_torch(*losses, factor=4)
+    for one, other, truth in zip(ours.parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        assert one.grad.stride() == other.grad.stride()
+        assert_as_near_as_torch(one.detach(), other.detach(), truth.detach(), factor=6, roundoffs=64)
+
+
+def test_a_convolutional_network_under_patch_and_autocast():
+    theirs = Autoencoder()
+    ours = fastnn.convert(copy.deepcopy(theirs))
+    x = torch.randn(3, 2, 12, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = theirs(x), ours(x)
+        with fastnn.patch():
+            patched = theirs(x)
+    for found in (got, patched):
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype is other.dtype
+            torch.testing.assert_close(one.float(), other.float(), rtol=0.03, atol=0.03)

@@ -1,22 +1,50 @@
 """Gradients, gradients of gradients, forward mode and torch.func, in float64 by finite differences."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import fastnn
 import fastnn.functional as fF
 from fastnn import _cpu
 from fastnn.ops.activation import KINDS, activation
+from fastnn.ops.conv import convolution, convolution_input, convolution_weight
 
 
 def leaf(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
+# Shapes of (input, weight, bias), and the options of the call.
+CONVS = {
+    "conv1d": ([(2, 3, 7), (4, 3, 3), (4,)], {}),
+    "conv1d same": ([(2, 3, 5), (2, 3, 4), (2,)], {"padding": "same"}),
+    "conv1d of one": ([(4, 6), (2, 4, 1)], {}),
+    "conv2d": ([(2, 3, 5, 4), (4, 3, 3, 2), (4,)], {"padding": 1}),
+    "conv2d strided": ([(2, 2, 6, 5), (3, 2, 3, 2)], {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2)}),
+    "conv2d with groups": ([(1, 4, 4, 5), (6, 2, 2, 3), (6,)], {"groups": 2, "stride": 2, "padding": 1}),
+    "conv2d depthwise": ([(2, 3, 4, 5), (6, 1, 3, 3), (6,)], {"groups": 3, "padding": 1}),
+    "conv2d with a stride past its kernel": ([(1, 2, 7, 6), (2, 2, 2, 1), (2,)], {"stride": 4}),
+    "conv3d": ([(1, 2, 3, 4, 3), (2, 2, 2, 3, 2), (2,)], {"stride": (1, 2, 1), "padding": 1, "dilation": (2, 1, 1)}),
+    "conv_transpose1d": ([(2, 3, 5), (3, 2, 3), (2,)], {"stride": 2, "padding": 1, "output_padding": 1}),
+    "conv_transpose2d": ([(2, 4, 3, 2), (4, 2, 3, 2), (4,)], {"groups": 2, "stride": (2, 1), "dilation": (1, 2)}),
+    "conv_transpose2d depthwise": ([(1, 3, 3, 4), (3, 1, 2, 3), (3,)], {"groups": 3, "stride": 3, "output_padding": 2}),
+    "conv_transpose3d": ([(1, 2, 2, 3, 2), (2, 2, 2, 1, 3)], {"padding": (1, 0, 1), "dilation": (2, 1, 1)}),
+}
+
+
+def conv(name, where=fF):
+    """The case's function, with its options."""
+    function = getattr(where, name.split()[0])
+    return lambda *t: function(*t, **CONVS[name][1])
+
+
 CASES = {
+    **{name: (conv(name), shapes) for name, (shapes, _) in CONVS.items()},
     "linear": (fF.linear, [(2, 3, 4), (5, 4), (5,)]),
     "linear of a vector": (fF.linear, [(4,), (5, 4), (5,)]),
     "linear without bias": (fF.linear, [(3, 4), (5, 4)]),
@@ -64,12 +92,14 @@ def test_gradgradcheck(name):
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
-def test_only_the_gradients_asked_for(needs, no_fallback):
-    tensors = [torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)]
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d"])
+def test_only_the_gradients_asked_for(name, needs, no_fallback):
+    ours, torchs = (conv(name, f) if name in CONVS else getattr(f, name) for f in (fF, F))
+    tensors = [torch.randn(shape) for shape in CASES[name][1]]
     inputs = [t.clone().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
     theirs = [t.clone().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
-    fF.linear(*inputs).square().sum().backward()
-    F.linear(*theirs).square().sum().backward()
+    ours(*inputs).square().sum().backward()
+    torchs(*theirs).square().sum().backward()
     for a, b in zip(inputs, theirs, strict=True):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
@@ -217,3 +247,133 @@ def test_create_graph_computes_each_product_once():
         _cpu.reset_counters()
         torch.autograd.grad(result.sum(), (x, w), create_graph=True)
         assert sum(_cpu.counters().values()) == 2
+
+
+# ---- convolutions under torch.func -------------------------------------------------------------------------------
+
+# The three products by themselves: of (input, weight), (result, weight) and (result, input).
+PRODUCTS = {
+    "convolution": (convolution, [(2, 4, 5, 4), (6, 2, 3, 2), (6,)], ([2, 1], [1, 0], [1, 2], 2)),
+    "convolution_input": (convolution_input, [(2, 6, 3, 2), (6, 2, 3, 2), (4,)], ([5, 4], [2, 1], [1, 0], [1, 2], 2)),
+    "convolution_weight": (
+        convolution_weight,
+        [(2, 6, 3, 2), (2, 4, 5, 4)],
+        ([3, 2], [2, 1], [1, 0], [1, 2], 2, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_each_product_is_differentiable(name):
+    op, shapes, options = PRODUCTS[name]
+    inputs = [leaf(*shape) for shape in shapes]
+    assert gradcheck(
+        lambda *t: op(*t, *options),
+        inputs,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        fast_mode=True,
+    )
+    assert gradgradcheck(lambda *t: op(*t, *options), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_func_vmap_of_each_product_over_every_combination_of_dims(name, no_fallback):
+    op, shapes, options = PRODUCTS[name]
+    for dims in itertools.product(*((None, *range(len(shape) + 1)) for shape in shapes)):
+        if all(d is None for d in dims):
+            continue
+        inputs = [
+            torch.randn(shape if d is None else (*shape[:d], 3, *shape[d:]), dtype=torch.float64)
+            for shape, d in zip(shapes, dims, strict=True)
+        ]
+        each = [
+            op(*(t if d is None else t.select(d, i) for t, d in zip(inputs, dims, strict=True)), *options)
+            for i in range(3)
+        ]
+        found = vmap(lambda *t: op(*t, *options), dims)(*inputs)
+        torch.testing.assert_close(found, torch.stack(each))
+    if name != "convolution_weight":
+        x, w = (torch.randn(3, *shape, dtype=torch.float64) for shape in shapes[:2])
+        found = vmap(lambda x, w: op(x, w, None, *options))(x, w)
+        torch.testing.assert_close(found, torch.stack([op(x[i], w[i], None, *options) for i in range(3)]))
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_func_of_convolutions(name, no_fallback):
+    """vmap, vmap of grad, jvp, jacrev and hessian beside torch's."""
+    ours, torchs = conv(name), conv(name, F)
+    x, *rest = (torch.randn(shape) for shape in CONVS[name][0])
+    many = torch.randn(3, *x.shape)
+    each = torch.stack([torchs(one, *rest) for one in many])
+    close(vmap(lambda x: ours(x, *rest))(many), each)
+
+    def loss(function):
+        return lambda w, x: function(x, w, *rest[1:]).sin().sum()
+
+    found = vmap(grad(loss(ours)), (None, 0))(rest[0], many)
+    close(found, torch.stack([grad(loss(torchs))(rest[0], one) for one in many]))
+    tangents = tuple(torch.randn_like(t) for t in (x, *rest))
+    close(jvp(ours, (x, *rest), tangents)[1], jvp(torchs, (x, *rest), tangents)[1])
+    close(jacrev(lambda w: ours(x, w, *rest[1:]))(rest[0]), jacrev(lambda w: torchs(x, w, *rest[1:]))(rest[0]))
+    if rest[0].numel() < 30:
+        close(hessian(lambda w: loss(ours)(w, x))(rest[0]), hessian(lambda w: loss(torchs)(w, x))(rest[0]))
+
+
+def test_forward_mode_needs_no_gradient_mode(no_fallback):
+    """A dual number keeps its tangent where gradients are off."""
+    x, w, t = torch.randn(2, 3, 5, 4), torch.randn(4, 3, 3, 2), torch.randn(2, 3, 5, 4)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = forward_ad.unpack_dual(fF.conv2d(forward_ad.make_dual(x, t), w))
+        close(y.tangent, F.conv2d(t, w))
+        zero = forward_ad.unpack_dual(fF.conv2d(x, w))
+        assert zero.tangent is None
+
+
+@pytest.mark.parametrize("layout", ["scalar", "channels", "rows", "transposed", "sliced", "channels last", "offset"])
+@pytest.mark.parametrize("name", ["conv2d", "conv2d with groups", "conv2d depthwise", "conv_transpose2d"])
+def test_gradients_of_convolutions_arrive_in_any_layout(name, layout, no_fallback):
+    inputs = [torch.randn(shape).requires_grad_() for shape in CONVS[name][0]]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    n, m, h, w = conv(name, F)(*wide).shape
+    direction = {
+        "scalar": lambda: torch.ones(()).expand(n, m, h, w),
+        "channels": lambda: torch.randn(1, m, 1, 1).expand(n, m, h, w),
+        "rows": lambda: torch.randn(n, m, h, 1).expand(n, m, h, w),
+        "transposed": lambda: torch.randn(w, h, m, n).permute(3, 2, 1, 0),
+        "sliced": lambda: torch.randn(2 * n, 2 * m, 2 * h, 3 * w)[::2, 1::2, ::2, ::3],
+        "channels last": lambda: torch.randn(n, h, w, m).permute(0, 3, 1, 2),
+        "offset": lambda: torch.randn(n * m * h * w + 1)[1:].view(n, m, h, w),
+    }[layout]()
+    found = backward_with(direction, conv(name), *inputs)
+    expected = torch.autograd.grad(conv(name, F)(*wide), wide, direction.double())
+    for g, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-5)
+
+
+def test_strides_of_gradients_are_torchs(no_fallback):
+    """... where input and weight are channels-last or not."""
+    for name, (shapes, _) in CONVS.items():
+        if len(shapes[1]) == 3 or len(shapes[0]) < len(shapes[1]):
+            continue
+        last = torch.channels_last if len(shapes[1]) == 4 else torch.channels_last_3d
+        for formats in itertools.product((torch.contiguous_format, last), repeat=2):
+            tensors = [torch.randn(shape) for shape in shapes]
+            tensors[:2] = [t.contiguous(memory_format=f) for t, f in zip(tensors[:2], formats, strict=True)]
+            strides = []
+            for f in (fF, F):
+                inputs = [t.detach().requires_grad_() for t in tensors]
+                y = conv(name, f)(*inputs)
+                by_x, by_w, *_ = torch.autograd.grad(y, inputs, torch.randn_like(y))
+                strides.append((y.stride(), by_x.stride()))
+                if f is fF:  # as a parameter's .grad lies, for which torch copies its own
+                    assert by_w.stride() == inputs[1].stride()
+            assert strides[0] == strides[1], (name, formats)
+
+
+def test_a_convolution_computes_each_product_once():
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((2, 8, 9, 9), (8, 8, 3, 3)))
+    result = fF.conv2d(x, w)
+    _cpu.reset_counters()
+    torch.autograd.grad(result.sum(), (x, w), create_graph=True)
+    assert sum(_cpu.counters().values()) == 2

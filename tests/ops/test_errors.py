@@ -1,6 +1,8 @@
 """Bad input: torch's exception type, the argument's name, never a crash."""
 
 import contextlib
+import functools
+import math
 import warnings
 
 import pytest
@@ -58,6 +60,74 @@ CASES = {
     "relu: expanded in place": (fF.relu, F.relu, (torch.randn(1).expand(4), True), "input"),
     "relu: leaf in place": (fF.relu, F.relu, (torch.randn(4, requires_grad=True), True), "input"),
 }
+# Images and filters, and a call each that is wrong: what is changed, and what the message has to name.
+I, K = torch.randn(2, 4, 5, 6), torch.randn(6, 4, 3, 3)
+T = torch.randn(4, 6, 3, 3)
+CONVOLUTIONS = {
+    "kernel larger than the input": ((I[..., :2], K), {}, "weight"),
+    "kernel larger than the padded input": ((I[..., :1, :1], K, None, 1, (0, 1)), {}, "weight"),
+    "dilated past the input": ((I, K), {"dilation": 3}, "dilation"),
+    "channels": ((I, torch.randn(6, 3, 3, 3)), {}, "input"),
+    "channels that groups do not divide": ((I, K), {"groups": 3}, "groups"),
+    "filters that groups do not divide": ((I, torch.randn(5, 2, 3, 3)), {"groups": 2}, "groups"),
+    "groups 0": ((I, K), {"groups": 0}, "groups"),
+    "groups -1": ((I, K), {"groups": -1}, "groups"),
+    "groups 1.5": ((I, K), {"groups": 1.5}, "groups"),
+    "stride 0": ((I, K), {"stride": 0}, "stride"),
+    "stride -1": ((I, K), {"stride": (1, -1)}, "stride"),
+    "three strides": ((I, K), {"stride": (1, 1, 1)}, "stride"),
+    "stride 1.5": ((I, K), {"stride": 1.5}, "stride"),
+    "stride None": ((I, K), {"stride": None}, "stride"),
+    "dilation 0": ((I, K), {"dilation": 0}, "dilation"),
+    "dilation -1": ((I, K), {"dilation": -1}, "dilation"),
+    "padding -1": ((I, K), {"padding": -1}, "padding"),
+    "padding full": ((I, K), {"padding": "full"}, "padding"),
+    "padding same and strided": ((I, K), {"padding": "same", "stride": 2}, "padding"),
+    "three paddings": ((I, K), {"padding": (1, 1, 1)}, "padding"),
+    "input rank": ((I[0, 0], K), {}, "input"),
+    "five dimensions": ((I[None], K), {}, "input"),
+    "weight rank": ((I, K[0]), {}, "weight"),
+    "weight dtype": ((I, K.double()), {}, "weight"),
+    "input dtype": ((I.bfloat16(), K), {}, "weight"),
+    "integer weight": ((I, K.int()), {}, "weight"),
+    "bias dtype": ((I, K, torch.randn(6).double()), {}, "bias"),
+    "bias size": ((I, K, torch.randn(4)), {}, "bias"),
+    "bias rank": ((I, K, torch.randn(1, 6)), {}, "bias"),
+    "sparse weight": ((I, K.to_sparse()), {}, "weight"),
+    "sparse input": ((I.to_sparse(), K), {}, "input"),
+    "weight None": ((I, None), {}, "weight"),
+    "input list": (([1.0], K), {}, "input"),
+    "bias list": ((I, K, [1.0]), {}, "bias"),
+    "no kernel": ((I, K[..., :0]), {}, "weight"),
+    "no filters": ((I, K[:0]), {}, "weight"),
+    "quantized": ((torch.quantize_per_tensor(I, 0.1, 0, torch.quint8), K), {}, "quint8|dtype|quantized"),
+}
+TRANSPOSED = {
+    "channels": ((I, torch.randn(3, 6, 3, 3)), {}, "input"),
+    "channels that groups do not divide": ((I, T), {"groups": 3}, "groups"),
+    "no size left": ((I[..., :1, :1], T), {"padding": 3}, "input"),
+    "output padding past stride and dilation": ((I, T), {"output_padding": 1}, "output_padding"),
+    "output padding -1": ((I, T), {"output_padding": -1}, "output_padding"),
+    "stride 0": ((I, T), {"stride": 0}, "stride"),
+    "padding -1": ((I, T), {"padding": -1}, "padding"),
+    "padding same": ((I, T), {"padding": "same"}, "padding"),
+    "dilation 0": ((I, T), {"dilation": 0}, "dilation"),
+    "bias size": ((I, T, torch.randn(4)), {}, "bias"),
+    "input rank": ((I[0, 0], T), {}, "input"),
+    "weight dtype": ((I, T.double()), {}, "weight"),
+}
+CASES.update(
+    {
+        f"{function}: {name}": (
+            functools.partial(getattr(fF, function), **options),
+            functools.partial(getattr(F, function), **options),
+            arguments,
+            named,
+        )
+        for function, table in (("conv2d", CONVOLUTIONS), ("conv_transpose2d", TRANSPOSED))
+        for name, (arguments, options, named) in table.items()
+    }
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,6 +216,8 @@ FALLBACKS = {
     "bias that broadcasts": lambda: (fF.linear, F.linear, (X, W, torch.randn(1))),
     "integer sigmoid": lambda: (fF.sigmoid, torch.sigmoid, (torch.arange(3),)),
     "complex silu": lambda: (fF.silu, F.silu, (X.cfloat(),)),
+    "complex convolution": lambda: (fF.conv2d, F.conv2d, (I.cfloat(), K.cfloat())),
+    "integer convolution": lambda: (fF.conv1d, F.conv1d, (I[0].long(), torch.ones(3, 5, 2).long())),
     "subclass": lambda: (fastnn.mm, torch.mm, (X.as_subclass(Mine), W.t())),
 }
 
@@ -338,3 +410,133 @@ def test_anything(which, data):
     )
     if not expected.is_meta:
         torch.testing.assert_close(result.to_dense(), expected.to_dense(), equal_nan=True)
+
+
+# ---- convolutions ------------------------------------------------------------------------------------------------
+
+
+def run_both(ours, torchs, tensors, options, transposed=False):
+    """Result and gradients of both, or the exception that torch raises, of whose type fastnn's has to be."""
+    results = []
+    for function in (torchs, ours):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        try:
+            y = function(*leaves, **options)
+            results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)))
+        except Exception as error:
+            if function is torchs:
+                with pytest.raises(type(error)) as found:
+                    ours(*tensors, **options)
+                assert type(found.value) is type(error)
+                return None
+            raise
+    return results
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "options"),
+    [
+        ("conv2d", [(0, 3, 5, 6), (4, 3, 3, 3), (4,)], {}),
+        ("conv2d", [(0, 4, 5, 6), (4, 2, 3, 3)], {"groups": 2, "stride": 2, "padding": 1}),
+        ("conv1d", [(0, 3, 5), (4, 3, 3), (4,)], {"padding": "same"}),
+        ("conv3d", [(0, 3, 5, 6, 4), (4, 3, 3, 3, 2)], {}),
+        ("conv_transpose1d", [(0, 3, 5), (3, 4, 3), (4,)], {"stride": 2}),
+        ("conv_transpose2d", [(0, 3, 5, 6), (3, 4, 3, 3)], {}),
+        ("conv2d", [(2, 0, 5, 6), (4, 0, 3, 3)], {}),
+        ("conv2d", [(2, 0, 5, 6), (0, 0, 3, 3)], {}),
+        ("conv2d", [(2, 3, 0, 6), (4, 3, 3, 3)], {"padding": 2}),
+        ("conv2d", [(2, 3, 0, 6), (4, 3, 1, 1), (4,)], {}),
+        ("conv1d", [(2, 3, 0), (4, 3, 3)], {"padding": 1}),
+        ("conv1d", [(3, 0), (4, 3, 1)], {}),
+        ("conv_transpose1d", [(2, 3, 0), (3, 4, 3)], {}),
+        ("conv_transpose2d", [(2, 0, 5, 6), (0, 4, 3, 3)], {}),
+        ("conv2d", [(2, 3, 5, 6), (4, 3, 0, 3)], {}),
+    ],
+)
+def test_convolutions_of_nothing(function, shapes, options):
+    """Empty batches, channels, sizes and filters: torch's result and gradients, or torch's exception."""
+    for channels_last in (False, True):
+        tensors = [torch.randn(shape) for shape in shapes]
+        if channels_last and len(shapes[0]) == 4:
+            tensors[:2] = [t.contiguous(memory_format=torch.channels_last) for t in tensors[:2]]
+        found = run_both(getattr(fF, function), getattr(F, function), tensors, options)
+        if found is not None:
+            for theirs, ours in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_an_empty_batch_whose_gradient_lies_oddly():
+    """Strides mean nothing where there are no elements."""
+    x, w = torch.randn(0, 2, 5, 4).requires_grad_(), torch.randn(3, 2, 3, 2).requires_grad_()
+    for layout in (torch.randn(0, 3, 3, 3).permute(0, 1, 3, 2), torch.ones(()).expand(0, 3, 3, 3)):
+        by_x, by_w = torch.autograd.grad(fF.conv2d(x, w), (x, w), layout)
+        assert by_x.shape == x.shape
+        assert torch.equal(by_w, torch.zeros_like(w))
+
+
+@st.composite
+def convolutions(draw):
+    """A call that is right, or nearly: name, tensors, options."""
+    rank, transposed = draw(st.integers(1, 3)), draw(st.booleans())
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
+    channels, filters = (draw(st.integers(1, 3)) for _ in range(2))
+    sizes = [draw(st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, 7)) for _ in range(rank)]
+    kernel = [draw(st.integers(1, 3)) for _ in range(rank)]
+    batch = draw(st.sampled_from(([1], [2], [3], [0], [])))
+
+    def numbers(low, high):
+        each = [draw(st.integers(low, high)) for _ in range(rank)]
+        return draw(st.sampled_from((each, tuple(each), each[0])))
+
+    options = {
+        "stride": numbers(0 if draw(st.integers(0, 19)) == 0 else 1, 3),
+        "padding": numbers(0, 2),
+        "dilation": numbers(1, 2),
+        "groups": groups,
+    }
+    if transposed:
+        options["output_padding"] = numbers(0, 2)
+    elif draw(st.booleans()):
+        options["padding"] = draw(st.sampled_from(("same", "valid")))
+    # Now and then a number of channels that does not fit.
+    off = draw(st.sampled_from((0,) * 9 + (1,)))
+    inputs = groups * channels + off
+    shape = (groups * channels, filters) if transposed else (groups * filters, channels)
+    x, w = lay_out(draw, (*batch, inputs, *sizes)), lay_out(draw, (*shape, *kernel))
+    tensors = [x, w]
+    if draw(st.booleans()):
+        tensors.append(torch.randint(-2, 3, (groups * filters + draw(st.sampled_from((0,) * 9 + (1,))),)).float())
+    return f"conv{'_transpose' if transposed else ''}{rank}d", tensors, options
+
+
+def lay_out(draw, shape):
+    """Small integers, in some order of dimensions, between others, with a stride of 0 or as they come."""
+    how = draw(st.sampled_from(("dense", "dense", "permuted", "sliced", "expanded")))
+    if how == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        return (
+            torch.randint(-2, 3, [shape[i] for i in order]).float().permute([order.index(i) for i in range(len(shape))])
+        )
+    if how == "sliced":
+        big = torch.full([2 * size for size in shape], math.nan)
+        part = big[tuple(slice(0, 2 * size, 2) for size in shape)]
+        return part.copy_(torch.randint(-2, 3, shape))
+    if how == "expanded":
+        dim = draw(st.integers(0, len(shape) - 1))
+        return torch.randint(-2, 3, [1 if d == dim else size for d, size in enumerate(shape)]).float().expand(shape)
+    return torch.randint(-2, 3, shape).float()
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=convolutions())
+def test_any_convolution(call):
+    """torch's result and gradients to the bit, which small integers allow, or torch's exception type."""
+    name, tensors, options = call
+    found = run_both(getattr(fF, name), getattr(F, name), tensors, options)
+    if found is None:
+        return
+    (y, *_), (mine, *_) = found
+    assert (mine.shape, mine.dtype) == (y.shape, y.dtype)
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)

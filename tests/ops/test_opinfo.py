@@ -10,7 +10,10 @@ import fastnn.functional as fF
 
 from .support import FLOATS, assert_within, double
 
+CONVS = [f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)]
+POOLS = [f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)]
 OURS = {
+    **{f"nn.functional.{name}": getattr(fF, name) for name in POOLS},
     "nn.functional.linear": fF.linear,
     "nn.functional.bilinear": fF.bilinear,
     "nn.functional.relu": fF.relu,
@@ -24,6 +27,7 @@ OURS = {
     "addmm": fastnn.addmm,
     "baddbmm": fastnn.baddbmm,
     "mv": fastnn.mv,
+    **{f"nn.functional.{name}": getattr(fF, name) for name in CONVS},
 }
 ELEMENTWISE = ("nn.functional.relu", "nn.functional.gelu", "nn.functional.silu", "sigmoid", "tanh")
 ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
@@ -40,12 +44,23 @@ def samples(name, dtype, requires_grad=False):
 
 
 def magnitude_of(op, sample, exact):
+    if "max_pool" in op.name:
+        return exact.abs()
     if op.name in ELEMENTWISE:
         return torch.maximum(sample.input.detach().double().abs(), exact.abs())
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
 
 
-def terms_of(sample):
+def values_and_indices(result):
+    """The two results of a maximum with indices; of everything else the result, and None."""
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def terms_of(op, sample):
+    if op.name.removeprefix("nn.functional.") in CONVS:
+        # The channels that a result is a sum over, all groups of them, and the taps.
+        weight = sample.args[0]
+        return 2 + weight.numel() // weight.shape["transpose" in op.name]
     tensors = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
     return 8 + 2 * max((size for t in tensors for size in t.shape), default=1)
 
@@ -54,13 +69,17 @@ def terms_of(sample):
 def test_samples(name, dtype):
     op, count = ENTRIES[name], 0
     for sample in samples(name, dtype):
-        result = OURS[name](sample.input, *sample.args, **sample.kwargs)
-        torchs = op.op(sample.input, *sample.args, **sample.kwargs)
+        result, indices = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))
+        torchs, expected = values_and_indices(op.op(sample.input, *sample.args, **sample.kwargs))
+        assert (indices is None) == (expected is None)
+        if indices is not None:
+            assert torch.equal(indices, expected)
+            assert indices.stride() == expected.stride()
         assert result.shape == torchs.shape
         assert result.stride() == torchs.stride()
         assert result.dtype == torchs.dtype
-        exact = op.op(double(sample.input), *double(sample.args), **double(sample.kwargs))
-        assert_within(result, exact, magnitude_of(op, sample, exact), terms_of(sample))
+        exact, _ = values_and_indices(op.op(double(sample.input), *double(sample.args), **double(sample.kwargs)))
+        assert_within(result, exact, magnitude_of(op, sample, exact), terms_of(op, sample))
         count += 1
     assert count
 
@@ -75,8 +94,8 @@ def test_gradients_of_samples(name, dtype):
         wide = [double(t).requires_grad_() for t in inputs]
         wide_args = iter(wide[1:])
         args = [next(wide_args) if isinstance(a, torch.Tensor) else a for a in sample.args]
-        result = OURS[name](sample.input, *sample.args, **sample.kwargs)
-        exact = op.op(wide[0], *args, **double(sample.kwargs))
+        result, _ = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))
+        exact, _ = values_and_indices(op.op(wide[0], *args, **double(sample.kwargs)))
         if not exact.requires_grad:
             assert not result.requires_grad
             continue
@@ -105,7 +124,8 @@ def test_errors(name):
         assert type(ours.value) is error.error_type
 
 
-@pytest.mark.parametrize("name", [n for n in OURS if ENTRIES[n].supports_out])
+# avg_pool2d takes an out= that its documentation does not have.
+@pytest.mark.parametrize("name", [n for n in OURS if ENTRIES[n].supports_out and "pool" not in n])
 def test_out(name):
     op = ENTRIES[name]
     for sample in samples(name, torch.float32):
@@ -127,7 +147,20 @@ def test_signatures():
     import inspect
 
     assert str(inspect.signature(fF.relu)).replace("'", "").startswith("(input: Tensor, inplace: bool = False)")
-    for ours, torchs in ((fF.relu, F.relu), (fF.silu, F.silu)):
+    # torch's convolutions are builtins, whose signatures are known by their docstrings.
+    for name in CONVS:
+        parameters = [
+            str(p).split(":")[0] + f"={p.default}" for p in inspect.signature(getattr(fF, name)).parameters.values()
+        ]
+        theirs = getattr(F, name).__doc__.split("(", 1)[1].split(")")[0]
+        defaults = [p if "=" in p else f"{p}={inspect.Parameter.empty}" for p in theirs.split(", ")]
+        assert parameters == defaults, name
+    adaptive = [(getattr(fF, name), getattr(F, name)) for name in POOLS if name.startswith("adaptive_")]
+    for ours, torchs in (
+        (fF.relu, F.relu),
+        (fF.silu, F.silu),
+        *[pair for pair in adaptive if inspect.isfunction(pair[1])],
+    ):
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(torchs).parameters)
     x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
     torch.testing.assert_close(fF.linear(input=x, weight=w, bias=b), F.linear(input=x, weight=w, bias=b))

@@ -307,3 +307,101 @@ def test_the_dlpack_table_is_used():
     with torch.autograd.forward_ad.dual_level():
         assert product(x, x) is None
     torch.func.vmap(lambda row: row if product(x, x) is None else pytest.fail("under vmap"))(x)
+
+
+# ---- convolutions ------------------------------------------------------------------------------------------------
+
+# Shapes of input and weight, and options: many positions and few, grouped, depthwise, strided, pointwise, transposed.
+CONVOLUTIONS = [
+    ("conv2d", (3, 16, 23, 19), (33, 16, 3, 3), {"padding": 1}),
+    ("conv2d", (2, 65, 7, 7), (130, 65, 1, 1), {}),
+    ("conv2d", (4, 24, 12, 11), (24, 1, 3, 3), {"padding": 1, "groups": 24, "stride": 2}),
+    ("conv2d", (2, 12, 14, 9), (18, 4, 5, 3), {"groups": 3, "dilation": 2}),
+    ("conv1d", (3, 40, 301), (31, 40, 5), {"stride": 2, "padding": 2}),
+    ("conv3d", (2, 5, 6, 9, 8), (17, 5, 3, 3, 3), {"padding": 1}),
+    ("conv_transpose2d", (3, 17, 9, 11), (17, 20, 4, 4), {"stride": 2, "padding": 1}),
+]
+
+
+def convolve(name, x_shape, w_shape, options, dtype, channels_last=False):
+    """Result and gradients, of numbers that the shape decides."""
+    generator = torch.Generator().manual_seed(sum(x_shape))
+    filters = w_shape[1] if "transpose" in name else w_shape[0]
+    x, w, b = (torch.randn(s, generator=generator).to(dtype) for s in (x_shape, w_shape, (filters,)))
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    y = getattr(fF, name)(*inputs, **options)
+    return (y, *torch.autograd.grad(y, inputs, torch.randn(y.shape, generator=generator).to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_convolutions_give_the_same_bits_on_any_number_of_threads(isa, dtype, use_isa, no_fallback):
+    use_isa(isa)
+    for case in CONVOLUTIONS:
+        for channels_last in (False, True):
+            runs = []
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                runs.append(convolve(*case, dtype, channels_last))
+            for run in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True)), (case, channels_last)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_convolutions_are_batch_invariant(isa, dtype, use_isa):
+    """An image's bits do not depend on how many others are in the batch, nor do those of its gradient."""
+    use_isa(isa)
+    for name, (_, *rest), w_shape, options in CONVOLUTIONS:
+        w = torch.randn(w_shape).to(dtype)
+        for channels_last in (False, True):
+            x = torch.randn(9, *rest).to(dtype)
+            if channels_last and x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            x.requires_grad_()
+            with fastnn.batch_invariant():
+                whole = getattr(fF, name)(x, w, None, **options)
+                direction = torch.randn_like(whole)
+                (gradient,) = torch.autograd.grad(whole, x, direction)
+                for first, last in ((0, 1), (4, 6), (2, 9)):
+                    part = x.detach()[first:last].requires_grad_()
+                    result = getattr(fF, name)(part, w, None, **options)
+                    assert torch.equal(result, whole[first:last]), (name, first, last)
+                    (some,) = torch.autograd.grad(result, part, direction[first:last])
+                    assert torch.equal(some, gradient[first:last]), (name, first, last)
+
+
+def test_convolutions_from_sixteen_threads_at_once():
+    expected = [convolve(*case, torch.float32) for case in CONVOLUTIONS]
+    start = threading.Barrier(16)
+
+    def work(seed):
+        torch.set_num_threads(1 + seed % 2)
+        start.wait()
+        for i in range(4):
+            which = (seed + i) % len(CONVOLUTIONS)
+            found = convolve(*CONVOLUTIONS[which], torch.float32)
+            if not all(torch.equal(a, b) for a, b in zip(found, expected[which], strict=True)):
+                return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(work, range(16)))
+
+
+def test_convolutions_by_the_reference(no_fallback):
+    """``backend("reference")`` is the formula, gradients and all, and leaves the way of the kernels."""
+    for name, x_shape, w_shape, options in CONVOLUTIONS:
+        leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (x_shape, w_shape)]
+        with fastnn.backend("reference"):
+            _cpu.reset_counters()
+            y = getattr(fF, name)(*leaves, **options)
+            assert type(y.grad_fn).__name__ != "convolutionBackward"
+            found = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            assert not any(_cpu.counters().values())
+        z = getattr(F, name)(*leaves, **options)
+        torch.testing.assert_close(y, z)
+        for a, b in zip(found, torch.autograd.grad(z, leaves, torch.ones_like(z)), strict=True):
+            torch.testing.assert_close(a, b)

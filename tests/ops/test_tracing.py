@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -49,6 +50,46 @@ OPCHECKS = {
         (randn(3, 4, grad=g), randn(3, 4, grad=g), "tanh"),
     ),
 }
+
+
+LAST = torch.channels_last
+OPCHECKS.update(
+    {
+        "convolution": lambda g: (
+            op("convolution"),
+            (randn(2, 4, 6, 5, grad=g), randn(6, 2, 3, 2, grad=g), randn(6, grad=g), [2, 1], [1, 0], [1, 2], 2),
+        ),
+        "convolution channels-last": lambda g: (
+            op("convolution"),
+            (last(2, 4, 6, 5, grad=g), last(3, 4, 3, 3, grad=g), None, [1, 1], [1, 1], [1, 1], 1),
+        ),
+        "convolution 3-d channels-last": lambda g: (
+            op("convolution"),
+            (last(1, 2, 3, 4, 5, grad=g), randn(3, 2, 2, 2, 2, grad=g), None, [1] * 3, [0] * 3, [1] * 3, 1),
+        ),
+        "convolution_input": lambda g: (
+            op("convolution_input"),
+            (randn(2, 4, 5, grad=g), randn(4, 3, 3, grad=g), randn(3, grad=g), [10], [2], [1], [1], 1),
+        ),
+        "convolution_input channels-last": lambda g: (
+            op("convolution_input"),
+            (last(2, 4, 5, 4, grad=g), randn(4, 3, 3, 2, grad=g), None, [5, 5], [1, 1], [1, 0], [1, 1], 1),
+        ),
+        "convolution_weight": lambda g: (
+            op("convolution_weight"),
+            (randn(2, 4, 3, 4, grad=g), randn(2, 6, 5, 5, grad=g), [3, 2], [2, 1], [1, 0], [1, 1], 2, False),
+        ),
+        "convolution_weight channels-last": lambda g: (
+            op("convolution_weight"),
+            (last(2, 4, 3, 4, grad=g), last(2, 6, 5, 5, grad=g), [3, 2], [2, 1], [1, 0], [1, 1], 2, True),
+        ),
+    }
+)
+
+
+def last(*shape, grad=False):
+    order = LAST if len(shape) == 4 else torch.channels_last_3d
+    return randn(*shape).contiguous(memory_format=order).requires_grad_(grad)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
@@ -229,6 +270,9 @@ CASTS = {
     "mv": (fastnn.mv, torch.mv, [(3, 4), (4,)]),
     "bilinear": (fF.bilinear, F.bilinear, [(3, 4), (3, 5), (2, 4, 5), (2,)]),
     "gelu": (fF.gelu, F.gelu, [(3, 4)]),
+    "conv1d": (fF.conv1d, F.conv1d, [(2, 3, 7), (4, 3, 3), (4,)]),
+    "conv2d": (fF.conv2d, F.conv2d, [(2, 3, 5, 4), (4, 3, 3, 2), (4,)]),
+    "conv_transpose2d": (fF.conv_transpose2d, F.conv_transpose2d, [(2, 3, 5, 4), (3, 4, 3, 2), (4,)]),
 }
 
 
@@ -263,3 +307,147 @@ def test_autocast_mixes_dtypes():
             assert fF.linear(randn(3, 4), randn(5, 4)).dtype is torch.float32
         out = torch.empty(3, 5)
         assert fastnn.mm(randn(3, 4), randn(4, 5), out=out).dtype is torch.float32
+
+
+# ---- convolutions ------------------------------------------------------------------------------------------------
+
+
+def cnn(f):
+    def run(x, w, v, b, u):
+        y = f.relu(f.conv2d(x, w, b, stride=2, padding=1))
+        y = f.conv2d(y, v, padding="same", dilation=2, groups=2)
+        y = f.conv_transpose2d(y, w, stride=2, output_padding=1)
+        z = f.conv1d(y.flatten(2), u, padding=2).mean()
+        return z + f.conv3d(y[:, None], v[:1, :1, None]).square().mean()
+
+    return run
+
+
+def cnn_arguments(n=2, h=8, w=6, channels_last=False):
+    shapes = ((n, 3, h, w), (4, 3, 3, 3), (4, 2, 3, 2), (4,), (2, 3, 3))
+    tensors = [0.5 * randn(*shape) for shape in shapes]
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=LAST)
+    return tuple(t.requires_grad_() for t in tensors)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_convolutions(dynamic, grad, no_fallback):
+    """Batch and sizes change between the calls of one graph where it is dynamic."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(cnn(fF), fullgraph=True, dynamic=dynamic, backend=count)
+    # Sizes that no weight has: one symbol stands for equal ones.
+    for sizes in ((5, 8, 7), (6, 8, 7), (6, 11, 9)) if dynamic else ((5, 8, 7),):
+        inputs = cnn_arguments(*sizes)
+        with torch.set_grad_enabled(grad):
+            result, expected = compiled(*inputs), cnn(F)(*inputs)
+        close(result, expected)
+        if grad:
+            for a, b in zip(torch.autograd.grad(result, inputs), torch.autograd.grad(expected, inputs), strict=True):
+                close(a, b)
+    assert len(graphs) == 1
+    assert {"fastnn.convolution", "fastnn.convolution_input"} <= {str(n.target) for n in graphs[0].graph.nodes}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_compile_convolutions_with_inductor(channels_last, no_fallback):
+    torch._dynamo.reset()
+    inputs = cnn_arguments(channels_last=channels_last)
+    result, expected = torch.compile(cnn(fF), fullgraph=True)(*inputs), cnn(F)(*inputs)
+    close(result, expected)
+    for a, b in zip(torch.autograd.grad(result, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_convolutions(strict, no_fallback):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = fastnn.nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect")
+            self.two = fastnn.nn.ConvTranspose2d(4, 2, 2, stride=2)
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    model = Model()
+    shapes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(model, (randn(3, 3, 8, 6),), dynamic_shapes=shapes, strict=strict)
+    assert "fastnn.convolution" in str(program.graph)
+    x = randn(5, 3, 8, 6)
+    close(program.module()(x), model(x))
+    close(program.run_decompositions().module()(x), model(x))
+
+
+@pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=["", "input", "weight"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+)
+def test_meta_and_fake_convolutions(name, formats, no_fallback):
+    """Shape, strides and dtype are those of a call with data."""
+    rank = int(name[-2])
+    ours = getattr(fF, name)
+    for batch, dtype in ((2, torch.float32), (1, torch.float32), (2, torch.float64)):
+        x, w = randn(batch, 4, *(5, 6, 7)[:rank], dtype=dtype), randn(4, 4, *(3, 2, 3)[:rank], dtype=dtype)
+        order = (None, None, LAST, torch.channels_last_3d)[rank]
+        if order:
+            x = x.contiguous(memory_format=order) if formats[0] else x
+            w = w.contiguous(memory_format=order) if formats[1] else w
+        expected = ours(x, w, padding=1)
+        meta = ours(x.to("meta"), w.to("meta"), padding=1)
+        assert (meta.shape, meta.dtype, meta.is_meta) == (expected.shape, expected.dtype, True)
+        if rank < 3:  # what torch would choose in three dimensions is not known without the CPU's tensors
+            assert meta.stride() == expected.stride()
+        with FakeTensorMode() as mode:
+            fake = ours(mode.from_tensor(x), mode.from_tensor(w), padding=1)
+        assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tracers_of_convolutions(grad, no_fallback):
+    """... which go on where gradients are off."""
+    inputs = (randn(2, 3, 5, 4), randn(4, 3, 3, 2), randn(4))
+    with torch.set_grad_enabled(grad):
+        graph = make_fx(lambda x, w, b: fF.conv2d(x, w, b))(*inputs)
+        assert "fastnn.convolution" in str(graph.graph)
+        close(graph(*inputs), F.conv2d(*inputs))
+        traced = torch.jit.trace(lambda x, w, b: fF.conv2d(x, w, b), inputs)
+        assert "fastnn::convolution" in str(traced.graph)
+        other = (randn(3, 3, 6, 5), *inputs[1:])
+        close(traced(*other), F.conv2d(*other))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_of_a_transposed_convolution_holds_for_other_sizes():
+    traced = torch.jit.trace(lambda x, w: fF.conv_transpose2d(x, w), (randn(2, 3, 5, 4), randn(3, 4, 2, 2)))
+    x, w = randn(3, 3, 7, 2), randn(3, 4, 2, 2)
+    close(traced(x, w), F.conv_transpose2d(x, w))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_of_convolutions(reentrant, no_fallback):
+    x, w = randn(2, 3, 5, 4, grad=True), randn(3, 3, 3, 2, grad=True)
+
+    def run(f):
+        return lambda x, w: f.conv_transpose2d(f.relu(f.conv2d(x, w)), w)
+
+    found = _backward(checkpoint(run(fF), x, w, use_reentrant=reentrant), x, w)
+    for a, b in zip(found, _backward(run(F)(x, w), x, w), strict=True):
+        close(a, b)
+
+
+def test_autocast_of_convolutions_leaves_float64_alone_and_mixes():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fF.conv2d(randn(2, 3, 5, 4).bfloat16(), randn(4, 3, 3, 2), randn(4))
+        assert y.dtype is torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert fF.conv2d(randn(2, 3, 5, 4), randn(4, 3, 3, 2)).dtype is torch.float32

@@ -136,7 +136,8 @@ def test_unknown_names():
 @pytest.mark.parametrize("name", sorted(bench.benchmarks()))
 def test_every_benchmark_runs_at_a_small_shape(name):
     the = bench.benchmark(name)
-    shape = tuple(32 for _ in the.axes.split("x"))
+    axes = the.axes.split("x")
+    shape = tuple(32 if len(axes) < 5 else 4 for _ in axes)
     for dtype in the.dtypes:
         (result,) = bench.run(the, [shape], [dtype], seconds=0.01)
         assert result.rate > 0

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, gemm
+from . import activations, conv, gemm, pool
 from .benchmark import (
     Benchmark,
     Problem,
@@ -29,8 +29,10 @@ __all__ = [
     "benchmark",
     "benchmarks",
     "compare",
+    "conv",
     "gemm",
     "parse_shape",
+    "pool",
     "quartiles",
     "register",
     "run",

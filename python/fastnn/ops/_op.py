@@ -107,7 +107,8 @@ class Op:
 
     def __call__(self, *args: Any, where: str | None = None) -> Result:
         """Raises :class:`fastnn.ops._route.Unsupported` where the call is torch's, unless ``where`` is given."""
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        # Integers that go along with them (positions, lengths) decide nothing.
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
         if where is None:
             # In a backward most often nothing looks on.
             where = EAGER if is_straight(*tensors) else route(self.name, *tensors)

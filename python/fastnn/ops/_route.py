@@ -91,6 +91,9 @@ def is_straight(*tensors: Tensor) -> bool:
         not is_dynamo_compiling()
         and not is_grad_enabled()
         and not functorch_active()
+        # Both go on where gradients are off.
+        and forward_ad._current_level < 0
+        and tracing_state() is None
         and dispatch_modes() == 0
         and _state.settings().backend != "reference"
         and all(

@@ -7,7 +7,8 @@ transposed convolution is the gradient of this by its input.
 Shapes: input (N, C, *spatial) or (C, *spatial); weight (M, C / groups, *kernel), transposed (C, M / groups, *kernel); bias
 (M). float32, float64, bfloat16 or float16, one dtype for all, any strides (weights that are neither contiguous nor
 channels-last are copied), accumulated in float32 (float64 for float64) and rounded once. float32 obeys
-``torch.get_float32_matmul_precision()``. The result is channels-last where input or weight is, as torch's. Complex and
+``torch.get_float32_matmul_precision()``. The zeros around an input are multiplied as if they were part of it: an infinity
+or NaN in a weight gives NaN there, in the transposed convolutions and gradients too, where torch may not. The result is channels-last where input or weight is, as torch's. Complex and
 integer tensors, sparse ones and other devices go to torch. Bad input raises what torch raises: RuntimeError for shapes,
 dtypes and devices, TypeError for what is no tensor.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
 from ._op import Op
-from ._route import Unsupported, autocast, describe, fall_back, is_straight, resolve
+from ._route import Unsupported, autocast, describe, fall_back, is_straight, resolve, tracing_state
 
 _Numbers = int | Sequence[int]
 
@@ -204,6 +205,8 @@ def _conv(
         else:
             pads = _numbers("padding", padding, rank, 0)
         for d in range(rank):
+            if input.shape[d - rank] == 0:
+                raise Unsupported(f"input: expected spatial sizes of at least 1, got {describe('input', input)}")
             if x.shape[d - rank] + 2 * pads[d] < dilations[d] * (kernel[d] - 1) + 1:
                 raise Unsupported(
                     f"weight: expected a kernel no larger than the padded input, got {describe('input', input)}, "
@@ -231,18 +234,27 @@ def _transposed(
     dilation: Any,
 ) -> Tensor:
     try:
+        if tracing_state() is not None:
+            raise Unsupported("torch.jit.trace, in which the sizes of a result are no numbers")
         _check(input, weight, bias, rank, groups, True)
         strides = _numbers("stride", stride, rank, 1)
         pads = _numbers("padding", padding, rank, 0)
         extra = _numbers("output_padding", output_padding, rank, 0)
         dilations = _numbers("dilation", dilation, rank, 1)
         for d in range(rank):
-            # Beyond the stride there is no convolution of which this is the transpose.
-            if extra[d] >= strides[d]:
-                raise Unsupported(f"output_padding: expected less than the stride, got {output_padding!r}, {stride!r}")
+            if extra[d] >= max(strides[d], dilations[d]):
+                raise Unsupported(
+                    f"output_padding: expected less than the stride or the dilation, got {output_padding!r}, "
+                    f"{stride!r}, {dilation!r}"
+                )
         x, w, b = _one_dtype(input, weight, bias)
         batched = x.dim() == rank + 2
         x = x if batched else x.unsqueeze(0)
+        if any(e >= s for e, s in zip(extra, strides, strict=True)):
+            # A convolution of which this is the transpose has as many positions more; nothing came from them.
+            more = [n for e, s in zip(reversed(extra), reversed(strides), strict=True) for n in (0, e // s)]
+            x = torch.nn.functional.pad(x, more)
+            extra = [e % s for e, s in zip(extra, strides, strict=True)]
         size = [
             (x.shape[2 + d] - 1) * strides[d] - 2 * pads[d] + dilations[d] * (w.shape[2 + d] - 1) + extra[d] + 1
             for d in range(rank)
@@ -318,7 +330,8 @@ def _forward_fake(
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(x.dim() - 2)
     ]
-    return _fake_layout(x, (x.shape[0], w.shape[0], *spatial), kernels.is_channels_last(x, w))
+    channels_last = kernels.gives_channels_last(x, w, False, stride, padding, dilation, groups)
+    return _fake_layout(x, (x.shape[0], w.shape[0], *spatial), channels_last)
 
 
 def _forward_save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> tuple[Tensor | None, ...]:
@@ -378,7 +391,8 @@ def _forward_vmap(
 def _input_fake(
     y: Tensor, w: Tensor, b: Tensor | None, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    return _fake_layout(y, (y.shape[0], w.shape[1] * groups, *size), kernels.is_channels_last(y, w))
+    channels_last = kernels.gives_channels_last(y, w, True, stride, padding, dilation, groups)
+    return _fake_layout(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
 
 
 def _input_save(ctx: Any, args: tuple[Any, ...], x: Tensor) -> tuple[Tensor | None, ...]:

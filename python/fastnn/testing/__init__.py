@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, gemm
+from . import activations, conv, gemm, pool
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -30,9 +30,11 @@ __all__ = [
     "activations",
     "case",
     "cases",
+    "conv",
     "gamma",
     "gemm",
     "poisoned",
+    "pool",
     "register",
     "relative_error",
     "roundoff",

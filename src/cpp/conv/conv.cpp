@@ -13,6 +13,7 @@
 #include "conv/depthwise.hpp"
 #include "conv/patches.hpp"
 #include "conv/phases.hpp"
+#include "conv/winograd.hpp"
 
 namespace fastnn {
 
@@ -245,8 +246,10 @@ void conv_forward(const Conv& c) {
     }
     return;
   }
+  if (is_winograd(c, c.x, c.y) && winograd_forward(c)) return;
   const bool outer = channels_outer(c.w);
-  if (!outer && !channels_inner(c.w))
+  const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
+  if (apart || (!outer && !channels_inner(c.w)))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
   for_groups(c, [&](int64_t group, int threads) {
     Patches p =
@@ -277,6 +280,7 @@ void conv_input(const Conv& c) {
     }
     return;
   }
+  if (is_winograd(c, c.y, c.x) && winograd_input(c)) return;
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
     phases[d] =
@@ -327,9 +331,9 @@ void conv_weight(const Conv& c) {
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
     p.channels_inner = (c.x.stride[1] == 1 && channels > 1) || !channels_outer(c.w);
     Gemm g;
-    g.m = rows, g.n = p.depth(), g.k = p.positions();
-    g.segments = c.y.size[0];
-    if (!flat(y, g.a.cs)) throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    g.m = rows, g.n = p.depth();
+    if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
+    if (!flat(y, g.a.cs) && c.y.count()) throw std::invalid_argument("conv: y: expected evenly spaced positions");
     g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
     g.a.type = g.b.type = g.c.type = c.type;
     g.c.data = c.w.data + group * rows * c.w.stride[0] * size;

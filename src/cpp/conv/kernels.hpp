@@ -44,6 +44,13 @@ struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
   TransposeFn transpose[3];
   DepthwiseKernels depthwise[4];  // by DType
+  // See winograd.inl.
+  void (*winograd_input)(const float* even, const float* odd, int64_t row, float* u,
+                         int64_t position, int64_t tiles, float* sums, int64_t sums_row,
+                         int64_t columns);
+  void (*winograd_filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
+  bool (*winograd_output)(const float* m, int64_t position, int64_t row, float* y, int64_t y_row,
+                          int rows, int64_t tiles);
 };
 constexpr int size_index(int64_t bytes) { return bytes == 2 ? 0 : bytes == 4 ? 1 : 2; }
 

@@ -2,6 +2,7 @@
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "conv/depthwise.inl"
 #include "conv/kernels.hpp"
+#include "conv/winograd.inl"
 #include "isa/vec.hpp"
 #if FASTNN_TARGET_ID == 2
 #include "isa/transpose_avx512.hpp"
@@ -186,6 +187,9 @@ constexpr TransposeFn transposes[] = {transpose<uint16_t>, transpose<uint32_t>,
 static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {transposes[0], transposes[1], transposes[2]},
                                   {depthwise_kernels<float>, depthwise_kernels<double>,
-                                   depthwise_kernels<bf16>, depthwise_kernels<f16>}};
+                                   depthwise_kernels<bf16>, depthwise_kernels<f16>},
+                                  winograd_input,
+                                  winograd_filter,
+                                  winograd_output};
 
 }  // namespace fastnn::FASTNN_TARGET

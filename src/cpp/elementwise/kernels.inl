@@ -55,31 +55,6 @@ static FASTNN_INLINE V backward_value(V grad, V saved) {
     return Compute<T>::template backward_of<kind>(grad, saved);
 }
 
-// Stores around the caches; p is aligned to the vector.
-#if FASTNN_TARGET_ID == 2
-static FASTNN_INLINE void stream(float* p, VecF32 v) { _mm512_stream_ps(p, v.r); }
-static FASTNN_INLINE void stream(double* p, VecF64 v) { _mm512_stream_pd(p, v.r); }
-template <class H>
-static FASTNN_INLINE void stream(H* p, VecF32 v) {
-  _mm256_stream_si256((__m256i*)p, v.to(H()));
-}
-static FASTNN_INLINE void end_stream() { _mm_sfence(); }
-#elif FASTNN_TARGET_ID == 1
-static FASTNN_INLINE void stream(float* p, VecF32 v) { _mm256_stream_ps(p, v.r); }
-static FASTNN_INLINE void stream(double* p, VecF64 v) { _mm256_stream_pd(p, v.r); }
-template <class H>
-static FASTNN_INLINE void stream(H* p, VecF32 v) {
-  _mm_stream_si128((__m128i*)p, v.to(H()));
-}
-static FASTNN_INLINE void end_stream() { _mm_sfence(); }
-#else
-template <class T, class V>
-static FASTNN_INLINE void stream(T* p, V v) {
-  v.store(p);
-}
-static FASTNN_INLINE void end_stream() {}
-#endif
-
 // out[i] = f(i-th vector), where f(i, n) loads n lanes, or all with n = width.
 template <class T, class V, class F>
 static FASTNN_INLINE void fill(T* out, int64_t n, bool around_caches, F f) {

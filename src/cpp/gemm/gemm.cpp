@@ -221,6 +221,10 @@ void gemm(const Gemm& in) {
   }
 }
 
+const Kernel& exact_kernel(DType type) {
+  return *find_kernel({type, type, Precision::highest, int64_t(1) << 40, false, true});
+}
+
 void gemm_panels(const Gemm& g, int threads) {
   if (g.m == 0 || g.n == 0) return;
   // A split product pays from about as many rows on as in run_one.

@@ -108,6 +108,9 @@ double amx_peak(const char*, int64_t);
 
 double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
+// The kernel of this type that is no split product, on the active instruction set.
+const Kernel& exact_kernel(DType type);
+
 // driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
 // split one and packing noticed what it cannot represent: C is then not what it should be, and to
 // be computed again. See split_refused.

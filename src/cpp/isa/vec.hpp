@@ -10,7 +10,10 @@
 //   V::load_partial(p, n), v.store_partial(p, n)  first n lanes, 0 <= n <= width; the rest load as
 //                                               0, and memory beyond p[n-1] is not touched
 //   + - * /, fma(a,b,c) = a*b+c, max, min (the second operand where one is NaN), abs, neg, round
-//   (to nearest even), sqrt, lt/le/eq/is_nan -> V::Mask, select(mask, yes, no)
+//   (to nearest even), sqrt, lt/le/eq/is_nan -> V::Mask, either(mask, mask), select(mask, yes, no)
+//   even_odd(a, b, even, odd)                   every second element of a and b together, and back:
+//   zip(even, odd, a, b)
+//   stream(p, v), p aligned to the vector: a store around the caches; end_stream() after the last
 #pragma once
 #include "common/dtype.hpp"
 
@@ -172,6 +175,36 @@ FASTNN_INLINE VecF64 select(__mmask8 m, VecF64 yes, VecF64 no) {
 }
 FASTNN_INLINE double reduce_add(VecF64 a) { return _mm512_reduce_add_pd(a.r); }
 
+FASTNN_INLINE __mmask16 either(__mmask16 a, __mmask16 b) { return __mmask16(a | b); }
+FASTNN_INLINE void even_odd(VecF32 a, VecF32 b, VecF32& even, VecF32& odd) {
+  const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = {_mm512_permutex2var_ps(a.r, i, b.r)};
+  odd = {_mm512_permutex2var_ps(a.r, _mm512_or_si512(i, _mm512_set1_epi32(1)), b.r)};
+}
+FASTNN_INLINE void zip(VecF32 even, VecF32 odd, VecF32& a, VecF32& b) {
+  const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = {_mm512_permutex2var_ps(even.r, i, odd.r)};
+  b = {_mm512_permutex2var_ps(even.r, _mm512_add_epi32(i, _mm512_set1_epi32(8)), odd.r)};
+}
+FASTNN_INLINE void even_odd(VecF64 a, VecF64 b, VecF64& even, VecF64& odd) {
+  const __m512i i = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  even = {_mm512_permutex2var_pd(a.r, i, b.r)};
+  odd = {_mm512_permutex2var_pd(a.r, _mm512_or_si512(i, _mm512_set1_epi64(1)), b.r)};
+}
+FASTNN_INLINE void zip(VecF64 even, VecF64 odd, VecF64& a, VecF64& b) {
+  const __m512i i = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  a = {_mm512_permutex2var_pd(even.r, i, odd.r)};
+  b = {_mm512_permutex2var_pd(even.r, _mm512_add_epi64(i, _mm512_set1_epi64(4)), odd.r)};
+}
+
+FASTNN_INLINE void stream(float* p, VecF32 v) { _mm512_stream_ps(p, v.r); }
+FASTNN_INLINE void stream(double* p, VecF64 v) { _mm512_stream_pd(p, v.r); }
+template <class H>
+FASTNN_INLINE void stream(H* p, VecF32 v) {
+  _mm256_stream_si256((__m256i*)p, v.to(H()));
+}
+FASTNN_INLINE void end_stream() { _mm_sfence(); }
+
 // For math.hpp. ldexp(a, n) = a 2^n for integral n, rounded once, through subnormals to 0 and to
 // infinity. The two halves of a float32 vector in float64, and back with one rounding.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) { return {_mm512_scalef_ps(a.r, n.r)}; }
@@ -313,6 +346,42 @@ FASTNN_INLINE double reduce_add(VecF64 a) {
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
+FASTNN_INLINE VecF32::Mask either(VecF32::Mask a, VecF32::Mask b) {
+  return {_mm256_or_ps(a.m, b.m)};
+}
+FASTNN_INLINE VecF64::Mask either(VecF64::Mask a, VecF64::Mask b) {
+  return {_mm256_or_pd(a.m, b.m)};
+}
+FASTNN_INLINE __m256 middle_swapped(__m256 a) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
+}
+FASTNN_INLINE void even_odd(VecF32 a, VecF32 b, VecF32& even, VecF32& odd) {
+  even = {middle_swapped(_mm256_shuffle_ps(a.r, b.r, 0x88))};
+  odd = {middle_swapped(_mm256_shuffle_ps(a.r, b.r, 0xdd))};
+}
+FASTNN_INLINE void zip(VecF32 even, VecF32 odd, VecF32& a, VecF32& b) {
+  const __m256 low = _mm256_unpacklo_ps(even.r, odd.r), high = _mm256_unpackhi_ps(even.r, odd.r);
+  a = {_mm256_permute2f128_ps(low, high, 0x20)};
+  b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+FASTNN_INLINE void even_odd(VecF64 a, VecF64 b, VecF64& even, VecF64& odd) {
+  even = {_mm256_permute4x64_pd(_mm256_unpacklo_pd(a.r, b.r), 0xd8)};
+  odd = {_mm256_permute4x64_pd(_mm256_unpackhi_pd(a.r, b.r), 0xd8)};
+}
+FASTNN_INLINE void zip(VecF64 even, VecF64 odd, VecF64& a, VecF64& b) {
+  const __m256d low = _mm256_unpacklo_pd(even.r, odd.r), high = _mm256_unpackhi_pd(even.r, odd.r);
+  a = {_mm256_permute2f128_pd(low, high, 0x20)};
+  b = {_mm256_permute2f128_pd(low, high, 0x31)};
+}
+
+FASTNN_INLINE void stream(float* p, VecF32 v) { _mm256_stream_ps(p, v.r); }
+FASTNN_INLINE void stream(double* p, VecF64 v) { _mm256_stream_pd(p, v.r); }
+template <class H>
+FASTNN_INLINE void stream(H* p, VecF32 v) {
+  _mm_stream_si128((__m128i*)p, v.to(H()));
+}
+FASTNN_INLINE void end_stream() { _mm_sfence(); }
+
 // For math.hpp; see above. a 2^n in two steps, as 2^n alone may be out of range: the first is exact
 // for a near 1 and |n| up to twice the largest exponent.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) {
@@ -408,6 +477,20 @@ struct PortableVec {
   friend FASTNN_INLINE Mask le(PortableVec a, PortableVec b) { return {Bits(a.r <= b.r)}; }
   friend FASTNN_INLINE Mask eq(PortableVec a, PortableVec b) { return {Bits(a.r == b.r)}; }
   friend FASTNN_INLINE Mask is_nan(PortableVec a) { return {Bits(a.r != a.r)}; }
+  friend FASTNN_INLINE Mask either(Mask a, Mask b) { return {a.m | b.m}; }
+  friend FASTNN_INLINE void even_odd(PortableVec a, PortableVec b, PortableVec& even,
+                                     PortableVec& odd) {
+    for (int i = 0; i < Width; i++) {
+      even.r[i] = 2 * i < Width ? a.r[2 * i] : b.r[2 * i - Width];
+      odd.r[i] = 2 * i < Width ? a.r[2 * i + 1] : b.r[2 * i + 1 - Width];
+    }
+  }
+  friend FASTNN_INLINE void zip(PortableVec even, PortableVec odd, PortableVec& a, PortableVec& b) {
+    for (int i = 0; i < Width; i++) {
+      a.r[i] = i % 2 ? odd.r[i / 2] : even.r[i / 2];
+      b.r[i] = i % 2 ? odd.r[(i + Width) / 2] : even.r[(i + Width) / 2];
+    }
+  }
   friend FASTNN_INLINE PortableVec max(PortableVec a, PortableVec b) {
     return select(lt(b, a), a, b);
   }
@@ -436,6 +519,12 @@ struct PortableVec {
 };
 using VecF32 = PortableVec<float, int32_t, 4>;
 using VecF64 = PortableVec<double, int64_t, 2>;
+
+template <class T, class V>
+FASTNN_INLINE void stream(T* p, V v) {
+  v.store(p);
+}
+FASTNN_INLINE void end_stream() {}
 
 // For math.hpp; see above. NaN in n gives something arbitrary times a, which is NaN then as well.
 FASTNN_INLINE VecF32 ldexp(VecF32 a, VecF32 n) {

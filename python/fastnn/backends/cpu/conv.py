@@ -14,8 +14,28 @@ from . import ACTIVATION, DTYPE, empty, precision
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def gives_channels_last(
+    x: Tensor,
+    w: Tensor,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in three dimensions
+    that depends on which of its kernels torch would choose as well."""
+    if not is_channels_last(x, w):
+        return False
+    if x.dim() == 4 or x.is_meta:
+        return True
+    backend = torch._C._select_conv_backend(
+        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups, None
+    )
+    return torch._C._conv_determine_backend_memory_format(x, w, backend) is torch.channels_last_3d
+
+
 def is_channels_last(*tensors: Tensor) -> bool:
-    """Whether torch's convolution of these gives a result in channels-last: where one of them is."""
     return any(
         tensor.dim() > 3
         and (tensor.stride(1) == 1 or not tensor.is_contiguous())
@@ -48,9 +68,10 @@ def forward(
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(x.dim() - 2)
     ]
-    y = new(x, (x.shape[0], w.shape[0], *spatial), is_channels_last(x, w))
+    channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
+    y = new(x, (x.shape[0], w.shape[0], *spatial), channels_last)
     if residual is not None and residual.stride() != y.stride():
-        residual = new(x, y.shape, is_channels_last(x, w)).copy_(residual)
+        residual = new(x, y.shape, channels_last).copy_(residual)
     w = w if _has_dense_filters(w) else w.contiguous()
     _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual)
     return y
@@ -67,7 +88,8 @@ def input(
     groups: int,
 ) -> Tensor:
     """The gradient of x, of the spatial sizes ``size``, from that of y; with ``bias``, the transposed convolution."""
-    x = new(y, (y.shape[0], w.shape[1] * groups, *size), is_channels_last(y, w))
+    channels_last = gives_channels_last(y, w, True, stride, padding, dilation, groups)
+    x = new(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
     _call(_cpu.conv_input, x, w, y, stride, padding, dilation, groups, bias)
     return x
 
