@@ -45,6 +45,9 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.AdaptiveMaxPool1d: nn.AdaptiveMaxPool1d,
     torch.nn.AdaptiveMaxPool2d: nn.AdaptiveMaxPool2d,
     torch.nn.AdaptiveMaxPool3d: nn.AdaptiveMaxPool3d,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: nn.BatchNorm3d,
 }
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import _state, functional
@@ -26,6 +27,21 @@ def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
         return pool(**{**dict(zip(names, args, strict=False)), **kwargs, "return_indices": True})
 
     return call
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """``torch.batch_norm``, whose arguments have another order."""
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 #: What torch is asked for, and what answers. ``a @ b`` reaches a mode as ``Tensor.matmul``.
@@ -57,6 +73,8 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.max_pool1d: functional.max_pool1d,
     torch.max_pool2d: functional.max_pool2d,
     torch.max_pool3d: functional.max_pool3d,
+    F.batch_norm: functional.batch_norm,
+    torch.batch_norm: batch_norm,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -124,8 +142,8 @@ class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
-    ``gelu``, ``silu``, ``sigmoid``, ``tanh`` and the pools (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in
-    one to three dimensions);
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
+    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
     ``torch.matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

@@ -87,7 +87,8 @@ def test_replaces_the_class_and_nothing_else():
 
 
 def test_every_class_of_the_table_goes_there_and_back():
-    arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5)}
+    norms = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (3,))
+    arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5), **norms}
     arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
@@ -176,6 +177,7 @@ REASONS = {
     "own parameters": (Scaled, "does not know what it computes with its parameters"),
     "own computation": (Squared, "does not know what it computes"),
     "no such layer": (lambda: nn.PReLU(), "fastnn has no PReLU"),
+    "synchronized": (lambda: nn.SyncBatchNorm(3), "fastnn has no SyncBatchNorm"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64 parameters"),
     "attention's projection": (
         lambda: nn.MultiheadAttention(4, 2).out_proj,
@@ -258,7 +260,7 @@ def test_convolutions_are_reported_converted_and_reverted(no_fallback):
 
 def test_report_before_and_after():
     fastnn._state.reset_fallbacks()  # the report lists them
-    model = nn.Sequential(network(), nn.BatchNorm1d(4))
+    model = nn.Sequential(network(), nn.LSTM(4, 4))
     before = fastnn.report(model)
     assert [row.status for row in before.rows] == ["available"] * 5 + ["kept"]
     assert "fastnn runs 0 of 6 modules" in str(before)
@@ -271,7 +273,7 @@ def test_report_before_and_after():
     assert sum(row.parameters for row in after.rows) == sum(p.numel() for p in model.parameters())
     text = str(after)
     assert "fastnn runs 5 of 6 modules" in text
-    assert "fastnn has no BatchNorm1d" in text
+    assert "fastnn has no LSTM" in text
     assert str(fastnn.report(nn.Sequential())) == "fastnn runs 0 of 0 modules"
 
 

@@ -53,6 +53,12 @@ CALLS = {
     },
     "linear": [lambda x: F.linear(x, x), lambda x: F.linear(x, x, bias=x[0]), lambda x: torch.nn.Linear(5, 3)(x)],
     "bilinear": [lambda x: F.bilinear(x, x, torch.ones(2, 5, 5))],
+    "batch_norm": [
+        lambda x: F.batch_norm(x, x[0].clone(), x[1].abs()),
+        lambda x: F.batch_norm(x, None, None, x[0], training=True),
+        lambda x: torch.batch_norm(x, x[0], x[1], None, None, True, 0.1, 1e-5, False),
+        torch.nn.BatchNorm1d(5),
+    ],
     "relu": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x.clone(), inplace=True)],
     "gelu": [F.gelu, lambda x: F.gelu(x, approximate="tanh")],
     "silu": [F.silu, lambda x: F.silu(x.clone(), inplace=True)],

@@ -43,6 +43,9 @@ def conv(name, where=fF):
     return lambda *t: function(*t, **CONVS[name][1])
 
 
+#: A running mean and variance.
+STATISTICS = torch.tensor([[0.5, -1.0, 0.0, 2.0], [0.5, 1.0, 2.0, 0.1]], dtype=torch.float64)
+
 CASES = {
     **{name: (conv(name), shapes) for name, (shapes, _) in CONVS.items()},
     "linear": (fF.linear, [(2, 3, 4), (5, 4), (5,)]),
@@ -54,6 +57,20 @@ CASES = {
     "addmm": (lambda i, a, b: fastnn.addmm(i, a, b, beta=0.5, alpha=2), [(2,), (3, 4), (4, 2)]),
     "baddbmm": (lambda i, a, b: fastnn.baddbmm(i, a, b, beta=0.5, alpha=2), [(3, 1), (2, 3, 4), (2, 4, 2)]),
     "bilinear": (fF.bilinear, [(3, 2), (3, 4), (2, 2, 4), (2,)]),
+    "batch_norm": (lambda x, w, b: fF.batch_norm(x, None, None, w, b, True), [(3, 4, 2), (4,), (4,)]),
+    "batch_norm without weight": (lambda x: fF.batch_norm(x, None, None, None, None, True), [(5, 2)]),
+    "batch_norm given": (
+        lambda x, w, b: fF.batch_norm(x, STATISTICS[0], STATISTICS[1], w, b),
+        [(3, 4, 2, 2), (4,), (4,)],
+    ),
+    "batch_norm_act": (
+        lambda x, w, b, r: fF.batch_norm_act(x, None, None, w, b, True, residual=r),
+        [(3, 4, 2), (4,), (4,), (3, 4, 2)],
+    ),
+    "batch_norm_act given": (
+        lambda x, w, r: fF.batch_norm_act(x, STATISTICS[0], STATISTICS[1], w, residual=r),
+        [(3, 4, 2), (4,), (3, 4, 2)],
+    ),
     "relu in place": (lambda x: fF.relu(x * 1, inplace=True), [(3, 4)]),
     "silu in place": (lambda x: fF.silu(x * 1, inplace=True), [(3, 4)]),
     **{f"activation {kind}": (lambda x, kind=kind: activation(kind, x), [(3, 4)]) for kind in KINDS[1:]},
@@ -175,6 +192,7 @@ def test_relu_in_place(no_fallback):
 def network(f, products):
     def run(x, w, b, v):
         y = f.gelu(f.linear(x, w, b))
+        y = f.batch_norm(y.mT, None, None, training=True).mT
         z = products.matmul(f.relu(y), v)
         return (products.addmm(b[: v.shape[1]], y.reshape(-1, y.shape[-1]), v, beta=0.5).sum() + f.silu(z).sum()).tanh()
 

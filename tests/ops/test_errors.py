@@ -15,7 +15,8 @@ import fastnn
 import fastnn.functional as fF
 from fastnn import _state
 
-X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+bn, torch_bn = fF.batch_norm, F.batch_norm
+X, W, B, ONES = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), torch.ones(4)
 
 # (ours, torch's, arguments, what the message has to name)
 CASES = {
@@ -54,6 +55,26 @@ CASES = {
     "baddbmm: ranks": (fastnn.baddbmm, torch.baddbmm, (B, X, W.t()), "batch1"),
     "bilinear: weight": (fF.bilinear, F.bilinear, (X, X, torch.randn(2, 4, 5)), "weight"),
     "bilinear: batches": (fF.bilinear, F.bilinear, (X, X[:2], torch.randn(2, 4, 4)), "input1"),
+    "batch_norm: one value": (bn, torch_bn, (X[:1], None, None, None, None, True), "input"),
+    "batch_norm: vector": (bn, torch_bn, (B, None, None, None, None, True), "input"),
+    "batch_norm: list": (bn, torch_bn, ([1.0], None, None), "input"),
+    "batch_norm: no statistics": (bn, torch_bn, (X, None, None), "running_mean"),
+    "batch_norm: half the statistics": (bn, torch_bn, (X, ONES, None, None, None, True), "running_var"),
+    "batch_norm: mean size": (bn, torch_bn, (X, B, ONES), "running_mean"),
+    "batch_norm: var size": (bn, torch_bn, (X, ONES, B), "running_var"),
+    "batch_norm: weight size": (bn, torch_bn, (X, ONES, ONES, B), "weight"),
+    "batch_norm: bias size": (bn, torch_bn, (X, ONES, ONES, None, B), "bias"),
+    "batch_norm: bias list": (bn, torch_bn, (X, ONES, ONES, None, [1.0]), "bias"),
+    "batch_norm: weight rank": (bn, torch_bn, (X, ONES, ONES, torch.ones(3, 4)), "weight"),
+    "batch_norm: weight dtype": (bn, torch_bn, (X, ONES, ONES, ONES.double()), "weight"),
+    "batch_norm: mixed dtypes": (bn, torch_bn, (X.bfloat16(), ONES, ONES, ONES.bfloat16()), "weight"),
+    "batch_norm: half weights": (bn, torch_bn, (X, ONES, ONES, ONES.bfloat16()), "weight"),
+    "batch_norm: integers": (bn, torch_bn, (X.int(), None, None, None, None, True), "int32"),
+    "batch_norm: momentum": (bn, torch_bn, (X, ONES, ONES, None, None, True, None), "momentum"),
+    "batch_norm: eps": (bn, torch_bn, (X, ONES, ONES, None, None, True, 0.1, None), "eps"),
+    "batch_norm: eps -1": (bn, torch_bn, (X, ONES, ONES, None, None, True, 0.1, -1.0), "eps"),
+    "batch_norm: training": (bn, torch_bn, (X, ONES, ONES, None, None, 1), "training"),
+    "batch_norm: running_mean with grad": (bn, torch_bn, (X, torch.ones(4, requires_grad=True), ONES), "running_mean"),
     "relu: list": (fF.relu, F.relu, ([1.0],), "input"),
     "relu: bool": (fF.relu, F.relu, (torch.tensor([True]),), "bool"),
     "gelu: long": (fF.gelu, F.gelu, (torch.arange(3),), "int64"),
@@ -214,6 +235,7 @@ FALLBACKS = {
     "sparse input": lambda: (fastnn.mm, torch.mm, (X.to_sparse_csr(), W.t())),
     "vector weight": lambda: (fF.linear, F.linear, (X, W[0])),
     "bias that broadcasts": lambda: (fF.linear, F.linear, (X, W, torch.randn(1))),
+    "batch norm of rows": lambda: (bn, torch_bn, (X, ONES, ONES, ONES[None])),
     "integer sigmoid": lambda: (fF.sigmoid, torch.sigmoid, (torch.arange(3),)),
     "complex silu": lambda: (fF.silu, F.silu, (X.cfloat(),)),
     "complex convolution": lambda: (fF.conv2d, F.conv2d, (I.cfloat(), K.cfloat())),
@@ -362,6 +384,12 @@ FUNCTIONS = (
     (fastnn.addmm, torch.addmm, 3),
     (fastnn.baddbmm, torch.baddbmm, 3),
     (fF.relu, F.relu, 1),
+    (fF.batch_norm, F.batch_norm, 5),
+    (
+        functools.partial(fF.batch_norm, training=True),
+        functools.partial(F.batch_norm, training=True),
+        5,
+    ),
     (fF.gelu, F.gelu, 1),
     (fF.sigmoid, torch.sigmoid, 1),
 )

@@ -16,6 +16,7 @@ OURS = {
     **{f"nn.functional.{name}": getattr(fF, name) for name in POOLS},
     "nn.functional.linear": fF.linear,
     "nn.functional.bilinear": fF.bilinear,
+    "nn.functional.batch_norm": fF.batch_norm,
     "nn.functional.relu": fF.relu,
     "nn.functional.gelu": fF.gelu,
     "nn.functional.silu": fF.silu,
@@ -48,12 +49,27 @@ def magnitude_of(op, sample, exact):
         return exact.abs()
     if op.name in ELEMENTWISE:
         return torch.maximum(sample.input.detach().double().abs(), exact.abs())
+    if op.name == "nn.functional.batch_norm":
+        return magnitude_of_batch_norm(double(sample.input), *double(sample.args), **sample.kwargs)
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
 
 
 def values_and_indices(result):
     """The two results of a maximum with indices; of everything else the result, and None."""
     return result if isinstance(result, tuple) else (result, None)
+
+
+def magnitude_of_batch_norm(x, mean, var, weight, bias, training=False, momentum=0.1, eps=1e-5):
+    """(|x| + |mean|) |weight| / deviation + |bias|, by whichever statistics are taken."""
+    if not x.numel():
+        return x
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    if training:
+        mean, var = x.mean(axes), x.var(axes, unbiased=False)
+    scale = (1 if weight is None else weight.abs()) / (var + eps).sqrt()
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    size = (x.abs() + mean.abs().view(shape)) * scale.view(shape)
+    return size if bias is None else size + bias.abs().view(shape)
 
 
 def terms_of(op, sample):
@@ -91,7 +107,8 @@ def test_gradients_of_samples(name, dtype):
     loose = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for sample in samples(name, dtype, requires_grad=True):
         inputs = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
-        wide = [double(t).requires_grad_() for t in inputs]
+        # Running statistics have no gradient.
+        wide = [double(t).requires_grad_(t.requires_grad) for t in inputs]
         wide_args = iter(wide[1:])
         args = [next(wide_args) if isinstance(a, torch.Tensor) else a for a in sample.args]
         result, _ = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))

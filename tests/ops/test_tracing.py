@@ -35,6 +35,25 @@ OPCHECKS = {
         op("linear"),
         (randn(4, 3).t().requires_grad_(g), randn(4, 5).t().requires_grad_(g), None, "none"),
     ),
+    "batch_norm": lambda g: (
+        op("batch_norm"),
+        (randn(3, 4, 5, grad=g), None, None, randn(4, grad=g), randn(4, grad=g), None, 1e-5, False),
+    ),
+    "batch_norm relu": lambda g: (
+        op("batch_norm"),
+        (randn(3, 4, 2, 5, grad=g), None, None, randn(4, grad=g), None, randn(3, 4, 2, 5, grad=g), 1e-5, True),
+    ),
+    "batch_norm given": lambda g: (
+        op("batch_norm"),
+        (randn(3, 2, 5, 4).permute(0, 3, 1, 2).requires_grad_(g), randn(4), randn(4).exp(), *[None] * 3, 1e-5, False),
+    ),
+    "batch_norm_backward": lambda g: (
+        op("batch_norm_backward"),
+        (
+            *(randn(3, 4, 5, grad=g), randn(3, 4, 5, grad=g), randn(4, grad=g)),
+            *(randn(4, dtype=torch.float64), randn(4, dtype=torch.float64).exp(), randn(3, 4, 5), True, 1e-5, True),
+        ),
+    ),
     "matmul": lambda g: (op("matmul"), (randn(3, 4, grad=g), randn(4, 5, grad=g))),
     "matmul batch": lambda g: (op("matmul"), (randn(2, 1, 3, 4, grad=g), randn(3, 4, 5, grad=g))),
     "matmul folded": lambda g: (op("matmul"), (randn(2, 3, 4, grad=g), randn(4, 5, grad=g))),
@@ -107,7 +126,7 @@ def test_opcheck_dtypes(dtype):
 def network(f, products):
     def run(x, w, b, v):
         y = f.gelu(f.linear(x, w, b))
-        y = f.relu(y) + f.sigmoid(y) * f.tanh(y)
+        y = f.relu(y) + f.sigmoid(y) * f.tanh(f.batch_norm(y, None, None, b[:6], b[2:], True))
         z = products.matmul(y, v)
         flat = y.reshape(-1, y.shape[-1])
         z = z.sum() + products.addmm(b[: v.shape[1]], flat, v, beta=0.5).sum()
@@ -273,6 +292,11 @@ CASTS = {
     "conv1d": (fF.conv1d, F.conv1d, [(2, 3, 7), (4, 3, 3), (4,)]),
     "conv2d": (fF.conv2d, F.conv2d, [(2, 3, 5, 4), (4, 3, 3, 2), (4,)]),
     "conv_transpose2d": (fF.conv_transpose2d, F.conv_transpose2d, [(2, 3, 5, 4), (3, 4, 3, 2), (4,)]),
+    "batch_norm": (
+        lambda x, w, b: fF.batch_norm(x, None, None, w, b, True),
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+        [(5, 4), (4,), (4,)],
+    ),
 }
 
 

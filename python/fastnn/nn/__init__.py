@@ -9,6 +9,7 @@ one fused call.
 """
 
 from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .linear import Bilinear, Linear
 from .mlp import MLP
@@ -39,6 +40,9 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Bilinear",
     "Conv1d",
     "Conv2d",

@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, pool
+from . import activations, conv, gemm, norm, pool
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -33,6 +33,7 @@ __all__ = [
     "conv",
     "gamma",
     "gemm",
+    "norm",
     "poisoned",
     "pool",
     "register",

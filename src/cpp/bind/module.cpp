@@ -32,6 +32,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gemm(m);
   bind_elementwise(m);
   bind_pool(m);
+  bind_norm(m);
   bind_allocator(m);
   bind_conv(m);
   bind_tensors(m);

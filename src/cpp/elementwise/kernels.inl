@@ -2,6 +2,7 @@
 // defines FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "elementwise/elementwise.hpp"
 #include "isa/math.hpp"
+#include "isa/stream.hpp"
 
 namespace fastnn::FASTNN_TARGET {
 
@@ -55,29 +56,6 @@ static FASTNN_INLINE V backward_value(V grad, V saved) {
     return Compute<T>::template backward_of<kind>(grad, saved);
 }
 
-// out[i] = f(i-th vector), where f(i, n) loads n lanes, or all with n = width.
-template <class T, class V, class F>
-static FASTNN_INLINE void fill(T* out, int64_t n, bool around_caches, F f) {
-  constexpr int64_t w = V::width;
-  constexpr uintptr_t bytes = w * sizeof(T);
-  int64_t i = 0;
-  if (around_caches && n >= 4 * w) {
-    // Up to the first aligned address by a partial store; an array that starts at an odd address
-    // never gets there.
-    const uintptr_t beyond = uintptr_t(out) % bytes;
-    if (beyond % sizeof(T) == 0) {
-      if (beyond) {
-        i = int64_t((bytes - beyond) / sizeof(T));
-        f(0, int(i)).store_partial(out, int(i));
-      }
-      for (; i + w <= n; i += w) stream(out + i, f(i, int(w)));
-      end_stream();
-    }
-  }
-  for (; i + w <= n; i += w) f(i, int(w)).store(out + i);
-  if (i < n) f(i, int(n - i)).store_partial(out + i, int(n - i));
-}
-
 template <class V, class T>
 static FASTNN_INLINE V load_lanes(const T* p, int n) {
   return n == V::width ? V::load(p) : V::load_partial(p, n);
@@ -102,6 +80,7 @@ static void unary(const void* x_, int64_t xs, void* out_, int64_t os, int64_t n,
     fill<T, V>(to, count, around, [from](int64_t i, int lanes) __attribute__((always_inline)) {
       return Compute<T>::template forward_of<kind>(load_lanes<V>(from + i, lanes));
     });
+    if (around) end_stream();
   };
   if (xs == 1 && os == 1) return contiguous(x, out, n, around_caches);
   T in[kBuffer], result[kBuffer];
@@ -128,6 +107,7 @@ static void backward(const void* grad_, int64_t gs, const void* saved_, int64_t 
     fill<T, V>(to, count, around, [g, s](int64_t i, int lanes) __attribute__((always_inline)) {
       return backward_value<kind, T>(load_lanes<V>(g + i, lanes), load_lanes<V>(s + i, lanes));
     });
+    if (around) end_stream();
   };
   if (gs == 1 && ss == 1 && os == 1) return contiguous(grad, saved, out, n, around_caches);
   T a[kBuffer], b[kBuffer], result[kBuffer];

@@ -25,6 +25,7 @@ DTYPE: dict[torch.dtype, int] = {
     torch.int32: 6,
 }
 FLOAT: dict[torch.dtype, int] = {dtype: code for dtype, code in DTYPE.items() if dtype.is_floating_point}
+HALF = (torch.bfloat16, torch.float16)
 ACTIVATION: dict[str | None, int] = {
     None: 0,
     "none": 0,
