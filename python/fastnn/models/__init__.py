@@ -15,7 +15,6 @@ Outputs are logits. Every model starts from random weights; ``load_state_dict`` 
 implementation, and :func:`fastnn.revert` makes a model of ``torch.nn`` layers of it.
 """
 
-from . import _stand_ins  # noqa: F401
 from .alexnet import AlexNet, alexnet
 from .lenet import LeNet5
 from .m5 import M5
