@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import _state, nn
+from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -154,6 +155,7 @@ def convert(
     only: Selection | None = None,
     skip: Selection | None = None,
     strict: bool = False,
+    fuse: bool = False,
 ) -> Model:
     """Replace, in place, each module that fastnn has a faster class for; return the model.
 
@@ -171,6 +173,15 @@ def convert(
         skip: leave these; the same forms.
         strict: raise, before anything is changed, if a module that was asked for computes something and cannot be
             replaced.
+        fuse: for inference: run each convolution with the batch norm, the sum and the activation that follow it as one
+            call. It holds in eval mode with gradients off (``torch.no_grad`` or ``torch.inference_mode``); in training, with
+            gradients, under autocast or ``torch.compile``, or with a hook on a layer in question, the layers run one by
+            one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
+            are kept beside them, and made anew when a parameter's address or version counter has changed or an
+            optimizer has taken a step (writes through ``.data`` or numpy change neither: convert again after them).
+            Which layers follow each other is found by ``torch.fx`` in eval mode; where a module's Python cannot be
+            followed, its children are tried, and :func:`report` says how many calls were fused. Copies (``deepcopy``,
+            pickle, ``torch.save``) are not fused.
 
     Raises:
         TypeError: ``model`` is no module, or ``only`` or ``skip`` none of the forms above.
@@ -193,11 +204,14 @@ def convert(
         target, _ = _examine(module)
         if target is not None:
             module.__class__ = target
+    if fuse:
+        taking_part = {id(module) for _, module in wanted}
+        fuse_(model, lambda module: id(module) in taking_part)
     return model
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert` and :func:`fastnn.prepack_`, in place: every fastnn layer gets torch's class; return the model.
+    """Undo :func:`convert`, fusion and :func:`fastnn.prepack_`, in place: every layer gets torch's class; return the model.
 
     Layers that were made as ``fastnn.nn`` layers from the start become torch's as well, and an ``MLP`` a
     ``torch.nn.Sequential`` of the same layers. Subclasses that a program defined itself stay.
@@ -360,6 +374,9 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     name = ", ".join(name or "(model)" for name in names)
     own = sum(parameter.numel() for parameter in _initialized(module))
     original = _original_class(kind)
+    if is_fused(kind):
+        reason = f"{len(kind._fused_calls)} convolutions run with what follows them, in eval mode without gradients"
+        return Row(name, _class_name(original), "note", "", reason, own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
         fast = next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))

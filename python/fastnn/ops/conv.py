@@ -24,7 +24,8 @@ from torch import Tensor
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
 from ._op import Op
-from ._route import Unsupported, autocast, describe, fall_back, is_straight, resolve, tracing_state
+from ._route import PLAIN, Unsupported, autocast, describe, fall_back, is_straight, resolve, tracing_state
+from .activation import activation as apply_activation
 
 _Numbers = int | Sequence[int]
 
@@ -120,6 +121,56 @@ def conv_transpose3d(
     return _transposed(
         "conv_transpose3d", function, 3, input, weight, bias, stride, padding, output_padding, groups, dilation
     )
+
+
+def conv_fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: _Numbers,
+    padding: str | _Numbers,
+    dilation: _Numbers,
+    groups: int,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(conv(input, weight) + bias + residual) in one pass, without gradients; as many dimensions as weight has.
+
+    ``activation`` is one of linear_act's or "relu6". What the kernels do not take in one pass, a residual that broadcasts
+    among it, is computed one after the other.
+    """
+    rank = weight.dim() - 2
+    one_pass = (
+        input.dim() == rank + 2
+        and not isinstance(padding, str)
+        and all(type(tensor) in PLAIN for tensor in (input, residual) if tensor is not None)
+        and is_straight(input, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
+    )
+    if one_pass:
+        options = [
+            _numbers(name, value, rank, least)
+            for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+        ]
+        size = [
+            (input.shape[2 + d] + 2 * p - dil * (weight.shape[2 + d] - 1) - 1) // s + 1
+            for d, (s, p, dil) in enumerate(zip(*options, strict=True))
+        ]
+        fits = input.shape[1] == weight.shape[1] * groups and all(n > 0 for n in (*size, *weight.shape))
+        if fits and (residual is None or list(residual.shape) == [input.shape[0], weight.shape[0], *size]):
+            return kernels.forward(
+                resolve(input),
+                weight,
+                bias,
+                *options,
+                groups,
+                activation,
+                None if residual is None else resolve(residual),
+            )
+    function = (conv1d, conv2d, conv3d)[rank - 1]
+    y = function(input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y + residual
+    return torch.nn.functional.relu6(y) if activation == "relu6" else apply_activation(activation, y)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -88,9 +88,9 @@ void activation_backward_call(int kind, uintptr_t grad_ptr, uintptr_t saved_ptr,
 }
 
 int function_argument(const char* op, const std::string& name) {
-  static const char* names[kUnaryKinds] = {"",        "relu", "gelu", "gelu_tanh", "silu",
-                                           "sigmoid", "tanh", "exp",  "erf"};
-  for (int i = 1; i < kUnaryKinds; i++)
+  static const char* names[kErf + 1] = {"",        "relu", "gelu", "gelu_tanh", "silu",
+                                        "sigmoid", "tanh", "exp",  "erf"};
+  for (int i = 1; i <= kErf; i++)
     if (name == names[i]) return i;
   bad_argument(op, "function",
                "relu, gelu, gelu_tanh, silu, sigmoid, tanh, exp or erf, got '" + name + "'");

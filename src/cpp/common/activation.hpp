@@ -13,10 +13,12 @@ enum ActivationKind : int {
   kTanh = 6,
   // not activations: the functions they are made of, which the tests measure
   kExp = 7,
-  kErf = 8
+  kErf = 8,
+  // min(relu, 6), at the end of other kernels alone
+  kRelu6 = 9
 };
-constexpr int kActivations = 7;  // none included
-constexpr int kUnaryKinds = 9;   // and exp, erf
+constexpr int kActivations = 7;  // none included; what has a gradient
+constexpr int kUnaryKinds = 10;  // and exp, erf, relu6
 
 // Whether the gradient needs no more than the output (SAVES_OUTPUT in backends/cpu/).
 constexpr bool saves_output(int kind) {

@@ -131,10 +131,10 @@ static void backward(const void* grad_, int64_t gs, const void* saved_, int64_t 
   nullptr, backward<T, kRelu>, backward<T, kGelu>, backward<T, kGeluTanh>, backward<T, kSilu>, \
       backward<T, kSigmoid>, backward<T, kTanh>
 static const ElementwiseKernels table = {
-    {{FASTNN_UNARY(float), unary<float, kExp>, unary<float, kErf>},
-     {FASTNN_UNARY(double), unary<double, kExp>, unary<double, kErf>},
-     {FASTNN_UNARY(bf16), nullptr, nullptr},
-     {FASTNN_UNARY(f16), nullptr, nullptr}},
+    {{FASTNN_UNARY(float), unary<float, kExp>, unary<float, kErf>, unary<float, kRelu6>},
+     {FASTNN_UNARY(double), unary<double, kExp>, unary<double, kErf>, unary<double, kRelu6>},
+     {FASTNN_UNARY(bf16), nullptr, nullptr, unary<bf16, kRelu6>},
+     {FASTNN_UNARY(f16), nullptr, nullptr, unary<f16, kRelu6>}},
     {{FASTNN_BACKWARD(float)},
      {FASTNN_BACKWARD(double)},
      {FASTNN_BACKWARD(bf16)},

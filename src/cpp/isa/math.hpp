@@ -299,10 +299,17 @@ FASTNN_INLINE VecF32 in_float64(VecF32 v, F f) {
   return narrow(f(widen_low(v)), f(widen_high(v)));
 }
 
+// NaN passes, as in relu.
+template <class V>
+FASTNN_INLINE V relu6(V v) {
+  return min(V::set1(6), relu(v));
+}
+
 template <int kind>
 FASTNN_INLINE VecF32 activate_as(VecF32 v) {
   if constexpr (kind == kNone) return v;
   if constexpr (kind == kRelu) return relu(v);
+  if constexpr (kind == kRelu6) return relu6(v);
 #if FASTNN_TARGET_ID > 0  // needs a fused multiply-add
   if constexpr (kind == kSilu) return logistic(v, v);
   if constexpr (kind == kSigmoid) return logistic(VecF32::set1(1.0f), v);
@@ -314,6 +321,7 @@ template <int kind>
 FASTNN_INLINE VecF64 activate_as(VecF64 v) {
   if constexpr (kind == kNone) return v;
   if constexpr (kind == kRelu) return relu(v);
+  if constexpr (kind == kRelu6) return relu6(v);
   return forward<Full, kind>(v);
 }
 // For a float32 value that will be rounded to bfloat16 or float16
@@ -321,6 +329,7 @@ template <int kind>
 FASTNN_INLINE VecF32 activate_narrow_as(VecF32 v) {
   if constexpr (kind == kNone) return v;
   if constexpr (kind == kRelu) return relu(v);
+  if constexpr (kind == kRelu6) return relu6(v);
   if constexpr (kind == kSilu) return logistic(v, v);
   if constexpr (kind == kSigmoid) return logistic(VecF32::set1(1.0f), v);
   return forward<Narrow, kind>(v);
@@ -340,6 +349,8 @@ FASTNN_INLINE VecF32 activate_narrow_as(VecF32 v) {
       return CALL(kSigmoid);        \
     case kTanh:                     \
       return CALL(kTanh);           \
+    case kRelu6:                    \
+      return CALL(kRelu6);          \
     default:                        \
       return CALL(kNone);           \
   }

@@ -11,6 +11,9 @@ from torch import Tensor
 from ... import _cpu, _state
 from . import ACTIVATION, DTYPE, empty, precision
 
+#: relu6 has no kernel of its own, and no gradient: it is the end of a convolution alone.
+_ACTIVATION = {**ACTIVATION, "relu6": 9}
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -182,5 +185,5 @@ def _call(
         _state.settings().batch_invariant,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        ACTIVATION[activation],
+        _ACTIVATION[activation],
     )

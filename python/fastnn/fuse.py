@@ -1,0 +1,268 @@
+"""Inference with fewer passes over memory: what ``fastnn.convert(model, fuse=True)`` adds.
+
+A convolution with the batch norm, the sum with a shortcut and the activation after it is one kernel call: the batch norm is
+folded into the filters (w · γ / √(σ² + ε), and a bias to match; Jacob et al. 2018, arXiv:1712.05877, section 3.2), the rest
+is done to each result while it is in registers. Which layers follow each other is found by ``torch.fx``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import nn
+from .nn.activation import activation_name
+from .nn.mlp import _unwatched
+from .ops.conv import conv_fused
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SUMS = (operator.add, operator.iadd, torch.add)
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    torch.sigmoid: "sigmoid",
+    torch.tanh: "tanh",
+}
+_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    """The fused steps of torch's optimizers change parameters without counting a version."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _FusedConv:
+    """One convolution and what follows it, with the folded filters of the parameters as they were last seen."""
+
+    def __init__(self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str) -> None:
+        self.conv = conv
+        self.norm = norm
+        self.activation = activation
+        self._key: tuple[Any, ...] = ()
+        self._folded: tuple[Tensor, Tensor | None] | None = None
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.conv] if self.norm is None else [self.conv, self.norm]
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        conv, norm = self.conv, self.norm
+        if norm is None:
+            return conv.weight, conv.bias
+        sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        key = (_steps, norm.eps, *((s.data_ptr(), _version(s), s.dtype) for s in sources if s is not None))
+        if key != self._key or self._folded is None:
+            weight, bias, gamma, beta, mean, var = (None if s is None else s.detach().double() for s in sources)
+            scale = (var + norm.eps).rsqrt()
+            if gamma is not None:
+                scale = scale * gamma
+            shift = -mean if bias is None else bias - mean
+            shift = shift * scale if beta is None else shift * scale + beta
+            filters = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            # The filters keep their layout, by which the kernels choose theirs.
+            self._folded = filters.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+            self._key = key
+        return self._folded
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv
+        weight, bias = self.folded()
+        return conv_fused(
+            input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, self.activation, residual
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+        ours = module.__class__.__module__.startswith("fastnn.nn.")
+        return ours or super().is_leaf_module(module, name)
+
+
+def _trace(module: torch.nn.Module) -> fx.Graph | None:
+    """The module's computation in eval mode, or None where its Python does more than pass tensors on."""
+    training = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        return _Tracer().trace(module)
+    except Exception:  # whatever the model's code raises when it meets a proxy
+        return None
+    finally:
+        for inner, mode in training.items():
+            inner.training = mode
+
+
+def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> int:
+    """Gives each module whose computation can be followed a forward of fewer calls; returns how many were saved.
+
+    ``allowed`` says which convolutions and batch norms may take part.
+    """
+    if not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()) or not model._modules:
+        return 0
+    if is_fused(type(model)):
+        return 0
+    graph = (
+        _trace(model)
+        if not type(model).__module__.startswith(("torch.nn.", "fastnn.nn.")) or isinstance(model, torch.nn.Sequential)
+        else None
+    )
+    if graph is None:
+        return sum(fuse_(child, allowed) for child in model.children())
+    fused, saved = _rewrite(graph, dict(model.named_modules()), allowed)
+    if not fused:
+        return 0
+    code = graph.python_code(root_module="self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)
+    model.__class__ = _fused_class(type(model), namespace["forward"], fused)
+    return saved
+
+
+def is_fused(kind: type) -> bool:
+    return "_fused_calls" in kind.__dict__
+
+
+def _rewrite(
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]
+) -> tuple[list[_FusedConv], int]:
+    calls: dict[int, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            key = id(modules[node.target])
+            calls[key] = calls.get(key, 0) + 1
+
+    def module_of(node: fx.Node | None) -> torch.nn.Module | None:
+        """The module that a node calls, if it may take part: called in this place alone, and watched by nobody."""
+        if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = modules[node.target]
+        return module if calls[id(module)] == 1 and allowed(module) and _unwatched(module) else None
+
+    fused: list[_FusedConv] = []
+    saved = 0
+
+    def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused[index](input, residual)
+
+    for node in list(graph.nodes):
+        conv = module_of(node)
+        if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros":
+            continue
+        chain = [node]
+        norm = module_of(_only_user(node))
+        if type(norm) in _NORMS and norm.running_mean is not None:
+            chain.append(_only_user(node))
+        else:
+            norm = None
+        residual = None
+        after = _only_user(chain[-1])
+        other = _other_summand(after, chain[-1])
+        if other is not None:
+            residual = other
+            chain.append(after)
+        activation = _activation_of(_only_user(chain[-1]), modules)
+        if activation is not None:
+            chain.append(_only_user(chain[-1]))
+        if len(chain) == 1:
+            continue
+        last = chain[-1]
+        with graph.inserting_before(last):
+            arguments = (len(fused), node.args[0]) if residual is None else (len(fused), node.args[0], residual)
+            call = graph.call_function(run_fused, arguments)
+        last.replace_all_uses_with(call)
+        for old in reversed(chain):
+            graph.erase_node(old)
+        fused.append(_FusedConv(conv, norm, activation or "none"))
+        saved += len(chain) - 1
+    return fused, saved
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
+    """b where the node is a + b of two tensors, and a is the given one."""
+    if node is None or node.kwargs or len(node.args) != 2:
+        return None
+    if not (node.op == "call_function" and node.target in _SUMS) and not (
+        node.op == "call_method" and node.target in ("add", "add_", "__iadd__", "__add__")
+    ):
+        return None
+    a, b = node.args
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return None
+    return b if a is one else a
+
+
+def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> str | None:
+    if node is None:
+        return None
+    if node.op == "call_module":
+        module = modules[node.target]
+        if not _unwatched(module):
+            return None
+        return "relu6" if type(module) is torch.nn.ReLU6 else activation_name(module)
+    rest = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
+    if rest or len([arg for arg in node.args if isinstance(arg, fx.Node)]) + ("input" in node.kwargs) != 1:
+        return None
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target)
+    return _METHODS.get(node.target) if node.op == "call_method" else None
+
+
+def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv]) -> type:
+    """The class of a module whose forward was rewritten; its own forward stays for training and gradients."""
+    watched = [module for call in fused for module in call.modules()]
+
+    def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.training
+            or torch.is_autocast_enabled("cpu")
+            or not all(not module.training and _unwatched(module) for module in watched)
+        ):
+            return kind.forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    def reduce(self: torch.nn.Module, protocol: int) -> Any:
+        # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.
+        function, arguments, *rest = object.__reduce_ex__(self, protocol)
+        return (function, tuple(kind if a is type(self) else a for a in arguments), *rest)
+
+    body = {
+        "forward": dispatch,
+        "__reduce_ex__": reduce,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "_original_class": kind,
+        "_fused_calls": fused,
+    }
+    return type(kind.__name__, (kind,), body)
+
+
+def fused_calls(model: torch.nn.Module) -> Iterator[_FusedConv]:
+    """Of all modules of the model."""
+    for module in model.modules():
+        if is_fused(type(module)):
+            yield from type(module)._fused_calls
