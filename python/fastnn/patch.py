@@ -52,7 +52,7 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 # Those of which torch has overloads that take numbers in a tensor's place.
-_PRODUCTS = frozenset((addmm, baddbmm, bmm, matmul, mm, mv))
+_PRODUCTS = frozenset(("addmm", "baddbmm", "bmm", "matmul", "mm", "mv"))
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -69,7 +69,7 @@ class _PatchMode(TorchFunctionMode):
         replacement = PATCHES.get(func)
         if replacement is None or not all(kind in _PLAIN for kind in types):
             return func(*args, **kwargs)
-        if replacement in _PRODUCTS and (
+        if replacement.__name__ in _PRODUCTS and (
             "out_dtype" in kwargs or any(isinstance(argument, (int, float, torch.dtype)) for argument in args)
         ):
             # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs.
