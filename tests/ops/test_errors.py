@@ -271,7 +271,9 @@ def test_negated_views():
     torch.testing.assert_close(fastnn.mm(x, x), x.clone() @ x.clone())
     torch.testing.assert_close(fF.linear(x, x, x[0]), F.linear(x.clone(), x.clone(), x[0].clone()))
     torch.testing.assert_close(fF.gelu(x), F.gelu(x.clone()))
-    torch.testing.assert_close(fF.conv1d(x, x[..., None], x[0]), F.conv1d(x.clone(), x.clone()[..., None], x[0].clone()))
+    torch.testing.assert_close(
+        fF.conv1d(x, x[..., None], x[0]), F.conv1d(x.clone(), x.clone()[..., None], x[0].clone())
+    )
     negative = torch._neg_view(torch.ones(2, 2))
     assert torch.equal(fastnn.mm(negative, torch.eye(2)), -torch.ones(2, 2))
     assert torch.equal(fF.relu(negative), torch.zeros(2, 2))
