@@ -195,8 +195,7 @@ struct Plan {
     if (call.codes.data && !call.wide_codes && p.taps > 256)
       throw std::invalid_argument("pool: codes: expected int32 for more than 256 taps");
     planes = call.batch * call.channels;
-    p.around_caches =
-        planes * wz.in * wy.in * wx.in * int64_t(item) > last_cache_bytes() / 2;
+    p.around_caches = planes * wz.in * wy.in * wx.in * int64_t(item) > last_cache_bytes() / 2;
     in_rows = wz.in * wy.in;
     out_rows = wz.out * wy.out;
     if (job == Job::element) return;
@@ -204,9 +203,10 @@ struct Plan {
     const bool forward = job == Job::forward;
     // Tap by tap a vector holds successive outputs, which must be enough of them and, where the
     // stride is more than 2, worth a scalar split of the row.
-    p.segments = !wx.regular || (wx.stride > 2 && wx.dilation == 1 &&
-                                 (!forward || wx.kernel >= 16 || wx.out < 16)) ||
-                 (wx.out == 1 && wx.count[0] == wx.in && wx.dilation == 1 && wx.padding == 0);
+    p.segments =
+        !wx.regular ||
+        (wx.stride > 2 && wx.dilation == 1 && (!forward || wx.kernel >= 16 || wx.out < 16)) ||
+        (wx.out == 1 && wx.count[0] == wx.in && wx.dilation == 1 && wx.padding == 0);
     p.whole = p.segments && wz.in * wy.in == 1 && out_rows == 1 && wx.out == 1 && wx.padding == 0 &&
               wx.count[0] == wx.in;
     const int64_t reach = (wx.kernel - 1) * wx.dilation / wx.stride;
