@@ -61,6 +61,49 @@ SIXTY: tuple[Work, ...] = (
 )
 assert len(SIXTY) == 60
 
+#: N×C×H×W×M×K×S (filters, edge of a filter, stride): every kind of layer in ResNet-50 and AlexNet, and the pointwise ones
+#: of MobileNetV2; and N×C×H×W×K×S for MobileNetV2's depthwise ones.
+_LAYERS = (
+    (3, 224, 224, 64, 7, 2),
+    (64, 56, 56, 64, 1, 1),
+    (64, 56, 56, 64, 3, 1),
+    (64, 56, 56, 256, 1, 1),
+    (256, 56, 56, 64, 1, 1),
+    (128, 56, 56, 128, 3, 2),
+    (256, 56, 56, 512, 1, 2),
+    (128, 28, 28, 128, 3, 1),
+    (512, 28, 28, 128, 1, 1),
+    (256, 14, 14, 256, 3, 1),
+    (256, 14, 14, 1024, 1, 1),
+    (1024, 14, 14, 256, 1, 1),
+    (512, 7, 7, 512, 3, 1),
+    (512, 7, 7, 2048, 1, 1),
+    (2048, 7, 7, 512, 1, 1),
+    (3, 224, 224, 64, 11, 4),
+    (64, 27, 27, 192, 5, 1),
+    (192, 13, 13, 384, 3, 1),
+    (384, 13, 13, 256, 3, 1),
+    (3, 224, 224, 32, 3, 2),
+    (16, 112, 112, 96, 1, 1),
+    (24, 56, 56, 144, 1, 1),
+    (144, 28, 28, 32, 1, 1),
+    (96, 14, 14, 576, 1, 1),
+    (960, 7, 7, 320, 1, 1),
+)
+_DEPTHWISE = (
+    (32, 112, 112, 3, 1),
+    (96, 112, 112, 3, 2),
+    (144, 56, 56, 3, 1),
+    (192, 28, 28, 3, 1),
+    (576, 14, 14, 3, 1),
+    (960, 7, 7, 3, 1),
+)
+
+
+def _batches(benchmark: str, layers: tuple[Shape, ...], *batches: int) -> tuple[Work, ...]:
+    return tuple((benchmark, (n, *layer)) for n in batches for layer in layers)
+
+
 ROWS = (
     Row(
         "gemm-float32-large",
@@ -111,6 +154,65 @@ ROWS = (
         isa="avx512",
     ),
     Row("relu-64mb", "relu of 64 MB, fresh output", _each("relu", ((16 << 20,),)), least=2.0),
+    Row(
+        "conv-forward",
+        "convolution, the layers of ResNet-50, AlexNet and MobileNetV2, batch 1 and 8",
+        (*_batches("conv2d", _LAYERS, 1, 8), *_batches("conv2d_depthwise", _DEPTHWISE, 1, 8)),
+        least=1.0,
+        mean=1.4,
+    ),
+    Row(
+        "conv-train",
+        "the same without the depthwise ones, forward and both gradients, batch 8",
+        _batches("conv2d_train", _LAYERS, 8),
+        mean=1.4,
+    ),
+    Row(
+        "batch-norm",
+        "batch norm in training, 32×64×56² and 32×256×14², forward",
+        _each("batch_norm", ((32, 64, 56, 56), (32, 256, 14, 14))),
+        least=2.5,
+    ),
+    Row(
+        "batch-norm-relu",
+        "the same, fused with relu",
+        _each("batch_norm_relu", ((32, 64, 56, 56), (32, 256, 14, 14))),
+        least=4.0,
+    ),
+    Row(
+        "batch-norm-backward",
+        "batch norm, backward",
+        _each("batch_norm_backward", ((32, 64, 56, 56), (32, 256, 14, 14))),
+        least=1.8,
+    ),
+    Row(
+        "max-pool",
+        "max pooling 2×2 and 3×3, stride 2, forward and backward, contiguous and channels-last",
+        tuple(
+            (f"max_pool2d_{k}{layout}_train", (8, 64, 112, 112))
+            for k in ("2x2", "3x3")
+            for layout in ("", "_channels_last")
+        ),
+        least=2.0,
+    ),
+    Row(
+        "resnet-inference",
+        "ResNet-18 and -50, inference with `fuse=True`, batch 1 and 8",
+        (*_each("resnet18_inference", ((1, 224), (8, 224))), *_each("resnet50_inference", ((1, 224), (8, 224)))),
+        least=1.3,
+    ),
+    Row(
+        "mobilenet-inference",
+        "MobileNetV2, inference with `fuse=True`, batch 1 and 8",
+        _each("mobilenet_v2_inference", ((1, 224), (8, 224))),
+        least=1.0,
+    ),
+    Row(
+        "resnet18-train",
+        "ResNet-18, forward and backward, batch 8",
+        _each("resnet18_train", ((8, 224),)),
+        least=1.4,
+    ),
 )
 
 

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, norm, pool
+from . import activations, conv, gemm, models, norm, pool
 from .benchmark import (
     Benchmark,
     Problem,
@@ -31,6 +31,7 @@ __all__ = [
     "compare",
     "conv",
     "gemm",
+    "models",
     "norm",
     "parse_shape",
     "pool",

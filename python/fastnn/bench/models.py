@@ -1,0 +1,83 @@
+"""Whole models: inference with everything fused, and a step of training, contiguous and channels-last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fastnn
+
+from .benchmark import Benchmark, Problem, register
+
+#: Multiplications for an image of 224 × 224, as published.
+_MULTIPLICATIONS = {"resnet18": 1.814e9, "resnet50": 4.089e9, "mobilenet_v2": 0.301e9}
+_FORMATS = {"": torch.contiguous_format, " channels_last": torch.channels_last}
+
+
+def _variants(name: str, dtype: torch.dtype, fuse: bool) -> dict[str, torch.nn.Module]:
+    """torch's model and fastnn's from the same parameters, in both layouts."""
+    theirs = fastnn.revert(getattr(fastnn.models, name)()).to(dtype)
+    found = {}
+    for form, layout in _FORMATS.items():
+        found["torch" + form] = copy.deepcopy(theirs).to(memory_format=layout)
+        found["fastnn" + form] = fastnn.convert(copy.deepcopy(theirs).to(memory_format=layout), fuse=fuse)
+    return found
+
+
+def _inference(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        n, edge = shape
+        models = {label: model.eval() for label, model in _variants(name, dtype, True).items()}
+
+        def run(label: str, layout: torch.memory_format) -> Callable[[torch.Tensor], torch.Tensor]:
+            def call(x: torch.Tensor) -> torch.Tensor:
+                with torch.inference_mode():
+                    return models[label](x.contiguous(memory_format=layout))
+
+            return call
+
+        contestants = {
+            who + form: run(who + form, layout) for who in ("fastnn", "torch") for form, layout in _FORMATS.items()
+        }
+        work = 2 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2
+        return Problem(lambda: (torch.randn(n, 3, edge, edge).to(dtype),), contestants, work)
+
+    return build
+
+
+def _step(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    """Forward, loss and backward; the optimizer is torch's for both."""
+
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        n, edge = shape
+        models = {label: model.train() for label, model in _variants(name, dtype, False).items()}
+
+        def run(label: str, layout: torch.memory_format) -> Callable[..., Any]:
+            model = models[label]
+
+            def call(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+                model.zero_grad(set_to_none=True)
+                loss = torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=layout)).float(), target)
+                loss.backward()
+                return loss.detach()
+
+            return call
+
+        contestants = {
+            who + form: run(who + form, layout) for who in ("fastnn", "torch") for form, layout in _FORMATS.items()
+        }
+        return Problem(
+            lambda: (torch.randn(n, 3, edge, edge).to(dtype), torch.randint(1000, (n,))),
+            contestants,
+            6 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2,
+        )
+
+    return build
+
+
+for _name in ("resnet18", "resnet50", "mobilenet_v2"):
+    register(Benchmark(f"{_name}_inference", "NxEDGE", ((1, 224), (8, 224)), _inference(_name), (torch.float32,)))
+register(Benchmark("resnet18_train", "NxEDGE", ((8, 224),), _step("resnet18"), (torch.float32,)))
