@@ -45,9 +45,9 @@ struct ConvKernels {
   TransposeFn transpose[3];
   DepthwiseKernels depthwise[4];  // by DType
   // See winograd.inl.
-  void (*winograd_input)(const float* even, const float* odd, int64_t row, float* u,
-                         int64_t position, int64_t tiles, float* sums, int64_t sums_row,
-                         int64_t columns);
+  void (*winograd_input)(const float* even, const float* odd, int64_t row, int64_t channel,
+                         int64_t channels, float* u, int64_t u_channel, int64_t position,
+                         int64_t tiles, float* sums, int64_t sums_row);
   void (*winograd_filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
   bool (*winograd_output)(const float* m, int64_t position, int64_t row, float* y, int64_t y_row,
                           int rows, int64_t tiles);

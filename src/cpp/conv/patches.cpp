@@ -69,6 +69,40 @@ struct Seen {
   const char* src = nullptr;
   int64_t stride = 0, lo = 0, hi = 0;
 };
+// The same asked for all taps of a run, one after the other: each dimension's part of the answer is
+// found once.
+class View {
+ public:
+  void look(const Patches& p, const Run& r) {
+    for (int d = 0; d < 2; d++)
+      for (int64_t t = 0; t < std::min(p.taps[d], kTaps); t++) {
+        const int64_t at = r.at[d] * p.step[d] + p.first[d] + t * p.delta[d];
+        inside_[d][t] = at >= 0 && at < p.size[d];
+        offset_[d][t] = at * p.stride[d];
+      }
+    for (int64_t t = 0; t < std::min(p.taps[2], kTaps); t++) {
+      const int64_t from = r.at[2] * p.step[2] + p.first[2] + t * p.delta[2];
+      lo_[t] = int32_t(std::clamp<int64_t>(ceil_div(-from, p.step[2]), 0, r.length));
+      hi_[t] =
+          int32_t(std::clamp<int64_t>(ceil_div(p.size[2] - from, p.step[2]), lo_[t], r.length));
+      offset_[2][t] = r.image * p.image_stride + from * p.stride[2];
+    }
+  }
+  static bool fits(const Patches& p) {
+    return p.taps[0] <= kTaps && p.taps[1] <= kTaps && p.taps[2] <= kTaps;
+  }
+  Seen see(const Patches& p, const Tap& t) const {
+    if (!inside_[0][t.at[0]] || !inside_[1][t.at[1]]) return {p.data, 0, 0, 0};
+    return {p.data + (offset_[0][t.at[0]] + offset_[1][t.at[1]] + offset_[2][t.at[2]]) * p.element,
+            p.step[2] * p.stride[2], lo_[t.at[2]], hi_[t.at[2]]};
+  }
+
+ private:
+  static constexpr int64_t kTaps = 16;
+  bool inside_[2][kTaps];
+  int64_t offset_[3][kTaps];
+  int32_t lo_[kTaps], hi_[kTaps];
+};
 Seen see(const Patches& p, const Run& r, const Tap& t) {
   int64_t offset = r.image * p.image_stride;
   for (int d = 0; d < 2; d++) {
@@ -122,6 +156,13 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
   for (int j = 0; j < columns; j += runs[count++].length)
     runs[count] = run_at(p_, j0 + j, j, columns - j);
 
+  const bool viewed = View::fits(p_);
+  View views[kMostLanes];
+  for (int i = 0; i < count && viewed; i++) views[i].look(p_, runs[i]);
+  auto seen = [&](int i, const Tap& t) {
+    return viewed ? views[i].see(p_, t) : see(p_, runs[i], t);
+  };
+
   const TapRange range = taps_of(p_, k0, k);
   const bool across = p_.channel_stride == 1 && p_.channels > 1;
   for (int64_t tap = range.begin; tap < range.end; tap++) {
@@ -133,7 +174,7 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
       // A position's channels are neighbours: one lane each, turned into rows.
       Lane lanes[kMostLanes];
       for (int i = 0; i < count; i++) {
-        const Seen s = see(p_, runs[i], t);
+        const Seen s = seen(i, t);
         for (int l = 0; l < runs[i].length; l++) {
           const bool in = l >= s.lo && l < s.hi;
           lanes[runs[i].begin + l] = {s.src + (in ? (l * s.stride + ch.first) * p_.element : 0), 0,
@@ -145,7 +186,7 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
       continue;
     }
     for (int i = 0; i < count; i++) {
-      const Seen s = see(p_, runs[i], t);
+      const Seen s = seen(i, t);
       kernels_.copy_rows[size](row + runs[i].begin * p_.element, ch.apart * ld,
                                s.src + ch.first * p_.channel_stride * p_.element, p_.channel_stride,
                                ch.count, s.stride, s.lo, s.hi, runs[i].length);
@@ -196,9 +237,12 @@ void PatchRows::fill(void* dst_, int64_t segment, int64_t k0, int64_t k, int64_t
     }
     Lane lanes[kMostLanes];
     int64_t stride = 1;
+    View view;
+    const bool viewed = View::fits(p_);
+    if (viewed) view.look(p_, r);
     for (int l = 0; l < columns; l++) {
       const int64_t c = p_.channels_inner ? (j0 + l) % p_.channels : (j0 + l) / taps;
-      const Seen s = see(p_, r, tap_of[l]);
+      const Seen s = viewed ? view.see(p_, tap_of[l]) : see(p_, r, tap_of[l]);
       lanes[l] = {s.src + c * p_.channel_stride * p_.element, int32_t(s.lo), int32_t(s.hi)};
       if (s.lo < s.hi) stride = s.stride;
     }

@@ -165,13 +165,10 @@ bool transform_block(const Job& j, const Sizes& s, const Kernel& kn, const ConvK
   for (int64_t c0 = 0; c0 < channels; c0 += kChannels) {
     const int64_t group = std::min(kChannels, channels - c0);
     for (int k = 0; k < count; k++) load_run(j, s, kernels, runs[k], c0, group, b.slab);
-    for (int64_t c = 0; c < group; c++) {
-      const float* even = b.slab + c * 8 * s.row;
-      for (int k = 0; k < count; k++)
-        kernels.winograd_input(even + runs[k].at, even + s.row + runs[k].at, 2 * s.row,
-                               u + (c0 + c) * kn.nr + runs[k].begin, position, runs[k].length,
-                               b.sums + runs[k].at, s.row, runs[k].length + 1);
-    }
+    for (int k = 0; k < count; k++)
+      kernels.winograd_input(b.slab + runs[k].at, b.slab + s.row + runs[k].at, 2 * s.row, 8 * s.row,
+                             group, u + c0 * kn.nr + runs[k].begin, kn.nr, position, runs[k].length,
+                             b.sums + runs[k].at, s.row);
   }
   return judge(s, runs, count, b.sums, holes, hole_count);
 }

@@ -5,41 +5,47 @@
 
 namespace fastnn::FASTNN_TARGET {
 
-// u = B^T d B for neighbouring tiles of one channel. Row r of d has its even columns from
-// even + r * row on and its odd ones from odd + r * row; tile i starts at column 2 i. Up to a
-// vector beyond the last column is read. The magnitudes of the columns are added to `sums`, which
-// is laid out as (row, even or odd, column).
-static void winograd_input(const float* even, const float* odd, int64_t row, float* u,
-                           int64_t position, int64_t tiles, float* sums, int64_t sums_row,
-                           int64_t columns) {
-  for (int64_t i = 0; i < tiles; i += VecF32::width) {
-    VecF32 t[4][4];
+// u = B^T d B for neighbouring tiles of some channels. Row r of channel c of d has its even columns
+// from even + c * channel + r * row on and its odd ones from `odd` likewise; tile i starts at
+// column 2 i. Up to a vector beyond the last column is read. The magnitudes of the columns, one
+// more than tiles, are added to `sums`: (row, even or odd, column).
+static void winograd_input(const float* even, const float* odd, int64_t row, int64_t channel,
+                           int64_t channels, float* u, int64_t u_channel, int64_t position,
+                           int64_t tiles, float* sums, int64_t sums_row) {
+  for (int64_t i = 0; i <= tiles; i += VecF32::width) {
+    const int n = int(smaller(VecF32::width, tiles - i)),
+              columns = int(smaller(VecF32::width, tiles + 1 - i));
+    VecF32 even_sum[4], odd_sum[4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-      const float *e = even + r * row + i, *o = odd + r * row + i;
-      const VecF32 d0 = VecF32::load(e), d1 = VecF32::load(o), d2 = VecF32::load(e + 1),
-                   d3 = VecF32::load(o + 1);
-      t[r][0] = d0 - d2;
-      t[r][1] = d1 + d2;
-      t[r][2] = d2 - d1;
-      t[r][3] = d1 - d3;
-    }
-    const int n = int(smaller(VecF32::width, tiles - i));
+    for (int r = 0; r < 4; r++) even_sum[r] = odd_sum[r] = VecF32::zero();
+    for (int64_t c = 0; c < channels; c++) {
+      VecF32 t[4][4];
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) {
-      store_some(u + k * position + i, t[0][k] - t[2][k], n);
-      store_some(u + (4 + k) * position + i, t[1][k] + t[2][k], n);
-      store_some(u + (8 + k) * position + i, t[2][k] - t[1][k], n);
-      store_some(u + (12 + k) * position + i, t[1][k] - t[3][k], n);
+      for (int r = 0; r < 4; r++) {
+        const float *e = even + c * channel + r * row + i, *o = odd + c * channel + r * row + i;
+        const VecF32 d0 = VecF32::load(e), d1 = VecF32::load(o), d2 = VecF32::load(e + 1),
+                     d3 = VecF32::load(o + 1);
+        t[r][0] = d0 - d2;
+        t[r][1] = d1 + d2;
+        t[r][2] = d2 - d1;
+        t[r][3] = d1 - d3;
+        even_sum[r] = even_sum[r] + abs(d0);
+        odd_sum[r] = odd_sum[r] + abs(d1);
+      }
+      float* to = u + c * u_channel + i;
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        store_some(to + k * position, t[0][k] - t[2][k], n);
+        store_some(to + (4 + k) * position, t[1][k] + t[2][k], n);
+        store_some(to + (8 + k) * position, t[2][k] - t[1][k], n);
+        store_some(to + (12 + k) * position, t[1][k] - t[3][k], n);
+      }
     }
-  }
-  for (int64_t i = 0; i < columns; i += VecF32::width) {
-    const int n = int(smaller(VecF32::width, columns - i));
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
       float *se = sums + 2 * r * sums_row + i, *so = se + sums_row;
-      store_some(se, load_some<VecF32>(se, n) + abs(load_some<VecF32>(even + r * row + i, n)), n);
-      store_some(so, load_some<VecF32>(so, n) + abs(load_some<VecF32>(odd + r * row + i, n)), n);
+      store_some(se, load_some<VecF32>(se, columns) + even_sum[r], columns);
+      store_some(so, load_some<VecF32>(so, columns) + odd_sum[r], columns);
     }
   }
 }

@@ -105,11 +105,17 @@ struct Layout {
   }
 };
 
-Layout layout_a(const Kernel& kn, int64_t m, int64_t k, int64_t segments = 1) {
-  return {k, segments, kn.kc, kn.k_step, ceil_div(m, kn.mr), kn.mr, kn.a_bytes, 0};
+Layout layout_a(const Kernel& kn, int64_t m, int64_t k) {
+  return {k, 1, kn.kc, kn.k_step, ceil_div(m, kn.mr), kn.mr, kn.a_bytes, 0};
 }
-Layout layout_b(const Kernel& kn, int64_t k, int64_t n, int64_t segments = 1) {
-  return {k, segments, kn.kc, kn.k_step, ceil_div(n, kn.nr), kn.nr, kn.b_bytes, kn.b_extra};
+Layout layout_b(const Kernel& kn, int64_t k, int64_t n) {
+  return {k, 1, kn.kc, kn.k_step, ceil_div(n, kn.nr), kn.nr, kn.b_bytes, kn.b_extra};
+}
+// Where K may be anything (the taps of a filter times its channels), in blocks of one length, which
+// may be a quarter longer than kc, rather than with a short one at the end.
+int64_t even_blocks(const Kernel& kn, int64_t k) {
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(k, kn.kc + kn.kc / 4));
+  return std::max<int64_t>(kn.k_step, round_up(ceil_div(k, blocks), kn.k_step));
 }
 
 // Packs panels [first, last) of all blocks of K, this thread's share of them.
@@ -385,7 +391,8 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
 // All of the problem, each thread with panels of B that it packs for itself.
 static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, const Source& a,
                         char* pack_a_to, Flags& flags, int threads) {
-  const Layout b = layout_b(kn, g.k, g.n, g.segments);
+  Layout b = layout_b(kn, g.k, g.n);
+  b.segments = a.layout.segments, b.kc = a.layout.kc;
   const int64_t mp = a.layout.panels, np = b.panels, blocks = b.blocks();
   // Whole panels where there are enough of them to go round, else an even share of the tiles.
   const bool whole_panels = np >= 4 * threads;
@@ -403,7 +410,7 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   // A panel made for a kernel that packs it further lies here in between.
   const bool as_packed = kn.k_word == 1 && kn.b_bytes == size_b && !kn.split && !kn.b_extra;
   const int64_t made_bytes =
-      g.b_panels && !as_packed ? round_up(std::min(kn.kc, g.k) * kn.nr * size_b, 4096) : 0;
+      g.b_panels && !as_packed ? round_up(std::min(b.kc, g.k) * kn.nr * size_b, 4096) : 0;
   const int64_t own_bytes = group * panel_bytes + sums_bytes + made_bytes;
   char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
@@ -475,7 +482,8 @@ bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
   const int64_t size_a = dtype_size(g.a.type);
   Flags flags;
   Source a{};
-  a.layout = layout_a(kn, g.m, g.k, g.segments);
+  a.layout = layout_a(kn, g.m, g.k);
+  a.layout.segments = g.segments, a.layout.kc = even_blocks(kn, g.k);
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
   const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
                         (g.n <= 2 * kn.nr || !rows_collide(kn, g));
