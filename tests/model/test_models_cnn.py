@@ -93,6 +93,11 @@ def resnet_twin(blocks, bottleneck, classes=10, **kwargs):
     return lambda: twins.ResNet(blocks, bottleneck=bottleneck, num_classes=classes, **kwargs)
 
 
+def mobilenet_widths(*groups):
+    """The channels of the 17 blocks, of which each of the seven groups has its own."""
+    return [width for width, blocks in zip(groups, (1, 2, 3, 4, 3, 3, 1), strict=True) for _ in range(blocks)]
+
+
 NETWORKS = {
     "lenet5": Network(models.LeNet5, twins.LeNet5, (8, 1, 32, 32)),
     "alexnet": Network(narrow_alexnet, lambda: twins.AlexNet(10, 0.0, hidden=16), (2, 3, 67, 71)),
@@ -110,9 +115,16 @@ NETWORKS = {
         resnet_twin([1, 1, 1, 1], bottleneck=True),
         (4, 3, 40, 33),
     ),
+    # torch's float64 takes the groups of a depthwise convolution one by one: few steps of the full width.
     "mobilenet_v2": Network(
         lambda: models.mobilenet_v2(num_classes=10, dropout=0.0),
         lambda: twins.MobileNetV2(10, dropout=0.0),
+        (4, 3, 40, 33),
+        steps=2,
+    ),
+    "narrow_mobilenet": Network(
+        lambda: models.mobilenet_v2(num_classes=10, dropout=0.0, width_mult=0.35),
+        lambda: twins.MobileNetV2(10, widths=mobilenet_widths(8, 8, 16, 24, 32, 56, 112), first=16, dropout=0.0),
         (4, 3, 40, 33),
     ),
     "m5": Network(lambda: models.M5(n_output=10), lambda: twins.M5(n_output=10), (4, 1, 8000)),
@@ -271,7 +283,7 @@ def test_reverts_to_torchs_layers(network):
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lenet5", "bottlenecks", "mobilenet_v2", "m5", "wavenet"])
+@pytest.mark.parametrize("name", ["lenet5", "bottlenecks", "narrow_mobilenet", "m5", "wavenet"])
 def test_traces_whole(name):
     model = NETWORKS[name].ours().eval()
     x, _ = NETWORKS[name].batch(torch.float32)
@@ -450,7 +462,7 @@ def test_resnet_refuses():
     ],
 )
 def test_mobilenet_width(multiplier, first, groups, last):
-    widths = [width for width, blocks in zip(groups, (1, 2, 3, 4, 3, 3, 1), strict=True) for _ in range(blocks)]
+    widths = mobilenet_widths(*groups)
     ours = models.mobilenet_v2(width_mult=multiplier, num_classes=7).eval()
     theirs = twins.MobileNetV2(7, widths=widths, first=first, last=last).eval()
     agree(ours, theirs, torch.randn(1, 3, 33, 40))
