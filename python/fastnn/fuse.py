@@ -246,8 +246,8 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.
-        function, arguments, *rest = object.__reduce_ex__(self, protocol)
-        return (function, tuple(kind if a is type(self) else a for a in arguments), *rest)
+        _, _, *rest = object.__reduce_ex__(self, protocol)
+        return (_new, (kind,), *rest)
 
     body = {
         "forward": dispatch,
@@ -259,6 +259,10 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         "_fused_calls": fused,
     }
     return type(kind.__name__, (kind,), body)
+
+
+def _new(kind: type) -> Any:
+    return kind.__new__(kind)
 
 
 def fused_calls(model: torch.nn.Module) -> Iterator[_FusedConv]:

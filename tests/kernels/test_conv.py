@@ -370,3 +370,65 @@ def test_a_weight_that_is_not_dense_is_refused():
             convolve("forward", x, odd, torch.zeros(1, 3, 1, *out))
     with pytest.raises(ValueError, match="evenly"):
         convolve("weight", x, w[:3].contiguous(), torch.zeros(1, 3, 1, 3, 9)[..., ::2][..., :3])
+
+
+# ---- 3 x 3 filters in float32, which Winograd's algorithm computes where there are enough of them ------------------
+
+
+def three_by_three(n, channels, filters, height, width, padding=(0, 1, 1)):
+    return problem(n, channels, filters, 1, (1, height, width), (1, 3, 3), padding=padding)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 16, 16, 16), (2, 33, 29, 17, 13), (3, 47, 17, 31, 9), (1, 64, 31, 5, 67)], ids=str
+)
+def test_three_by_three(isa, shape, last):
+    for padding in ((0, 1, 1), (0, 0, 2), (0, 2, 0)):
+        *shapes, options = three_by_three(*shape, padding)
+        x, w, y = (torch.randn(s) for s in shapes)
+        if last:
+            x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
+        x[..., : shape[3] // 2, :] = 0  # results beside this are sums of nothing, and exactly zero
+        found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
+        expected = exactly("forward", x, w, y, options)
+        magnitude = exactly("forward", x.abs(), w.abs(), y, options)
+        assert bool(((found.double() - expected).abs() <= 9 * shape[1] * 2.0**-24 * magnitude).all())
+        found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
+        expected = exactly("input", x, w, y, options)
+        magnitude = exactly("input", x, w.abs(), y.abs(), options)
+        assert bool(((found.double() - expected).abs() <= 9 * shape[2] * 2.0**-24 * magnitude).all())
+
+
+def test_small_numbers_beside_large_ones_keep_their_digits(isa):
+    """A tile that mixed the two would round the small ones as if they were large."""
+    *shapes, options = three_by_three(1, 32, 32, 24, 24)
+    x, w, y = (torch.randn(s) for s in shapes)
+    x[..., 11, :] *= 1e6
+    found = convolve("forward", x, w, torch.empty_like(y), **options)
+    expected = exactly("forward", x, w, y, options)
+    magnitude = exactly("forward", x.abs(), w.abs(), y, options)
+    assert bool(((found.double() - expected).abs() <= 9 * 32 * 2.0**-24 * magnitude).all())
+
+
+@pytest.mark.parametrize("channels", [64, 320])
+@pytest.mark.parametrize("kind", ["normal", "relu", "scaled", "cancelling"])
+def test_three_by_three_is_no_worse_than_torch(channels, kind):
+    *shapes, options = three_by_three(2, channels, 32, 24, 24)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        x, w, y = (torch.randn(s) for s in shapes)
+        if kind == "relu":
+            x = x.relu()
+        elif kind == "scaled":
+            x = x * torch.randn_like(x).exp()
+        elif kind == "cancelling":
+            half = channels // 2
+            x[:, half:] = x[:, :half] * (1 + 1e-3 * torch.randn_like(x[:, :half]))
+            w[:, half:] = -w[:, :half]
+        expected = exactly("forward", x, w, y, options)
+        ours = convolve("forward", x, w, torch.empty_like(y), **options)
+        theirs = F.conv2d(x[:, :, 0], w[:, :, 0], padding=1)[:, :, None]
+        for i, result in enumerate((ours, theirs)):
+            squares[i] += (result.double() - expected).square().sum() / expected.square().sum()
+    assert squares[0].sqrt() <= 1.1 * squares[1].sqrt(), (squares[0] / squares[1]).sqrt()

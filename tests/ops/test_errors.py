@@ -575,8 +575,9 @@ def test_any_convolution(call):
         return
     (y, *_), (mine, *_) = found
     assert (mine.shape, mine.dtype) == (y.shape, y.dtype)
-    if y.numel():
-        # Strides, but of dimensions of size 1, which mean nothing.
+    usual = all(t.stride() == torch.empty(t.shape).stride() for t in tensors)
+    if y.numel() and (usual or "1d" not in name):
+        # Strides, but of dimensions of size 1, which mean nothing. (In one dimension torch asks those of its weight.)
         strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (mine, y)]
         assert strides[0] == strides[1]
     for theirs, ours in zip(*found, strict=True):

@@ -34,6 +34,7 @@ class Op:
     autocast: whether torch.autocast("cpu") casts the tensors.
     differentiable: how many of the results have gradients, from the first; ``backward`` gets one of None or zeros for the
         others, which are marked.
+    of_integers: whether it takes nothing but integers, whose dtype the kernel chose.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Op:
         jvp: Callable[..., Result] | None = None,
         autocast: bool = False,
         differentiable: int = 1,
+        of_integers: bool = False,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
+        self.of_integers = of_integers
         self.reference = reference
 
         def on_plain(*args: Any) -> Result:
@@ -107,8 +110,10 @@ class Op:
 
     def __call__(self, *args: Any, where: str | None = None) -> Result:
         """Raises :class:`fastnn.ops._route.Unsupported` where the call is torch's, unless ``where`` is given."""
-        # Integers that go along with them (positions, lengths) decide nothing.
-        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        # Integers that go along with other numbers (positions, lengths) decide nothing.
+        numbers = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+        tensors = numbers if numbers or self.of_integers else tensors
         if where is None:
             # In a backward most often nothing looks on.
             where = EAGER if is_straight(*tensors) else route(self.name, *tensors)

@@ -479,6 +479,7 @@ max_pool_indices = Op(
     jvp=lambda ctx, *_: None,
     vmap=lambda info, in_dims, *args: _fold_all(max_pool_indices, info, in_dims, 1, len(args[5]), args, None),
     differentiable=0,
+    of_integers=True,
 )
 
 

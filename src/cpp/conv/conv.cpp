@@ -257,6 +257,7 @@ void conv_forward(const Conv& c) {
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
     }
     p.channels_inner = !outer;
+    if (SplitRows::pays(p)) SplitRows::apply(p, threads);
     correlate(p, c.w.data + group * rows * p.depth() * size, rows, c,
               channels_from(c.y, group * rows, rows, c.type), c.y, group * rows, threads);
   });
@@ -326,8 +327,9 @@ void conv_weight(const Conv& c) {
       p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
     }
+    if (SplitRows::pays(p)) SplitRows::apply(p, threads);
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
-    p.channels_inner = (c.x.stride[1] == 1 && channels > 1) || !channels_outer(c.w);
+    p.channels_inner = (p.channel_stride == 1 && channels > 1) || !channels_outer(c.w);
     Gemm g;
     g.m = rows, g.n = p.depth();
     if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros

@@ -9,7 +9,11 @@ namespace fastnn {
 // Nothing outside of [lo, hi) is read. Strides in elements.
 using CopyRowsFn = void (*)(void* dst, int64_t dst_row, const void* src, int64_t src_row,
                             int64_t rows, int64_t stride, int64_t lo, int64_t hi, int64_t n);
-// One lane of a transposition: its elements [lo, hi) are at src[i * stride], the others zero.
+// Rows of neighbours, each from somewhere else: dst[r * ld + i] = element i of row r, for i < n.
+using GatherRowsFn = void (*)(void* dst, int64_t ld, const struct Lane* rows, int64_t count,
+                              int64_t n);
+// One lane of a transposition, or one row: its elements [lo, hi) are at src[i * stride], the others
+// zero.
 struct Lane {
   const char* src;
   int32_t lo, hi;
@@ -43,6 +47,7 @@ struct DepthwiseKernels {
 struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
   TransposeFn transpose[3];
+  GatherRowsFn gather_rows[3];
   DepthwiseKernels depthwise[4];  // by DType
   // See winograd.inl.
   void (*winograd_input)(const float* even, const float* odd, int64_t row, int64_t channel,

@@ -39,6 +39,16 @@ static void transpose(void* dst_, int64_t ld, const Lane* lanes, int count, int6
   }
 }
 
+template <class T>
+static void gather_rows(void* dst_, int64_t ld, const Lane* rows, int64_t count, int64_t n) {
+  T* dst = static_cast<T*>(dst_);
+  for (int64_t r = 0; r < count; r++, dst += ld) {
+    const T* src = reinterpret_cast<const T*>(rows[r].src);
+    const int64_t lo = rows[r].lo, hi = rows[r].hi;
+    for (int64_t i = 0; i < n; i++) dst[i] = i >= lo && i < hi ? src[i] : T{};
+  }
+}
+
 #if FASTNN_TARGET_ID == 2
 // Bits [lo, hi) of 16, counted from i.
 FASTNN_INLINE uint32_t range_mask(int64_t lo, int64_t hi, int64_t i, int width) {
@@ -120,6 +130,22 @@ static void copy_rows2(void* dst_, int64_t dst_row, const void* src_, int64_t sr
   }
 }
 
+static void gather_rows4(void* dst_, int64_t ld, const Lane* rows, int64_t count, int64_t n) {
+  if (n > 32) return gather_rows<uint32_t>(dst_, ld, rows, count, n);
+  uint32_t* dst = static_cast<uint32_t*>(dst_);
+  const __mmask16 low = VecF32::first(int(clamp(n, 16))),
+                  high = VecF32::first(int(clamp(n - 16, 16)));
+  for (int64_t r = 0; r < count; r++, dst += ld) {
+    const auto* src = reinterpret_cast<const uint32_t*>(rows[r].src);
+    // 0 <= lo <= hi <= 32
+    const uint32_t in = uint32_t((uint64_t(1) << rows[r].hi) - (uint64_t(1) << rows[r].lo));
+    _mm512_mask_storeu_epi32(dst, low, _mm512_maskz_loadu_epi32(__mmask16(in), src));
+    if (n > 16)
+      _mm512_mask_storeu_epi32(dst + 16, high,
+                               _mm512_maskz_loadu_epi32(__mmask16(in >> 16), src + 16));
+  }
+}
+
 static void transpose4(void* dst_, int64_t ld, const Lane* lanes, int count, int64_t stride,
                        int64_t n) {
   for (int l0 = 0; l0 < count; l0 += 16) {
@@ -178,14 +204,18 @@ static void transpose2(void* dst_, int64_t ld, const Lane* lanes, int count, int
 
 constexpr CopyRowsFn copies[] = {copy_rows2, copy_rows4, copy_rows<uint64_t>};
 constexpr TransposeFn transposes[] = {transpose2, transpose4, transpose<uint64_t>};
+constexpr GatherRowsFn gathers[] = {gather_rows<uint16_t>, gather_rows4, gather_rows<uint64_t>};
 #else
 constexpr CopyRowsFn copies[] = {copy_rows<uint16_t>, copy_rows<uint32_t>, copy_rows<uint64_t>};
 constexpr TransposeFn transposes[] = {transpose<uint16_t>, transpose<uint32_t>,
                                       transpose<uint64_t>};
+constexpr GatherRowsFn gathers[] = {gather_rows<uint16_t>, gather_rows<uint32_t>,
+                                    gather_rows<uint64_t>};
 #endif
 
 static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {transposes[0], transposes[1], transposes[2]},
+                                  {gathers[0], gathers[1], gathers[2]},
                                   {depthwise_kernels<float>, depthwise_kernels<double>,
                                    depthwise_kernels<bf16>, depthwise_kernels<f16>},
                                   winograd_input,

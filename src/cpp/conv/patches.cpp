@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "common/cpu_features.hpp"
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
 
 namespace fastnn {
 
@@ -26,6 +28,7 @@ const ConvKernels& conv_kernels() {
 namespace {
 
 constexpr int kMostLanes = 128;  // the widest panel of any kernel
+constexpr int64_t kFewChannels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   if (b == 1) return a;  // most often, and a division takes longer than the rest of what asks
@@ -52,9 +55,6 @@ Run run_at(const Patches& p, int64_t position, int64_t begin, int64_t most) {
   return r;
 }
 
-struct Tap {
-  int64_t at[kSpatial];
-};
 Tap tap_at(const Patches& p, int64_t index) {
   Tap t;
   t.at[2] = index % p.taps[2];
@@ -85,7 +85,13 @@ class View {
       lo_[t] = int32_t(std::clamp<int64_t>(ceil_div(-from, p.step[2]), 0, r.length));
       hi_[t] =
           int32_t(std::clamp<int64_t>(ceil_div(p.size[2] - from, p.step[2]), lo_[t], r.length));
-      offset_[2][t] = r.image * p.image_stride + from * p.stride[2];
+      if (p.remainder_stride) {
+        const int64_t rest = ((from % p.step[2]) + p.step[2]) % p.step[2];
+        offset_[2][t] = r.image * p.image_stride + rest * p.remainder_stride +
+                        (from - rest) / p.step[2] * p.stride[2];
+      } else {
+        offset_[2][t] = r.image * p.image_stride + from * p.stride[2];
+      }
     }
   }
   static bool fits(const Patches& p) {
@@ -94,7 +100,7 @@ class View {
   Seen see(const Patches& p, const Tap& t) const {
     if (!inside_[0][t.at[0]] || !inside_[1][t.at[1]]) return {p.data, 0, 0, 0};
     return {p.data + (offset_[0][t.at[0]] + offset_[1][t.at[1]] + offset_[2][t.at[2]]) * p.element,
-            p.step[2] * p.stride[2], lo_[t.at[2]], hi_[t.at[2]]};
+            p.remainder_stride ? p.stride[2] : p.step[2] * p.stride[2], lo_[t.at[2]], hi_[t.at[2]]};
   }
 
  private:
@@ -147,6 +153,42 @@ TapRange taps_of(const Patches& p, int64_t k0, int64_t k) {
 
 }  // namespace
 
+bool SplitRows::pays(const Patches& p) {
+  return p.step[2] > 1 && p.taps[2] > 1 && p.channels <= kFewChannels && p.size[2] > 0 &&
+         View::fits(p);
+}
+
+void SplitRows::apply(Patches& p, int threads) {
+  const int64_t step = p.step[2], columns = (p.size[2] + step - 1) / step;
+  const int64_t row = step * columns, plane = p.size[1] * row, channel = p.size[0] * plane;
+  char* to = static_cast<char*>(
+      scratch(Scratch::packed_b, size_t(p.images * p.channels * channel * p.element)));
+  const auto copy = conv_kernels().copy_rows[size_index(p.element)];
+  const int64_t units = p.images * p.channels * p.size[0];
+  parallel(threads, [&](int thread, int came) {
+    const Range mine = share_of(units, 1, thread, came);
+    for (int64_t unit = mine.begin; unit < mine.end; unit++) {
+      const int64_t d = unit % p.size[0], c = unit / p.size[0] % p.channels,
+                    n = unit / p.size[0] / p.channels;
+      const char* from =
+          p.data + (n * p.image_stride + c * p.channel_stride + d * p.stride[0]) * p.element;
+      for (int64_t rest = 0; rest < step; rest++)
+        copy(to + (unit * plane + rest * columns) * p.element, row,
+             from + rest * p.stride[2] * p.element, p.stride[1], p.size[1], step * p.stride[2], 0,
+             (p.size[2] - rest + step - 1) / step, columns);
+    }
+  });
+  p.data = to;
+  p.image_stride = p.channels * channel, p.channel_stride = channel;
+  p.stride[0] = plane, p.stride[1] = row, p.stride[2] = 1;
+  p.remainder_stride = columns;
+}
+
+PatchColumns::PatchColumns(const Patches& p) : p_(p), kernels_(conv_kernels()) {
+  if (p.channels > kFewChannels) return;
+  for (int64_t t = 0; t < p.tap_count(); t++) taps_.push_back(tap_at(p, t));
+}
+
 void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, int columns,
                         int ld) const {
   char* dst = static_cast<char*>(dst_);
@@ -162,6 +204,30 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
   auto seen = [&](int i, const Tap& t) {
     return viewed ? views[i].see(p_, t) : see(p_, runs[i], t);
   };
+
+  if (viewed && p_.channels <= kFewChannels &&
+      (p_.remainder_stride || p_.step[2] * p_.stride[2] == 1)) {
+    // Few channels a tap: row by row, each wherever it comes from.
+    constexpr int64_t kRows = 64;
+    Lane rows[kRows];
+    for (int64_t first = 0; first < k; first += kRows) {
+      const int64_t n = std::min(kRows, k - first);
+      for (int i = 0; i < count; i++) {
+        for (int64_t r = 0; r < n; r++) {
+          const int64_t index = k0 + first + r;
+          const int64_t c = p_.channels_inner ? index % p_.channels : index / p_.tap_count();
+          const int64_t t = p_.channels_inner ? index / p_.channels : index % p_.tap_count();
+          const Seen s = views[i].see(p_, taps_[size_t(t)]);
+          rows[r] = {s.src + c * p_.channel_stride * p_.element, int32_t(s.lo), int32_t(s.hi)};
+        }
+        char* to = dst + (first * ld + runs[i].begin) * p_.element;
+        // The last run's rows end with zeros, up to the panel's width.
+        const bool last = i + 1 == count;
+        kernels_.gather_rows[size](to, ld, rows, n, last ? ld - runs[i].begin : runs[i].length);
+      }
+    }
+    return;
+  }
 
   const TapRange range = taps_of(p_, k0, k);
   const bool across = p_.channel_stride == 1 && p_.channels > 1;

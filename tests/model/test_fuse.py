@@ -1,0 +1,263 @@
+"""convert(model, fuse=True): what is fused computes the same, and only where it may."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnn
+from fastnn.fuse import fused_calls
+from fastnn.testing.errors import relative_error
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut and activation are Python, not modules."""
+
+    def __init__(self, add=operator.iadd, activation=F.relu, bias=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 12, 3, padding=1, bias=bias)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(12, 8, 1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.add, self.activation = add, activation
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out = self.add(out, x)
+        return self.activation(out)
+
+
+def with_statistics(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.weight.uniform_(-1.5, 1.5)
+                    module.bias.normal_()
+    return model.eval()
+
+
+def network(rank=2):
+    conv, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
+    return nn.Sequential(
+        conv(3, 8, 3, stride=2, padding=1, bias=False),
+        norm(8),
+        nn.ReLU6(),
+        conv(8, 8, 3, padding=1, groups=8),
+        norm(8, affine=False),
+        nn.SiLU(),
+        conv(8, 16, 1),
+        norm(16),
+        conv(16, 5, 3, dilation=2, padding="same"),
+        nn.Sigmoid(),
+    )
+
+
+def calls(model):
+    return [(c.norm is not None, c.activation) for c in fused_calls(model)]
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chains_of_modules(rank, dtype, no_fallback):
+    model = with_statistics(network(rank)).to(dtype)
+    x = torch.randn(2, 3, *(11, 9, 7)[:rank], dtype=dtype)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    before = relative_error(outputs(model, x), exact)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    assert fastnn.convert(model, fuse=True) is model
+    assert calls(model) == [(True, "relu6"), (True, "silu"), (True, "none"), (False, "sigmoid")]
+    assert relative_error(outputs(model, x), exact) <= 3 * before + 1e-7 * (dtype is torch.float32) + 1e-15
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("add", [operator.add, operator.iadd, torch.add, lambda a, b: a.add_(b)])
+@pytest.mark.parametrize("activation", [F.relu, torch.relu, lambda x: x.relu_(), F.relu6, F.silu])
+def test_a_shortcut(add, activation):
+    model = with_statistics(nn.Sequential(Block(add, activation), Block(add, activation, bias=True)))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 8, 7, 6).to(memory_format=layout)
+        exact = outputs(copy.deepcopy(model).double(), x.double())
+        fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+        kept = x.clone()
+        assert relative_error(outputs(fused, x), exact) < 1e-6
+        assert torch.equal(x, kept)
+        assert len(calls(fused)) == 4
+        assert all(call.norm is not None for call in fused_calls(fused))
+
+
+def test_a_shortcut_that_broadcasts_or_has_another_layout():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x, other):
+            return torch.relu(self.conv(x) + other)
+
+    model = fastnn.convert(Model().eval(), fuse=True)
+    x = torch.randn(2, 3, 5, 4)
+    for other in (
+        torch.randn(4, 1, 1),
+        torch.randn(2, 4, 4, 5).transpose(2, 3),
+        torch.randn(2, 4, 5, 4).to(memory_format=torch.channels_last),
+        torch.randn(3, 2, 4, 5, 4),
+    ):
+        expected = torch.relu(F.conv2d(x, model.conv.weight, model.conv.bias) + other)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x, other), expected)
+
+
+def test_only_in_eval_mode_without_gradients():
+    model = with_statistics(nn.Sequential(Block()))
+    torchs = copy.deepcopy(model)
+    fastnn.convert(model, fuse=True)
+    x = torch.randn(2, 8, 5, 5)
+
+    def close(**kwargs):
+        torch.testing.assert_close(model(x), torchs(x), **kwargs)
+
+    close()
+    y = model(x)
+    assert y.requires_grad
+    grads = torch.autograd.grad(y.sum(), list(model.parameters()))
+    expected = torch.autograd.grad(torchs(x).sum(), list(torchs.parameters()))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        close()
+        model.train(), torchs.train()
+        close(rtol=1e-4, atol=1e-5)
+        for (name, ours), theirs in zip(model.named_buffers(), torchs.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, msg=name)
+        model.eval(), torchs.eval()
+        with torch.autocast("cpu"):
+            assert model(x).dtype is torchs(x).dtype
+
+
+def test_a_hook_is_called():
+    model = fastnn.convert(with_statistics(nn.Sequential(Block())), fuse=True)
+    seen = []
+    handle = model[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(1, 8, 5, 5)
+    expected = outputs(model, x)
+    assert seen == [1]
+    handle.remove()
+    torch.testing.assert_close(outputs(model, x), expected)
+    assert seen == [1]
+
+
+def test_changes_of_parameters_are_seen():
+    model = fastnn.convert(with_statistics(nn.Sequential(Block())), fuse=True)
+    x = torch.randn(1, 8, 5, 5)
+    outputs(model, x)
+
+    def check():
+        fresh = fastnn.revert(copy.deepcopy(model))
+        torch.testing.assert_close(outputs(model, x), outputs(fresh, x), rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        model[0].conv1.weight.mul_(2)
+    check()
+    model[0].bn2.running_var.fill_(3.0)
+    check()
+    model.load_state_dict({name: t + 0.5 for name, t in model.state_dict().items()})
+    check()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    check()
+    model.to(torch.bfloat16)
+    assert outputs(model, x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_revert_report_copies_and_again():
+    model = with_statistics(Block())
+    fastnn.convert(model, fuse=True)
+    assert isinstance(model, Block)
+    fused = type(model)
+    (row,) = [row for row in fastnn.report(model).rows if row.name == "(model)"]
+    assert row.status == "note"
+    assert "2 convolutions" in row.reason
+    x = torch.randn(1, 8, 5, 5)
+    expected = outputs(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is Block
+        torch.testing.assert_close(outputs(other, x), expected)
+    assert type(fastnn.convert(model, fuse=True)) is fused
+    fastnn.revert(model)
+    assert type(model) is Block
+    assert type(model.conv1) is nn.Conv2d
+    torch.testing.assert_close(outputs(model, x), expected)
+
+
+def test_what_stays_unfused():
+    shared = nn.Conv2d(8, 8, 1)
+
+    class Branches(nn.Module):
+        """Its Python cannot be followed: its block is fused by itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(x) if x.sum() > 0 else x
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    cases = {
+        "a shared layer": (nn.Sequential(shared, nn.BatchNorm2d(8), shared, nn.ReLU()), 0),
+        "a result used twice": (Twice(), 0),
+        "no running statistics": (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)), 0),
+        "circular padding": (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()), 0),
+        "branches": (Branches(), 2),
+    }
+    x = torch.rand(2, 8, 5, 5)
+    for name, (model, count) in cases.items():
+        model = model.eval()
+        expected = outputs(model, x)
+        fastnn.convert(model, fuse=True)
+        assert len(calls(model)) == count, name
+        torch.testing.assert_close(outputs(model, x), expected, rtol=1e-4, atol=1e-5, msg=name)
+    skipping = fastnn.convert(Block().eval(), fuse=True, skip="bn1")
+    assert [call.norm is None for call in fused_calls(skipping)] == [False]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "alexnet"])
+def test_models(name, no_fallback):
+    model = with_statistics(getattr(fastnn.models, name)())
+    edge = 64 if name == "alexnet" else 33
+    x = torch.randn(2, 3, edge, edge)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    error = relative_error(outputs(fastnn.revert(copy.deepcopy(model)), x), exact)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        fused = fastnn.convert(copy.deepcopy(model).to(memory_format=layout), fuse=True)
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert len(calls(fused)) == len(convolutions)
+        assert relative_error(outputs(fused, x.to(memory_format=layout)), exact) <= 3 * error
