@@ -2,9 +2,6 @@
 // bfloat16 and float16 become float32 when they are packed.
 #pragma once
 #include "gemm/microkernel.inl"
-#if FASTNN_TARGET_ID == 2
-#include "isa/transpose_avx512.hpp"
-#endif
 
 namespace fastnn::FASTNN_TARGET {
 
