@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.cpu import channels_last_strides
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
 from ._op import Op
@@ -342,8 +343,7 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 def _fake_layout(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     if not channels_last:
         return like.new_empty(shape)
-    n, c, *spatial = shape
-    return like.new_empty((n, *spatial, c)).movedim(-1, 1)
+    return like.new_empty_strided(shape, channels_last_strides(shape))
 
 
 def _fold(x: Tensor, dim: int | None) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.cpu import channels_last_strides
 from ..backends.cpu import pool as cpu
 from ..backends.cpu.pool import Windows
 from ..backends.reference import pool as reference
@@ -384,7 +385,7 @@ def _derivative(op: Op, *args: Any) -> Any:
 
 def _fake(x: Tensor, shape: Sequence[Any], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     if channels_last:
-        return x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype or x.dtype).movedim(-1, 1)
+        return x.new_empty_strided(shape, channels_last_strides(shape), dtype=dtype or x.dtype)
     return x.new_empty(shape, dtype=dtype or x.dtype)
 
 

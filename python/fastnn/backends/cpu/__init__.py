@@ -137,6 +137,27 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
     return strides
 
 
+def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory without gaps, of any order of dimensions. No view: autograd refuses to change those in place
+    where a Function of one's own has made them."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= LARGE_BYTES:
+        return torch.empty_strided(shape, strides, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(empty((size,), torch.uint8).untyped_storage(), 0, shape, strides)
+
+
+def empty_channels(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Uninitialised memory for (N, C, *spatial), contiguous or channels-last."""
+    return empty_strided(shape, channels_last_strides(shape) if channels_last else _contiguous(shape), dtype)
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of (N, C, *spatial) with C fastest."""
+    n, c, *spatial = shape
+    outer, *inner = _contiguous((n, *spatial, c))
+    return (outer, 1, *inner[:-1])
+
+
 def empty_like(x: Tensor) -> Tensor:
     """torch.empty_like(x), with its strides."""
     if x.numel() * x.element_size() <= LARGE_BYTES:
@@ -144,7 +165,7 @@ def empty_like(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return empty(x.shape, x.dtype)
     strides = torch.empty_like(x, device="meta").stride()
-    return empty((x.numel(),), x.dtype).as_strided(x.shape, strides)
+    return empty_strided(x.shape, strides, x.dtype)
 
 
 def gemm(

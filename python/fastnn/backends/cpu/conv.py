@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu, _state
-from . import ACTIVATION, DTYPE, empty, precision
+from . import ACTIVATION, DTYPE, empty_channels, precision
 
 #: relu6 has no kernel of its own, and no gradient: it is the end of a convolution alone.
 _ACTIVATION = {**ACTIVATION, "relu6": 9}
@@ -49,14 +49,6 @@ def is_channels_last(*tensors: Tensor) -> bool:
     )
 
 
-def new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """Uninitialised memory in one of the two layouts; large blocks come from the caching allocator."""
-    if not channels_last:
-        return empty(shape, like.dtype)
-    n, c, *spatial = shape
-    return empty((n, *spatial, c), like.dtype).movedim(-1, 1)
-
-
 def forward(
     x: Tensor,
     w: Tensor,
@@ -74,9 +66,9 @@ def forward(
         for d in range(x.dim() - 2)
     ]
     channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
-    y = new(x, (x.shape[0], w.shape[0], *spatial), channels_last)
+    y = empty_channels((x.shape[0], w.shape[0], *spatial), x.dtype, channels_last)
     if residual is not None and residual.stride() != y.stride():
-        residual = new(x, y.shape, channels_last).copy_(residual)
+        residual = empty_channels(y.shape, y.dtype, channels_last).copy_(residual)
     w = w if _has_dense_filters(w) else w.contiguous()
     _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual)
     return y
@@ -94,7 +86,7 @@ def input(
 ) -> Tensor:
     """The gradient of x, of the spatial sizes ``size``, from that of y; with ``bias``, the transposed convolution."""
     channels_last = gives_channels_last(y, w, True, stride, padding, dilation, groups)
-    x = new(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
+    x = empty_channels((y.shape[0], w.shape[1] * groups, *size), y.dtype, channels_last)
     _call(_cpu.conv_input, x, w, y, stride, padding, dilation, groups, bias)
     return x
 
@@ -110,7 +102,7 @@ def weight(
     channels_last: bool,
 ) -> Tensor:
     """The gradient of w from that of y."""
-    w = new(x, (y.shape[1], x.shape[1] // groups, *kernel), channels_last)
+    w = empty_channels((y.shape[1], x.shape[1] // groups, *kernel), x.dtype, channels_last)
     # Positions one stride apart, as in all that torch makes; an odd view is worth a copy.
     y = y if _is_evenly_spaced(y) else y.contiguous()
     _call(_cpu.conv_weight, x, w, y, stride, padding, dilation, groups)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ... import _cpu
-from . import DTYPE, LARGE_BYTES, empty
+from . import DTYPE, LARGE_BYTES, empty, empty_strided
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -28,7 +28,7 @@ def empty_result(x: Tensor) -> Tensor:
     if format is torch.contiguous_format:
         return empty(x.shape, x.dtype)
     strides = torch.empty_like(x, memory_format=format, device="meta").stride()
-    return empty((x.numel(),), x.dtype).as_strided(x.shape, strides)
+    return empty_strided(x.shape, strides, x.dtype)
 
 
 def _operand(x: Tensor | None) -> tuple[Any, ...] | None:

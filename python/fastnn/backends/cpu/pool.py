@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
-from . import DTYPE, empty
+from . import DTYPE, empty_channels
 
 _MAX, _SCATTER, _GATHER, _INDICES, _AVG, _AVG_BACKWARD = range(6)
 
@@ -37,16 +37,6 @@ def taps(windows: Windows, size: Sequence[int], output: Sequence[int]) -> int:
 def code_dtype(windows: Windows, size: Sequence[int], output: Sequence[int]) -> torch.dtype:
     """The type of the codes that say which element of its window is the maximum."""
     return torch.uint8 if taps(windows, size, output) <= 256 else torch.int32
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    if channels_last:
-        shape = (shape[0], *shape[2:], shape[1])
-    if dtype is torch.int64:  # which the allocator does not know
-        result = empty((*shape[:-1], 2 * shape[-1]), torch.int32).view(torch.int64)
-    else:
-        result = empty(shape, dtype)
-    return result.movedim(-1, 1) if channels_last else result
 
 
 def _run(
@@ -91,8 +81,8 @@ def max_pool(
     dims = len(output)
     size = x.shape[x.dim() - dims :]
     shape = (*x.shape[: x.dim() - dims], *output)
-    out = _empty(shape, x.dtype, channels_last)
-    codes = _empty(shape, code_dtype(windows, size, output), channels_last) if coded else None
+    out = empty_channels(shape, x.dtype, channels_last)
+    codes = empty_channels(shape, code_dtype(windows, size, output), channels_last) if coded else None
     if out.numel():
         _run(_MAX, dims, x, x.shape, out, codes, windows, x.dtype)
     return out, codes
@@ -102,7 +92,7 @@ def max_pool_backward(
     grad: Tensor, codes: Tensor, windows: Windows, size: Sequence[int], dims: int, channels_last: bool
 ) -> Tensor:
     """The gradient of an input of shape ``size``."""
-    x = _empty(size, grad.dtype, channels_last)
+    x = empty_channels(size, grad.dtype, channels_last)
     if x.numel():
         _run(_SCATTER, dims, x, x.shape, grad, codes, windows, grad.dtype)
     return x
@@ -110,7 +100,7 @@ def max_pool_backward(
 
 def max_pool_gather(x: Tensor, codes: Tensor, windows: Windows, dims: int, channels_last: bool) -> Tensor:
     """x at the places that the codes mean."""
-    out = _empty(codes.shape, x.dtype, channels_last)
+    out = empty_channels(codes.shape, x.dtype, channels_last)
     if out.numel():
         _run(_GATHER, dims, x, x.shape, out, codes, windows, x.dtype)
     return out
@@ -119,7 +109,7 @@ def max_pool_gather(x: Tensor, codes: Tensor, windows: Windows, dims: int, chann
 def max_pool_indices(codes: Tensor, windows: Windows, size: Sequence[int], channels_last: bool) -> Tensor:
     """The codes as positions in a plane of ``size``, int64."""
     dims = len(size)
-    out = _empty(codes.shape, torch.int64, channels_last)
+    out = empty_channels(codes.shape, torch.int64, channels_last)
     if out.numel():
         shape = (*codes.shape[: codes.dim() - dims], *size)
         _run(_INDICES, dims, None, shape, out, codes, windows, torch.float32)
@@ -136,7 +126,7 @@ def avg_pool(
 ) -> Tensor:
     """Sums over the windows, each divided by ``divisor`` or, where that is 0, by its count of elements."""
     dims = len(output)
-    out = _empty((*x.shape[: x.dim() - dims], *output), x.dtype, channels_last)
+    out = empty_channels((*x.shape[: x.dim() - dims], *output), x.dtype, channels_last)
     if out.numel():
         _run(_AVG, dims, x, x.shape, out, None, windows, x.dtype, include_padding, divisor)
     return out
@@ -151,7 +141,7 @@ def avg_pool_backward(
     divisor: int,
     channels_last: bool,
 ) -> Tensor:
-    x = _empty(size, grad.dtype, channels_last)
+    x = empty_channels(size, grad.dtype, channels_last)
     if x.numel():
         _run(_AVG_BACKWARD, dims, x, x.shape, grad, None, windows, grad.dtype, include_padding, divisor)
     return x
