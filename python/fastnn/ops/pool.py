@@ -236,6 +236,8 @@ _ADAPTIVE = Windows((), (), (), ())
 
 def _read_output_size(dims: int, input: Tensor, output_size: Any) -> tuple[int, ...]:
     size = input.shape[input.dim() - dims :]
+    if output_size is None:
+        raise Unsupported("output_size: expected an integer, or one or None for each dimension, got None")
     if dims > 1:
         sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * dims
         if len(sizes) != dims:

@@ -354,6 +354,4 @@ void conv_weight(const Conv& c) {
   });
 }
 
-const char* conv_path(const Conv&) { return "implicit gemm"; }
-
 }  // namespace fastnn

@@ -46,7 +46,4 @@ void conv_weight(const Conv& c);  // w from x and y: the gradient by the weight
 // out[c] = the sum of y[n, c, o] over n and o, with c contiguous in `out`.
 void channel_sum(const Tensor5& y, DType type, void* out);
 
-// The algorithm that computes this: "depthwise", "pointwise gemm" or "implicit gemm".
-const char* conv_path(const Conv& c);
-
 }  // namespace fastnn

@@ -88,8 +88,8 @@ struct Layout {
 
   int64_t blocks_in_segment() const { return ceil_div(k, kc); }
   int64_t blocks() const { return segments * blocks_in_segment(); }
-  int64_t segment(int64_t block) const { return block / blocks_in_segment(); }
-  int64_t begin(int64_t block) const { return block % blocks_in_segment() * kc; }
+  int64_t segment(int64_t block) const { return k ? block / blocks_in_segment() : 0; }
+  int64_t begin(int64_t block) const { return k ? block % blocks_in_segment() * kc : 0; }
   int64_t length(int64_t block) const { return std::min(kc, k - begin(block)); }  // elements of K
   int64_t padded(int64_t block) const { return round_up(length(block), k_step); }
   int64_t panel_bytes(int64_t block) const {

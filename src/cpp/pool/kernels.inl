@@ -213,7 +213,8 @@ static void join_row(const C* phases, const PoolWindows& w, int64_t length, T* x
       a.store(x + i);
       b.store(x + i + V::width);
     }
-    for (; i < n; i++) from_any(x[i], (i % 2 ? from_odd : from_even)[i / 2]);
+    for (int64_t j = i / 2; 2 * j < n; j++) from_any(x[2 * j], from_even[j]);
+    for (int64_t j = i / 2; 2 * j + 1 < n; j++) from_any(x[2 * j + 1], from_odd[j]);
     return;
   }
   for (int64_t m = 0; m < w.stride && m < n; m++) {
