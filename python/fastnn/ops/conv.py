@@ -15,6 +15,7 @@ dtypes and devices, TypeError for what is no tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,18 @@ from ..backends.cpu import channels_last_strides
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
 from ._op import Op
-from ._route import PLAIN, Unsupported, autocast, describe, fall_back, is_straight, resolve, tracing_state
+from ._route import (
+    PLAIN,
+    Unsupported,
+    autocast,
+    describe,
+    fall_back,
+    is_autocast_enabled,
+    is_dynamo_compiling,
+    is_straight,
+    resolve,
+    tracing_state,
+)
 from .activation import activation as apply_activation
 
 _Numbers = int | Sequence[int]
@@ -226,6 +238,38 @@ def _one_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return input, weight, bias
 
 
+@functools.lru_cache(4096)
+def _plan(
+    rank: int,
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    bias: tuple[int, ...] | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None:
+    """stride, padding, dilation and groups in full, of shapes that a batched convolution has; None for all others."""
+    if len(input) != rank + 2 or len(weight) != rank + 2 or isinstance(padding, str) or type(groups) is not int:
+        return None
+    try:
+        strides, pads, dilations = (
+            tuple(_numbers(name, value, rank, least))
+            for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+        )
+    except Unsupported:
+        return None
+    fits = (
+        groups > 0
+        and weight[0] % groups == 0
+        and input[1] == weight[1] * groups
+        and min(*input, *weight) > 0
+        and (bias is None or bias == (weight[0],))
+        and all(input[2 + d] + 2 * pads[d] >= dilations[d] * (weight[2 + d] - 1) + 1 for d in range(rank))
+    )
+    return (strides, pads, dilations, groups) if fits else None
+
+
 def _conv(
     op: str,
     torch_function: Callable[..., Tensor],
@@ -238,6 +282,17 @@ def _conv(
     dilation: Any,
     groups: int,
 ) -> Tensor:
+    if not is_dynamo_compiling() and type(input) in PLAIN and type(weight) in PLAIN:
+        # What was found well formed once is not examined again.
+        try:
+            shapes = (input.shape, weight.shape, None if bias is None else bias.shape)
+            options = _plan(rank, *shapes, stride, padding, dilation, groups)
+        except (TypeError, AttributeError, RuntimeError):
+            options = None
+        if options is not None:
+            tensors = (input, weight) if bias is None else (input, weight, bias)
+            if is_straight(*tensors) and not is_autocast_enabled("cpu"):
+                return kernels.forward(*(None if t is None else resolve(t) for t in (input, weight, bias)), *options)
     try:
         _check(input, weight, bias, rank, groups, False)
         strides = _numbers("stride", stride, rank, 1)

@@ -397,6 +397,38 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
     }
     return;
   }
+  if constexpr (sizeof(T) == 4 && sizeof(Acc) == 4 && Acc(0.5f) != Acc(0)) {
+    // What most layers end with, bias, residual and a bound, with nothing left to decide inside.
+    const bool bounds = s.activation == kNone || s.activation == kRelu || s.activation == kRelu6;
+    const bool unit = s.alpha == 1 && !s.row_scale && !s.col_scale;
+    const bool residual = s.residual && s.beta == 1 && s.r_cs == 1;
+    const bool bias = s.bias_axis != BiasAxis::none && s.bias_type == DType::f32 &&
+                      (s.bias_axis == BiasAxis::row || s.bias_stride == 1);
+    if (s.c_cs == 1 && !s.plain && unit && bounds && (residual || !s.residual) &&
+        (bias || s.bias_axis == BiasAxis::none)) {
+      const auto* added = reinterpret_cast<const float*>(s.bias);
+      const float infinity = __builtin_inff();
+      const V low = V::set1(s.activation == kNone ? -infinity : 0);
+      const V high = V::set1(s.activation == kRelu6 ? 6 : infinity);
+      for (int j = 0; j < cols; j += V::width) {
+        const int n = int(least(V::width, cols - j));
+        const V by_column =
+            s.bias_axis == BiasAxis::column ? load_strided<V>(added + j0 + j, 1, n) : V::zero();
+        for (int i = 0; i < rows; i++) {
+          V v = load_acc(acc + i * ld + j, n);
+          if (residual)
+            v = v +
+                load_strided<V>(
+                    reinterpret_cast<const float*>(s.residual) + (i0 + i) * s.r_rs + j0 + j, 1, n);
+          v = v +
+              (s.bias_axis == BiasAxis::row ? V::set1(added[(i0 + i) * s.bias_stride]) : by_column);
+          v = min(high, max(low, v));  // a NaN is the second operand, and passes
+          put_row(c + i * s.c_rs + j, 1, v, n);
+        }
+      }
+      return;
+    }
+  }
   if (s.c_cs == 1 && cols % (2 * V::width) == 0) {
     for (int i = 0; i < rows; i++)
       for (int j = 0; j < cols; j += 2 * V::width) {

@@ -118,6 +118,8 @@ def channel_sum(y: Tensor) -> Tensor:
 
 def _five(sizes: Sequence[int], fill: int = 1) -> tuple[int, ...]:
     """Sizes or strides with the missing spatial dimensions in front of the others."""
+    if len(sizes) == 4:
+        return (sizes[0], sizes[1], fill, sizes[2], sizes[3])
     return (*sizes[:2], *(fill,) * (5 - len(sizes)), *sizes[2:])
 
 
