@@ -110,30 +110,26 @@ def _trace(module: torch.nn.Module) -> fx.Graph | None:
             inner.training = mode
 
 
-def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> int:
-    """Gives each module whose computation can be followed a forward of fewer calls; returns how many were saved.
+def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> None:
+    """Gives each module whose computation can be followed a forward of fewer calls.
 
     ``allowed`` says which convolutions and batch norms may take part.
     """
-    if not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()) or not model._modules:
-        return 0
-    if is_fused(type(model)):
-        return 0
-    graph = (
-        _trace(model)
-        if not type(model).__module__.startswith(("torch.nn.", "fastnn.nn.")) or isinstance(model, torch.nn.Sequential)
-        else None
-    )
+    if is_fused(type(model)) or not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()):
+        return
+    # torch's own layers do not run their children one after the other, except for Sequential.
+    library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn."))
+    graph = _trace(model) if not library or isinstance(model, torch.nn.Sequential) else None
     if graph is None:
-        return sum(fuse_(child, allowed) for child in model.children())
-    fused, saved = _rewrite(graph, dict(model.named_modules()), allowed)
-    if not fused:
-        return 0
-    code = graph.python_code(root_module="self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)
-    model.__class__ = _fused_class(type(model), namespace["forward"], fused)
-    return saved
+        for child in model.children():
+            fuse_(child, allowed)
+        return
+    fused = _rewrite(graph, dict(model.named_modules()), allowed)
+    if fused:
+        code = graph.python_code(root_module="self")
+        namespace = dict(code.globals)
+        exec(code.src, namespace)
+        model.__class__ = _fused_class(type(model), namespace["forward"], fused)
 
 
 def is_fused(kind: type) -> bool:
@@ -142,7 +138,8 @@ def is_fused(kind: type) -> bool:
 
 def _rewrite(
     graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]
-) -> tuple[list[_FusedConv], int]:
+) -> list[_FusedConv]:
+    """Puts one call in the place of each convolution and what follows it."""
     calls: dict[int, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -157,7 +154,6 @@ def _rewrite(
         return module if calls[id(module)] == 1 and allowed(module) and _unwatched(module) else None
 
     fused: list[_FusedConv] = []
-    saved = 0
 
     def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return fused[index](input, residual)
@@ -191,8 +187,7 @@ def _rewrite(
         for old in reversed(chain):
             graph.erase_node(old)
         fused.append(_FusedConv(conv, norm, activation or "none"))
-        saved += len(chain) - 1
-    return fused, saved
+    return fused
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

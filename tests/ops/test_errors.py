@@ -582,3 +582,19 @@ def test_any_convolution(call):
         assert strides[0] == strides[1]
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("odd", [1.0, True, (1.0, 1), (1, True), 2.5], ids=str)
+@pytest.mark.parametrize("option", ["stride", "padding", "dilation", "groups"])
+def test_numbers_that_are_equal_to_integers(option, odd):
+    """A call with 1 before does not make 1.0 pass, where torch refuses it."""
+    x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3)
+    with torch.no_grad():
+        fF.conv2d(x, w, **{option: 1})
+        try:
+            expected = F.conv2d(x, w, **{option: odd})
+        except Exception as error:
+            with pytest.raises(type(error)):
+                fF.conv2d(x, w, **{option: odd})
+        else:
+            torch.testing.assert_close(fF.conv2d(x, w, **{option: odd}), expected)

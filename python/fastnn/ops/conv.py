@@ -238,6 +238,13 @@ def _one_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return input, weight, bias
 
 
+def _are_integers(*values: Any) -> bool:
+    for value in values:
+        if type(value) is not int and not (type(value) is tuple and all(type(v) is int for v in value)):
+            return False
+    return True
+
+
 @functools.lru_cache(4096)
 def _plan(
     rank: int,
@@ -250,7 +257,7 @@ def _plan(
     groups: Any,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None:
     """stride, padding, dilation and groups in full, of shapes that a batched convolution has; None for all others."""
-    if len(input) != rank + 2 or len(weight) != rank + 2 or isinstance(padding, str) or type(groups) is not int:
+    if len(input) != rank + 2 or len(weight) != rank + 2 or type(groups) is not int:
         return None
     try:
         strides, pads, dilations = (
@@ -286,7 +293,9 @@ def _conv(
         # What was found well formed once is not examined again.
         try:
             shapes = (input.shape, weight.shape, None if bias is None else bias.shape)
-            options = _plan(rank, *shapes, stride, padding, dilation, groups)
+            # 1.0 and True are equal to 1 in a look-up, and torch refuses them.
+            plain = _are_integers(stride, padding, dilation, groups)
+            options = _plan(rank, *shapes, stride, padding, dilation, groups) if plain else None
         except (TypeError, AttributeError, RuntimeError):
             options = None
         if options is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ... import _cpu
-from . import DTYPE, LARGE_BYTES, empty, empty_strided
+from . import DTYPE, empty_channels
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -22,13 +22,7 @@ def result_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_result(x: Tensor) -> Tensor:
-    format = result_format(x)
-    if x.numel() * x.element_size() <= LARGE_BYTES:
-        return torch.empty_like(x, memory_format=format)
-    if format is torch.contiguous_format:
-        return empty(x.shape, x.dtype)
-    strides = torch.empty_like(x, memory_format=format, device="meta").stride()
-    return empty_strided(x.shape, strides, x.dtype)
+    return empty_channels(x.shape, x.dtype, result_format(x) is not torch.contiguous_format)
 
 
 def _operand(x: Tensor | None) -> tuple[Any, ...] | None:
