@@ -64,66 +64,75 @@ Tap tap_at(const Patches& p, int64_t index) {
   return t;
 }
 
+// Where tap t of dimension d meets the first position of a run.
+int64_t met_by(const Patches& p, const Run& r, int d, int64_t t) {
+  return r.at[d] * p.step[d] + p.first[d] + t * p.delta[d];
+}
+
 // What one tap sees of a run: elements [lo, hi) of it, at src + i * stride; or nothing.
 struct Seen {
   const char* src = nullptr;
   int64_t stride = 0, lo = 0, hi = 0;
 };
-// The same asked for all taps of a run, one after the other: each dimension's part of the answer is
-// found once.
+// One tap of the last dimension, in which a run lies: which part of the run is inside, and how far
+// its first element is from the image's.
+struct Along {
+  int32_t lo, hi;
+  int64_t offset;
+};
+Along along(const Patches& p, const Run& r, int64_t t) {
+  const int64_t step = p.step[2], from = met_by(p, r, 2, t);
+  Along a;
+  a.lo = int32_t(std::clamp<int64_t>(ceil_div(-from, step), 0, r.length));
+  a.hi = int32_t(std::clamp<int64_t>(ceil_div(p.size[2] - from, step), a.lo, r.length));
+  if (p.remainder_stride) {
+    const int64_t rest = ((from % step) + step) % step;
+    a.offset = rest * p.remainder_stride + (from - rest) / step * p.stride[2];
+  } else {
+    a.offset = from * p.stride[2];
+  }
+  return a;
+}
+bool inside(const Patches& p, int d, int64_t at) { return at >= 0 && at < p.size[d]; }
+Seen seen_from(const Patches& p, const Run& r, const Along& a, int64_t offset) {
+  return {p.data + (r.image * p.image_stride + offset + a.offset) * p.element,
+          p.remainder_stride ? p.stride[2] : p.step[2] * p.stride[2], a.lo, a.hi};
+}
+Seen see(const Patches& p, const Run& r, const Tap& t) {
+  const int64_t at[] = {met_by(p, r, 0, t.at[0]), met_by(p, r, 1, t.at[1])};
+  if (!inside(p, 0, at[0]) || !inside(p, 1, at[1])) return {p.data, 0, 0, 0};
+  return seen_from(p, r, along(p, r, t.at[2]), at[0] * p.stride[0] + at[1] * p.stride[1]);
+}
+
+// The same for all taps of a run, one after the other: each dimension's part of the answer is found
+// once, if it has no more taps than there is room for.
 class View {
  public:
-  void look(const Patches& p, const Run& r) {
-    for (int d = 0; d < 2; d++)
-      for (int64_t t = 0; t < std::min(p.taps[d], kTaps); t++) {
-        const int64_t at = r.at[d] * p.step[d] + p.first[d] + t * p.delta[d];
-        inside_[d][t] = at >= 0 && at < p.size[d];
-        offset_[d][t] = at * p.stride[d];
-      }
-    for (int64_t t = 0; t < std::min(p.taps[2], kTaps); t++) {
-      const int64_t from = r.at[2] * p.step[2] + p.first[2] + t * p.delta[2];
-      lo_[t] = int32_t(std::clamp<int64_t>(ceil_div(-from, p.step[2]), 0, r.length));
-      hi_[t] =
-          int32_t(std::clamp<int64_t>(ceil_div(p.size[2] - from, p.step[2]), lo_[t], r.length));
-      if (p.remainder_stride) {
-        const int64_t rest = ((from % p.step[2]) + p.step[2]) % p.step[2];
-        offset_[2][t] = r.image * p.image_stride + rest * p.remainder_stride +
-                        (from - rest) / p.step[2] * p.stride[2];
-      } else {
-        offset_[2][t] = r.image * p.image_stride + from * p.stride[2];
-      }
-    }
-  }
   static bool fits(const Patches& p) {
     return p.taps[0] <= kTaps && p.taps[1] <= kTaps && p.taps[2] <= kTaps;
   }
+  void look(const Patches& p, const Run& r) {
+    run_ = r;
+    for (int d = 0; d < 2; d++)
+      for (int64_t t = 0; t < p.taps[d]; t++) {
+        const int64_t at = met_by(p, r, d, t);
+        inside_[d][t] = inside(p, d, at);
+        offset_[d][t] = at * p.stride[d];
+      }
+    for (int64_t t = 0; t < p.taps[2]; t++) along_[t] = along(p, r, t);
+  }
   Seen see(const Patches& p, const Tap& t) const {
     if (!inside_[0][t.at[0]] || !inside_[1][t.at[1]]) return {p.data, 0, 0, 0};
-    return {p.data + (offset_[0][t.at[0]] + offset_[1][t.at[1]] + offset_[2][t.at[2]]) * p.element,
-            p.remainder_stride ? p.stride[2] : p.step[2] * p.stride[2], lo_[t.at[2]], hi_[t.at[2]]};
+    return seen_from(p, run_, along_[t.at[2]], offset_[0][t.at[0]] + offset_[1][t.at[1]]);
   }
 
  private:
   static constexpr int64_t kTaps = 16;
+  Run run_;
   bool inside_[2][kTaps];
-  int64_t offset_[3][kTaps];
-  int32_t lo_[kTaps], hi_[kTaps];
+  int64_t offset_[2][kTaps];
+  Along along_[kTaps];
 };
-Seen see(const Patches& p, const Run& r, const Tap& t) {
-  int64_t offset = r.image * p.image_stride;
-  for (int d = 0; d < 2; d++) {
-    const int64_t at = r.at[d] * p.step[d] + p.first[d] + t.at[d] * p.delta[d];
-    if (at < 0 || at >= p.size[d]) return {p.data, 0, 0, 0};
-    offset += at * p.stride[d];
-  }
-  const int64_t from = r.at[2] * p.step[2] + p.first[2] + t.at[2] * p.delta[2];
-  Seen s;
-  s.lo = std::clamp<int64_t>(ceil_div(-from, p.step[2]), 0, r.length);
-  s.hi = std::clamp<int64_t>(ceil_div(p.size[2] - from, p.step[2]), s.lo, r.length);
-  s.stride = p.step[2] * p.stride[2];
-  s.src = p.data + (offset + from * p.stride[2]) * p.element;
-  return s;
-}
 
 // Which channels of a tap are among the indices [k0, k0 + k) of (c, t), and where the first of them
 // is among those, and how far the next.
@@ -267,12 +276,12 @@ void PatchRows::fill(void* dst_, int64_t segment, int64_t k0, int64_t k, int64_t
                      int ld) const {
   char* dst = static_cast<char*>(dst_);
   const int size = size_index(p_.element);
-  const bool along = p_.channel_stride == 1 && p_.channels_inner;
+  const bool neighbours = p_.channel_stride == 1 && p_.channels_inner;
   const TapRange range = taps_of(p_, j0, columns);
   const int64_t first = segment * p_.positions() + k0, taps = p_.tap_count();
 
   Tap tap_of[kMostLanes];
-  if (!along)
+  if (!neighbours)
     for (int l = 0; l < columns; l++)
       tap_of[l] = tap_at(p_, p_.channels_inner ? (j0 + l) / p_.channels : (j0 + l) % taps);
 
@@ -280,7 +289,7 @@ void PatchRows::fill(void* dst_, int64_t segment, int64_t k0, int64_t k, int64_t
   for (int64_t at = 0; at < k; at += r.length) {
     r = run_at(p_, first + at, at, k - at);
     char* rows = dst + at * ld * p_.element;
-    if (along) {
+    if (neighbours) {
       // Rows of channels, copied as they lie.
       for (int64_t tap = range.begin; tap < range.end; tap++) {
         const Channels ch = channels_of(p_, tap, j0, columns);
