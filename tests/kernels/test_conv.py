@@ -390,7 +390,9 @@ def test_three_by_three(isa, shape, last):
         if last:
             x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
         x[..., : shape[3] // 2, :] = 0  # results beside this are sums of nothing, and exactly zero
+        _cpu.reset_counters()
         found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
+        assert _cpu.counters()["winograd 2x2, 3x3"] == 1
         expected = exactly("forward", x, w, y, options)
         magnitude = exactly("forward", x.abs(), w.abs(), y, options)
         assert bool(((found.double() - expected).abs() <= 9 * shape[1] * 2.0**-24 * magnitude).all())
@@ -405,7 +407,9 @@ def test_small_numbers_beside_large_ones_keep_their_digits(isa):
     *shapes, options = three_by_three(1, 32, 32, 24, 24)
     x, w, y = (torch.randn(s) for s in shapes)
     x[..., 11, :] *= 1e6
+    _cpu.reset_counters()
     found = convolve("forward", x, w, torch.empty_like(y), **options)
+    assert _cpu.counters()["winograd refused"] == 1
     expected = exactly("forward", x, w, y, options)
     magnitude = exactly("forward", x.abs(), w.abs(), y, options)
     assert bool(((found.double() - expected).abs() <= 9 * 32 * 2.0**-24 * magnitude).all())

@@ -208,7 +208,8 @@ void bind_gemm(py::module_& m) {
       },
       py::arg("a_dtype"), py::arg("c_dtype"), py::arg("precision") = 0,
       "The name of the kernel that runs a large product of this type.");
-  m.def("counters", &gemm_counters, "Products run so far, by kernel.");
+  m.def("counters", &gemm_counters,
+        "Calls so far, by kernel: products, and convolutions that are none.");
   m.def("reset_counters", &reset_gemm_counters);
   m.def(
       "peak_flops",

@@ -231,7 +231,10 @@ void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
 
 void conv_forward(const Conv& c) {
   if (c.y.count() == 0) return;
-  if (is_depthwise(c)) return depthwise_forward(c);
+  if (is_depthwise(c)) {
+    count_call("depthwise");
+    return depthwise_forward(c);
+  }
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   if (is_pointwise(c)) {
@@ -265,7 +268,10 @@ void conv_forward(const Conv& c) {
 
 void conv_input(const Conv& c) {
   if (c.x.count() == 0) return;
-  if (is_depthwise(c)) return depthwise_input(c);
+  if (is_depthwise(c)) {
+    count_call("depthwise");
+    return depthwise_input(c);
+  }
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   if (is_pointwise(c)) {
@@ -316,7 +322,10 @@ void conv_input(const Conv& c) {
 
 void conv_weight(const Conv& c) {
   if (c.w.count() == 0) return;
-  if (is_depthwise(c)) return depthwise_weight(c);
+  if (is_depthwise(c)) {
+    count_call("depthwise");
+    return depthwise_weight(c);
+  }
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   for_groups(c, [&](int64_t group, int threads) {

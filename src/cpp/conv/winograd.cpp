@@ -324,6 +324,7 @@ bool run(const Job& j) {
     }
   });
   scratch_trim();
+  count_call(refused ? "winograd refused" : "winograd 2x2, 3x3");
   return !refused;
 }
 

@@ -73,7 +73,9 @@ struct Counter {
 constexpr int kCounters = 64;
 Counter counters[kCounters];
 
-void count(const char* name) {
+}  // namespace
+
+void count_call(const char* name) {
   for (Counter& c : counters) {
     const char* seen = c.name.load(std::memory_order_acquire);
     if (!seen && c.name.compare_exchange_strong(seen, name)) seen = name;
@@ -83,6 +85,8 @@ void count(const char* name) {
     }
   }
 }
+
+namespace {
 
 // ---- shape -------------------------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ void run_one(Gemm g, int threads) {
     if (along_k && std::min(g.m, g.n) <= 2 * kDotRows && g.k >= 16) {
       if (const Kernel* dot = find_kernel({q.a, q.b, q.precision, many, false, true, true})) {
         if (g.n < g.m) transpose(g);
-        count(dot->dot_name);
+        count_call(dot->dot_name);
         run_dot(*dot, g, threads);
         return;
       }
@@ -162,7 +166,7 @@ void run_one(Gemm g, int threads) {
     g.packed = nullptr;
     kn = find_kernel(q);
   }
-  count(kn->name);
+  count_call(kn->name);
   if (run_blocked(*kn, g, threads)) return;
 
   if (!g.b.data)
@@ -173,7 +177,7 @@ void run_one(Gemm g, int threads) {
   Gemm again = g;
   again.packed = nullptr;
   const Kernel* exact = find_kernel(q);
-  count(exact->name);
+  count_call(exact->name);
   run_blocked(*exact, again, threads);
 }
 
@@ -235,11 +239,11 @@ void gemm_panels(const Gemm& g, int threads) {
     q.exact_only = true;
     kn = find_kernel(q);
   }
-  count(kn->name);
+  count_call(kn->name);
   if (run_panels(*kn, g, threads)) return;
   q.exact_only = true;
   const Kernel* exact = find_kernel(q);
-  count(exact->name);
+  count_call(exact->name);
   run_panels(*exact, g, threads);
 }
 

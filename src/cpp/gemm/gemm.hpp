@@ -95,6 +95,9 @@ std::string packed_path(const PackedOperand&);
 // The kernel that runs this type and precision now, e.g. "avx512 f32 14x32".
 std::string gemm_path(DType ab, Precision precision);
 
+// Adds a call to those of `name`, a string that stays where it is.
+void count_call(const char* name);
+
 // Calls by path since the start, or the last reset.
 std::map<std::string, int64_t> gemm_counters();
 void reset_gemm_counters();
