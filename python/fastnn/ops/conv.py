@@ -375,7 +375,7 @@ def _transposed(
             (x.shape[2 + d] - 1) * strides[d] - 2 * pads[d] + dilations[d] * (w.shape[2 + d] - 1) + extra[d] + 1
             for d in range(rank)
         ]
-        if any(n < 1 for n in size) or any(n < 1 for n in x.shape[2:]):
+        if any(n < 1 for n in (*size, *input.shape[-rank:])):
             raise Unsupported(f"input: expected sizes that give a result, got {describe('input', input)} -> {size}")
         y = convolution_input(x, w, b, size, strides, pads, dilations, groups)
         return y if batched else y.squeeze(0)
