@@ -13,6 +13,7 @@
 #include "conv/depthwise.hpp"
 #include "conv/patches.hpp"
 #include "conv/phases.hpp"
+#include "conv/strips.hpp"
 #include "conv/winograd.hpp"
 
 namespace fastnn {
@@ -77,7 +78,7 @@ void place_columns(Gemm& g, const Tensor5& out) {
     for (int d = 0; d < 3; d++)
       g.columns.counts[d] = out.size[from[d]], g.columns.c[d] = out.stride[from[d]];
   }
-  std::copy(g.columns.c, g.columns.c + ColumnPieces::kDims, g.columns.residual);
+  std::copy(g.columns.c, g.columns.c + Pieces::kDims, g.columns.residual);
 }
 
 Patches patches_of(const Tensor5& in, int64_t channels, DType type) {
@@ -128,6 +129,47 @@ void for_groups(const Conv& c, F f) {
     }
   });
   if (out_of_memory) throw std::bad_alloc();
+}
+
+// The same by strips: out[(n, o), m] = epilogue(sum over (t, c) of patches[(n, o), (t, c)] a[m, (t,
+// c)]). False where there is no kernel for it.
+bool correlate_strips(const Patches& p, const char* a, int64_t m, const Conv& c, const Tensor5& out,
+                      const Tensor5& whole, int64_t first_channel, int threads) {
+  Gemm g;
+  g.m = p.images * p.positions(), g.n = m, g.k = p.depth();
+  g.b.data = const_cast<char*>(a);
+  g.b.rs = 1, g.b.cs = g.k;
+  g.a.type = g.b.type = g.c.type = c.type;
+  g.c.data = out.data, g.c.rs = out.stride[4], g.c.cs = out.stride[1];
+  g.rows.length = out.size[4];
+  const int from[] = {0, 2, 3};
+  for (int d = 0; d < 3; d++)
+    g.rows.counts[d] = out.size[from[d]], g.rows.c[d] = out.stride[from[d]];
+  std::copy(g.rows.c, g.rows.c + Pieces::kDims, g.rows.residual);
+  g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+  set_epilogue(g, c, whole, first_channel);
+  if (g.bias) g.bias_axis = BiasAxis::column;
+  const PatchStrips strips(p);
+  g.a_strips = &strips;
+  return gemm_strips(g, threads);
+}
+
+// Filters (m, c, t) as (m, t, c).
+void taps_outer(const char* w, int64_t m, int64_t channels, int64_t taps, int64_t element, char* to,
+                int threads) {
+  const auto transpose = conv_kernels().transpose[size_index(element)];
+  const int64_t filter = channels * taps;
+  parallel(threads, [&](int thread, int came) {
+    const Range mine = share_of(m, 1, thread, came);
+    Lane lanes[16];
+    for (int64_t i = mine.begin; i < mine.end; i++)
+      for (int64_t c0 = 0; c0 < channels; c0 += 16) {
+        const int count = int(std::min<int64_t>(16, channels - c0));
+        for (int c = 0; c < count; c++)
+          lanes[c] = {w + (i * filter + (c0 + c) * taps) * element, 0, int32_t(taps)};
+        transpose(to + (i * filter + c0) * element, channels, lanes, count, 1, taps);
+      }
+  });
 }
 
 // out[m, (n, o)] = epilogue(sum over (c, t) of a[m, (c, t)] patches[(c, t), (n, o)])
@@ -260,9 +302,19 @@ void conv_forward(const Conv& c) {
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
     }
     p.channels_inner = !outer;
+    const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
+    const char* w = c.w.data + group * rows * p.depth() * size;
+    if (PatchStrips::pays(p, rows, c.batch_invariant)) {
+      const char* a = w;
+      if (outer && p.tap_count() > 1 && channels > 1) {
+        char* turned = static_cast<char*>(scratch(Scratch::misc, size_t(rows * p.depth() * size)));
+        taps_outer(w, rows, channels, p.tap_count(), size, turned, threads);
+        a = turned;
+      }
+      if (correlate_strips(p, a, rows, c, y, c.y, group * rows, threads)) return;
+    }
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
-    correlate(p, c.w.data + group * rows * p.depth() * size, rows, c,
-              channels_from(c.y, group * rows, rows, c.type), c.y, group * rows, threads);
+    correlate(p, w, rows, c, y, c.y, group * rows, threads);
   });
 }
 
@@ -311,10 +363,14 @@ void conv_input(const Conv& c) {
             out.size[2 + d] = f[d]->positions;
             out.stride[2 + d] = x.stride[2 + d] * c.stride[d];
           }
-          p.channels_inner = w.stride[1] == 1 && channels > 1;
+          const bool strips = PatchStrips::pays(p, channels, c.batch_invariant);
+          p.channels_inner = strips || (w.stride[1] == 1 && channels > 1);
           char* weight = static_cast<char*>(
               scratch(Scratch::misc, size_t(std::max<int64_t>(1, channels * p.depth() * size))));
           exchange(w, c.type, f, step, p.channels_inner, weight, threads);
+          if (strips &&
+              correlate_strips(p, weight, channels, c, out, c.x, group * channels, threads))
+            continue;
           correlate(p, weight, channels, c, out, c.x, group * channels, threads);
         }
   });

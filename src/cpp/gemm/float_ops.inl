@@ -12,7 +12,6 @@ struct FloatOps {
   using Vec = V;
   using Sum = V;
   static constexpr int width = V::width, dot_width = V::width, k_word = 1;
-  static constexpr bool narrows = sizeof(Word) == 4;
 
   static FASTNN_INLINE V zero() { return V::zero(); }
   static FASTNN_INLINE V load(const char* p) { return V::load((const Word*)p); }
@@ -99,7 +98,7 @@ constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type
           .dot_name = dot_name,
           .direct_a = in_place,
           .direct_b = in_place,
-          .converts = size == 4};
+          .finishes = true};
 }
 
 // For few rows: more vectors a row, B read where it lies.
@@ -122,6 +121,7 @@ constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
           .dot = run_dot<Ops, T>,
           .direct_a = true,
           .direct_b = true,
+          .finishes = true,
           .few_rows = true};
 }
 

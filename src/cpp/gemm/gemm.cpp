@@ -88,6 +88,8 @@ void count_call(const char* name) {
 
 namespace {
 
+constexpr int64_t kStripsPackedLimit = int64_t(64) << 20;  // bytes of a B packed for strips
+
 // ---- shape -------------------------------------------------------------------------------------
 
 // C^T = B^T A^T: the same numbers with the sides exchanged.
@@ -245,6 +247,17 @@ void gemm_panels(const Gemm& g, int threads) {
   const Kernel* exact = find_kernel(q);
   count_call(exact->name);
   run_panels(*exact, g, threads);
+}
+
+bool gemm_strips(const Gemm& g, int threads) {
+  if (g.m == 0 || g.n == 0) return true;
+  const Kernel* kn =
+      find_kernel({g.a.type, g.b.type, g.precision, int64_t(1) << 40, false, g.batch_invariant});
+  if (!kn || !kn->finishes || !kn->direct_a || g.a_strips->run % kn->k_step != 0) return false;
+  if (int64_t(packed_b_bytes(*kn, g.k, g.n)) > kStripsPackedLimit) return false;
+  count_call(kn->name);
+  run_strips(*kn, g, threads);
+  return true;
 }
 
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision) {

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "common/dtype.hpp"
 
@@ -49,13 +50,43 @@ class PanelSource {
   ~PanelSource() = default;
 };
 
-// Where the columns of C lie when they are not evenly apart: in pieces of `length`, of which each
-// is found by `counts`, the last running fastest. Strides in elements.
-struct ColumnPieces {
+// Where the columns (or the rows) of C lie when they are not evenly apart: in pieces of `length`,
+// of which each is found by `counts`, the last running fastest. Strides in elements.
+struct Pieces {
   static constexpr int kDims = 3;
   int64_t length = 0;  // 0: one piece
   int64_t counts[kDims] = {1, 1, 1};
   int64_t c[kDims] = {}, residual[kDims] = {};
+
+  // How far a piece is from the first one, in C and in the residual.
+  void find(int64_t index, int64_t& in_c, int64_t& in_residual) const {
+    in_c = in_residual = 0;
+    for (int d = kDims - 1; d >= 0; d--) {
+      in_c += index % counts[d] * c[d];
+      in_residual += index % counts[d] * residual[d];
+      index /= counts[d];
+    }
+  }
+};
+
+// A matrix A whose rows overlap, as the patches of a channels-last image do, so that it lies
+// nowhere as such. Its rows come in lines, in each of which they are evenly apart; lines come in
+// strips, each of which is copied by its user just before its use, or lies somewhere already.
+class StripSource {
+ public:
+  int64_t lines = 0, line = 0;  // M = lines * line
+  int64_t row_step = 0;         // elements from a row to the next of its line
+  int64_t line_step = 0;        // and from a line to the next of its strip
+  int64_t lines_together = 1;   // no strip crosses a multiple of it
+  int64_t run = 0;              // so many elements of K lie together;
+  std::vector<int64_t> runs;    // where each such piece lies, from its row's first element
+  // The bytes of a strip of so many lines; 0 where it is not copied.
+  virtual int64_t bytes(int64_t count) const = 0;
+  // The first row of lines [first, first + count), perhaps in `memory`.
+  virtual const char* fill(char* memory, int64_t first, int64_t count) const = 0;
+
+ protected:
+  ~StripSource() = default;
 };
 
 struct Gemm {
@@ -79,7 +110,10 @@ struct Gemm {
   const PanelSource* b_panels = nullptr;
   int64_t segments = 1;   // K is so many pieces of k, each a sum of its own at first
   int64_t a_segment = 0;  // A's stride from one to the next
-  ColumnPieces columns;
+  Pieces columns;
+  // Likewise, which gemm_strips computes; B is then a matrix, and C's rows lie in pieces of a line.
+  const StripSource* a_strips = nullptr;
+  Pieces rows;
 };
 
 // Throws std::invalid_argument where the types do not go together, std::bad_alloc.
@@ -87,6 +121,9 @@ void gemm(const Gemm& g);
 
 // The same with b_panels in place of B, without batches, on up to `threads` threads.
 void gemm_panels(const Gemm& g, int threads);
+
+// The same with a_strips in place of A. False where no kernel reads such an A.
+bool gemm_strips(const Gemm& g, int threads);
 
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision);
 

@@ -33,7 +33,7 @@ struct Store {
   int activation;
   const float* row_scale;
   const float* col_scale;
-  const ColumnPieces* columns;  // null: evenly apart; for the driver, not for a StoreFn
+  const Pieces* columns;  // null: evenly apart; for the driver, not for a StoreFn
 };
 
 // One panel of up to mr (nr) lanes over kc elements of K; strides in elements.
@@ -41,19 +41,35 @@ using PackFn = unsigned (*)(void* panel, const void* src, int64_t lane_stride, i
                             int lanes, int64_t kc);
 // What is left behind the `words` of K of a panel of B once all of it is packed: column sums.
 using FinishFn = void (*)(void* panel, int64_t words);
+// How a tile goes from the registers to a C whose columns are neighbours, all of one type: what
+// most layers end with. Strides in bytes; null for what there is nothing of.
+struct Finish {
+  char* c;
+  int64_t c_row;
+  bool narrow;  // bfloat16, not the type of the sums
+  const char* residual;
+  int64_t residual_row;
+  const char* column_bias;
+  const char* row_bias;
+  int64_t row_bias_step;
+  bool bounded;
+  float low, high;
+};
 // One tile. Strides in bytes; they are those of a panel unless the operand is read where it lies.
 struct TileArgs {
-  int64_t words;  // of K
-  const char* a;
-  int64_t a_row, a_word;
-  const char* b;
-  int64_t b_word;
-  int rows, cols;
-  bool packed_a, packed_b;
-  void* acc;
-  int64_t acc_row;
-  bool add;     // to what acc holds, instead of replacing it
-  bool narrow;  // acc is bfloat16: the last and only block of a whole tile, by kernels that convert
+  int64_t words = 0;                // of K, in each run
+  int64_t runs = 1;                 // more than one by kernels that finish
+  const int64_t* a_runs = nullptr;  // how far each is from `a`; B goes on
+  const char* a = nullptr;
+  int64_t a_row = 0, a_word = 0;
+  const char* b = nullptr;
+  int64_t b_word = 0;
+  int rows = 0, cols = 0;
+  bool packed_a = true, packed_b = true;
+  void* acc = nullptr;
+  int64_t acc_row = 0;
+  bool add = false;                // to what acc holds, instead of replacing it
+  const Finish* finish = nullptr;  // where the sums go instead of acc, by kernels that finish
 };
 using TileFn = void (*)(const TileArgs&);
 // Rows [i0, i0+rows) and columns [j0, j0+cols) of C from a tile whose rows are `ld` apart.
@@ -80,11 +96,11 @@ struct Kernel {
   StoreFn store = nullptr;
   DotFn dot = nullptr;
   const char* dot_name = "";
-  bool direct_a = false;      // can read A where it lies, along K or across
-  bool direct_b = false;      // and B, across
-  bool converts = false;      // a whole tile can leave the registers as bfloat16
-  bool split = false;         // a split product: see split_refused
-  bool few_rows = false;      // for at most mr rows, reading B in place
+  bool direct_a = false;  // can read A where it lies, along K or across
+  bool direct_b = false;  // and B, across
+  bool finishes = false;  // its tiles take a Finish, in the type of the sums or bfloat16, and runs
+  bool split = false;     // a split product: see split_refused
+  bool few_rows = false;  // for at most mr rows, reading B in place
   void (*enter)() = nullptr;  // on each thread before and after its tiles
   void (*leave)() = nullptr;
 };
@@ -116,6 +132,7 @@ const Kernel& exact_kernel(DType type);
 // be computed again. See split_refused.
 bool run_blocked(const Kernel&, const Gemm&, int threads);
 bool run_panels(const Kernel&, const Gemm&, int threads);  // where there is a PanelSource
+void run_strips(const Kernel&, const Gemm&, int threads);  // where there is a StripSource
 void run_dot(const Kernel&, const Gemm&, int threads);
 bool split_refused(unsigned a_flags, unsigned b_flags);
 Store make_store(const Gemm&);

@@ -9,7 +9,6 @@
 //   Vec                         a vector of words;  Sum: a vector of accumulators
 //   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
-//   narrows                     the sums may leave as bfloat16
 #pragma once
 #include "gemm/kernel.hpp"
 #include "isa/math.hpp"
@@ -43,6 +42,65 @@ FASTNN_INLINE void put_two(bf16* p, VecF32 a, VecF32 b) {
 
 // ---- tile --------------------------------------------------------------------------------------
 
+// The sums' way to C where C holds elements of type T: residual, bias and bounds added on the
+// registers, in the order of `epilogue` below.
+template <class T, class V, int ROWS, int NV>
+FASTNN_INLINE void finish_tile(V (&sum)[ROWS][NV], const Finish& f, int cols) {
+  constexpr int W = V::width;
+  const int last = cols - (NV - 1) * W;
+  auto load = [&](const char* p, int v) __attribute__((always_inline)) {
+    const T* from = reinterpret_cast<const T*>(p) + v * W;
+    return v + 1 < NV || last == W ? V::load(from) : V::load_partial(from, last);
+  };
+  if (f.residual) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) sum[i][v] = load(f.residual + i * f.residual_row, v) + sum[i][v];
+  }
+  if (f.column_bias) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      const V bias = load(f.column_bias, v);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) sum[i][v] = sum[i][v] + bias;
+    }
+  } else if (f.row_bias) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      T element;
+      __builtin_memcpy(&element, f.row_bias + i * f.row_bias_step, sizeof(T));
+      V bias;
+      if constexpr (sizeof(T) == 8)
+        bias = V::set1(element);
+      else
+        bias = V::set1(to_f32(element));
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) sum[i][v] = sum[i][v] + bias;
+    }
+  }
+  if (f.bounded) {
+    const V low = V::set1(f.low), high = V::set1(f.high);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++)
+        sum[i][v] = min(high, max(low, sum[i][v]));  // a NaN is the second operand, and passes
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+    T* c = reinterpret_cast<T*>(f.c + i * f.c_row);
+    if (NV == 2 && last == W) {
+      put_two(c, sum[i][0], sum[i][NV - 1]);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++)
+      v + 1 < NV || last == W ? sum[i][v].store(c + v * W)
+                              : sum[i][v].store_partial(c + v * W, last);
+  }
+}
+
 // ROWS x NV vectors of sums stay in registers over the whole block of K:
 //
 //            b[0]      b[1]          one load each a step of K
@@ -56,7 +114,7 @@ static void tile(const TileArgs& t) {
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++)
-      sum[i][v] = Ops::start(t.b + t.words * NR * int64_t(sizeof(typename Ops::Word)) +
+      sum[i][v] = Ops::start(t.b + t.words * t.runs * NR * int64_t(sizeof(typename Ops::Word)) +
                              v * Ops::width * int64_t(sizeof(typename Ops::Acc)));
 
   constexpr int64_t word = sizeof(typename Ops::Word);
@@ -64,36 +122,63 @@ static void tile(const TileArgs& t) {
   const int64_t b_word = PackedB ? NR * word : t.b_word;
   const char *a = t.a, *b = t.b;
   const int last = t.cols - (NV - 1) * Ops::width;  // lanes of the last vector, where B is in place
-  for (int64_t k = 0; k < t.words; k++) {
-    typename Ops::Vec bv[NV];
+  auto steps = [&](int64_t count) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k++) {
+      typename Ops::Vec bv[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) {
-      const char* p = b + v * Ops::width * word;
-      bv[v] = PackedB || v + 1 < NV ? Ops::load(p) : Ops::load_partial(p, last);
-    }
+      for (int v = 0; v < NV; v++) {
+        const char* p = b + v * Ops::width * word;
+        bv[v] = PackedB || v + 1 < NV ? Ops::load(p) : Ops::load_partial(p, last);
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-      const typename Ops::Vec av = Ops::broadcast(a + i * a_row);
+      for (int i = 0; i < ROWS; i++) {
+        const typename Ops::Vec av = Ops::broadcast(a + i * a_row);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) sum[i][v] = Ops::multiply_add(sum[i][v], av, bv[v]);
+        for (int v = 0; v < NV; v++) sum[i][v] = Ops::multiply_add(sum[i][v], av, bv[v]);
+      }
+      a += a_word;
+      b += b_word;
     }
-    a += a_word;
-    b += b_word;
+  };
+  for (int64_t run = 0;;) {
+    if constexpr (PackedA || !PackedB) {
+      steps(t.words);
+    } else {
+      // Each row is a stream of its own, too short for the hardware to see it coming: the lines of
+      // the rows after these are asked for a line's length ahead.
+      constexpr int64_t line = 64 / word;
+      for (int64_t k = 0; k < t.words; k += line) {
+        if (a_word == word)
+#pragma GCC unroll 16
+          for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
+        steps(least(line, t.words - k));
+      }
+    }
+    if (++run == t.runs) break;
+    a = t.a + t.a_runs[run];
   }
+  using Acc = typename Ops::Acc;
   auto* acc = static_cast<char*>(t.acc);
-  if constexpr (Ops::narrows && ROWS == MR && NV == 2 && NV * Ops::width == NR) {
-    if (t.narrow) {
+  if constexpr (Acc(0.5f) != Acc(0)) {
+    if (t.finish) {
+      if (t.add) {
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++, acc += t.acc_row)
-        put_two(reinterpret_cast<bf16*>(acc), sum[i][0], sum[i][1]);
-      return;
+        for (int i = 0; i < ROWS; i++, acc += t.acc_row)
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; v++)
+            sum[i][v] =
+                Ops::Sum::load(reinterpret_cast<const Acc*>(acc) + v * Ops::width) + sum[i][v];
+      }
+      if constexpr (sizeof(Acc) == 4)
+        if (t.finish->narrow) return finish_tile<bf16>(sum, *t.finish, t.cols);
+      return finish_tile<Acc>(sum, *t.finish, t.cols);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++, acc += t.acc_row)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++)
-      Ops::put(reinterpret_cast<typename Ops::Acc*>(acc) + v * Ops::width, sum[i][v], t.add);
+      Ops::put(reinterpret_cast<Acc*>(acc) + v * Ops::width, sum[i][v], t.add);
 }
 
 // tile<> for a number of rows and vectors known at run time: a table of all of them.

@@ -14,7 +14,6 @@ struct Bf16Ops {
   using Vec = __m512i;
   using Sum = VecF32;
   static constexpr int width = 16, dot_width = 32, k_word = 2;
-  static constexpr bool narrows = true;
 
   static FASTNN_INLINE VecF32 zero() { return VecF32::zero(); }
   static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
@@ -89,7 +88,6 @@ struct Int8Ops {
   using Vec = __m512i;
   using Sum = __m512i;
   static constexpr int width = 16, k_word = 4;
-  static constexpr bool narrows = false;
 
   static FASTNN_INLINE Vec zero() { return _mm512_setzero_si512(); }
   static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
@@ -171,7 +169,7 @@ constexpr Kernel bf16_kernel(const char* name, DType type) {
               .tile = run_tile<Bf16Ops, 14, 2, in_place, false>,
               .store = store_f32,
               .direct_a = in_place,
-              .converts = true};
+              .finishes = true};
   if constexpr (in_place) k.dot = run_dot<Bf16Ops, bf16>, k.dot_name = "avx512 bf16 vdpbf16ps dot";
   return k;
 }

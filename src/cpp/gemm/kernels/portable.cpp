@@ -14,7 +14,6 @@ struct IntOps {
   using Vec = Lanes;
   using Sum = Lanes;
   static constexpr int width = 4, k_word = 1;
-  static constexpr bool narrows = false;
   static FASTNN_INLINE Lanes zero() { return Lanes{}; }
   static FASTNN_INLINE Lanes load(const char* p) {
     Lanes v;

@@ -1,0 +1,28 @@
+// The patches of an image as the rows of a matrix, read where they lie: in an image whose channels
+// are neighbours, what neighbouring taps of a row see of it are neighbours too.
+#pragma once
+#include "conv/patches.hpp"
+
+namespace fastnn {
+
+// Rows (n, o), columns (t, c). Lines are rows of positions; a strip's input is copied with the
+// zeros around it and its channels innermost, unless it lies so already.
+class PatchStrips final : public StripSource {
+ public:
+  explicit PatchStrips(const Patches& p);
+  // Whether it is faster than PatchColumns, where the product has so many filters.
+  static bool pays(const Patches& p, int64_t filters, bool batch_invariant);
+  int64_t bytes(int64_t count) const override;
+  const char* fill(char* memory, int64_t first, int64_t count) const override;
+
+ private:
+  int64_t input_rows(int64_t count) const;
+  void copy_row(char* to, const char* from) const;
+
+  const Patches& p_;
+  int64_t lowest_[kSpatial];           // what the first position sees at least
+  int64_t columns_, pixel_, row_ = 0;  // of a strip: pixels of a row; elements to the next of each
+  bool in_place_;
+};
+
+}  // namespace fastnn

@@ -1,0 +1,130 @@
+// The loops for a StripSource: A's strips are made by their user and read in place, B is packed.
+//
+//       for strip of A, some panels of B     shared out among the threads; the strip stays in L2
+//         for panel of B
+//           for block of K                   a panel's block stays in L1
+//             for line of the strip
+//               for panel of its rows        tile += A . B, on registers
+#include "common/scratch.hpp"
+#include "gemm/tiles.hpp"
+
+namespace fastnn {
+
+namespace {
+
+constexpr int64_t kStripBytes = 256 << 10;  // a share of L2
+constexpr int64_t kLeastTiles = 8;          // of a strip, that a block of B be worth loading
+
+// How the rows are cut into strips, and strips and panels of B into items for the threads.
+struct Cut {
+  int64_t lines;          // of a strip
+  int64_t in_group;       // strips of lines that go together
+  int64_t strips;         // all
+  int64_t panels, parts;  // panels of B that go with a strip; parts of B
+  Cut(const StripSource& s, int64_t line_bytes, int64_t tiles_in_line, int64_t np, int threads) {
+    const int64_t together = s.lines_together, groups = s.lines / together;
+    auto bytes = [&](int64_t count) { return std::max(s.bytes(count), count * line_bytes); };
+    lines = together;
+    while (lines > 1 && bytes(lines) > kStripBytes) lines = ceil_div(lines, 2);
+    const int64_t wanted = threads > 1 ? 4 * threads : 1;
+    while (lines > 1 && groups * ceil_div(together, lines) < wanted &&
+           ceil_div(lines, 2) * tiles_in_line >= kLeastTiles)
+      lines = ceil_div(lines, 2);
+    in_group = ceil_div(together, lines);
+    lines = ceil_div(together, in_group);
+    strips = groups * in_group;
+    panels = ceil_div(np, std::min(np, ceil_div(wanted, strips)));
+    parts = ceil_div(np, panels);
+  }
+  int64_t first(int64_t strip, int64_t together) const {
+    return strip / in_group * together + strip % in_group * lines;
+  }
+  int64_t count(int64_t strip, int64_t together) const {
+    return std::min(lines, together - strip % in_group * lines);
+  }
+};
+
+// Blocks of K: some whole runs, or even parts of one.
+struct RunBlocks {
+  Layout b;
+  bool parts;                       // of a run
+  int64_t runs = 1;                 // in a block
+  std::vector<int64_t> from_first;  // how far each run is from its block's first, in bytes
+  RunBlocks(const Kernel& kn, const StripSource& s, int64_t n, int64_t size)
+      : b(layout_b(kn, s.run, n)) {
+    const int64_t most = kn.kc + kn.kc / 4, count = int64_t(s.runs.size());
+    parts = s.run > most;
+    if (parts) {
+      b.segments = count, b.kc = even_blocks(kn, s.run);
+    } else {
+      runs = ceil_div(count, ceil_div(count, most / s.run));
+      b.k = count * s.run, b.kc = runs * s.run;
+    }
+    for (size_t r = 0; r < s.runs.size(); r++)
+      from_first.push_back((s.runs[r] - s.runs[r - r % size_t(runs)]) * size);
+  }
+  int64_t first_run(int64_t block) const { return parts ? b.segment(block) : block * runs; }
+  // Where the block begins within that run, and how much of each run it has.
+  int64_t begin(int64_t block) const { return parts ? b.begin(block) : 0; }
+  int64_t length(int64_t block) const { return parts ? b.length(block) : b.kc / runs; }
+};
+
+}  // namespace
+
+void run_strips(const Kernel& kn, const Gemm& g, int threads) {
+  const StripSource& s = *g.a_strips;
+  const Store store = make_store(g);
+  const int64_t size = dtype_size(g.a.type);
+  const RunBlocks k(kn, s, g.n, size);
+  const int64_t tiles_in_line = ceil_div(s.line, kn.mr), blocks = k.b.blocks();
+
+  Source a{};
+  a.packed = false;
+  a.layout = layout_a(kn, s.line, g.k);
+  a.layout.lanes = ceil_div(s.line, tiles_in_line);  // even panels rather than a thin last one
+  a.lane = s.row_step * size, a.word = int64_t(kn.k_word) * size;
+
+  const Cut cut(s, s.line_step * size, tiles_in_line, k.b.panels, threads);
+  const Sums sums(kn, blocks, cut.lines * tiles_in_line);
+  const int64_t sums_bytes = round_up(sums.bytes(kn), 4096);
+  const int64_t own_bytes = sums_bytes + round_up(s.bytes(cut.lines), 4096);
+  char* own = static_cast<char*>(scratch(Scratch::accumulator, size_t(own_bytes * threads)));
+  char* packed = static_cast<char*>(scratch(Scratch::packed_b, size_t(k.b.total())));
+  const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
+
+  Shares shares(cut.strips * cut.parts, threads);
+  parallel(threads, [&](int thread, int came) {
+    pack(kn.pack_b, nullptr, kn.k_word, k.b, packed, g.b, g.b.cs, g.b.rs, g.n, thread, came,
+         s.run * g.b.rs);
+    if (came > 1) barrier();
+    char* memory = own + own_bytes * thread;
+    Tiles tiles(kn, store, a, sums, memory, s.line, g.n, 0, 0);
+    const char* rows = nullptr;
+    int64_t held = -1;
+    for (Range r; (r = shares.take(thread, 1)).begin < r.end;) {
+      const int64_t strip = r.begin / cut.parts, q0 = r.begin % cut.parts * cut.panels;
+      const int64_t first = cut.first(strip, s.lines_together),
+                    count = cut.count(strip, s.lines_together);
+      if (strip != held) rows = s.fill(memory + sums_bytes, first, count), held = strip;
+      for (int64_t q = q0; q < std::min(k.b.panels, q0 + cut.panels); q++)
+        for (int64_t block = 0; block < blocks; block++) {
+          const int64_t run = k.first_run(block);
+          const char* from = rows + (s.runs[size_t(run)] + k.begin(block)) * size;
+          tiles.block(block, k.length(block) / kn.k_word);
+          tiles.runs(std::min(k.runs, int64_t(s.runs.size()) - run), &k.from_first[size_t(run)]);
+          tiles.panel(packed + k.b.offset(block, q), true, b_word, q);
+          for (int64_t line = 0; line < count; line++) {
+            int64_t c, residual;
+            g.rows.find(first + line, c, residual);
+            tiles.line(c, residual);
+            for (int64_t p = 0; p < tiles_in_line; p++)
+              tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,
+                        line * tiles_in_line + p);
+          }
+        }
+    }
+  });
+  scratch_trim();
+}
+
+}  // namespace fastnn
