@@ -34,6 +34,10 @@ struct Job {
   bool turned;                               // by 180 degrees
   int64_t top, left;                         // padding
   const Conv& c;
+
+  // Whether filters of neighbouring output channels are nearer to each other than those of
+  // neighbouring input channels. They are transformed in the order in which they lie.
+  bool rows_inner() const { return row_stride < channel_stride; }
 };
 
 // Tiles of one row of one image, side by side in a block.
@@ -45,13 +49,15 @@ constexpr int kMostLanes = 128;
 
 struct Sizes {
   int64_t tile_rows, tile_columns, tiles, blocks, panels, row;
+  int64_t position;  // elements from a position of a panel's filters to the next
   Sizes(const Job& j, const Kernel& kn)
       : tile_rows(ceil_div(j.out.size[3], 2)),
         tile_columns(ceil_div(j.out.size[4], 2)),
         tiles(j.out.size[0] * tile_rows * tile_columns),
         blocks(ceil_div(tiles, kn.nr)),
         panels(ceil_div(j.rows, kn.mr)),
-        row(2 * kn.nr + 32) {}
+        row(2 * kn.nr + 32),
+        position(ceil_div(j.in.size[1], kSum) * kSum * kn.mr) {}
 };
 
 int runs_of(const Sizes& s, int64_t block, int lanes, TileRun* runs) {
@@ -173,7 +179,7 @@ bool transform_block(const Job& j, const Sizes& s, const Kernel& kn, const ConvK
   return judge(s, runs, count, b.sums, holes, hole_count);
 }
 
-// A panel of output channels of a block of tiles.
+// A panel of output channels of a block of tiles; v is the panel's filters.
 bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
                     const Store& store, const float* v, const float* u, int64_t block,
                     int64_t panel, const Hole* holes, int hole_count, Buffers b) {
@@ -181,8 +187,8 @@ bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKe
   const int rows = int(std::min<int64_t>(kn.mr, j.rows - panel * kn.mr));
   TileArgs t{};
   t.rows = rows, t.cols = kn.nr;
-  t.packed_a = t.packed_b = true;
-  t.a_row = 4, t.a_word = 4 * kn.mr, t.b_word = 4 * kn.nr;
+  t.packed_a = j.rows_inner(), t.packed_b = true;
+  t.a_row = 4 * kSum, t.a_word = 4, t.b_word = 4 * kn.nr;  // those of a panel are known
   t.acc_row = 4 * kn.nr;
   for (int p = 0; p < kPositions; p++) {
     float* total = b.m + p * kn.mr * kn.nr;
@@ -194,7 +200,7 @@ bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKe
       if (k % kGroup == 0) join(k);
       t.acc = k < kGroup ? total : b.part;
       t.words = std::min(kSum, channels - k);
-      t.a = reinterpret_cast<const char*>(v + ((panel * kPositions + p) * channels + k) * kn.mr);
+      t.a = reinterpret_cast<const char*>(v + p * s.position + k * kn.mr);
       t.b = reinterpret_cast<const char*>(u + (p * channels + k) * kn.nr);
       t.add = k % kGroup != 0;
       kn.tile(t);
@@ -225,35 +231,44 @@ bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKe
   return true;
 }
 
-// All filters, transformed: v as (panel, position, channel, row of the panel).
-void transform_filters(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
-                       float* v, int thread, int threads) {
-  const int64_t channels = j.in.size[1];
-  const bool dense = j.tap_stride[1] == 1 && j.tap_stride[0] == 3;
-  float taps[9 * kMostLanes];
-  const int64_t ld = kn.mr;
-  const Range mine = share_of(s.panels * channels, 1, thread, threads);
-  for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    const int64_t panel = unit / channels, channel = unit % channels;
-    const int rows = int(std::min<int64_t>(kn.mr, j.rows - panel * kn.mr));
-    const auto* w = reinterpret_cast<const float*>(j.w) + panel * kn.mr * j.row_stride +
-                    channel * j.channel_stride;
-    if (dense) {
-      Lane lanes[kMostLanes];
-      for (int l = 0; l < rows; l++)
-        lanes[l] = {reinterpret_cast<const char*>(w + l * j.row_stride), 0, 9};
-      kernels.transpose[size_index(4)](taps, ld, lanes, rows, 1, 9);
+// Some filters, transformed: `lanes` that lie `lane` apart go side by side to v.
+void transform_some(const Job& j, const ConvKernels& kernels, const float* w, int64_t lane,
+                    int lanes, float* v, int64_t position) {
+  float copy[9 * kMostLanes];
+  const float* taps = w;
+  int64_t ld = j.tap_stride[1];  // from a tap to the next
+  if (lane != 1 || j.tap_stride[0] != 3 * ld) {
+    if (ld == 1 && j.tap_stride[0] == 3) {
+      Lane lie[kMostLanes];
+      for (int l = 0; l < lanes; l++) lie[l] = {reinterpret_cast<const char*>(w + l * lane), 0, 9};
+      kernels.transpose[size_index(4)](copy, lanes, lie, lanes, 1, 9);
     } else {
       for (int t = 0; t < 9; t++)
-        for (int l = 0; l < rows; l++)
-          taps[t * ld + l] =
-              w[l * j.row_stride + t / 3 * j.tap_stride[0] + t % 3 * j.tap_stride[1]];
+        for (int l = 0; l < lanes; l++)
+          copy[t * lanes + l] = w[l * lane + t / 3 * j.tap_stride[0] + t % 3 * j.tap_stride[1]];
     }
-    // Turned filters are read from their last tap on.
-    kernels.winograd_filter(j.turned ? taps + 8 * ld : taps, j.turned ? -ld : ld,
-                            v + (panel * kPositions * channels + channel) * kn.mr, channels * kn.mr,
-                            rows);
+    taps = copy, ld = lanes;
   }
+  // Turned filters are read from their last tap on.
+  kernels.winograd_filter(j.turned ? taps + 8 * ld : taps, j.turned ? -ld : ld, v, position, lanes);
+}
+
+// The filters of a panel, transformed, by position: then (channel, row), as the kernel packs them,
+// or pieces of kSum channels as (row, channel), in which it reads them in place.
+void transform_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
+                     int64_t panel, float* v) {
+  const int64_t channels = j.in.size[1], mr = kn.mr, rows = std::min(mr, j.rows - panel * mr);
+  const float* w = reinterpret_cast<const float*>(j.w) + panel * mr * j.row_stride;
+  if (j.rows_inner()) {
+    for (int64_t c = 0; c < channels; c++)
+      transform_some(j, kernels, w + c * j.channel_stride, j.row_stride, int(rows), v + c * mr,
+                     s.position);
+    return;
+  }
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t c0 = 0; c0 < channels; c0 += kSum)
+      transform_some(j, kernels, w + row * j.row_stride + c0 * j.channel_stride, j.channel_stride,
+                     int(std::min(kSum, channels - c0)), v + c0 * mr + row * kSum, s.position);
 }
 
 bool run(const Job& j) {
@@ -273,34 +288,38 @@ bool run(const Job& j) {
 
   const int threads = max_threads();
   const int64_t channels = j.in.size[1];
-  // A block whole to a thread, which finds what it transformed in its own cache; where there are
-  // too few for that, all blocks are transformed before any is multiplied.
-  const bool whole = s.blocks >= 4 * threads;
-  const int64_t u_floats = kPositions * channels * kn.nr + 16;
-  const int64_t own = (Buffers::floats(j, s, kn) + 15) / 16 * 16;
-  float* v = static_cast<float*>(
-      scratch(Scratch::packed_a, size_t(s.panels * kPositions * channels * kn.mr) * 4));
+  // With many blocks, all filters are transformed first, and then a block is whole to a thread,
+  // which finds what it transformed in its own cache. With few, it is the other way round: all
+  // blocks are transformed first, and then a panel of filters is whole to a thread.
+  const bool by_blocks = s.blocks >= 4 * threads;
+  const int64_t u_floats = kPositions * channels * kn.nr + 16, v_floats = kPositions * s.position;
+  const int64_t own = (Buffers::floats(j, s, kn) + (by_blocks ? 0 : v_floats + 15) + 15) / 16 * 16;
   float* memory = static_cast<float*>(scratch(Scratch::accumulator, size_t(own * threads) * 4));
-  float* shared =
-      whole ? nullptr
-            : static_cast<float*>(scratch(Scratch::packed_b, size_t(u_floats * s.blocks) * 4));
+  float* shared = static_cast<float*>(scratch(
+      Scratch::packed_b, size_t(by_blocks ? s.panels * v_floats : s.blocks * u_floats) * 4));
   constexpr int kHoles = 4 * kMostLanes;
-  Hole* shared_holes = whole ? nullptr
-                             : static_cast<Hole*>(scratch(
-                                   Scratch::misc, size_t(s.blocks) * (kHoles + 1) * sizeof(Hole)));
-  std::atomic<int64_t> next{0}, next_panel{0};
+  Hole* shared_holes = by_blocks
+                           ? nullptr
+                           : static_cast<Hole*>(scratch(
+                                 Scratch::misc, size_t(s.blocks) * (kHoles + 1) * sizeof(Hole)));
+  // Few panels are shared by threads, which each transform them for their part of the blocks.
+  const int64_t parts = std::min(s.blocks, ceil_div(2 * threads, s.panels)),
+                in_part = ceil_div(s.blocks, parts);
+  std::atomic<int64_t> next{0}, next_unit{0};
   std::atomic<bool> refused{false};
   parallel(threads, [&](int thread, int came) {
     const Buffers b(memory + own * thread, j, s, kn);
-    transform_filters(j, s, kn, kernels, v, thread, came);
-    if (whole) {
+    if (by_blocks) {
+      for (int64_t p; (p = next.fetch_add(1)) < s.panels;)
+        transform_panel(j, s, kn, kernels, p, shared + p * v_floats);
       if (came > 1) barrier();
       Hole holes[kHoles];
       int count;
-      for (int64_t block; !refused && (block = next.fetch_add(1)) < s.blocks;) {
+      for (int64_t block; !refused && (block = next_unit.fetch_add(1)) < s.blocks;) {
         bool good = transform_block(j, s, kn, kernels, block, b, b.u, holes, count);
         for (int64_t p = 0; good && p < s.panels; p++)
-          good = multiply_panel(j, s, kn, kernels, store, v, b.u, block, p, holes, count, b);
+          good = multiply_panel(j, s, kn, kernels, store, shared + p * v_floats, b.u, block, p,
+                                holes, count, b);
         if (!good) refused = true;
       }
       return;
@@ -314,13 +333,16 @@ bool run(const Job& j) {
       holes[0].at = count;
     }
     if (came > 1) barrier();
-    // Neighbouring panels to a thread: each panel of filters is read for all blocks.
-    for (int64_t unit; !refused && (unit = next_panel.fetch_add(1)) < s.panels * s.blocks;) {
-      const int64_t block = unit % s.blocks;
-      const Hole* holes = shared_holes + block * (kHoles + 1);
-      if (!multiply_panel(j, s, kn, kernels, store, v, shared + block * u_floats, block,
-                          unit / s.blocks, holes + 1, holes[0].at, b))
-        refused = true;
+    float* v = memory + own * (thread + 1) - (v_floats + 15) / 16 * 16;
+    for (int64_t unit; !refused && (unit = next_unit.fetch_add(1)) < s.panels * parts;) {
+      const int64_t panel = unit / parts, first = unit % parts * in_part;
+      transform_panel(j, s, kn, kernels, panel, v);
+      for (int64_t block = first; block < std::min(s.blocks, first + in_part); block++) {
+        const Hole* holes = shared_holes + block * (kHoles + 1);
+        if (!multiply_panel(j, s, kn, kernels, store, v, shared + block * u_floats, block, panel,
+                            holes + 1, holes[0].at, b))
+          refused = true;
+      }
     }
   });
   scratch_trim();

@@ -76,7 +76,7 @@ Store make_store(const Gemm& g) {
 static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int64_t i0, int64_t m,
                        int64_t j0, int64_t n, const Source& a, const Source& b, char* pack_a_to,
                        char* pack_b_to, Flags& flags, int threads) {
-  const int64_t mp = ceil_div(m, kn.mr), np = ceil_div(n, kn.nr);
+  const int64_t mp = a.layout.panels, np = ceil_div(n, kn.nr);
   const bool sum = a.layout.blocks() > 1;
 
   int64_t block_a = std::max<int64_t>(
@@ -230,6 +230,14 @@ static bool rows_collide(const Kernel& kn, const Gemm& g) {
   return g.a.cs == 1 && std::min(g.m, int64_t(kn.mr)) * std::gcd(bytes, way) > (ways - 1) * way;
 }
 
+// A read in place all the same, in panels of half the rows, which do not. (All rows of a tile of
+// matrix units are read at once.)
+static void read_thin_panels(const Kernel& kn, const Gemm& g, Source& a) {
+  if (!kn.finishes || !rows_collide(kn, g)) return;
+  a.layout.lanes = ceil_div(kn.mr, 2);
+  a.layout.panels = ceil_div(g.m, a.layout.lanes);
+}
+
 // The product with a PanelSource: B's panels are made by their user, and A is read in place where
 // it can be, unless each of its elements is used so often that packing it is repaid.
 bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
@@ -248,6 +256,7 @@ bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
     a.data = g.a.data;
     a.lane = g.a.rs * size_a, a.k = g.a.cs * size_a, a.word = a.k * kn.k_word;
     a.segment = g.a_segment * size_a;
+    read_thin_panels(kn, g, a);
   } else {
     a.word = int64_t(kn.mr) * kn.a_bytes * kn.k_word;
     a.lane = int64_t(kn.a_bytes) * kn.k_word;
@@ -311,6 +320,7 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
       if (direct_a) {
         a.data = g.a.data + i0 * g.a.rs * size_a;
         a.lane = g.a.rs * size_a, a.k = g.a.cs * size_a, a.word = a.k * kn.k_word;
+        read_thin_panels(kn, g, a);
       } else {
         pack_a_to = static_cast<char*>(scratch(Scratch::packed_a, a.layout.total()));
         a.data = pack_a_to;
