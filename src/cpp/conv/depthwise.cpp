@@ -6,6 +6,8 @@
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "conv/axis.hpp"
+#include "conv/depthwise_window.hpp"
 #include "conv/kernels.hpp"
 #include "conv/phases.hpp"
 #include "elementwise/elementwise.hpp"
@@ -17,8 +19,6 @@
 namespace fastnn {
 
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 double element(const char* p, DType type) {
   switch (type) {
@@ -56,25 +56,6 @@ int threads_for(const Conv& c) {
 }
 int64_t size_of(const Conv& c) { return int64_t(dtype_size(c.type)); }
 int64_t sum_size(const Conv& c) { return c.type == DType::f64 ? 8 : 4; }
-
-// One dimension of a correlation: position o meets, by tap i, index o * step + first + i * delta.
-struct Axis {
-  int64_t in, out, step, taps, first, delta;
-  int64_t lowest() const { return first + std::min<int64_t>(0, (taps - 1) * delta); }
-  int64_t tap(int64_t i) const { return i * delta - std::min<int64_t>(0, (taps - 1) * delta); }
-  int64_t reach() const { return (taps - 1) * std::abs(delta); }  // between the outermost taps
-  bool sees(int64_t o, int64_t i) const {
-    const int64_t at = o * step + first + i * delta;
-    return at >= 0 && at < in;
-  }
-  // Positions whose tap i is inside.
-  int64_t begin(int64_t i) const {
-    return std::clamp<int64_t>(ceil_div(-(first + i * delta), step), 0, out);
-  }
-  int64_t end(int64_t i) const {
-    return std::clamp<int64_t>(ceil_div(in - (first + i * delta), step), begin(i), out);
-  }
-};
 
 void set_forward_axes(const Conv& c, Axis axis[kSpatial]) {
   for (int d = 0; d < kSpatial; d++)
@@ -126,8 +107,9 @@ struct Window {
         for (int64_t q = 0; q < step; q++) {
           // Column j of this remainder is the element left + q + j * step of its row.
           const int64_t x0 = left + q;
-          const int64_t lo = std::clamp<int64_t>(ceil_div(-x0, step), 0, columns),
-                        hi = std::clamp<int64_t>(ceil_div(axis[2].in - x0, step), lo, columns);
+          const int64_t lo = std::clamp<int64_t>(ceil_div_signed(-x0, step), 0, columns),
+                        hi = std::clamp<int64_t>(ceil_div_signed(axis[2].in - x0, step), lo,
+                                                 columns);
           copy(dst + (from * row_stride + q * columns) * size, row_stride,
                plane + (at * stride[0] + (top + from) * stride[1] + x0 * stride[2]) * size,
                stride[1], until - from, step * stride[2], lo, hi, columns);
@@ -247,10 +229,24 @@ void run_planes(const PlaneJob& j) {
 // ---- positions: channels are neighbours
 // ----------------------------------------------------------
 
-// The filters as (tap, channel), which `position` reads.
+// The filters as (tap, channel).
 std::vector<char> turned_filters(const Conv& c) {
-  const int64_t size = size_of(c), channels = c.w.size[0];
+  const int64_t size = size_of(c), channels = c.w.size[0], taps = c.w.spatial();
   std::vector<char> out(static_cast<size_t>(c.w.count() * size));
+  const bool dense = c.w.stride[4] == 1 && (c.w.size[3] == 1 || c.w.stride[3] == c.w.size[4]) &&
+                     (c.w.size[2] == 1 || c.w.stride[2] == c.w.size[3] * c.w.size[4]);
+  if (dense) {
+    constexpr int64_t kLanes = 64;
+    Lane lanes[kLanes];
+    for (int64_t m = 0; m < channels; m += kLanes) {
+      const int count = int(std::min(kLanes, channels - m));
+      for (int l = 0; l < count; l++)
+        lanes[l] = {c.w.data + (m + l) * c.w.stride[0] * size, 0, int32_t(taps)};
+      conv_kernels().transpose[size_index(size)](out.data() + m * size, channels, lanes, count, 1,
+                                                 taps);
+    }
+    return out;
+  }
   int64_t t = 0;
   for (int64_t t0 = 0; t0 < c.w.size[2]; t0++)
     for (int64_t t1 = 0; t1 < c.w.size[3]; t1++)
@@ -279,6 +275,15 @@ void run_positions(const PositionJob& j) {
   const DepthwiseKernels& dw = conv_kernels().depthwise[int(c.type)];
   const Axis* a = j.axis;
   const int64_t size = size_of(c), channels = j.out.size[1];
+  if (window_fits(a, channels, c.type)) {
+    const int64_t row = j.tap_step[1] * c.w.size[4], column = j.tap_step[2];
+    const int64_t first =
+        (j.first_tap[0] * c.w.size[3] + j.first_tap[1]) * c.w.size[4] + j.first_tap[2];
+    run_window(
+        {c, j.in, j.out, a, j.filters + first * channels * size, row * channels, column * channels},
+        threads_for(c));
+    return;
+  }
   const size_t taps = size_t(a[0].taps * a[1].taps * a[2].taps);
   const int64_t per_image = a[0].out * a[1].out;
   parallel(threads_for(c), [&](int thread, int came) {
@@ -413,7 +418,7 @@ void depthwise_weight(const Conv& c) {
       std::vector<char> sums(sums_bytes);
       std::vector<double> totals(size_t(taps * lanes));
       std::vector<int64_t> offset(size_t(a[2].taps));
-      const Range mine = share_of(ceil_div(channels, lanes), 1, thread, came);
+      const Range mine = share_of(ceil_div_signed(channels, lanes), 1, thread, came);
       for (int64_t block = mine.begin; block < mine.end; block++) {
         const int64_t first = block * lanes, count = std::min(lanes, channels - first);
         std::fill(totals.begin(), totals.end(), 0);

@@ -291,9 +291,4 @@ static void depthwise_channels(const void* x_, const int64_t* offset, int taps, 
     channel_taps<T, 1>(x, offset + t, x_step, y, y_step, n, lanes, sums + t * W);
 }
 
-template <class T>
-constexpr DepthwiseKernels depthwise_kernels = {In<T>::V::width, depthwise_rows<T>,
-                                                depthwise_weight<T>, depthwise_positions<T>,
-                                                depthwise_channels<T>};
-
 }  // namespace fastnn::FASTNN_TARGET

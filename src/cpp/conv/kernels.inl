@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Included once by each file in kernels/, which defines
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "conv/depthwise.inl"
+#include "conv/depthwise_window.inl"
 #include "conv/kernels.hpp"
 #include "conv/winograd.inl"
 #include "isa/vec.hpp"
