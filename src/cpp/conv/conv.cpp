@@ -151,7 +151,9 @@ bool correlate_strips(const Patches& p, const char* a, int64_t m, const Conv& c,
   if (g.bias) g.bias_axis = BiasAxis::column;
   const PatchStrips strips(p);
   g.a_strips = &strips;
-  return gemm_strips(g, threads);
+  if (!gemm_strips(g, threads)) return false;
+  count_call("strips");
+  return true;
 }
 
 // Filters (m, c, t) as (m, t, c).

@@ -1,12 +1,9 @@
 #include "conv/depthwise_window.hpp"
 
-#include <limits>
 #include <vector>
 
-#include "common/activation.hpp"
 #include "common/parallel.hpp"
 #include "conv/kernels.hpp"
-#include "elementwise/elementwise.hpp"
 
 namespace fastnn {
 
@@ -27,6 +24,7 @@ bool window_fits(const Axis* a, int64_t channels, DType type) {
 
 void run_window(const WindowJob& j, int threads) {
   const Conv& c = j.c;
+  count_call("depthwise window");
   const DepthwiseKernels& dw = conv_kernels().depthwise[int(c.type)];
   const Axis* a = j.axis;
   const int64_t size = dtype_size(c.type), channels = j.out.size[1], step = a[1].step;
@@ -39,9 +37,6 @@ void run_window(const WindowJob& j, int threads) {
   for (int64_t i = 0; i < kTaps; i++)
     for (int64_t k = 0; k < kTaps; k++)
       w[a[1].tap(i) * kTaps + a[2].tap(k)] = j.filters + (i * j.tap_row + k * j.tap_column) * size;
-
-  const bool bounded = c.activation == kRelu || c.activation == kRelu6;
-  const float bounds[] = {0, c.activation == kRelu6 ? 6 : std::numeric_limits<float>::infinity()};
 
   const int64_t on = dw.window_positions * step * j.in.stride[4];  // from a tile to the next
   const bool cached = (j.in.count() + j.out.count()) * size <= kCacheBytes * threads;
@@ -84,12 +79,7 @@ void run_window(const WindowJob& j, int threads) {
         char* to = out + o2 * j.out.stride[4] * size;
         dw.window(int(step), reinterpret_cast<const void* const*>(x), w, c.bias, to,
                   j.out.stride[3], j.out.stride[4], rows, positions, channels, cached ? 0 : on,
-                  bounded ? bounds : nullptr);
-        if (c.activation && !bounded)
-          for (int r = 0; r < rows; r++)
-            for (int p = 0; p < positions; p++)
-              activate_row(c.activation, c.type,
-                           to + (r * j.out.stride[3] + p * j.out.stride[4]) * size, channels);
+                  c.activation);
       }
     }
   });

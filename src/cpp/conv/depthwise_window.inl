@@ -1,7 +1,9 @@
 // A tile of a 3 x 3 depthwise correlation over one instruction set's vectors. Included by
 // kernels.inl.
 #pragma once
+#include "common/activation.hpp"
 #include "conv/depthwise.inl"
+#include "isa/math.hpp"
 
 namespace fastnn::FASTNN_TARGET {
 
@@ -13,7 +15,7 @@ constexpr int kWindowRows = FASTNN_TARGET_ID == 2 ? 2 : 1,
 template <class T, int S, int R, int P>
 static void window_tile(const T* const* x, const T* const* w, const T* start, T* out,
                         int64_t out_row, int64_t out_step, int positions, int64_t channels,
-                        int64_t ahead, const float* bounds) {
+                        int64_t ahead, int activation) {
   using V = typename In<T>::V;
   constexpr int COLUMNS = (P - 1) * S + 3;
   for (int64_t c = 0; c < channels; c += V::width) {
@@ -46,12 +48,25 @@ static void window_tile(const T* const* x, const T* const* w, const T* start, T*
             if (a >= 0 && a < 3 && b >= 0 && b < 3) sum[r][p] = fma(wv[a * 3 + b], v, sum[r][p]);
           }
       }
-    if (bounds) {
-      const V low = V::set1(bounds[0]), high = V::set1(bounds[1]);
+    if (activation == kRelu || activation == kRelu6) {
+      const V low = V::zero(), high = V::set1(activation == kRelu6 ? 6 : __builtin_inff());
 #pragma GCC unroll 2
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int p = 0; p < P; p++) sum[r][p] = min(high, max(low, sum[r][p]));
+        for (int p = 0; p < P; p++)
+          sum[r][p] = min(high, max(low, sum[r][p]));  // a NaN is the second operand, and passes
+    } else if (activation) {
+      V all[R * P];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) all[r * P + p] = sum[r][p];
+#pragma GCC unroll 1
+      for (int e = 0; e < R * P; e++) all[e] = activate(activation, all[e]);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) sum[r][p] = all[r * P + p];
     }
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++)
@@ -65,7 +80,7 @@ template <class T>
 static void depthwise_window(int step, const void* const* x_, const void* const* w_,
                              const void* start_, void* out_, int64_t out_row, int64_t out_step,
                              int rows, int positions, int64_t channels, int64_t ahead,
-                             const float* bounds) {
+                             int activation) {
   const auto* x = reinterpret_cast<const T* const*>(x_);
   const auto* w = reinterpret_cast<const T* const*>(w_);
   const T* start = static_cast<const T*>(start_);
@@ -73,7 +88,7 @@ static void depthwise_window(int step, const void* const* x_, const void* const*
   constexpr int R = kWindowRows, P = kWindowPositions;
   auto tile = rows == R ? (step == 1 ? window_tile<T, 1, R, P> : window_tile<T, 2, R, P>)
                         : (step == 1 ? window_tile<T, 1, 1, P> : window_tile<T, 2, 1, P>);
-  tile(x, w, start, out, out_row, out_step, positions, channels, ahead, bounds);
+  tile(x, w, start, out, out_row, out_step, positions, channels, ahead, activation);
 }
 
 template <class T>

@@ -42,17 +42,16 @@ struct DepthwiseKernels {
   // n positions, `lanes` channels: sums[t][c] += y[i * y_step + c] x[offset[t] + i * x_step + c].
   void (*channels)(const void* x, const int64_t* offset, int taps, int64_t x_step, const void* y,
                    int64_t y_step, int64_t n, int lanes, void* sums);
-  // A tile of up to `window_rows` x `window_positions` positions of a 3 x 3 filter, channels side
-  // by side and at least a vector of them:
-  //   out[r * out_row + p * out_step + c] =
-  //       start[c] + sum over i, k of w[i * 3 + k][c] x[(r * step + i) * columns + p * step + k][c]
-  // with columns = (window_positions - 1) * step + 3 pointers a row, for r < rows, p < positions,
-  // step 1 or 2, and between the two bounds if there are any. The next tile's x are `ahead` of
-  // these.
+  // A tile of up to `window_rows` x `window_positions` positions of a 3 x 3 filter at `step` 1 or
+  // 2, channels side by side and at least a vector of them:
+  //   out[r * out_row + p * out_step + c] = activation(
+  //       start[c] + sum over i, k of w[i * 3 + k][c] x[(r * step + i) * row + p * step + k][c])
+  // for r < rows, p < positions; x has row = (window_positions - 1) * step + 3 pointers a row, and
+  // those of the next tile are `ahead` of these, if that is worth asking for (not 0).
   int window_rows, window_positions;
   void (*window)(int step, const void* const* x, const void* const* w, const void* start, void* out,
                  int64_t out_row, int64_t out_step, int rows, int positions, int64_t channels,
-                 int64_t ahead, const float* bounds);
+                 int64_t ahead, int activation);
 };
 
 struct ConvKernels {

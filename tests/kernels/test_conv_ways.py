@@ -1,0 +1,165 @@
+"""The ways of a convolution that only some shapes go, each asked whether it was gone: strips of patches read where they lie,
+and windows of depthwise filters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastnn import _cpu
+
+from .calls import FLOATS, convolve, exact
+from .test_conv import LAYOUTS, WEIGHTS, channels_last, dense, exactly, integers, isa, problem, surroundings_are_nan
+
+__all__ = ["isa"]
+
+#: What strips are made of: first layers, runs of K that are merged into a block and cut into several, lines of one row of a
+#: tile more and less, images that are read in place, rows that collide in a cache, taps apart, depth, groups.
+STRIPS = {
+    "first layer": problem(2, 3, 16, 1, (1, 20, 31), (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3)),
+    "lines of 13": problem(1, 8, 33, 1, (1, 9, 13), (1, 3, 3), padding=(0, 1, 1)),
+    "lines of 14": problem(1, 8, 31, 1, (1, 9, 14), (1, 3, 3), padding=(0, 1, 1)),
+    "lines of 15": problem(1, 9, 17, 1, (1, 9, 15), (1, 3, 3), padding=(0, 1, 1)),
+    "lines of 29": problem(3, 16, 16, 1, (1, 5, 29), (1, 3, 3), padding=(0, 1, 1)),
+    "cut runs": problem(1, 57, 19, 1, (1, 7, 9), (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+    "many blocks": problem(1, 230, 16, 1, (1, 4, 5), (1, 3, 3), padding=(0, 1, 1)),
+    "whole runs": problem(1, 32, 40, 1, (1, 8, 8), (1, 5, 5), padding=(0, 2, 2)),
+    "in place": problem(2, 24, 18, 1, (1, 9, 11), (1, 1, 1), stride=(1, 2, 2)),
+    "in place, taps": problem(2, 10, 18, 1, (1, 9, 11), (1, 3, 2), stride=(1, 1, 2)),
+    "colliding": problem(1, 512, 16, 1, (1, 3, 33), (1, 1, 1), stride=(1, 1, 2)),
+    "colliding taps": problem(1, 512, 16, 1, (1, 3, 31), (1, 1, 3), stride=(1, 1, 2), padding=(0, 0, 1)),
+    "dilated": problem(1, 16, 16, 1, (1, 12, 13), (1, 3, 3), padding=(0, 2, 3), dilation=(1, 2, 3)),
+    "deep": problem(2, 5, 20, 1, (7, 6, 9), (3, 2, 3), stride=(2, 1, 1), padding=(1, 1, 1)),
+    "deep, in place": problem(1, 8, 16, 1, (5, 6, 7), (2, 3, 2), stride=(1, 2, 1)),
+    "a line": problem(2, 12, 37, 1, (1, 1, 67), (1, 1, 5), padding=(0, 0, 4)),
+    "groups": problem(2, 8, 16, 3, (1, 8, 9), (1, 3, 3), stride=(1, 2, 1), padding=(0, 1, 1)),
+}
+#: 3 x 3 filters of planes, at tiles of 7 and 4 positions plus and minus one.
+WINDOWS = [
+    (channels, size, stride, padding)
+    for (channels, size), stride, padding in itertools.product(
+        [(16, (7, 7)), (17, (8, 15)), (33, (2, 29)), (48, (13, 6)), (16, (1, 4)), (31, (3, 1))], (1, 2), (1, 0, 2)
+    )
+    if min(size) + 2 * padding >= 3
+]
+
+dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def window(channels, size, stride, padding, n=2):
+    return problem(n, 1, 1, channels, (1, *size), (1, 3, 3), stride=(1, stride, stride), padding=(0, padding, padding))
+
+
+@pytest.mark.parametrize("name", STRIPS)
+@dtypes
+def test_strips_of_integers(isa, dtype, name):
+    """Exactly, in every layout, in the middle of NaN; the input's gradient too, whose taps run backwards."""
+    x_shape, w_shape, y_shape, options = STRIPS[name]
+    x, w, y = (integers(shape, dtype) for shape in (x_shape, w_shape, y_shape))
+    for product in ("forward", "input"):
+        expected = exactly(product, x, w, y, options).to(dtype)
+        # The two layouts that networks have in all combinations, the odd ones once each.
+        odd = [(layout, w_layout, layout) for layout, w_layout in zip(LAYOUTS[2:], itertools.cycle(WEIGHTS))]
+        for of_x, of_w, of_y in (*itertools.product((dense, channels_last), WEIGHTS, (dense, channels_last)), *odd):
+            laid = [of_x(x), of_w(w), of_y(y)]
+            laid[2 if product == "forward" else 0].fill_(math.nan)
+            _cpu.reset_counters()
+            assert torch.equal(convolve(product, *laid, **options), expected), (product, of_x, of_w, of_y)
+            assert all(surroundings_are_nan(t) for t in laid)
+            if product == "forward" and dtype in (torch.float32, torch.float64) and of_x is channels_last:
+                emulated = "amx" in isa and dtype is torch.float32
+                assert emulated or _cpu.counters().get("strips", 0) == options["groups"], (of_x, of_w, of_y)
+
+
+@pytest.mark.parametrize("kind", [None, "relu", "gelu"])
+@dtypes
+def test_what_strips_end_with(isa, dtype, kind):
+    """activation(conv(x, w) + bias + residual), rounded once, whether done on registers (relu) or after (gelu)."""
+    x_shape, w_shape, y_shape, options = problem(2, 9, 35, 1, (1, 9, 30), (1, 3, 3), padding=(0, 1, 1))
+    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
+    u = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    u_sum = 2.0**-53 if dtype is torch.float64 else 2.0**-24
+    bias, residual = torch.randn(35).to(dtype), torch.randn(y_shape).to(dtype)
+    wide = exactly("forward", x, w, residual, options) + bias.double().view(-1, 1, 1, 1) + residual.double()
+    magnitude = exactly("forward", x.abs(), w.abs(), residual, options) + wide.abs() + 10
+    expected = wide if kind is None else exact(kind, wide)
+    for of_x, of_y in itertools.product((dense, channels_last), repeat=2):
+        target = of_y(torch.full_like(residual, math.nan))
+        found = convolve("forward", of_x(x), w, target, **options, bias=bias, residual=of_y(residual), activation=kind)
+        assert bool(((found.double() - expected).abs() <= (1.01 * u + 100 * u_sum) * magnitude).all()), (of_x, of_y)
+
+
+@pytest.mark.parametrize("product", ["forward", "input"])
+def test_threads_do_not_change_a_bit(isa, product):
+    threads = torch.get_num_threads()
+    cases = [STRIPS["first layer"], STRIPS["cut runs"], STRIPS["deep"], window(33, (9, 15), 1, 1)]
+    try:
+        for x_shape, w_shape, y_shape, options in cases:
+            x, w, y = (channels_last(torch.randn(shape)) for shape in (x_shape, w_shape, y_shape))
+            w = w.contiguous()
+            results = []
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                target = torch.full_like(y if product == "forward" else x, math.nan)
+                operands = (x, w, target) if product == "forward" else (target, w, y)
+                results.append(convolve(product, *operands, **options))
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("where", [(0, 0), (4, 17), (8, 29)], ids=str)
+def test_what_is_not_finite_stays_in_its_strip(isa, where):
+    """An infinity makes infinities of the results that see it, and of no others."""
+    for x_shape, w_shape, y_shape, options in (
+        problem(1, 16, 16, 1, (1, 9, 30), (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+        window(16, (9, 30), 1, 1, n=1),
+    ):
+        x, w = integers(x_shape, torch.float32), integers(w_shape, torch.float32, low=1, high=3)
+        x[0, 3, 0, where[0], where[1]] = math.inf
+        y = torch.full(y_shape, math.nan)
+        expected = exactly("forward", x, w, y, options).float()
+        assert not expected.isfinite().all()
+        for layout in (dense, channels_last):
+            found = convolve("forward", layout(x), w, layout(y), **options)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@dtypes
+def test_windows_of_integers(isa, dtype):
+    """Forward, and the input's gradient, which at stride 1 is a window whose taps run backwards."""
+    for channels, size, stride, padding in WINDOWS:
+        x_shape, w_shape, y_shape, options = window(channels, size, stride, padding)
+        x, w, y = (integers(shape, dtype) for shape in (x_shape, w_shape, y_shape))
+        for product, of_w in itertools.product(("forward", "input"), (dense, reversed_filters)):
+            laid = [channels_last(x), of_w(w), channels_last(y)]
+            laid[2 if product == "forward" else 0].fill_(math.nan)
+            expected = exactly(product, x, w, y, options).to(dtype)
+            _cpu.reset_counters()
+            assert torch.equal(convolve(product, *laid, **options), expected), (channels, size, stride, padding)
+            assert all(surroundings_are_nan(t) for t in laid)
+            if product == "forward":
+                assert _cpu.counters().get("depthwise window", 0) == 1
+
+
+def reversed_filters(w):
+    return dense(w.transpose(3, 4)).transpose(3, 4)
+
+
+@pytest.mark.parametrize("kind", [None, "relu", "gelu"])
+@dtypes
+def test_what_windows_end_with(isa, dtype, kind):
+    u = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    u_sum = 2.0**-53 if dtype is torch.float64 else 2.0**-24
+    for stride in (1, 2):
+        x_shape, w_shape, y_shape, options = window(37, (9, 16), stride, 1)
+        x, w, bias = (torch.randn(shape).to(dtype) for shape in (x_shape, w_shape, (37,)))
+        y = torch.full(y_shape, math.nan, dtype=dtype)
+        wide = exactly("forward", x, w, y, options) + bias.double().view(-1, 1, 1, 1)
+        magnitude = exactly("forward", x.abs(), w.abs(), y, options) + bias.double().abs().view(-1, 1, 1, 1) + 1
+        expected = wide if kind is None else exact(kind, wide)
+        found = convolve("forward", channels_last(x), w, channels_last(y), **options, bias=bias, activation=kind)
+        assert bool(((found.double() - expected).abs() <= (1.01 * u + 100 * u_sum) * magnitude).all())
