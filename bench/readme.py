@@ -22,8 +22,8 @@ def table() -> str:
     if not found:
         return "Not measured yet: `make bench`."
     lines = [
-        "| work | times faster than torch: geometric mean (least – most) | target | share of peak |",
-        "|---|---|---|---|",
+        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | share of peak |",
+        "|---|---|---|---|---|",
     ]
     for each in found:
         measured, target = each["measured"], each["target"]
@@ -39,7 +39,9 @@ def table() -> str:
             targets.append(f"mean ≥ {target['geometric_mean']:g}")
         mark = "met" if each["met"] else "not met"
         share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
-        lines.append(f"| {each['title']} | {ratio} | {', '.join(targets)}: {mark} | {share} |")
+        names = (name.split()[0] for result in each["results"] for name in result["contestants"])
+        peers = ", ".join(name for name in dict.fromkeys(names) if name != "fastnn")
+        lines.append(f"| {each['title']} | {ratio} | {peers} | {', '.join(targets)}: {mark} | {share} |")
     machines = {
         (m["cpu"], m["cores"], m["threads"], m["torch"], m["date"]): m["isa"] for m in (e["machine"] for e in found)
     }
