@@ -35,9 +35,11 @@ format: $(VENV)/stamps/lint
 	$(BIN)/ruff format --quiet $(RUFF)
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-# Every row of the speed table, written to bench/results/, and the table in README.md made anew from them.
+# Every row of the speed table, and the peak memory of forwards, written to bench/results/; and the tables in README.md
+# made anew from them.
 bench: build $(VENV)/stamps/bench
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/readme.py
 
 # The kernels' tests and the hypothesis tests of bad input, under AddressSanitizer and UndefinedBehaviorSanitizer.
