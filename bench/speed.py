@@ -291,7 +291,7 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
     from fastnn import bench
     from fastnn.bench import machine, table
 
-    console = Console(width=160)
+    console = Console(width=200)
     results = []
     for benchmark, shape in row.work:
         results += bench.run(benchmark, [shape], [getattr(torch, row.dtype)], seconds=seconds)

@@ -37,8 +37,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -> None:
     """One line a shape; below, the machine, the geometric mean of the ratios, and the peers that were not there."""
     peers = list(dict.fromkeys(peer for r in results for peer in r.peers))
-    table = Table(title=f"fastnn and {', '.join(peers)}, interleaved medians", title_justify="left")
-    for name in ("op", "shape", "dtype"):
+    ops = list(dict.fromkeys(r.name for r in results))
+    title = f"{', '.join(ops)}: fastnn and {', '.join(peers)}, interleaved medians"
+    table = Table(title=title, title_justify="left")
+    for name in (*(("op",) if len(ops) > 1 else ()), "shape", "dtype"):
         table.add_column(name)
     for name in (
         "fastnn",
@@ -54,7 +56,7 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
     for r in results:
         colour = "green" if r.ratio[0] >= 1 else "red"
         table.add_row(
-            r.name,
+            *((r.name,) if len(ops) > 1 else ()),
             "×".join(map(str, r.shape)),
             r.dtype,
             duration(r.timing.median(r.ours_best)),
