@@ -35,9 +35,11 @@ format: $(VENV)/stamps/lint
 	$(BIN)/ruff format --quiet $(RUFF)
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-# Every row of the speed table, written to bench/results/, and the table in README.md made anew from them.
-bench: build
+# Every row of the speed table, and the peak memory of forwards, written to bench/results/; and the tables in README.md
+# made anew from them.
+bench: build $(VENV)/stamps/bench
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/readme.py
 
 # The kernels' tests and the hypothesis tests of bad input, under AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -57,6 +59,11 @@ sanitize: build
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    PYTHONPATH=$(SITE) $(BIN)/python -S -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
 SANITIZE_TESTS ?= tests/kernels tests/ops/test_errors.py
+
+# What whole models are compared with beside torch.
+$(VENV)/stamps/bench: pyproject.toml $(VENV)/stamps/fastnn
+	$(PIP) install --no-build-isolation --editable ".[bench]"
+	touch $@
 
 clean:
 	rm -rf build dist demo-results .pytest_cache .ruff_cache .hypothesis $(VENV)/stamps

@@ -1,4 +1,4 @@
-"""Makes the speed table of README.md anew from `bench/results/*.json`: `python bench/readme.py`.
+"""Makes the tables of speed and memory in README.md anew from `bench/results/*.json`: `python bench/readme.py`.
 
 What stands between the two markers is replaced; rows that were not measured are left out. `--check` writes nothing and
 exits with 1 if the table is not what the files say.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import memory
 from speed import RESULTS, ROWS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -17,13 +19,13 @@ BEGIN, END = "<!-- speed: made by bench/readme.py -->", "<!-- /speed -->"
 
 
 def table() -> str:
-    """The table in Markdown, and a line about the machine."""
+    """The table in Markdown, a line about the machine, and the table of memory if that was measured."""
     found = [json.loads(path.read_text()) for row in ROWS if (path := RESULTS / f"{row.name}.json").exists()]
     if not found:
         return "Not measured yet: `make bench`."
     lines = [
-        "| work | times faster than torch: geometric mean (least – most) | target | share of peak |",
-        "|---|---|---|---|",
+        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | share of peak |",
+        "|---|---|---|---|---|",
     ]
     for each in found:
         measured, target = each["measured"], each["target"]
@@ -39,14 +41,30 @@ def table() -> str:
             targets.append(f"mean ≥ {target['geometric_mean']:g}")
         mark = "met" if each["met"] else "not met"
         share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
-        lines.append(f"| {each['title']} | {ratio} | {', '.join(targets)}: {mark} | {share} |")
+        names = (name.split()[0] for result in each["results"] for name in result["contestants"])
+        peers = ", ".join(name for name in dict.fromkeys(names) if name != "fastnn")
+        lines.append(f"| {each['title']} | {ratio} | {peers} | {', '.join(targets)}: {mark} | {share} |")
     machines = {
         (m["cpu"], m["cores"], m["threads"], m["torch"], m["date"]): m["isa"] for m in (e["machine"] for e in found)
     }
     lines.append("")
     for (cpu, cores, threads, torch, date), isa in machines.items():
         lines.append(f"{cpu}, {cores} cores, {threads} threads, {isa}, torch {torch}, {date}.")
+    if memory.RESULTS.exists():
+        lines += ["", *_memory(json.loads(memory.RESULTS.read_text()))]
     return "\n".join(lines)
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    """One line a work and layout."""
+    lines = [
+        f"| peak memory of a forward, batch {found['batch']}, in MB | layout | torch | fastnn | no more than torch's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["results"]:
+        met = "yes" if row["met"] else "no"
+        lines.append(f"| {row['work']} | {row['layout']} | {row['torch']:.0f} | {row['fastnn']:.0f} | {met} |")
+    return lines
 
 
 def main() -> int:

@@ -23,7 +23,8 @@ Work = tuple[str, Shape]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is run, and what its ratios to torch must reach (each of them; their geometric mean)."""
+    """One line of the table: what is run, and what its ratios to the fastest peer must reach (each of them; their geometric
+    mean)."""
 
     name: str
     title: str
@@ -61,9 +62,9 @@ SIXTY: tuple[Work, ...] = (
 )
 assert len(SIXTY) == 60
 
-#: N×C×H×W×M×K×S (filters, edge of a filter, stride): every kind of layer in ResNet-50 and AlexNet, and the pointwise ones
-#: of MobileNetV2; and N×C×H×W×K×S for MobileNetV2's depthwise ones.
-_LAYERS = (
+#: C×H×W×M×K×S (filters, edge of a filter, stride): every kind of layer in ResNet-50 and AlexNet, and the pointwise ones of
+#: MobileNetV2; and C×H×W×K×S for MobileNetV2's depthwise ones.
+_RESNET50 = (
     (3, 224, 224, 64, 7, 2),
     (64, 56, 56, 64, 1, 1),
     (64, 56, 56, 64, 3, 1),
@@ -79,6 +80,9 @@ _LAYERS = (
     (512, 7, 7, 512, 3, 1),
     (512, 7, 7, 2048, 1, 1),
     (2048, 7, 7, 512, 1, 1),
+)
+_LAYERS = (
+    *_RESNET50,
     (3, 224, 224, 64, 11, 4),
     (64, 27, 27, 192, 5, 1),
     (192, 13, 13, 384, 3, 1),
@@ -102,6 +106,15 @@ _DEPTHWISE = (
 
 def _batches(benchmark: str, layers: tuple[Shape, ...], *batches: int) -> tuple[Work, ...]:
     return tuple((benchmark, (n, *layer)) for n in batches for layer in layers)
+
+
+def _pointwise(layers: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    return tuple(layer for layer in layers if layer[4] == 1)
+
+
+def _depthwise(edge: int) -> tuple[Shape, ...]:
+    """MobileNetV2's depthwise layers with filters of another edge."""
+    return tuple((*maps, edge, stride) for *maps, _, stride in _DEPTHWISE)
 
 
 ROWS = (
@@ -167,6 +180,46 @@ ROWS = (
         _batches("conv2d_train", _LAYERS, 8),
         mean=1.4,
     ),
+    *(
+        Row(
+            f"conv-bfloat16-{layout.replace('_', '-')}",
+            f"bfloat16 convolution, the same layers as in float32, {words}, against torch in that layout",
+            (
+                *_batches(f"conv2d_{layout}", _LAYERS, 1, 8),
+                *_batches(f"conv2d_depthwise_{layout}", _DEPTHWISE, 1, 8),
+            ),
+            "bfloat16",
+            mean=mean,
+        )
+        for layout, words, mean in (("channels_last", "channels-last", 1.5), ("contiguous", "contiguous", 2.0))
+    ),
+    Row(
+        "conv-depthwise",
+        "depthwise 3×3 convolution, the layers of MobileNetV2, batch 1 and 8",
+        _batches("conv2d_depthwise", _DEPTHWISE, 1, 8),
+        least=1.5,
+    ),
+    *(
+        Row(
+            f"conv-depthwise-weight-gradient-{edge}",
+            f"depthwise convolution, the layers of MobileNetV2 with {edge}×{edge} filters, batch 8, gradient of the weight",
+            _batches("conv2d_depthwise_weight_gradient", _depthwise(edge), 8),
+            least=least,
+        )
+        for edge, least in ((3, 1.5), (5, 10.0), (7, 15.0))
+    ),
+    Row(
+        "conv-pointwise-backward",
+        "1×1 convolution, the layers of ResNet-50, contiguous, batch 8, both gradients, against torch in that layout",
+        _batches("conv2d_backward_contiguous", _pointwise(_RESNET50), 8),
+        least=2.0,
+    ),
+    Row(
+        "conv-first-weight-gradient",
+        "7×7 convolution of 3 channels, stride 2, batch 8, gradient of the weight",
+        _batches("conv2d_weight_gradient", _RESNET50[:1], 8),
+        least=2.0,
+    ),
     Row(
         "batch-norm",
         "batch norm in training, 32×64×56² and 32×256×14², forward",
@@ -208,9 +261,23 @@ ROWS = (
         least=1.0,
     ),
     Row(
+        "cnn-inference-bfloat16",
+        "ResNet-18 and -50 and MobileNetV2 in bfloat16, inference with `fuse=True`, batch 1 and 8",
+        tuple((f"{name}_inference", (n, 224)) for name in ("resnet18", "resnet50", "mobilenet_v2") for n in (1, 8)),
+        "bfloat16",
+        least=0.9,
+    ),
+    Row(
         "resnet18-train",
         "ResNet-18, forward and backward, batch 8",
         _each("resnet18_train", ((8, 224),)),
+        least=1.4,
+    ),
+    Row(
+        "resnet18-train-autocast",
+        "the same under `torch.autocast` in bfloat16",
+        _each("resnet18_train_autocast", ((8, 224),)),
+        "bfloat16",
         least=1.4,
     ),
 )
@@ -224,7 +291,7 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
     from fastnn import bench
     from fastnn.bench import machine, table
 
-    console = Console(width=160)
+    console = Console(width=200)
     results = []
     for benchmark, shape in row.work:
         results += bench.run(benchmark, [shape], [getattr(torch, row.dtype)], seconds=seconds)
@@ -280,16 +347,16 @@ def main() -> int:
 
 def print_summary(rows: tuple[Row, ...] | list[Row]) -> None:
     """Target beside measured, of each row whose results are on disk."""
-    print(f"\n{'row':<24}{'least':>8}{'target':>8}{'mean':>8}{'target':>8}{'of peak':>9}  met")
+    print(f"\n{'row':<34}{'least':>8}{'target':>8}{'mean':>8}{'target':>8}{'of peak':>9}  met")
     for row in rows:
         path = RESULTS / f"{row.name}.json"
         if not path.exists():
-            print(f"{row.name:<24}  not measured")
+            print(f"{row.name:<34}  not measured")
             continue
         found = json.loads(path.read_text())
         measured = found["measured"]
         print(
-            f"{row.name:<24}{measured['least']:>8.2f}{row.least or '–':>8}{measured['geometric_mean']:>8.2f}"
+            f"{row.name:<34}{measured['least']:>8.2f}{row.least or '–':>8}{measured['geometric_mean']:>8.2f}"
             f"{row.mean or '–':>8}{measured['share_of_peak']:>9.0%}  {'yes' if found['met'] else 'no'}"
         )
 

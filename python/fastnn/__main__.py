@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("op", nargs="*", help="which (default: all)")
     bench.add_argument("--shape", action="append", metavar="MxNxK", help="such as 1024x1024x1024; may be repeated")
     bench.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, or what the op has")
-    bench.add_argument("--against", default="torch", metavar="PEER", help="default: torch")
+    bench.add_argument("--against", metavar="PEER", help="such as torch (default: the fastest of all there are)")
     bench.add_argument("--threads", type=_positive, help="torch.set_num_threads")
     bench.add_argument("--precision", choices=("highest", "high", "medium"), help="of float32 products")
     bench.add_argument("--seconds", type=float, default=1.0, help="for each shape (default: 1)")

@@ -1,12 +1,15 @@
 """The benchmark engine's statistics, its check of results, and its records."""
 
+import io
 import json
+import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastnn import bench
-from fastnn.bench import Benchmark, Problem, engine, machine
+from fastnn.bench import Benchmark, Problem, engine, machine, table
 from fastnn.bench.table import duration, geometric_mean
 
 
@@ -124,11 +127,49 @@ def test_a_result_that_goes_wrong_while_timed_is_found():
         bench.run(small({"fastnn": later, "torch": lambda x: x + 1}), seconds=0.02)
 
 
+def slowly(x):
+    time.sleep(2e-3)
+    return x + 1
+
+
+def test_the_fastest_of_all_peers_counts():
+    contestants = {"fastnn": lambda x: x + 1, "torch": slowly, "other": slowly, "other fast": lambda x: x + 1}
+    (result,) = bench.run(small(contestants, absent={"third": "not installed"}), seconds=0.02)
+    assert result.peers == ("torch", "other") and result.peer_best == "other fast"
+    assert result.ratio[0] < result.plain[0]
+    assert result.to_dict()["fastest"]["peer"] == "other fast"
+    assert result.to_dict()["absent_peers"] == {"third": "not installed"}
+
+    (result,) = bench.run(small(contestants), against="torch", seconds=0.02)
+    assert result.peers == ("torch",) and result.peer_best == "torch"
+
+
+def test_the_table_names_the_peers_that_were_there_and_those_that_were_not():
+    contestants = {"fastnn": torch.relu, "torch": torch.relu, "other fast": torch.relu}
+    results = bench.run(small(contestants, absent={"third": "not installed: third"}), seconds=0.02)
+    console = Console(file=io.StringIO(), width=160)
+    table.show(results, machine.describe(), console)
+    printed = console.file.getvalue()
+    assert "fastnn and torch, other, interleaved" in printed
+    assert "not there: third (not installed: third)" in printed
+
+
+def test_a_peer_that_is_wrong_is_found():
+    contestants = {"fastnn": torch.relu, "torch": torch.relu, "other": lambda x: x.relu() * 1.01}
+    with pytest.raises(bench.WrongResult, match="result of other"):
+        bench.run(small(contestants), seconds=0.02)
+    bench.run(small(contestants, tolerance=0.02), seconds=0.02)
+
+
 def test_unknown_names():
     with pytest.raises(KeyError, match="no benchmark named 'gem'"):
         bench.benchmark("gem")
     with pytest.raises(ValueError, match="no peer 'numpy'"):
         bench.run(small({"fastnn": torch.relu, "torch": torch.relu}), against="numpy")
+    with pytest.raises(ValueError, match="no peer 'third' \\(not installed"):
+        bench.run(
+            small({"fastnn": torch.relu, "torch": torch.relu}, absent={"third": "not installed"}), against="third"
+        )
     with pytest.raises(ValueError, match="no dtype int8"):
         bench.run("matmul", dtypes=[torch.int8])
 
@@ -139,7 +180,8 @@ def test_every_benchmark_runs_at_a_small_shape(name):
     axes = the.axes.split("x")
     shape = tuple(32 if len(axes) < 5 else 4 for _ in axes)
     for dtype in the.dtypes:
-        (result,) = bench.run(the, [shape], [dtype], seconds=0.01)
+        # Compiling whole models for the other peers takes minutes; test_peers.py does it for a small one.
+        (result,) = bench.run(the, [shape], [dtype], against="torch", seconds=0.01)
         assert result.rate > 0
 
 

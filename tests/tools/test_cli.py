@@ -106,9 +106,29 @@ def test_the_suites_name_benchmarks_that_exist():
 
 def test_readme_table_is_what_the_results_say():
     load("speed")
+    load("memory")
     readme = load("readme")
     text = readme.README.read_text()
     assert f"{readme.BEGIN}\n{readme.table()}\n{readme.END}" in text
+
+
+def test_readme_shows_the_memory_that_was_measured(tmp_path, monkeypatch):
+    load("speed")
+    memory = load("memory")
+    readme = load("readme")
+    row = {"work": "resnet50", "layout": "contiguous", "torch": 163.6, "fastnn": 201.7, "met": False}
+    monkeypatch.setattr(memory, "RESULTS", tmp_path / "memory.json")
+    memory.RESULTS.write_text(json.dumps({"batch": 8, "results": [row]}))
+    assert "| resnet50 | contiguous | 164 | 202 | no |" in readme.table()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of resident memory")
+def test_peak_memory_of_a_pointwise_layer():
+    memory = load("memory")
+    row = memory.measure("1×1, 256 → 64, 56²", "channels_last", processes=1)
+    output = 8 * 64 * 56 * 56 * 4 / 2**20
+    assert row["torch"] >= output and row["fastnn"] >= output
+    assert row["met"], row
 
 
 # Trainings are cut short; at full length `train_cnn.py` checks what it reaches.

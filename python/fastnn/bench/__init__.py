@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, models, norm, pool
+from . import activations, conv, gemm, models, norm, peers, pool
 from .benchmark import (
     Benchmark,
     Problem,
@@ -34,6 +34,7 @@ __all__ = [
     "models",
     "norm",
     "parse_shape",
+    "peers",
     "pool",
     "quartiles",
     "register",

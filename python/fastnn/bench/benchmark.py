@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,16 @@ class Problem:
 
     Attributes:
         inputs: makes a set of arguments.
-        contestants: what is called with them, by name. "fastnn", "torch", and more forms of either with a word after it:
-            "torch out=". Each returns the result as a tensor, or as a tuple of tensors.
+        contestants: what is called with them, by name. The first word says whose it is, "fastnn" or a peer's name, and a
+            word after it which form: "torch out=". The first of a peer is its plain form, the first peer's result is
+            what the others are compared with. Each returns the result as a tensor, or as a tuple of tensors.
         work: operations (or bytes, where `unit` is "B") in one call.
         unit: "FLOP", "OP" or "B".
         peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy.
         beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
+        absent: peers that could not take part, by name, each with the reason.
+        tolerance: how far the results may be apart, where the roundings of one operation do not explain it.
+        pause: seconds before each turn, where contestants have pools of threads of their own; see `engine.compare`.
     """
 
     inputs: Callable[[], tuple[Any, ...]]
@@ -41,6 +45,9 @@ class Problem:
     unit: str = "FLOP"
     peak: str = "f32"
     beyond_cache: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float | None = None
+    pause: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Result:
-    """One shape's figures. `ratio` compares the fastest form of fastnn with the fastest form of the peer; `plain` the
-    plain forms of both, which allocate their result."""
+    """One shape's figures. `ratio` compares the fastest form of fastnn with the fastest of all peers' forms; `plain` the
+    plain forms of fastnn and the first peer, which allocate their result. `absent` are the peers that are not in it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    peer: str
+    peers: tuple[str, ...]
+    absent: dict[str, str]
     ours_best: str
     peer_best: str
     ratio: tuple[float, float, float]
@@ -86,8 +94,9 @@ class Result:
             "name": self.name,
             "shape": "x".join(map(str, self.shape)),
             "dtype": self.dtype,
-            "peer": self.peer,
-            "fastest": {"fastnn": self.ours_best, self.peer: self.peer_best},
+            "peers": list(self.peers),
+            "absent_peers": self.absent,
+            "fastest": {"fastnn": self.ours_best, "peer": self.peer_best},
             "ratio": self.ratio[0],
             "ratio_quartiles": list(self.ratio[1:]),
             "plain_ratio": self.plain[0],
@@ -148,11 +157,11 @@ def run(
     shapes: Iterable[Sequence[int]] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
     *,
-    against: str = "torch",
+    against: str | None = None,
     seconds: float = 1.0,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[Result]:
-    """Times a benchmark at each shape and dtype, fastnn against a peer.
+    """Times a benchmark at each shape and dtype, fastnn against its peers.
 
     The results of all contestants are compared before and after the timing. The machine's peak is measured before and
     after each shape, and the larger figure counts.
@@ -161,13 +170,13 @@ def run(
         what: a `Benchmark`, or the name of a registered one.
         shapes: instead of the benchmark's own.
         dtypes: instead of float32, or the first that the benchmark has.
-        against: the peer, by the first word of its contestants' names.
+        against: the one peer to compare with, by the first word of its contestants' names; by default all that there are.
         seconds: for each shape, all contestants together.
         progress: called with a label before each shape.
 
     Raises:
         KeyError: for an unknown name, ValueError for a peer or dtype that the benchmark does not have.
-        WrongResult: if fastnn's result differs from the peer's.
+        WrongResult: if the results of two contestants differ.
     """
     the = benchmark(what) if isinstance(what, str) else what
     results = []
@@ -182,30 +191,39 @@ def run(
     return results
 
 
-def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: str, seconds: float) -> Result:
+def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: str | None, seconds: float) -> Result:
     problem = the.build(shape, dtype)
-    contestants = {n: f for n, f in problem.contestants.items() if n.split()[0] in ("fastnn", against)}
-    ours = [name for name in contestants if name.split()[0] == "fastnn"]
-    peers = [name for name in contestants if name.split()[0] == against]
-    if not peers:
-        known = sorted({name.split()[0] for name in problem.contestants} - {"fastnn"})
-        raise ValueError(f"{the.name}: no peer {against!r}; it has {', '.join(known)}")
+    there = list(dict.fromkeys(name.split()[0] for name in problem.contestants if not _is_ours(name)))
+    if against is not None and against not in there:
+        reason = f" ({problem.absent[against]})" if against in problem.absent else ""
+        raise ValueError(f"{the.name}: no peer {against!r}{reason}; it has {', '.join(there)}")
+    contestants = {
+        name: function
+        for name, function in problem.contestants.items()
+        if _is_ours(name) or against in (None, name.split()[0])
+    }
+    ours = [name for name in contestants if _is_ours(name)]
+    peers = [name for name in contestants if not _is_ours(name)]
     inputs = [problem.inputs()]
     if problem.beyond_cache:
         size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
         sets = min(64, math.ceil(2 * machine.cache_bytes() / max(size, 1)))
         inputs += [problem.inputs() for _ in range(sets - 1)]
     top = _peak(problem.peak)
-    error = _check(the, shape, dtype, contestants, inputs[0], peers[0])
-    timing = engine.compare(contestants, inputs, seconds=seconds)
-    _check(the, shape, dtype, contestants, inputs[0], peers[0])
+    allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
+    allowed = allowed if problem.tolerance is None else max(allowed, problem.tolerance)
+    what = f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}"
+    error = _check(what, allowed, contestants, inputs[0], peers[0])
+    timing = engine.compare(contestants, inputs, seconds=seconds, pause=problem.pause)
+    _check(what, allowed, contestants, inputs[0], peers[0])
     top = max(top, _peak(problem.peak))
     best, peer_best = timing.best(ours), timing.best(peers)
     return Result(
         name=the.name,
         shape=shape,
         dtype=_name(dtype),
-        peer=against,
+        peers=tuple(there) if against is None else (against,),
+        absent=dict(problem.absent) if against is None else {},
         ours_best=best,
         peer_best=peer_best,
         ratio=timing.ratio(best, peer_best),
@@ -220,14 +238,17 @@ def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: st
     )
 
 
+def _is_ours(contestant: str) -> bool:
+    return contestant.split()[0] == "fastnn"
+
+
 def _peak(kind: str) -> float:
     return machine.copy_bandwidth(repeats=3) if kind == "copy" else machine.peak(kind, 0.05)
 
 
 def _check(
-    the: Benchmark,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    what: str,
+    allowed: float,
     contestants: dict[str, Callable[..., Any]],
     arguments: tuple[Any, ...],
     peer: str,
@@ -238,14 +259,12 @@ def _check(
     for name, function in contestants.items():
         got = _tensors(function(*arguments))
         if len(got) != len(expected):
-            raise WrongResult(f"{the.name}: {name} returned {len(got)} tensors, {peer} {len(expected)}")
+            raise WrongResult(f"{what}: {name} returned {len(got)} tensors, {peer} {len(expected)}")
         for mine, theirs in zip(got, expected, strict=True):
             worst = max(worst, _difference(mine.detach(), theirs))
-        allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
         if not worst <= allowed:
             raise WrongResult(
-                f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}: the result of {name} differs from {peer}'s by "
-                f"{worst:.3g}; at most {allowed:.3g} is expected"
+                f"{what}: the result of {name} differs from {peer}'s by {worst:.3g}; at most {allowed:.3g} is expected"
             )
     return worst
 

@@ -82,6 +82,7 @@ def compare(
     inputs: Sequence[tuple[Any, ...]],
     *,
     seconds: float = 1.0,
+    pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Times each contestant on the same inputs by turns, for about `seconds` in all.
@@ -90,6 +91,8 @@ def compare(
         contestants: what is called, by name, each with one element of `inputs` as its arguments.
         inputs: the sets of arguments. Calls go round them: give as many as pass the cache where that matters.
         seconds: for all contestants together, not counting the warm-up. There are at least 5 rounds, 3 of slow calls.
+        pause: seconds to sleep before each turn. The threads of a pool wait for more work by spinning, for some
+            milliseconds, on cores that a contestant with another pool already needs.
         clock: in seconds; replaced in tests.
     """
     if not contestants or not inputs:
@@ -110,6 +113,8 @@ def compare(
             function, count = contestants[name], calls[name][0]
             turn = [inputs[(position[name] + i) % len(inputs)] for i in range(count)]
             position[name] += count
+            if pause:
+                time.sleep(pause)
             start = clock()
             for arguments in turn:
                 function(*arguments)

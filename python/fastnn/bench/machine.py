@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backends import cpu
+from . import peers
 
 __all__ = ["cache_bytes", "copy_bandwidth", "describe", "peak"]
 
@@ -22,6 +23,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": cpu.isa(),
         "torch": torch.__version__,
+        "peers": peers.versions(),
         "python": platform.python_version(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "load_average": os.getloadavg()[0],

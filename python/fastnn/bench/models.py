@@ -1,7 +1,10 @@
-"""Whole models: inference with everything fused, and a step of training, contiguous and channels-last."""
+"""Whole models: inference with everything fused, and a step of training, contiguous and channels-last.
+
+In inference the peers are torch's eager mode and those of :mod:`fastnn.bench.peers`."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +13,18 @@ import torch
 
 import fastnn
 
+from . import peers
 from .benchmark import Benchmark, Problem, register
+from .gemm import PEAKS
 
 #: Multiplications for an image of 224 × 224, as published.
 _MULTIPLICATIONS = {"resnet18": 1.814e9, "resnet50": 4.089e9, "mobilenet_v2": 0.301e9}
 _FORMATS = {"": torch.contiguous_format, " channels_last": torch.channels_last}
+#: Layers are folded into each other before or after rounding, and each of 18 or 50 rounds its result: torch.compile's
+#: bfloat16 is a hundredth away from torch's.
+_TOLERANCE = {torch.bfloat16: 3e-2}
+#: Seconds after which the threads of every runtime's pool have gone to sleep. OpenMP's spin for some 10 ms.
+_PAUSE = 0.02
 
 
 def _variants(name: str, dtype: torch.dtype, fuse: bool) -> dict[str, torch.nn.Module]:
@@ -42,25 +52,36 @@ def _inference(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
         contestants = {
             who + form: run(who + form, layout) for who in ("fastnn", "torch") for form, layout in _FORMATS.items()
         }
-        work = 2 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2
-        return Problem(lambda: (torch.randn(n, 3, edge, edge).to(dtype),), contestants, work)
+        return Problem(
+            lambda: (torch.randn(n, 3, edge, edge).to(dtype),),
+            contestants | peers.contestants(models["torch"], dtype),
+            2 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2,
+            peak=PEAKS[dtype],
+            absent=peers.absent(dtype),
+            tolerance=_TOLERANCE.get(dtype),
+            pause=_PAUSE,
+        )
 
     return build
 
 
-def _step(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
-    """Forward, loss and backward; the optimizer is torch's for both."""
+def _step(name: str, autocast: bool = False) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    """Forward, loss and backward; the optimizer is torch's for both. With `autocast` the parameters are float32, and the
+    dtype is that of `torch.autocast`."""
 
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         n, edge = shape
-        models = {label: model.train() for label, model in _variants(name, dtype, False).items()}
+        kept = torch.float32 if autocast else dtype
+        models = {label: model.train() for label, model in _variants(name, kept, False).items()}
 
         def run(label: str, layout: torch.memory_format) -> Callable[..., Any]:
             model = models[label]
 
             def call(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
                 model.zero_grad(set_to_none=True)
-                loss = torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=layout)).float(), target)
+                with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+                    logits = model(x.contiguous(memory_format=layout))
+                loss = torch.nn.functional.cross_entropy(logits.float(), target)
                 loss.backward()
                 return loss.detach()
 
@@ -70,14 +91,19 @@ def _step(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
             who + form: run(who + form, layout) for who in ("fastnn", "torch") for form, layout in _FORMATS.items()
         }
         return Problem(
-            lambda: (torch.randn(n, 3, edge, edge).to(dtype), torch.randint(1000, (n,))),
+            lambda: (torch.randn(n, 3, edge, edge).to(kept), torch.randint(1000, (n,))),
             contestants,
             6 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2,
+            peak=PEAKS[dtype],
         )
 
     return build
 
 
+_SHAPES = ((1, 224), (8, 224))
 for _name in ("resnet18", "resnet50", "mobilenet_v2"):
-    register(Benchmark(f"{_name}_inference", "NxEDGE", ((1, 224), (8, 224)), _inference(_name), (torch.float32,)))
+    register(Benchmark(f"{_name}_inference", "NxEDGE", _SHAPES, _inference(_name), (torch.float32, torch.bfloat16)))
 register(Benchmark("resnet18_train", "NxEDGE", ((8, 224),), _step("resnet18"), (torch.float32,)))
+register(
+    Benchmark("resnet18_train_autocast", "NxEDGE", ((8, 224),), _step("resnet18", autocast=True), (torch.bfloat16,))
+)

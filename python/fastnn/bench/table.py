@@ -35,17 +35,28 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -> None:
-    """One line a shape; below, the machine and the geometric mean of the ratios."""
-    peer = results[0].peer
-    table = Table(title=f"{results[0].name}: fastnn and {peer}, interleaved medians", title_justify="left")
-    for name in ("shape", "dtype"):
+    """One line a shape; below, the machine, the geometric mean of the ratios, and the peers that were not there."""
+    peers = list(dict.fromkeys(peer for r in results for peer in r.peers))
+    ops = list(dict.fromkeys(r.name for r in results))
+    title = f"{', '.join(ops)}: fastnn and {', '.join(peers)}, interleaved medians"
+    table = Table(title=title, title_justify="left")
+    for name in (*(("op",) if len(ops) > 1 else ()), "shape", "dtype"):
         table.add_column(name)
-    for name in ("fastnn", peer, "faster by", "quartiles", "rate", "of peak", "both plain"):
+    for name in (
+        "fastnn",
+        peers[0] if len(peers) == 1 else "fastest peer",
+        "faster by",
+        "quartiles",
+        "rate",
+        "of peak",
+        "both plain",
+    ):
         table.add_column(name, justify="right")
     table.add_column("fastest forms")
     for r in results:
         colour = "green" if r.ratio[0] >= 1 else "red"
         table.add_row(
+            *((r.name,) if len(ops) > 1 else ()),
             "×".join(map(str, r.shape)),
             r.dtype,
             duration(r.timing.median(r.ours_best)),
@@ -58,6 +69,9 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
             f"{r.ours_best}, {r.peer_best}",
         )
     console.print(table)
+    absent = {peer: reason for r in results for peer, reason in r.absent.items()}
+    if absent:
+        console.print("not there: " + ", ".join(f"{peer} ({reason})" for peer, reason in absent.items()))
     if len(results) > 1:
         mean = geometric_mean([r.ratio[0] for r in results])
         console.print(f"geometric mean {mean:.2f}, smallest {min(r.ratio[0] for r in results):.2f}")

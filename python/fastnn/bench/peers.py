@@ -1,0 +1,131 @@
+"""Whole models in inference by other means than torch's eager mode: torch.compile, ONNX Runtime and OpenVINO.
+
+Each peer is at its best: torch.compile and OpenVINO may treat the parameters as constants, ONNX Runtime optimizes the
+whole graph, all use as many threads as torch has, and results are given back without a copy. A model is compiled at the
+first call, for the shape and dtype of its input.
+
+ONNX Runtime and OpenVINO are the extra `fastnn[bench]`. Where a package is missing its peer does not take part, and
+:func:`absent` says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["absent", "contestants", "versions"]
+
+Call = Callable[[Tensor], Tensor]
+
+#: The packages that a peer needs beside torch.
+_PACKAGES = {"torch.compile": (), "onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
+
+
+def contestants(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Call]:
+    """What computes the model in `torch.inference_mode()`, by name, for contiguous inputs of the dtype.
+
+    Args:
+        model: in eval mode, contiguous, with parameters of the dtype.
+        dtype: float32 or bfloat16.
+    """
+    # What was compiled for other models would otherwise be looked through, and count toward torch's limit for one function.
+    torch.compiler.reset()
+    makers = {
+        "torch.compile": lambda x: _compiled(model, torch.contiguous_format),
+        "torch.compile channels_last": lambda x: _compiled(model, torch.channels_last),
+        "onnxruntime": lambda x: _onnxruntime(model, x),
+        "openvino": lambda x: _openvino(model, x),
+    }
+    without = absent(dtype)
+    return {name: _at_first_call(make) for name, make in makers.items() if name.split()[0] not in without}
+
+
+def absent(dtype: torch.dtype) -> dict[str, str]:
+    """The peers that cannot run models of this dtype here, each with the reason."""
+    reasons = {}
+    for peer, packages in _PACKAGES.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing:
+            reasons[peer] = f"not installed: {', '.join(missing)}"
+        elif peer == "onnxruntime" and dtype == torch.bfloat16:
+            reasons[peer] = "has no bfloat16 convolution for CPUs"
+    return reasons
+
+
+def versions() -> dict[str, str]:
+    """Of the peers' packages that are installed."""
+    packages = {package for needed in _PACKAGES.values() for package in needed}
+    return {
+        package: importlib.metadata.version(package)
+        for package in sorted(packages)
+        if importlib.util.find_spec(package) is not None
+    }
+
+
+def _at_first_call(make: Callable[[Tensor], Call]) -> Call:
+    call: Call | None = None
+
+    def compute(x: Tensor) -> Tensor:
+        nonlocal call
+        with torch.inference_mode():
+            if call is None:
+                call = make(x)
+            return call(x)
+
+    return compute
+
+
+def _compiled(model: torch.nn.Module, layout: torch.memory_format) -> Call:
+    model = copy.deepcopy(model).to(memory_format=layout)
+    # Freezing makes constants of the parameters: batch norm is folded and the filters are packed at compile time.
+    # For this shape alone, and all of the model or an error.
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+    return lambda x: compiled(x.contiguous(memory_format=layout))
+
+
+def _onnxruntime(model: torch.nn.Module, example: Tensor) -> Call:
+    import onnxruntime
+
+    program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads wait for work by spinning: within a call that makes it faster, after it everyone else slower.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _openvino(model: torch.nn.Module, example: Tensor) -> Call:
+    # Importing OpenVINO reports that over the network, by this package; it does without where the package is missing.
+    sys.modules.setdefault("openvino_telemetry", None)
+    import openvino
+
+    # numpy has no bfloat16: its bits pass as integers.
+    precision, bits = {
+        torch.float32: (openvino.Type.f32, torch.float32),
+        torch.bfloat16: (openvino.Type.bf16, torch.int16),
+    }[example.dtype]
+    graph = openvino.convert_model(model, example_input=example, input=list(example.shape))
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = openvino.compile_model(graph, "CPU", options).create_infer_request()
+
+    def compute(x: Tensor) -> Tensor:
+        array = x.view(bits).numpy()
+        request.set_input_tensor(openvino.Tensor(array, list(x.shape), precision))
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data.view(array.dtype)).view(x.dtype)
+
+    return compute
