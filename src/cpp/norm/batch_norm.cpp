@@ -480,4 +480,27 @@ void batch_norm_backward(const BatchNormBackward& call) {
   scratch_trim();
 }
 
+void update_running(const PerChannel& running, int64_t channels, const double* statistic,
+                    double factor, double momentum) {
+  const BatchNormKernels& k = kernels();
+  constexpr int64_t kBuffer = 256;
+  double buffer[kBuffer];
+  for (int64_t c = 0; c < channels; c += kBuffer) {
+    const int64_t n = std::min(kBuffer, channels - c);
+    char* at =
+        static_cast<char*>(running.data) + c * running.stride * int64_t(dtype_size(running.type));
+    k.widen[int(running.type)](at, running.stride, n, buffer);
+    for (int64_t i = 0; i < n; i++) {
+      // As torch.lerp, which is exact at both ends.
+      const double from = buffer[i], to = statistic[c + i] * factor, way = to - from;
+      buffer[i] = std::abs(momentum) < 0.5 ? from + momentum * way : to - way * (1 - momentum);
+    }
+    k.narrow[int(running.type)](buffer, n, at, running.stride);
+  }
+}
+
+void narrow(const double* from, int64_t n, void* to, DType type) {
+  kernels().narrow[int(type)](from, n, to, 1);
+}
+
 }  // namespace fastnn

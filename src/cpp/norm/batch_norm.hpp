@@ -18,7 +18,7 @@ struct NormOperand {
 
 // One number a channel, of any floating-point type.
 struct PerChannel {
-  const void* data = nullptr;
+  void* data = nullptr;
   DType type = DType::f32;
   int64_t stride = 0;
 };
@@ -51,6 +51,12 @@ struct BatchNormBackward {
   double *grad_weight, *grad_bias;
 };
 void batch_norm_backward(const BatchNormBackward& call);
+
+// running = (1 - momentum) * running + momentum * statistic * factor, in float64, rounded once.
+void update_running(const PerChannel& running, int64_t channels, const double* statistic,
+                    double factor, double momentum);
+// Numbers in float64, which lie together, to another type.
+void narrow(const double* from, int64_t n, void* to, DType type);
 
 // What a kernel works on: rows, in each of them channels, of n elements each. `row`, `channel` and
 // `inner` are strides in elements.
@@ -92,6 +98,7 @@ struct BatchNormKernels {
   Family plane[kNormFloatTypes][2];
   Family across[kNormFloatTypes][2];
   void (*widen[kNormFloatTypes])(const void* x, int64_t stride, int64_t n, double* out);
+  void (*narrow[kNormFloatTypes])(const double* from, int64_t n, void* to, int64_t stride);
   // Means and sums of squares of `chunks` sets of elements, `stride` apart, become one: for n
   // channels. counts: the elements of a channel in each set.
   void (*combine)(int64_t chunks, const double* counts, const double* means, const double* squares,

@@ -173,6 +173,12 @@ static void widen(const void* x_, int64_t stride, int64_t n, double* out) {
   for (int64_t i = 0; i < n; i++) out[i] = to_f64(x[i * stride]);
 }
 
+template <class T>
+static void narrow(const double* from, int64_t n, void* to_, int64_t stride) {
+  T* to = static_cast<T*>(to_);
+  for (int64_t i = 0; i < n; i++) from_any(to[i * stride], typename ComputeIn<T>::V::T(from[i]));
+}
+
 #define FASTNN_PLANE(T, dense)                                              \
   {Plane<T, dense>::stats, apply<T, dense, false>, Plane<T, dense>::reduce, \
    backward<T, dense, false>}
@@ -189,6 +195,7 @@ static const BatchNormKernels batch_norm_table = {
      {FASTNN_ACROSS(bf16, false), FASTNN_ACROSS(bf16, true)},
      {FASTNN_ACROSS(f16, false), FASTNN_ACROSS(f16, true)}},
     {widen<float>, widen<double>, widen<bf16>, widen<f16>},
+    {narrow<float>, narrow<double>, narrow<bf16>, narrow<f16>},
     combine,
     end_stream};
 #undef FASTNN_PLANE

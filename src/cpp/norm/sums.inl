@@ -49,14 +49,13 @@ static FASTNN_INLINE V pilot(V sum, V size, V share) {
 // deviations, become one. Of numbers, or of vectors of them.
 template <class N>
 struct Merge {
-  N count, part, share, weight;
+  N part, share, weight;
   // `from` turns a number into an N.
   template <class From>
-  FASTNN_INLINE Merge(double before, double count_, From from)
-      : count(from(count_)),
-        part(from(1 / count_)),
-        share(from(count_ / (before + count_))),
-        weight(from(before * (count_ / (before + count_)))) {}
+  FASTNN_INLINE Merge(double before, double count, From from)
+      : part(from(1 / count)),
+        share(from(count / (before + count))),
+        weight(from(before * (count / (before + count)))) {}
   // The second is given by the sums of its deviations from `shift` and of their squares.
   FASTNN_INLINE void operator()(N sum, N sum_squares, N shift, N& mean, N& squares) const {
     const N off = sum * part, delta = shift + off - mean;
@@ -71,12 +70,12 @@ template <class T, bool dense>
 struct Plane {
   using V = typename ComputeIn<T>::V;
   using S = typename V::T;
-  static constexpr int64_t kFetch = 256;
+  static constexpr int64_t kFetch = 256;  // elements
 
   struct Sums {
     V first[NormBlock::kMostChannels], second[NormBlock::kMostChannels];
   };
-  // f(channel, row's elements in each operand) gives what to do for each vector:
+  // Of the channels [begin, end). f(row, channel) gives what to do for each vector:
   // g(element, lanes, &first, &second).
   template <class F>
   static FASTNN_INLINE void add_up(int64_t rows, int64_t begin, int64_t end, int64_t n, Sums& sums,
