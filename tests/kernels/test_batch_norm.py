@@ -15,11 +15,12 @@ from .calls import FLOATS
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 EPS = 1e-5
-#: Primes, vector widths and their neighbours; below, at and above a block of 4096 in a plane and of 64 rows across.
+#: Primes, vector widths and their neighbours; below, at and above a block of 4096 in a plane and of 128 rows across, 64
+#: channels of a plane and 256 across.
 SHAPES = [
     (2, 3), (17, 5), (3, 15), (4, 16), (5, 17), (64, 7), (65, 8), (67, 33), (131, 65), (2, 300), (5, 520),
     (3, 7, 11), (2, 2, 15), (7, 3, 16), (4, 5, 17), (2, 3, 63), (2, 2, 4096), (1, 2, 4097), (3, 2, 2053), (70, 2, 113),
-    (3, 5, 7, 9), (2, 33, 5, 3), (5, 1, 4, 4), (2, 3, 2, 3, 5),
+    (3, 5, 7, 9), (2, 33, 5, 3), (5, 1, 4, 4), (2, 3, 2, 3, 5), (21, 67, 14, 14), (85, 130, 7, 7),
 ]  # fmt: skip
 
 
@@ -196,6 +197,23 @@ def test_the_same_bits_for_any_number_of_threads(isa, dtype):
                 runs.append((out, mean, var, *back, *given))
             for run in runs[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_around_the_caches(isa, channels_last):
+    """Large enough to be written past them, from several threads."""
+    shape = (10, 96, 55, 64)
+    x, weight, bias = inputs(shape, torch.float32)
+    grad = torch.randn(shape)
+    if channels_last:
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    found, mean, var = norm.batch_norm(x, None, None, weight, bias, None, EPS, True)
+    exact = formulas.batch_norm(x.double(), None, None, weight, bias, None, EPS, True)
+    torch.testing.assert_close(found.double(), exact[0], rtol=1e-6, atol=1e-6)
+    got = norm.batch_norm_backward(grad, x, weight, mean, var, found, True, EPS, True)
+    wanted = formulas.batch_norm_backward(grad.double(), x.double(), weight, mean, var, found.double(), True, EPS, True)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=1e-6, atol=1e-5)
+    assert torch.equal(got[3].double(), wanted[3])
 
 
 def test_writes_nothing_beside_its_result(isa):

@@ -346,3 +346,73 @@ def test_sync_batch_norm_stays_torchs():
     # ... and what fastnn has replaced becomes torch's when it is converted to it.
     again = torch.nn.SyncBatchNorm.convert_sync_batchnorm(fastnn.convert(network()))
     assert type(again[1]) is torch.nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_count_their_changes(training, with_grad, no_fallback):
+    """Once a call, where torch 2.13 counts none: autograd sees that what it has saved was changed."""
+    x = torch.randn(4, 3, 5).requires_grad_(with_grad)
+    running = statistics(3)
+    before = [t._version for t in running]
+    fF.batch_norm(x, *running, training=training)
+    assert [t._version - b for t, b in zip(running, before, strict=True)] == [int(training)] * 2
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)])
+def test_running_statistics_between_others(dtypes, no_fallback):
+    """Strided ones, whose neighbours stay as they are; more channels than are updated at a time."""
+    x = (torch.randn(6, 300, 2) * 2 + 1).to(dtypes[0])
+    memory = torch.rand(2, 300, 3, dtype=dtypes[1])
+    kept = memory.clone()
+    exact = [t.double() for t in (memory[0, :, 1].clone(), memory[1, :, 1].clone())]
+    fF.batch_norm(x, memory[0, :, 1], memory[1, :, 1], training=True, momentum=0.3)
+    F.batch_norm(x.double(), *exact, training=True, momentum=0.3)
+    for ours, wanted in zip(memory[:, :, 1], exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=4e-7, atol=4e-7)
+    assert torch.equal(memory[:, :, ::2], kept[:, :, ::2])
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_running_statistics_in_inference_mode(made_inside):
+    x = torch.randn(5, 3, 4)
+    outside = statistics(3)
+    exact = [t.double() for t in outside]
+    with torch.inference_mode():
+        running = [t.clone() for t in outside] if made_inside else outside
+        y = fF.batch_norm(x, *running, training=True)
+        assert y.is_inference()
+    F.batch_norm(x.double(), *exact, training=True)
+    for ours, wanted in zip(running, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_large_results_of_each_layout():
+    """Those that the caching allocator makes, forward and backward."""
+    x = torch.randn(9, 40, 61, 53)
+    for one in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        weight, bias = (torch.randn(40, requires_grad=True) for _ in range(2))
+        one = one.detach().requires_grad_()
+        results = []
+        for function, dtype in ((fF.batch_norm, torch.float32), (F.batch_norm, torch.float64)):
+            y = function(one.to(dtype), None, None, weight.to(dtype), bias.to(dtype), True)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (one, weight, bias))))
+        assert results[0][0].stride() == F.batch_norm(one, None, None, training=True).stride()
+        for ours, exact in zip(*results, strict=True):
+            torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_the_weight_alone(no_fallback):
+    x = torch.randn(4, 3, 5)
+    weight, bias = torch.randn(3, requires_grad=True), torch.randn(3)
+    y = fF.batch_norm_act(x, None, None, weight, bias, True)
+    wide = weight.detach().double().requires_grad_()
+    exact = F.relu(F.batch_norm(x.double(), None, None, wide, bias.double(), True))
+    y.sum().backward()
+    exact.sum().backward()
+    torch.testing.assert_close(weight.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+    assert bias.grad is None
+    # ... and of the bias alone, without a weight.
+    bias.requires_grad_()
+    fF.batch_norm(x, None, None, None, bias, True).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((3,), 20.0))

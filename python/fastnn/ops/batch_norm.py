@@ -21,15 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from ..backends import cpu
 from ..backends.cpu import norm as kernels
 from ..backends.reference import norm as formulas
 from ._op import Op
-from ._route import Unsupported, ask_torch, describe, fall_back, functorch_active, is_wrapped, route
+from ._route import (
+    Unsupported,
+    ask_torch,
+    describe,
+    fall_back,
+    functorch_active,
+    is_dynamo_compiling,
+    is_wrapped,
+    route,
+)
 
 _torch_batch_norm = torch.nn.functional.batch_norm
+_tensor_batch_norm = cpu.tensor_batch_norm
+_tensor_batch_norm_backward = cpu.tensor_batch_norm_backward
+_empty = kernels.empty_result
 
 is_gradtracking = torch._C._functorch.is_gradtrackingtensor
 
@@ -51,6 +63,14 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As :func:`torch.nn.functional.batch_norm`. See this module for shapes, dtypes and errors."""
+    if not is_dynamo_compiling():
+        found = _tensor_batch_norm(
+            _empty, input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
+        )
+        if type(found) is tuple:
+            return _apply_batch_norm(input, weight, bias, None, found, training, eps, False)
+        if found is not None:
+            return found
     return _run("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, False, None)
 
 
@@ -73,6 +93,14 @@ def batch_norm_act(
     if activation not in KINDS:
         raise ValueError(f"fastnn.batch_norm_act: activation: expected one of {', '.join(KINDS)}, got {activation!r}")
     relu = activation == "relu"
+    if not is_dynamo_compiling():
+        found = _tensor_batch_norm(
+            _empty, input, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu
+        )
+        if type(found) is tuple:
+            return _apply_batch_norm(input, weight, bias, residual, found, training, eps, relu)
+        if found is not None:
+            return found
     return _run(
         "batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, relu, residual
     )
@@ -226,8 +254,48 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, ...]) -> tuple[
     return input, weight, mean, var, out if ctx.relu else None
 
 
+class _BatchNorm(Function):
+    """What the short way has computed, ``found``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        found: tuple[Tensor, Tensor, Tensor],
+        training: bool,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        out, mean, var = found
+        ctx.training, ctx.eps, ctx.relu = training, eps, relu
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.residual = residual is not None
+        ctx.save_for_backward(input, weight, mean, var, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        by_input, _, _, by_weight, by_bias, by_residual, _, _ = _backward(ctx, grad)
+        return by_input, by_weight, by_bias, by_residual, None, None, None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_batch_norm = super(Function, _BatchNorm).apply
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     input, weight, mean, var, out = ctx.saved_tensors
+    if not is_dynamo_compiling():
+        found = _tensor_batch_norm_backward(
+            *(_empty, grad, input, weight, mean, var, out, ctx.training, ctx.eps),
+            *(ctx.bias_dtype is not None, ctx.residual),
+        )
+        if found is not None:
+            by_input, by_weight, by_bias, by_residual = found
+            return by_input, None, None, by_weight, by_bias, by_residual, None, None
     args = (grad, input, weight, mean, var, out, ctx.training, ctx.eps, ctx.residual)
     if forward_ad._current_level >= 0:
         # Forward mode over reverse mode: torch knows how to differentiate the formula.

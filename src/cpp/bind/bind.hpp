@@ -15,6 +15,7 @@ void bind_norm(pybind11::module_& m);
 void bind_allocator(pybind11::module_& m);
 void bind_conv(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
+void bind_norm_tensors(pybind11::module_& m);
 
 namespace fastnn {
 

@@ -36,4 +36,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_allocator(m);
   bind_conv(m);
   bind_tensors(m);
+  bind_norm_tensors(m);
 }

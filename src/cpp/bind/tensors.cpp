@@ -6,17 +6,14 @@
 // Each function gives None for whatever it does not take; the caller then goes the long way, where
 // everything is asked again, in order. Where a gradient is wanted, the result comes in a tuple, and
 // is not yet part of the graph: an autograd.Function makes it so.
-#include <pybind11/pybind11.h>
+#include "bind/tensors.hpp"
 
-#include <new>
-#include <stdexcept>
-
-#include "bind/bind.hpp"
 #include "elementwise/elementwise.hpp"
 #include "gemm/gemm.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
+using namespace fastnn::tensors;
 
 namespace {
 
@@ -54,11 +51,7 @@ struct ExchangeTable {
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kFloat = 2, kBfloat = 4;
 
-// Results above this come from the caching allocator, the long way (LARGE_BYTES in backends/cpu/).
-constexpr int64_t kLargeBytes = 4 << 20;
-// Giving up the GIL costs as much as this many multiplications take.
-constexpr double kFewOperations = 5e5;
-constexpr int kMaxDims = kMaxBatchDims + 2;
+static_assert(kMaxDims == kMaxBatchDims + 2);
 
 // What is called in torch and in Python's part of this package, all set once by use_torch. Without
 // a table, read_tensor is null, and nothing is taken.
@@ -73,7 +66,9 @@ PyObject *get_settings = nullptr, *dispatch_modes = nullptr, *functorch_active =
          *get_precision = nullptr;
 // Functions of a tensor, or of a tuple of them.
 PyObject *is_neg = nullptr, *is_inference = nullptr, *increment_version = nullptr;
-PyObject *name_new_empty = nullptr, *name_requires_grad = nullptr, *name_current_level = nullptr;
+PyObject *name_new_empty = nullptr, *name_new_empty_strided = nullptr,
+         *name_requires_grad = nullptr, *name_current_level = nullptr;
+PyObject *float64 = nullptr, *names_dtype = nullptr;  // torch.float64, ("dtype",)
 
 // After a call that failed: the long way finds out why. What is no Exception (a KeyboardInterrupt
 // in a mode written in Python) stays, and not_taken raises it.
@@ -101,6 +96,16 @@ bool gives_of(PyObject* function, PyObject* argument, PyObject* expected) {
   return result == expected;
 }
 
+}  // namespace
+
+namespace fastnn::tensors {
+
+bool readable() { return read_tensor != nullptr; }
+
+bool grad_is_off() { return gives(grad_enabled, Py_False); }
+
+bool is_ordinary(PyObject* tensor) { return gives_of(is_inference, tensor, Py_False); }
+
 bool integer(PyObject* object, int last, int& value) {
   const long v = PyLong_AsLong(object);
   if (v == -1 && PyErr_Occurred()) {
@@ -111,7 +116,6 @@ bool integer(PyObject* object, int last, int& value) {
   return v >= 0 && v <= last;
 }
 
-// True where nothing traces, transforms, casts or was asked for.
 bool quiet() {
   if (!gives(get_settings, plain_settings) || !gives(functorch_active, Py_False) ||
       !gives(tracing_state, Py_None) || !gives(autocast_enabled, Py_False))
@@ -134,58 +138,7 @@ bool requires_grad(PyObject* tensor) {
   Py_DECREF(required);
   return required != Py_False;
 }
-template <class... Objects>
-bool wants_grad(Objects... tensors) {
-  return !gives(grad_enabled, Py_False) && (requires_grad(tensors) || ...);
-}
-
-// `highest` serves every precision, and for little work asking costs more than it can save.
-bool precision_of(DType type, double operations, Precision& precision) {
-  precision = Precision::highest;
-  if (type != DType::f32 || operations < kFewOperations) return true;
-  PyObject* name = PyObject_CallNoArgs(get_precision);
-  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
-  bool known = true;
-  if (!text)
-    known = false;
-  else if (__builtin_strcmp(text, "high") == 0)
-    precision = Precision::high;
-  else if (__builtin_strcmp(text, "medium") == 0)
-    precision = Precision::medium;
-  else
-    known = __builtin_strcmp(text, "highest") == 0;
-  Py_XDECREF(name);
-  forget_error();
-  return known;
-}
-
-struct Tensor {
-  PyObject* object;
-  char* data;
-  DType type;
-  int dims;
-  const int64_t* shape;
-  const int64_t* strides;
-
-  int64_t size(int d) const { return shape[d < 0 ? dims + d : d]; }
-  int64_t stride(int d) const { return strides[d < 0 ? dims + d : d]; }
-  bool contiguous() const {
-    int64_t expected = 1;
-    for (int d = dims - 1; d >= 0; d--) {
-      if (shape[d] != 1 && strides[d] != expected) return false;
-      expected *= shape[d];
-    }
-    return true;
-  }
-  int64_t count() const {
-    int64_t n = 1;
-    for (int d = 0; d < dims; d++) n *= shape[d];
-    return n;
-  }
-};
-
-// False for what is no plain, dense, floating-point CPU tensor with elements. No error is left set.
-bool read(PyObject* object, Tensor& t, bool fresh = false) {
+bool read(PyObject* object, Tensor& t, bool fresh) {
   if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
   DLTensor dl;
   if (read_tensor(object, &dl) != 0) {
@@ -215,7 +168,6 @@ bool read(PyObject* object, Tensor& t, bool fresh = false) {
   return fresh || gives_of(is_neg, object, Py_False);
 }
 
-// Whether all elements of `out` lie apart.
 bool apart(const Tensor& out) {
   int order[kMaxDims];
   for (int d = 0; d < out.dims; d++) {
@@ -232,6 +184,124 @@ bool apart(const Tensor& out) {
   }
   return true;
 }
+PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
+  int64_t count = 1;
+  for (int d = 0; d < dims; d++)
+    if (__builtin_mul_overflow(count, shape[d], &count)) return nullptr;
+  if (count > kLargeBytes / int64_t(dtype_size(like.type))) return nullptr;
+  PyObject* arguments[kMaxDims + 1] = {like.object};
+  int made = 0;
+  for (; made < dims; made++)
+    if (!(arguments[made + 1] = PyLong_FromLongLong(shape[made]))) break;
+  PyObject* result =
+      made < dims ? nullptr
+                  : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, nullptr);
+  for (int d = 0; d < made; d++) Py_DECREF(arguments[d + 1]);
+  if (result && !read(result, out, true)) {
+    Py_DECREF(result);
+    return nullptr;
+  }
+  return result;
+}
+
+PyObject* new_vector(const Tensor& like, int64_t n, bool wide, Tensor& out) {
+  if (!wide) return new_result(like, &n, 1, out);
+  PyObject* arguments[3] = {like.object, PyLong_FromLongLong(n), float64};
+  PyObject* result =
+      arguments[1] ? PyObject_VectorcallMethod(name_new_empty, arguments, 2, names_dtype) : nullptr;
+  Py_XDECREF(arguments[1]);
+  if (result && !read(result, out, true)) Py_CLEAR(result);
+  return result;
+}
+
+PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out) {
+  PyObject* result = PyObject_CallOneArg(make, x.object);
+  if (result && !read(result, out, true)) Py_CLEAR(result);
+  return result;
+}
+
+PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out) {
+  // With the channels innermost: a dimension of size 1 may have any stride.
+  bool last = x.dims == 4 || x.dims == 5;
+  int64_t strides[kMaxDims], expected = 1;
+  auto pass = [&](int d) {
+    strides[d] = expected;
+    last = last && (x.shape[d] == 1 || x.strides[d] == expected);
+    expected *= x.shape[d];
+  };
+  pass(1);
+  for (int d = x.dims - 1; d > 1; d--) pass(d);
+  pass(0);
+  if (expected * int64_t(dtype_size(x.type)) > kLargeBytes || x.contiguous() == last)
+    return made_by(make, x, out);
+  if (!last) return new_result(x, x.shape, x.dims, out);
+  PyObject* arguments[3] = {x.object, PyTuple_New(x.dims), PyTuple_New(x.dims)};
+  bool made = arguments[1] && arguments[2];
+  for (int d = 0; made && d < x.dims; d++) {
+    PyTuple_SET_ITEM(arguments[1], d, PyLong_FromLongLong(x.shape[d]));
+    PyTuple_SET_ITEM(arguments[2], d, PyLong_FromLongLong(strides[d]));
+    made = PyTuple_GET_ITEM(arguments[1], d) && PyTuple_GET_ITEM(arguments[2], d);
+  }
+  PyObject* result =
+      made ? PyObject_VectorcallMethod(name_new_empty_strided, arguments, 3, nullptr) : nullptr;
+  Py_XDECREF(arguments[1]);
+  Py_XDECREF(arguments[2]);
+  if (result && !read(result, out, true)) Py_CLEAR(result);
+  return result;
+}
+
+bool count_change(std::initializer_list<PyObject*> changed) {
+  PyObject* tuple = PyTuple_New(Py_ssize_t(changed.size()));
+  Py_ssize_t i = 0;
+  for (PyObject* tensor : changed)
+    if (tuple) PyTuple_SET_ITEM(tuple, i++, Py_NewRef(tensor));
+  PyObject* done = tuple ? PyObject_CallOneArg(increment_version, tuple) : nullptr;
+  Py_XDECREF(tuple);
+  Py_XDECREF(done);
+  return done != nullptr;
+}
+
+PyObject* not_taken(PyObject* result) {
+  Py_XDECREF(result);
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* in_tuple(PyObject* result) {
+  if (!result) return nullptr;
+  PyObject* tuple = PyTuple_Pack(1, result);
+  Py_DECREF(result);
+  return tuple;
+}
+
+PyMethodDef method(const char* name, FastCall function, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, doc};
+}
+}  // namespace fastnn::tensors
+
+namespace {
+
+// `highest` serves every precision, and for little work asking costs more than it can save.
+bool precision_of(DType type, double operations, Precision& precision) {
+  precision = Precision::highest;
+  if (type != DType::f32 || operations < kFewOperations) return true;
+  PyObject* name = PyObject_CallNoArgs(get_precision);
+  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  bool known = true;
+  if (!text)
+    known = false;
+  else if (__builtin_strcmp(text, "high") == 0)
+    precision = Precision::high;
+  else if (__builtin_strcmp(text, "medium") == 0)
+    precision = Precision::medium;
+  else
+    known = __builtin_strcmp(text, "highest") == 0;
+  Py_XDECREF(name);
+  forget_error();
+  return known;
+}
+
 const char* end_of(const Tensor& t) {
   int64_t last = 0;
   for (int d = 0; d < t.dims; d++) last += t.strides[d] * (t.shape[d] - 1);
@@ -254,62 +324,12 @@ bool fold_rows(const Tensor& t, int64_t& rows, int64_t& stride) {
   return true;
 }
 
-// A tensor as torch makes them: like.new_empty(*shape), so that inference mode, resize_ and
-// whatever else torch's own results know hold for these too. Null with an error set, or without
-// when large.
-PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
-  int64_t count = 1;
-  for (int d = 0; d < dims; d++)
-    if (__builtin_mul_overflow(count, shape[d], &count)) return nullptr;
-  if (count > kLargeBytes / int64_t(dtype_size(like.type))) return nullptr;
-  PyObject* arguments[kMaxDims + 1] = {like.object};
-  int made = 0;
-  for (; made < dims; made++)
-    if (!(arguments[made + 1] = PyLong_FromLongLong(shape[made]))) break;
-  PyObject* result =
-      made < dims ? nullptr
-                  : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, nullptr);
-  for (int d = 0; d < made; d++) Py_DECREF(arguments[d + 1]);
-  if (result && !read(result, out, true)) {
-    Py_DECREF(result);
-    return nullptr;
-  }
-  return result;
-}
-
-PyObject* not_taken(PyObject* result = nullptr) {
-  Py_XDECREF(result);
-  if (PyErr_Occurred()) return nullptr;
-  Py_RETURN_NONE;
-}
-
-template <class Work>
-PyObject* run(PyObject* result, double operations, Work work) {
-  try {
-    if (operations < kFewOperations) {
-      work();
-    } else {
-      py::gil_scoped_release release;
-      work();
-    }
-    return result;
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::invalid_argument& e) {
-    PyErr_SetString(PyExc_ValueError, e.what());
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-  }
-  Py_DECREF(result);
-  return nullptr;
-}
-
 // The result of a product or a function: fresh, or the caller's `out`. Null where it is not taken.
 PyObject* result_in(PyObject* out_object, const Tensor& like, const int64_t* shape, int dims,
                     Tensor& out) {
   if (out_object == Py_None) return new_result(like, shape, dims, out);
   if (!read(out_object, out) || out.type != like.type || out.dims != dims || !apart(out) ||
-      !gives_of(is_inference, out_object, Py_False))
+      !is_ordinary(out_object))
     return nullptr;
   for (int d = 0; d < dims; d++)
     if (out.shape[d] != shape[d]) return nullptr;
@@ -317,22 +337,9 @@ PyObject* result_in(PyObject* out_object, const Tensor& like, const int64_t* sha
   return out_object;
 }
 PyObject* written(PyObject* out_object, PyObject* result) {
-  if (out_object == Py_None || !result) return result;
-  PyObject* tuple = PyTuple_Pack(1, result);
-  PyObject* done = tuple ? PyObject_CallOneArg(increment_version, tuple) : nullptr;
-  Py_XDECREF(tuple);
-  Py_XDECREF(done);
-  if (done) return result;
+  if (out_object == Py_None || !result || count_change({out_object})) return result;
   Py_DECREF(result);
   return nullptr;
-}
-
-// For an autograd.Function, which would take a tensor among its arguments for an input.
-PyObject* in_tuple(PyObject* result) {
-  if (!result) return nullptr;
-  PyObject* tuple = PyTuple_Pack(1, result);
-  Py_DECREF(result);
-  return tuple;
 }
 
 enum Kind { kMatmul = 0, kLinear = 1, kMm = 2, kBmm = 3 };
@@ -342,7 +349,7 @@ enum Kind { kMatmul = 0, kLinear = 1, kMm = 2, kBmm = 3 };
 PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor a, b, bias, out;
   int kind, activation;
-  if (n != 6 || !read_tensor || !integer(args[0], kBmm, kind) || !read(args[1], a) ||
+  if (n != 6 || !readable() || !integer(args[0], kBmm, kind) || !read(args[1], a) ||
       !read(args[2], b) || a.type != b.type || a.dims < 2 || b.dims < 2 ||
       !integer(args[4], kActivations - 1, activation))
     return not_taken();
@@ -411,7 +418,7 @@ PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
 // those that are asked for: grad @ weight, grad.T @ input and the sum of grad over its rows.
 PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor grad, input, weight, out;
-  if (n != 6 || !read_tensor || !read(args[0], grad)) return not_taken();
+  if (n != 6 || !readable() || !read(args[0], grad)) return not_taken();
   const bool by_input = args[3] == Py_True, by_weight = args[4] == Py_True,
              by_bias = args[5] == Py_True;
   int64_t rows, grad_rs, input_rows, input_rs;
@@ -433,7 +440,7 @@ PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n
                             double(by_weight  ? input.size(-1)
                                    : by_input ? weight.shape[1]
                                               : 1);
-  if (!precision_of(grad.type, operations, precision) || !quiet() || !gives(grad_enabled, Py_False))
+  if (!precision_of(grad.type, operations, precision) || !quiet() || !grad_is_off())
     return not_taken();
 
   PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};
@@ -489,7 +496,7 @@ PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n
 PyObject* tensor_activation(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, out;
   int kind;
-  if (n != 3 || !read_tensor || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
+  if (n != 3 || !readable() || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
       !read(args[1], x) || !x.contiguous() || !quiet())
     return not_taken();
   const bool grad = wants_grad(args[1], args[2] != Py_None ? args[2] : args[1]);
@@ -509,10 +516,10 @@ PyObject* tensor_activation(PyObject*, PyObject* const* args, Py_ssize_t n) {
 PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor grad, saved, out;
   int kind;
-  if (n != 3 || !read_tensor || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
+  if (n != 3 || !readable() || !integer(args[0], kActivations - 1, kind) || kind < 1 ||
       !read(args[1], grad) || !read(args[2], saved) || grad.type != saved.type ||
       grad.dims != saved.dims || !grad.contiguous() || !saved.contiguous() || !quiet() ||
-      !gives(grad_enabled, Py_False))
+      !grad_is_off())
     return not_taken();
   for (int d = 0; d < grad.dims; d++)
     if (grad.shape[d] != saved.shape[d]) return not_taken();
@@ -525,11 +532,6 @@ PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_
   });
 }
 
-using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-PyMethodDef method(const char* name, FastCall function, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
-          METH_FASTCALL, doc};
-}
 PyMethodDef functions[] = {
     method("tensor_product", tensor_product,
            "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is "
@@ -562,12 +564,15 @@ bool use_torch(py::object capsule, py::type tensor, py::type parameter, py::dict
       {"is_neg", &is_neg},
       {"is_inference", &is_inference},
       {"increment_version", &increment_version},
+      {"float64", &float64},
   };
   for (auto [name, object] : names) *object = py::object(asked[name]).release().ptr();
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   capsule.release();
   name_new_empty = PyUnicode_InternFromString("new_empty");
+  name_new_empty_strided = PyUnicode_InternFromString("new_empty_strided");
+  names_dtype = py::make_tuple("dtype").release().ptr();
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_current_level = PyUnicode_InternFromString("_current_level");
   read_tensor = table->dltensor_from_py_object_no_sync;

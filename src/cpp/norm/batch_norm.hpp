@@ -18,7 +18,7 @@ struct NormOperand {
 
 // One number a channel, of any floating-point type.
 struct PerChannel {
-  const void* data = nullptr;
+  void* data = nullptr;
   DType type = DType::f32;
   int64_t stride = 0;
 };
@@ -52,22 +52,30 @@ struct BatchNormBackward {
 };
 void batch_norm_backward(const BatchNormBackward& call);
 
-// What a kernel works on: rows of n elements. `row` and `inner` are strides in elements.
+// running = (1 - momentum) * running + momentum * statistic * factor, in float64, rounded once.
+void update_running(const PerChannel& running, int64_t channels, const double* statistic,
+                    double factor, double momentum);
+// Numbers in float64, which lie together, to another type.
+void narrow(const double* from, int64_t n, void* to, DType type);
+
+// What a kernel works on: rows, in each of them channels, of n elements each. `row`, `channel` and
+// `inner` are strides in elements.
 struct NormBlock {
   static constexpr int kMost = 5;  // operands
-  int64_t rows, n;
+  static constexpr int64_t kMostChannels = 64;
+  int64_t rows, channels, n;
   char* at[kMost];
-  int64_t row[kMost], inner[kMost];
-  // Elements from a place to the same place of the next channel, which is fetched while this one is
-  // written; 0 fetches nothing new.
+  int64_t row[kMost], channel[kMost], inner[kMost];
+  // Elements from a place to the same place of the next channels, which is fetched while this one
+  // is written; 0 fetches nothing new.
   int64_t ahead = 0;
   bool around_caches = false;  // results will have left the caches before anyone reads them
 };
 
 // The kernels of one instruction set, indexed by [dtype], then by [dense: all inner strides are 1].
-// `plane`: all of a block belongs to one channel, and what is given for a channel is one number;
-// `across`: element i of each row belongs to channel i, and it is an array. Coefficients are float,
-// or double for float64.
+// `plane`: a block has at most kMostChannels, and n elements of each in a row; `across`: element i
+// of each row belongs to channel i, and `channels` is 1. What is given for channels is an array of
+// one number each. Coefficients are float, or double for float64.
 struct BatchNormKernels {
   // Operand 0 is x. Merges the block's mean and sum of squared deviations from it into those of
   // `before` elements.
@@ -90,6 +98,12 @@ struct BatchNormKernels {
   Family plane[kNormFloatTypes][2];
   Family across[kNormFloatTypes][2];
   void (*widen[kNormFloatTypes])(const void* x, int64_t stride, int64_t n, double* out);
+  void (*narrow[kNormFloatTypes])(const double* from, int64_t n, void* to, int64_t stride);
+  // Means and sums of squares of `chunks` sets of elements, `stride` apart, become one: for n
+  // channels. counts: the elements of a channel in each set.
+  void (*combine)(int64_t chunks, const double* counts, const double* means, const double* squares,
+                  int64_t stride, int64_t n, double* mean, double* square);
+  void (*end_stream)();  // after the last block around the caches
 };
 const BatchNormKernels& portable_batch_norm();
 const BatchNormKernels& avx2_batch_norm();

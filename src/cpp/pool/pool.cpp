@@ -1,8 +1,6 @@
 // The windows as tables, the choice between planes and channels, and the threads.
 #include "pool/pool.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "common/caches.hpp"
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
@@ -35,14 +34,6 @@ const PoolKernels& kernels() {
       break;
   }
   return portable_pool();
-}
-
-int64_t last_cache_bytes() {
-  static const int64_t bytes = [] {
-    const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return l3 > 0 ? int64_t(l3) : int64_t(32) << 20;
-  }();
-  return bytes;
 }
 
 enum class Job { forward, backward, element };

@@ -58,6 +58,8 @@ tensor_product = _cpu.tensor_product
 tensor_linear_gradients = _cpu.tensor_linear_gradients
 tensor_activation = _cpu.tensor_activation
 tensor_activation_backward = _cpu.tensor_activation_backward
+tensor_batch_norm = _cpu.tensor_batch_norm
+tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 #: What tensor_product computes.
 MATMUL, LINEAR, MM, BMM = range(4)
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -78,6 +80,7 @@ if hasattr(Tensor, "__dlpack_c_exchange_api__"):
             "is_neg": Tensor.is_neg,
             "is_inference": Tensor.is_inference,
             "increment_version": torch._C._increment_version,
+            "float64": torch.float64,
         },
     )
 

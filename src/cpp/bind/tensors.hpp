@@ -1,0 +1,103 @@
+// torch's tensors read in C, and what every short way asks: see tensors.cpp.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <stdexcept>
+
+#include "bind/bind.hpp"
+
+namespace fastnn::tensors {
+
+constexpr int kMaxDims = 8;
+// Results above this come from the caching allocator (LARGE_BYTES in backends/cpu/).
+constexpr int64_t kLargeBytes = 4 << 20;
+// Giving up the GIL costs as much as this many multiplications take.
+constexpr double kFewOperations = 5e5;
+
+struct Tensor {
+  PyObject* object;
+  char* data;
+  DType type;
+  int dims;
+  const int64_t* shape;
+  const int64_t* strides;
+
+  int64_t size(int d) const { return shape[d < 0 ? dims + d : d]; }
+  int64_t stride(int d) const { return strides[d < 0 ? dims + d : d]; }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int d = dims - 1; d >= 0; d--) {
+      if (shape[d] != 1 && strides[d] != expected) return false;
+      expected *= shape[d];
+    }
+    return true;
+  }
+  int64_t count() const {
+    int64_t n = 1;
+    for (int d = 0; d < dims; d++) n *= shape[d];
+    return n;
+  }
+};
+
+// Whether use_torch has given a table to read tensors through. Without one nothing is taken.
+bool readable();
+// False for what is no plain, dense, floating-point CPU tensor with elements. No error is left set.
+bool read(PyObject* object, Tensor& t, bool fresh = false);
+// True where nothing traces, transforms, casts or was asked for.
+bool quiet();
+bool grad_is_off();
+bool requires_grad(PyObject* tensor);
+template <class... Objects>
+bool wants_grad(Objects... tensors) {
+  return !grad_is_off() && (requires_grad(tensors) || ...);
+}
+bool is_ordinary(PyObject* tensor);  // no inference tensor, and no error before
+bool integer(PyObject* object, int last, int& value);
+
+// Whether all elements of `out` lie apart.
+bool apart(const Tensor& out);
+// A tensor as torch makes them: like.new_empty(*shape), so that inference mode, resize_ and
+// whatever else torch's own results know hold for these too. Null with an error set, or without
+// when large.
+PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out);
+// like.new_empty(n, dtype=torch.float64), or of like's dtype.
+PyObject* new_vector(const Tensor& like, int64_t n, bool wide, Tensor& out);
+// A result that `make`, a function of the tensor x, allocates. Null with an error set.
+PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out);
+// A result in (N, C, ...)'s own layout: contiguous, or channels-last where x is; made by `make`
+// where it is large, or x is laid out otherwise.
+PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out);
+// Counts a change in place of these tensors. False with an error set.
+bool count_change(std::initializer_list<PyObject*> tensors);
+// None, or null if an error is set.
+PyObject* not_taken(PyObject* result = nullptr);
+// For an autograd.Function, which would take a tensor among its arguments for an input.
+PyObject* in_tuple(PyObject* result);
+
+// `result` once work() has run; null with an error set if it threw.
+template <class Work>
+PyObject* run(PyObject* result, double operations, Work work) {
+  try {
+    if (operations < kFewOperations) {
+      work();
+    } else {
+      pybind11::gil_scoped_release release;
+      work();
+    }
+    return result;
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::invalid_argument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  Py_DECREF(result);
+  return nullptr;
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyMethodDef method(const char* name, FastCall function, const char* doc);
+
+}  // namespace fastnn::tensors
