@@ -15,13 +15,14 @@ dtypes and devices, TypeError for what is no tensor.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from ..backends import cpu
 from ..backends.cpu import channels_last_strides
 from ..backends.cpu import conv as kernels
 from ..backends.reference import conv as reference
@@ -32,7 +33,6 @@ from ._route import (
     autocast,
     describe,
     fall_back,
-    is_autocast_enabled,
     is_dynamo_compiling,
     is_straight,
     resolve,
@@ -41,6 +41,10 @@ from ._route import (
 from .activation import activation as apply_activation
 
 _Numbers = int | Sequence[int]
+
+_tensor_convolution = cpu.tensor_convolution
+_tensor_convolution_gradients = cpu.tensor_convolution_gradients
+_empty = kernels.empty_image
 
 
 def conv1d(
@@ -152,6 +156,12 @@ def conv_fused(
     ``activation`` is one of linear_act's or "relu6". What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
     """
+    if not is_dynamo_compiling():
+        found = _tensor_convolution(
+            _empty, input, weight, bias, residual, stride, padding, dilation, groups, kernels.ACTIVATIONS[activation]
+        )
+        if type(found) is Tensor:
+            return found
     rank = weight.dim() - 2
     one_pass = (
         input.dim() == rank + 2
@@ -238,45 +248,6 @@ def _one_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return input, weight, bias
 
 
-def _are_integers(*values: Any) -> bool:
-    for value in values:
-        if type(value) is not int and not (type(value) is tuple and all(type(v) is int for v in value)):
-            return False
-    return True
-
-
-@functools.lru_cache(4096)
-def _plan(
-    rank: int,
-    input: tuple[int, ...],
-    weight: tuple[int, ...],
-    bias: tuple[int, ...] | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None:
-    """stride, padding, dilation and groups in full, of shapes that a batched convolution has; None for all others."""
-    if len(input) != rank + 2 or len(weight) != rank + 2 or type(groups) is not int:
-        return None
-    try:
-        strides, pads, dilations = (
-            tuple(_numbers(name, value, rank, least))
-            for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-        )
-    except Unsupported:
-        return None
-    fits = (
-        groups > 0
-        and weight[0] % groups == 0
-        and input[1] == weight[1] * groups
-        and min(*input, *weight) > 0
-        and (bias is None or bias == (weight[0],))
-        and all(input[2 + d] + 2 * pads[d] >= dilations[d] * (weight[2 + d] - 1) + 1 for d in range(rank))
-    )
-    return (strides, pads, dilations, groups) if fits else None
-
-
 def _conv(
     op: str,
     torch_function: Callable[..., Tensor],
@@ -289,19 +260,12 @@ def _conv(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    if not is_dynamo_compiling() and type(input) in PLAIN and type(weight) in PLAIN:
-        # What was found well formed once is not examined again.
-        try:
-            shapes = (input.shape, weight.shape, None if bias is None else bias.shape)
-            # 1.0 and True are equal to 1 in a look-up, and torch refuses them.
-            plain = _are_integers(stride, padding, dilation, groups)
-            options = _plan(rank, *shapes, stride, padding, dilation, groups) if plain else None
-        except (TypeError, AttributeError, RuntimeError):
-            options = None
-        if options is not None:
-            tensors = (input, weight) if bias is None else (input, weight, bias)
-            if is_straight(*tensors) and not is_autocast_enabled("cpu"):
-                return kernels.forward(*(None if t is None else resolve(t) for t in (input, weight, bias)), *options)
+    if not is_dynamo_compiling() and getattr(input, "ndim", 0) == rank + 2:
+        found = _tensor_convolution(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0)
+        if type(found) is tuple:
+            return _apply_convolution(input, weight, bias, found[0], stride, padding, dilation, groups)
+        if found is not None:
+            return found
     try:
         _check(input, weight, bias, rank, groups, False)
         strides = _numbers("stride", stride, rank, 1)
@@ -463,6 +427,46 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     by_w = convolution_weight.either(grad, x, ctx.kernel, *ctx.options, ctx.channels_last) if needs[1] else None
     by_b = _bias_gradient(grad) if needs[2] else None
     return by_x, by_w, by_b, None, None, None, None
+
+
+class _Convolution(Function):
+    """What the short way has computed, ``y``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+    ) -> Tensor:
+        ctx.given = (stride, padding, dilation, groups)
+        ctx.save_for_backward(x, w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, w = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if not is_dynamo_compiling():
+            found = _tensor_convolution_gradients(_empty, grad, x, w, *ctx.given, needs[0], needs[1], needs[2])
+            if found is not None:
+                return (*found, None, None, None, None, None)
+        rank = x.dim() - 2
+        *numbers, groups = ctx.given
+        least = zip(("stride", "padding", "dilation"), numbers, (1, 0, 1), strict=True)
+        ctx.options = [*(_numbers(name, value, rank, low) for name, value, low in least), groups]
+        ctx.size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
+        ctx.channels_last = kernels.is_channels_last(w)
+        return (*_forward_backward(ctx, grad)[:3], None, None, None, None, None)
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_convolution = super(Function, _Convolution).apply
 
 
 def _forward_jvp(ctx: Any, x_t: Tensor | None, w_t: Tensor | None, b_t: Tensor | None, *_: None) -> Tensor:

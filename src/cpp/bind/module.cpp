@@ -37,4 +37,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_conv(m);
   bind_tensors(m);
   bind_norm_tensors(m);
+  bind_conv_tensors(m);
 }

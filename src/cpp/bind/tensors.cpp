@@ -235,19 +235,31 @@ PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out) {
   if (expected * int64_t(dtype_size(x.type)) > kLargeBytes || x.contiguous() == last)
     return made_by(make, x, out);
   if (!last) return new_result(x, x.shape, x.dims, out);
-  PyObject* arguments[3] = {x.object, PyTuple_New(x.dims), PyTuple_New(x.dims)};
-  bool made = arguments[1] && arguments[2];
-  for (int d = 0; made && d < x.dims; d++) {
-    PyTuple_SET_ITEM(arguments[1], d, PyLong_FromLongLong(x.shape[d]));
-    PyTuple_SET_ITEM(arguments[2], d, PyLong_FromLongLong(strides[d]));
-    made = PyTuple_GET_ITEM(arguments[1], d) && PyTuple_GET_ITEM(arguments[2], d);
-  }
-  PyObject* result =
-      made ? PyObject_VectorcallMethod(name_new_empty_strided, arguments, 3, nullptr) : nullptr;
+  return new_strided(x, x.shape, strides, x.dims, out);
+}
+
+PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int dims,
+                      Tensor& out) {
+  PyObject* arguments[3] = {like.object, to_tuple(shape, dims), to_tuple(strides, dims)};
+  PyObject* result = arguments[1] && arguments[2]
+                         ? PyObject_VectorcallMethod(name_new_empty_strided, arguments, 3, nullptr)
+                         : nullptr;
   Py_XDECREF(arguments[1]);
   Py_XDECREF(arguments[2]);
   if (result && !read(result, out, true)) Py_CLEAR(result);
   return result;
+}
+
+PyObject* to_tuple(const int64_t* numbers, int count) {
+  PyObject* tuple = PyTuple_New(count);
+  for (int i = 0; tuple && i < count; i++) {
+    PyObject* number = PyLong_FromLongLong(numbers[i]);
+    if (number)
+      PyTuple_SET_ITEM(tuple, i, number);
+    else
+      Py_CLEAR(tuple);
+  }
+  return tuple;
 }
 
 bool count_change(std::initializer_list<PyObject*> changed) {
@@ -259,6 +271,26 @@ bool count_change(std::initializer_list<PyObject*> changed) {
   Py_XDECREF(tuple);
   Py_XDECREF(done);
   return done != nullptr;
+}
+
+// `highest` serves every precision, and for little work asking costs more than it can save.
+bool precision_of(DType type, double operations, Precision& precision) {
+  precision = Precision::highest;
+  if (type != DType::f32 || operations < kFewOperations) return true;
+  PyObject* name = PyObject_CallNoArgs(get_precision);
+  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  bool known = true;
+  if (!text)
+    known = false;
+  else if (__builtin_strcmp(text, "high") == 0)
+    precision = Precision::high;
+  else if (__builtin_strcmp(text, "medium") == 0)
+    precision = Precision::medium;
+  else
+    known = __builtin_strcmp(text, "highest") == 0;
+  Py_XDECREF(name);
+  forget_error();
+  return known;
 }
 
 PyObject* not_taken(PyObject* result) {
@@ -281,26 +313,6 @@ PyMethodDef method(const char* name, FastCall function, const char* doc) {
 }  // namespace fastnn::tensors
 
 namespace {
-
-// `highest` serves every precision, and for little work asking costs more than it can save.
-bool precision_of(DType type, double operations, Precision& precision) {
-  precision = Precision::highest;
-  if (type != DType::f32 || operations < kFewOperations) return true;
-  PyObject* name = PyObject_CallNoArgs(get_precision);
-  const char* text = name ? PyUnicode_AsUTF8(name) : nullptr;
-  bool known = true;
-  if (!text)
-    known = false;
-  else if (__builtin_strcmp(text, "high") == 0)
-    precision = Precision::high;
-  else if (__builtin_strcmp(text, "medium") == 0)
-    precision = Precision::medium;
-  else
-    known = __builtin_strcmp(text, "highest") == 0;
-  Py_XDECREF(name);
-  forget_error();
-  return known;
-}
 
 const char* end_of(const Tensor& t) {
   int64_t last = 0;

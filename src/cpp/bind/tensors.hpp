@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "bind/bind.hpp"
+#include "gemm/gemm.hpp"
 
 namespace fastnn::tensors {
 
@@ -68,6 +69,12 @@ PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out);
 // A result in (N, C, ...)'s own layout: contiguous, or channels-last where x is; made by `make`
 // where it is large, or x is laid out otherwise.
 PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out);
+// like.new_empty_strided(shape, strides). Null with an error set.
+PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int dims,
+                      Tensor& out);
+PyObject* to_tuple(const int64_t* numbers, int count);  // null with an error set
+// torch's precision for products of float32. False where it cannot be known.
+bool precision_of(DType type, double operations, Precision& precision);
 // Counts a change in place of these tensors. False with an error set.
 bool count_change(std::initializer_list<PyObject*> tensors);
 // None, or null if an error is set.

@@ -58,6 +58,8 @@ tensor_product = _cpu.tensor_product
 tensor_linear_gradients = _cpu.tensor_linear_gradients
 tensor_activation = _cpu.tensor_activation
 tensor_activation_backward = _cpu.tensor_activation_backward
+tensor_convolution = _cpu.tensor_convolution
+tensor_convolution_gradients = _cpu.tensor_convolution_gradients
 tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 #: What tensor_product computes.

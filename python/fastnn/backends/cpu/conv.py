@@ -12,7 +12,7 @@ from ... import _cpu, _state
 from . import ACTIVATION, DTYPE, empty_channels, precision
 
 #: relu6 has no kernel of its own, and no gradient: it is the end of a convolution alone.
-_ACTIVATION = {**ACTIVATION, "relu6": 9}
+ACTIVATIONS = {**ACTIVATION, "relu6": 9}
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -47,6 +47,11 @@ def is_channels_last(*tensors: Tensor) -> bool:
         and torch._prims_common.suggest_memory_format(tensor) is _CHANNELS_LAST[tensor.dim()]
         for tensor in tensors
     )
+
+
+def empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """What the short way asks for where a result is large."""
+    return empty_channels(shape, like.dtype, channels_last)
 
 
 def forward(
@@ -179,5 +184,5 @@ def _call(
         _state.settings().batch_invariant,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        _ACTIVATION[activation],
+        ACTIVATIONS[activation],
     )

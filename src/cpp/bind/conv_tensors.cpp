@@ -1,0 +1,260 @@
+// The short way of convolutions: see tensors.cpp.
+#include <algorithm>
+#include <utility>
+
+#include "bind/tensors.hpp"
+#include "common/activation.hpp"
+#include "conv/conv.hpp"
+
+namespace py = pybind11;
+using namespace fastnn;
+using namespace fastnn::tensors;
+
+namespace {
+
+// An integer for all spatial dimensions, or a tuple of one for each.
+bool numbers(PyObject* object, int rank, int64_t least, int64_t* to) {
+  const bool tuple = PyTuple_CheckExact(object);
+  if (tuple && PyTuple_GET_SIZE(object) != rank && PyTuple_GET_SIZE(object) != 1) return false;
+  for (int d = 0; d < rank; d++) {
+    PyObject* number = object;
+    if (tuple) number = PyTuple_GET_ITEM(object, PyTuple_GET_SIZE(object) == 1 ? 0 : d);
+    if (!PyLong_CheckExact(number)) return false;
+    const long long value = PyLong_AsLongLong(number);
+    if (value == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    // What overflows a size is for the long way to refuse.
+    if (value < least || value > INT32_MAX) return false;
+    to[kSpatial - rank + d] = value;
+  }
+  return true;
+}
+
+// c10's is_channels_last_strides_2d, by which torch chooses the layout of a result.
+bool like_channels_last(const Tensor& t) {
+  if (t.dims != 4 || t.strides[1] == 0) return false;
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.strides[d] < least) return false;
+    if (d == 0 && least == t.strides[1]) return false;
+    least = t.strides[d];
+    if (t.shape[d] > 1) least *= t.shape[d];
+  }
+  return true;
+}
+
+// Whether the result of these is channels-last. False where that is for the long way to find out.
+bool layout_of(const Tensor& x, const Tensor& w, bool& last) {
+  last = false;
+  if (x.dims == 3) return w.contiguous();
+  if (x.dims == 4) {
+    last = like_channels_last(x) || like_channels_last(w);
+    return true;
+  }
+  return x.contiguous() && w.contiguous() && x.strides[1] != 1 && w.strides[1] != 1;
+}
+
+void channels_last_strides(const int64_t* shape, int dims, int64_t* strides) {
+  int64_t expected = 1;
+  strides[1] = expected, expected *= shape[1];
+  for (int d = dims - 1; d > 1; d--) strides[d] = expected, expected *= shape[d];
+  strides[0] = expected;
+}
+bool dense_filters(const Tensor& w) {
+  if (w.contiguous()) return true;
+  int64_t strides[kMaxDims];
+  channels_last_strides(w.shape, w.dims, strides);
+  for (int d = 0; d < w.dims; d++)
+    if (w.shape[d] != 1 && w.strides[d] != strides[d]) return false;
+  return w.dims > 3;
+}
+bool evenly_spaced(const Tensor& y) {
+  int64_t step = 0, count = 1;
+  for (int d = y.dims - 1; d > 1; d--) {
+    if (y.shape[d] == 1) continue;
+    if (count == 1) step = y.strides[d];
+    if (y.strides[d] != step * count) return false;
+    count *= y.shape[d];
+  }
+  return true;
+}
+
+// Uninitialised memory for (N, C, *spatial): small as torch makes it, large from `make`, which is
+// called with `like`, the shape and whether it is to be channels-last.
+PyObject* new_image(PyObject* make, const Tensor& like, const int64_t* shape, int dims, bool last,
+                    Tensor& out) {
+  double count = double(dtype_size(like.type));
+  for (int d = 0; d < dims; d++) count *= double(shape[d]);
+  if (count > kLargeBytes) {
+    PyObject* sizes = to_tuple(shape, dims);
+    PyObject* result = sizes ? PyObject_CallFunctionObjArgs(make, like.object, sizes,
+                                                            last ? Py_True : Py_False, nullptr)
+                             : nullptr;
+    Py_XDECREF(sizes);
+    if (result && !read(result, out, true)) Py_CLEAR(result);
+    return result;
+  }
+  if (!last) return new_result(like, shape, dims, out);
+  int64_t strides[kMaxDims];
+  channels_last_strides(shape, dims, strides);
+  return new_strided(like, shape, strides, dims, out);
+}
+
+Tensor5 five(const Tensor& t) {
+  Tensor5 f;
+  f.data = t.data;
+  for (int d = 0; d < 2 + kSpatial; d++) f.size[d] = f.stride[d] = 1;
+  for (int d = 0; d < t.dims; d++) {
+    const int to = d < 2 ? d : 2 + kSpatial - t.dims + d;
+    f.size[to] = t.shape[d], f.stride[to] = t.strides[d];
+  }
+  return f;
+}
+
+// What the three products have in common: a batch, filters and options that go together. `out` are
+// the sizes of a result. False where the long way is to say what is wrong, or to compute.
+bool understood(const Tensor& x, const Tensor& w, PyObject* stride, PyObject* padding,
+                PyObject* dilation, PyObject* groups, Conv& c, int64_t* out) {
+  const int rank = x.dims - 2;
+  if (rank < 1 || rank > kSpatial || w.dims != x.dims || w.type != x.type ||
+      !PyLong_CheckExact(groups) || !numbers(stride, rank, 1, c.stride) ||
+      !numbers(padding, rank, 0, c.padding) || !numbers(dilation, rank, 1, c.dilation))
+    return false;
+  c.groups = PyLong_AsLongLong(groups);
+  if (c.groups == -1 && PyErr_Occurred()) PyErr_Clear();
+  if (c.groups < 1 || w.shape[0] % c.groups || x.shape[1] % c.groups ||
+      x.shape[1] / c.groups != w.shape[1])
+    return false;
+  out[0] = x.shape[0], out[1] = w.shape[0];
+  for (int d = 0; d < rank; d++) {
+    const int s = kSpatial - rank + d;
+    const int64_t reach =
+        x.shape[2 + d] + 2 * c.padding[s] - c.dilation[s] * (w.shape[2 + d] - 1) - 1;
+    if (reach < 0) return false;
+    out[2 + d] = reach / c.stride[s] + 1;
+  }
+  c.type = x.type;
+  return true;
+}
+
+double operations_of(const Tensor& y, const Tensor& w) {
+  return double(y.count()) * double(w.count()) / double(w.shape[0]);
+}
+
+// tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation):
+// activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The residual has the result's
+// shape and strides.
+PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor x, w, bias, residual, out;
+  Conv c;
+  int64_t shape[kMaxDims];
+  bool last;
+  int activation;
+  if (n != 10 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
+      !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
+      !layout_of(x, w, last) || !integer(args[9], kRelu6, activation) ||
+      (activation >= kActivations && activation != kRelu6))
+    return not_taken();
+  const bool has_bias = args[3] != Py_None, added = args[4] != Py_None;
+  if (has_bias && (!read(args[3], bias) || bias.type != x.type || bias.dims != 1 ||
+                   bias.shape[0] != w.shape[0] || !bias.contiguous()))
+    return not_taken();
+  if (added && (!read(args[4], residual) || residual.type != x.type || residual.dims != x.dims))
+    return not_taken();
+  double operations = double(w.count()) / double(w.shape[0]);
+  for (int d = 0; d < x.dims; d++) operations *= double(shape[d]);
+  if (!precision_of(x.type, operations, c.precision) || !quiet()) return not_taken();
+  const bool grad =
+      wants_grad(args[1], args[2], has_bias ? args[3] : args[1], added ? args[4] : args[1]);
+  if (PyErr_Occurred() || (grad && (activation || added))) return not_taken();
+  PyObject* result = new_image(args[0], x, shape, x.dims, last, out);
+  if (!result) return not_taken();
+  if (added)
+    for (int d = 0; d < x.dims; d++)
+      if (residual.shape[d] != shape[d] || (shape[d] > 1 && residual.strides[d] != out.strides[d]))
+        return not_taken(result);
+  c.x = five(x), c.w = five(w), c.y = five(out);
+  if (has_bias) c.bias = bias.data;
+  if (added) c.residual = residual.data;
+  c.activation = activation;
+  result = run(result, operations, [&] { conv_forward(c); });
+  return grad ? in_tuple(result) : result;
+}
+
+// tensor_convolution_gradients(make, grad, x, w, stride, padding, dilation, groups, by_x, by_w,
+// by_bias): those of x, w and the bias, None where not asked for.
+PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor grad, x, w, out;
+  Conv c;
+  int64_t shape[kMaxDims];
+  bool last = false;
+  if (n != 11 || !readable() || !read(args[1], grad) || !read(args[2], x) || x.dims < 3 ||
+      !read(args[3], w) || !understood(x, w, args[4], args[5], args[6], args[7], c, shape) ||
+      grad.dims != x.dims || grad.type != x.type)
+    return not_taken();
+  for (int d = 0; d < x.dims; d++)
+    if (grad.shape[d] != shape[d]) return not_taken();
+  const bool by_x = args[8] == Py_True, by_w = args[9] == Py_True, by_bias = args[10] == Py_True;
+  if ((by_x && !layout_of(grad, w, last)) || (by_w && (w.dims > 4 || !evenly_spaced(grad))))
+    return not_taken();
+  const double operations = operations_of(grad, w);
+  if (!precision_of(x.type, operations, c.precision) || !quiet() || !grad_is_off())
+    return not_taken();
+  c.x = five(x), c.w = five(w), c.y = five(grad);
+
+  PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};
+  auto give_up = [&] {
+    for (PyObject* g : gradients) Py_XDECREF(g);
+    return not_taken();
+  };
+  auto compute = [&](int which, PyObject* result, auto work) {
+    Py_DECREF(gradients[which]);
+    gradients[which] = result ? run(result, operations, work) : nullptr;
+    return gradients[which] != nullptr;
+  };
+  if (by_x) {
+    PyObject* result = new_image(args[0], x, x.shape, x.dims, last, out);
+    if (result) {
+      Conv one = c;
+      one.x = five(out);
+      if (!compute(0, result, [&] { conv_input(one); })) return give_up();
+    } else {
+      return give_up();
+    }
+  }
+  if (by_w) {
+    PyObject* result = new_image(args[0], w, w.shape, w.dims, like_channels_last(w), out);
+    if (result) {
+      Conv one = c;
+      one.w = five(out);
+      if (!compute(1, result, [&] { conv_weight(one); })) return give_up();
+    } else {
+      return give_up();
+    }
+  }
+  if (by_bias) {
+    PyObject* result = new_result(grad, &grad.shape[1], 1, out);
+    if (!result || !compute(2, result, [&] { channel_sum(c.y, c.type, out.data); }))
+      return give_up();
+  }
+  PyObject* tuple = PyTuple_New(3);
+  if (!tuple) return give_up();
+  for (int i = 0; i < 3; i++) PyTuple_SET_ITEM(tuple, i, gradients[i]);
+  return tuple;
+}
+
+PyMethodDef functions[] = {
+    method("tensor_convolution", tensor_convolution,
+           "activation(conv(x, w) + bias + residual); None where not taken, a tuple of it where a "
+           "gradient is wanted."),
+    method("tensor_convolution_gradients", tensor_convolution_gradients,
+           "The gradients of a convolution; None where not taken."),
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_conv_tensors(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+}
