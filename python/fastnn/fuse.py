@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import nn
+from . import _cpu, nn
 from .nn.activation import activation_name
 from .nn.mlp import _unwatched
 from .ops.conv import conv_fused
@@ -48,43 +48,68 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _FusedConv:
-    """One convolution and what follows it, with the folded filters of the parameters as they were last seen."""
+    """One convolution and what follows it, with the folded filters of the parameters as they were last seen, and what the
+    kernels made of them."""
 
     def __init__(self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str) -> None:
         self.conv = conv
         self.norm = norm
         self.activation = activation
         self._key: tuple[Any, ...] = ()
-        self._folded: tuple[Tensor, Tensor | None] | None = None
+        self._sources: tuple[Tensor | None, ...] = ()
+        self._filters: tuple[Tensor, Tensor | None, _cpu.Prepared] | None = None
 
     def modules(self) -> list[torch.nn.Module]:
         return [self.conv] if self.norm is None else [self.conv, self.norm]
 
-    def folded(self) -> tuple[Tensor, Tensor | None]:
+    def filters(self) -> tuple[Tensor, Tensor | None, _cpu.Prepared]:
         conv, norm = self.conv, self.norm
         if norm is None:
-            return conv.weight, conv.bias
-        sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        key = (_steps, norm.eps, *((s.data_ptr(), _version(s), s.dtype) for s in sources if s is not None))
-        if key != self._key or self._folded is None:
-            weight, bias, gamma, beta, mean, var = (None if s is None else s.detach().double() for s in sources)
-            scale = (var + norm.eps).rsqrt()
-            if gamma is not None:
-                scale = scale * gamma
-            shift = -mean if bias is None else bias - mean
-            shift = shift * scale if beta is None else shift * scale + beta
-            filters = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-            # The filters keep their layout, by which the kernels choose theirs.
-            self._folded = filters.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+            sources, eps = (conv.weight, conv.bias), None
+        else:
+            sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            eps = norm.eps
+        key = (_steps, eps, *[None if s is None else (s.data_ptr(), _version(s), s.dtype) for s in sources])
+        if key != self._key or self._filters is None:
+            weight, bias = _fold(*sources, eps) if norm is not None else (conv.weight, conv.bias)
+            # Channels next to each other suit the kernels best, and the results follow the filters.
+            if weight.dim() == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            self._filters = weight.detach(), None if bias is None else bias.detach(), _cpu.Prepared()
+            # Held, so that no other parameters can lie where these did.
+            self._sources = tuple(None if s is None else s.detach() for s in sources)
             self._key = key
-        return self._folded
+        return self._filters
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv
-        weight, bias = self.folded()
+        weight, bias, prepared = self.filters()
         return conv_fused(
-            input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, self.activation, residual
+            *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
+            *(self.activation, residual, prepared),
         )
+
+
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The filters and bias that do what the convolution and the batch norm after it do, computed in float64."""
+    scale = (var.detach().double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.detach()
+    shift = -mean.detach().double() if bias is None else bias.detach() - mean.detach().double()
+    shift = shift * scale if beta is None else shift * scale + beta.detach()
+    # Filter by filter: all of them in float64 would be twice their memory more.
+    filters = torch.empty_like(weight)
+    for source, factor, target in zip(weight.detach(), scale, filters, strict=True):
+        target.copy_(source.double() * factor)
+    return filters, shift.to(weight.dtype)
 
 
 def _version(tensor: Tensor) -> int:

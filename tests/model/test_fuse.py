@@ -13,6 +13,7 @@ from torch import nn
 
 import fastnn
 from fastnn.fuse import fused_calls
+from fastnn.ops.conv import conv_fused
 from fastnn.testing.errors import relative_error
 
 
@@ -261,3 +262,74 @@ def test_models(name, no_fallback):
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         assert len(calls(fused)) == len(convolutions)
         assert relative_error(outputs(fused, x.to(memory_format=layout)), exact) <= 3 * error
+
+
+#: What a convolution is computed by: a product, Winograd's algorithm (both ways round), strips, gathered columns, depthwise
+#: filters; x, w, stride, padding, groups.
+KEPT = {
+    "pointwise": ((2, 40, 9, 11), (24, 40, 1, 1), 1, 0, 1),
+    "winograd": ((1, 32, 16, 16), (32, 32, 3, 3), 1, 1, 1),
+    "winograd, many tiles": ((4, 32, 40, 40), (17, 32, 3, 3), 1, 1, 1),
+    "first layer": ((2, 3, 31, 29), (16, 3, 7, 7), 2, 3, 1),
+    "strips": ((2, 64, 13, 15), (33, 64, 3, 3), 2, 1, 1),
+    "groups": ((2, 32, 12, 12), (64, 16, 3, 3), 1, 1, 2),
+    "few filters": ((1, 6, 12, 12), (5, 6, 3, 3), 1, 1, 1),
+    "depthwise": ((1, 24, 12, 12), (24, 1, 3, 3), 1, 1, 24),
+    "a line": ((2, 20, 33), (18, 20, 5), 1, 2, 1),
+    "deep": ((1, 8, 6, 7, 8), (16, 8, 3, 3, 3), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_of_filters(name, dtype, channels_last):
+    """The first call makes it, and the following ones, of other images and from other threads, give the same numbers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x_shape, w_shape, stride, padding, groups = KEPT[name]
+    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
+    bias = torch.randn(w_shape[0]).to(dtype)
+    if channels_last and x.dim() == 4:
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    function = getattr(F, f"conv{x.dim() - 2}d")
+    exact = function(x.double(), w.double(), bias.double(), stride, padding, 1, groups).relu()
+    prepared = fastnn._cpu.Prepared()
+
+    def call(image):
+        with torch.no_grad():
+            return conv_fused(image, w, bias, stride, padding, 1, groups, "relu", None, prepared)
+
+    first = call(x)
+    size = prepared.nbytes
+    assert relative_error(first, exact) < (1e-6 if dtype is torch.float32 else 5e-3)
+    call(x * 3)
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(call, [x] * 8):
+            assert torch.equal(again, first)
+    assert prepared.nbytes == size
+    if name in ("winograd", "first layer", "strips") and dtype is torch.float32:
+        assert size > 0
+
+
+def test_filters_made_anew_where_old_ones_lay():
+    """Parameters that were rounded and widened again may come to lie where the ones that were folded did."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    fused = fastnn.convert(with_statistics(model), fuse=True)
+    x = torch.randn(1, 16, 9, 9)
+    before = outputs(fused, x)
+    for _ in range(4):
+        fused.to(torch.bfloat16).to(torch.float32)
+        assert relative_error(outputs(fused, x), outputs(copy.deepcopy(fused).double(), x.double())) < 1e-6
+        assert not torch.equal(outputs(fused, x), before)
+
+
+def test_changed_filters_are_prepared_anew():
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    fused = fastnn.convert(nn.Sequential(conv, nn.ReLU()).eval(), fuse=True)
+    x = torch.randn(1, 32, 16, 16)
+    before = outputs(fused, x)
+    with torch.no_grad():
+        fused[0].weight.mul_(2)
+        fused[0].bias.mul_(2)
+    torch.testing.assert_close(outputs(fused, x), 2 * before)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .. import _cpu
 from ..backends import cpu
 from ..backends.cpu import channels_last_strides
 from ..backends.cpu import conv as kernels
@@ -150,15 +151,19 @@ def conv_fused(
     groups: int,
     activation: str,
     residual: Tensor | None = None,
+    prepared: _cpu.Prepared | None = None,
 ) -> Tensor:
     """activation(conv(input, weight) + bias + residual) in one pass, without gradients; as many dimensions as weight has.
+
+    ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
 
     ``activation`` is one of linear_act's or "relu6". What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
     """
     if not is_dynamo_compiling():
         found = _tensor_convolution(
-            _empty, input, weight, bias, residual, stride, padding, dilation, groups, kernels.ACTIVATIONS[activation]
+            *(_empty, input, weight, bias, residual, stride, padding, dilation, groups),
+            *(kernels.ACTIVATIONS[activation], prepared),
         )
         if type(found) is Tensor:
             return found
@@ -261,7 +266,7 @@ def _conv(
     groups: int,
 ) -> Tensor:
     if not is_dynamo_compiling() and getattr(input, "ndim", 0) == rank + 2:
-        found = _tensor_convolution(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0)
+        found = _tensor_convolution(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0, None)
         if type(found) is tuple:
             return _apply_convolution(input, weight, bias, found[0], stride, padding, dilation, groups)
         if found is not None:

@@ -5,6 +5,7 @@
 #include "bind/tensors.hpp"
 #include "common/activation.hpp"
 #include "conv/conv.hpp"
+#include "gemm/prepared.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -143,16 +144,16 @@ double operations_of(const Tensor& y, const Tensor& w) {
   return double(y.count()) * double(w.count()) / double(w.shape[0]);
 }
 
-// tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation):
-// activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The residual has the result's
-// shape and strides.
+// tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation,
+// prepared): activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The residual has the
+// result's shape and strides. `prepared`: None, or what keeps what is made of these very filters.
 PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, w, bias, residual, out;
   Conv c;
   int64_t shape[kMaxDims];
   bool last;
   int activation;
-  if (n != 10 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
+  if (n != 11 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
       !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
       !layout_of(x, w, last) || !integer(args[9], kRelu6, activation) ||
       (activation >= kActivations && activation != kRelu6))
@@ -179,6 +180,11 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (has_bias) c.bias = bias.data;
   if (added) c.residual = residual.data;
   c.activation = activation;
+  if (args[10] != Py_None) {
+    py::detail::make_caster<Prepared> caster;
+    if (!caster.load(args[10], false)) return not_taken(result);
+    c.prepared = py::detail::cast_op<Prepared*>(caster);
+  }
   result = run(result, operations, [&] { conv_forward(c); });
   return grad ? in_tuple(result) : result;
 }
@@ -256,5 +262,11 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_conv_tensors(py::module_& m) {
+  py::class_<Prepared>(
+      m, "Prepared",
+      "What the algorithms of a convolution make of its filters, kept between calls "
+      "by one who knows that these do not change.")
+      .def(py::init<>())
+      .def_property_readonly("nbytes", &Prepared::bytes);
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }

@@ -15,6 +15,8 @@
 #include "conv/phases.hpp"
 #include "conv/strips.hpp"
 #include "conv/winograd.hpp"
+#include "gemm/kernel.hpp"
+#include "gemm/prepared.hpp"
 
 namespace fastnn {
 
@@ -134,8 +136,10 @@ void for_groups(const Conv& c, F f) {
 // The same by strips: out[(n, o), m] = epilogue(sum over (t, c) of patches[(n, o), (t, c)] a[m, (t,
 // c)]). False where there is no kernel for it.
 bool correlate_strips(const Patches& p, const char* a, int64_t m, const Conv& c, const Tensor5& out,
-                      const Tensor5& whole, int64_t first_channel, int threads) {
+                      const Tensor5& whole, int64_t first_channel, Prepared* prepared,
+                      int threads) {
   Gemm g;
+  g.prepared = prepared, g.prepared_part = first_channel;
   g.m = p.images * p.positions(), g.n = m, g.k = p.depth();
   g.b.data = const_cast<char*>(a);
   g.b.rs = 1, g.b.cs = g.k;
@@ -206,7 +210,7 @@ bool is_pointwise(const Conv& c) {
 
 // out (positions, n) = epilogue(in (positions, k) b (k, n)), image by image where they are apart.
 void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, const Matrix& b,
-                        const Tensor5& whole, int64_t first_channel) {
+                        const Tensor5& whole, int64_t first_channel, Prepared* prepared = nullptr) {
   Gemm g;
   g.m = in.spatial(), g.k = in.size[1], g.n = out.size[1];
   g.batch_dims = 1, g.batch[0] = in.size[0];
@@ -219,6 +223,9 @@ void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, co
   g.precision = c.precision, g.batch_invariant = c.batch_invariant;
   set_epilogue(g, c, whole, first_channel);
   if (g.bias) g.bias_axis = BiasAxis::column;
+  if (prepared)
+    g.packed = prepared->operand(&exact_kernel(c.type), first_channel * 4 + int(c.precision),
+                                 [&] { return pack_b(b, g.k, g.n, c.precision); });
   gemm(g);
 }
 
@@ -285,9 +292,10 @@ void conv_forward(const Conv& c) {
     for (int64_t group = 0; group < c.groups; group++) {
       Matrix w;
       w.data = c.w.data + group * rows * c.w.stride[0] * size;
-      w.rs = c.w.stride[1], w.cs = c.w.stride[0];
+      w.rs = c.w.stride[1], w.cs = c.w.stride[0], w.type = c.type;
       multiply_positions(c, channels_from(c.x, group * channels, channels, c.type),
-                         channels_from(c.y, group * rows, rows, c.type), w, c.y, group * rows);
+                         channels_from(c.y, group * rows, rows, c.type), w, c.y, group * rows,
+                         c.prepared);
     }
     return;
   }
@@ -306,14 +314,22 @@ void conv_forward(const Conv& c) {
     p.channels_inner = !outer;
     const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
     const char* w = c.w.data + group * rows * p.depth() * size;
-    if (PatchStrips::pays(p, rows, c.batch_invariant)) {
+    if (PatchStrips::pays(p, rows, c.batch_invariant, c.prepared)) {
       const char* a = w;
       if (outer && p.tap_count() > 1 && channels > 1) {
-        char* turned = static_cast<char*>(scratch(Scratch::misc, size_t(rows * p.depth() * size)));
-        taps_outer(w, rows, channels, p.tap_count(), size, turned, threads);
-        a = turned;
+        const size_t bytes = size_t(rows * p.depth() * size);
+        auto turn = [&](char* to) {
+          taps_outer(w, rows, channels, p.tap_count(), size, to, threads);
+        };
+        if (c.prepared) {
+          a = c.prepared->get("taps outer", nullptr, 0, group, bytes, turn);
+        } else {
+          char* turned = static_cast<char*>(scratch(Scratch::misc, bytes));
+          turn(turned);
+          a = turned;
+        }
       }
-      if (correlate_strips(p, a, rows, c, y, c.y, group * rows, threads)) return;
+      if (correlate_strips(p, a, rows, c, y, c.y, group * rows, c.prepared, threads)) return;
     }
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
     correlate(p, w, rows, c, y, c.y, group * rows, threads);
@@ -370,8 +386,8 @@ void conv_input(const Conv& c) {
           char* weight = static_cast<char*>(
               scratch(Scratch::misc, size_t(std::max<int64_t>(1, channels * p.depth() * size))));
           exchange(w, c.type, f, step, p.channels_inner, weight, threads);
-          if (strips &&
-              correlate_strips(p, weight, channels, c, out, c.x, group * channels, threads))
+          if (strips && correlate_strips(p, weight, channels, c, out, c.x, group * channels,
+                                         nullptr, threads))
             continue;
           correlate(p, weight, channels, c, out, c.x, group * channels, threads);
         }

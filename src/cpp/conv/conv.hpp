@@ -36,6 +36,8 @@ struct Conv {
   const char* bias = nullptr;      // one an output channel, contiguous, of `type`
   const char* residual = nullptr;  // with the sizes and strides of the result
   int activation = 0;
+  // For conv_forward: where what is made of the filters is kept for other calls with the same ones.
+  Prepared* prepared = nullptr;
 };
 
 void conv_forward(const Conv& c);  // y from x and w

@@ -22,14 +22,14 @@ bool collide(int64_t bytes, int64_t rows) {
 
 }  // namespace
 
-bool PatchStrips::pays(const Patches& p, int64_t filters, bool batch_invariant) {
+bool PatchStrips::pays(const Patches& p, int64_t filters, bool batch_invariant, bool packed) {
   // Where channels are not neighbours already, turning them round pays if several taps see them.
   if (p.depth() == 0 || (p.channel_stride != 1 && p.tap_count() == 1)) return false;
   // The filters are packed in every call; a channels-last image need not be turned round, and
   // PatchColumns is slow there.
   const int64_t positions = p.positions() * (batch_invariant ? 1 : p.images);
   return filters >= kLeastFilters && p.channels * p.taps[2] >= kLeastRun &&
-         positions * (p.channel_stride == 1 ? 8 : 1) >= filters;
+         (packed || positions * (p.channel_stride == 1 ? 8 : 1) >= filters);
 }
 
 PatchStrips::PatchStrips(const Patches& p) : p_(p) {

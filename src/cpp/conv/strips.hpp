@@ -10,8 +10,9 @@ namespace fastnn {
 class PatchStrips final : public StripSource {
  public:
   explicit PatchStrips(const Patches& p);
-  // Whether it is faster than PatchColumns, where the product has so many filters.
-  static bool pays(const Patches& p, int64_t filters, bool batch_invariant);
+  // Whether it is faster than PatchColumns, where the product has so many filters; `packed`: before
+  // this call.
+  static bool pays(const Patches& p, int64_t filters, bool batch_invariant, bool packed = false);
   int64_t bytes(int64_t count) const override;
   const char* fill(char* memory, int64_t first, int64_t count) const override;
 

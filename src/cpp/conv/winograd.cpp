@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/kernels.hpp"
 #include "gemm/kernel.hpp"
+#include "gemm/prepared.hpp"
 
 namespace fastnn {
 
@@ -295,8 +297,19 @@ bool run(const Job& j) {
   const int64_t u_floats = kPositions * channels * kn.nr + 16, v_floats = kPositions * s.position;
   const int64_t own = (Buffers::floats(j, s, kn) + (by_blocks ? 0 : v_floats + 15) + 15) / 16 * 16;
   float* memory = static_cast<float*>(scratch(Scratch::accumulator, size_t(own * threads) * 4));
-  float* shared = static_cast<float*>(scratch(
-      Scratch::packed_b, size_t(by_blocks ? s.panels * v_floats : s.blocks * u_floats) * 4));
+  const float* kept = nullptr;  // all filters, transformed before
+  if (j.c.prepared && !j.turned)
+    kept = reinterpret_cast<const float*>(
+        j.c.prepared->get("winograd", &kn, 0, 0, size_t(s.panels * v_floats) * 4, [&](char* to) {
+          parallel(threads, [&](int thread, int came) {
+            const Range mine = share_of(s.panels, 1, thread, came);
+            for (int64_t p = mine.begin; p < mine.end; p++)
+              transform_panel(j, s, kn, kernels, p, reinterpret_cast<float*>(to) + p * v_floats);
+          });
+        }));
+  const int64_t shared_floats = by_blocks ? (kept ? 0 : s.panels * v_floats) : s.blocks * u_floats;
+  float* shared = static_cast<float*>(scratch(Scratch::packed_b, size_t(shared_floats) * 4));
+  const float* filters = kept ? kept : shared;
   constexpr int kHoles = 4 * kMostLanes;
   Hole* shared_holes = by_blocks
                            ? nullptr
@@ -310,15 +323,17 @@ bool run(const Job& j) {
   parallel(threads, [&](int thread, int came) {
     const Buffers b(memory + own * thread, j, s, kn);
     if (by_blocks) {
-      for (int64_t p; (p = next.fetch_add(1)) < s.panels;)
-        transform_panel(j, s, kn, kernels, p, shared + p * v_floats);
-      if (came > 1) barrier();
+      if (!kept) {
+        for (int64_t p; (p = next.fetch_add(1)) < s.panels;)
+          transform_panel(j, s, kn, kernels, p, shared + p * v_floats);
+        if (came > 1) barrier();
+      }
       Hole holes[kHoles];
       int count;
       for (int64_t block; !refused && (block = next_unit.fetch_add(1)) < s.blocks;) {
         bool good = transform_block(j, s, kn, kernels, block, b, b.u, holes, count);
         for (int64_t p = 0; good && p < s.panels; p++)
-          good = multiply_panel(j, s, kn, kernels, store, shared + p * v_floats, b.u, block, p,
+          good = multiply_panel(j, s, kn, kernels, store, filters + p * v_floats, b.u, block, p,
                                 holes, count, b);
         if (!good) refused = true;
       }
@@ -336,11 +351,12 @@ bool run(const Job& j) {
     float* v = memory + own * (thread + 1) - (v_floats + 15) / 16 * 16;
     for (int64_t unit; !refused && (unit = next_unit.fetch_add(1)) < s.panels * parts;) {
       const int64_t panel = unit / parts, first = unit % parts * in_part;
-      transform_panel(j, s, kn, kernels, panel, v);
+      if (!kept) transform_panel(j, s, kn, kernels, panel, v);
+      const float* panel_of = kept ? kept + panel * v_floats : v;
       for (int64_t block = first; block < std::min(s.blocks, first + in_part); block++) {
         const Hole* holes = shared_holes + block * (kHoles + 1);
-        if (!multiply_panel(j, s, kn, kernels, store, v, shared + block * u_floats, block, panel,
-                            holes + 1, holes[0].at, b))
+        if (!multiply_panel(j, s, kn, kernels, store, panel_of, shared + block * u_floats, block,
+                            panel, holes + 1, holes[0].at, b))
           refused = true;
       }
     }
@@ -360,11 +376,13 @@ bool is_winograd(const Conv& c, const Tensor5& in, const Tensor5& out) {
     if (c.stride[d] != 1 || c.dilation[d] != 1) return false;
   if (c.padding[0] != 0 || in.size[1] < 32 || out.size[1] < 16) return false;
   // Multiplications a pair of channels: 9 a position directly; 16 a tile here, and a fourth as much
-  // time again for the tiles' transformation, and about 200 for that of the filter.
+  // time again for the tiles' transformation, and about 200 for that of the filter. Tiles go in
+  // blocks as wide as the kernel's panels.
   const double positions = double(out.size[0]) * double(out.size[3] * out.size[4]);
   const double tiles =
       double(out.size[0]) * double(ceil_div(out.size[3], 2) * ceil_div(out.size[4], 2));
-  return 20 * tiles + 200 < 9 * positions;
+  const double width = exact_kernel(DType::f32).nr, lanes = std::ceil(tiles / width) * width;
+  return 16 * lanes + 4 * tiles + (c.prepared ? 0 : 200) < 9 * positions;
 }
 
 bool winograd_forward(const Conv& c) {

@@ -18,6 +18,7 @@ enum class BiasAxis : int { none = 0, row = 1, column = 2 };
 constexpr int kMaxBatchDims = 6;
 
 struct Kernel;
+class Prepared;  // gemm/prepared.hpp
 
 // B, split and laid out as one kernel reads it. Valid for the kernel that made it only.
 struct PackedOperand {
@@ -114,6 +115,8 @@ struct Gemm {
   // Likewise, which gemm_strips computes; B is then a matrix, and C's rows lie in pieces of a line.
   const StripSource* a_strips = nullptr;
   Pieces rows;
+  Prepared* prepared = nullptr;  // where B is kept as it was packed, as this part of it
+  int64_t prepared_part = 0;
 };
 
 // Throws std::invalid_argument where the types do not go together, std::bad_alloc.

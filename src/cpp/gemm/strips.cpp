@@ -6,6 +6,7 @@
 //             for line of the strip
 //               for panel of its rows        tile += A . B, on registers
 #include "common/scratch.hpp"
+#include "gemm/prepared.hpp"
 #include "gemm/tiles.hpp"
 
 namespace fastnn {
@@ -89,14 +90,27 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
   const int64_t sums_bytes = round_up(sums.bytes(kn), 4096);
   const int64_t own_bytes = sums_bytes + round_up(s.bytes(cut.lines), 4096);
   char* own = static_cast<char*>(scratch(Scratch::accumulator, size_t(own_bytes * threads)));
-  char* packed = static_cast<char*>(scratch(Scratch::packed_b, size_t(k.b.total())));
+  auto pack_all = [&](char* to, int thread, int came) {
+    pack(kn.pack_b, nullptr, kn.k_word, k.b, to, g.b, g.b.cs, g.b.rs, g.n, thread, came,
+         s.run * g.b.rs);
+  };
+  char* memory_of_b = nullptr;
+  const char* packed;
+  if (g.prepared)
+    packed =
+        g.prepared->get("strips", &kn, s.run, g.prepared_part, size_t(k.b.total()), [&](char* to) {
+          parallel(threads, [&](int thread, int came) { pack_all(to, thread, came); });
+        });
+  else
+    packed = memory_of_b = static_cast<char*>(scratch(Scratch::packed_b, size_t(k.b.total())));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
 
   Shares shares(cut.strips * cut.parts, threads);
   parallel(threads, [&](int thread, int came) {
-    pack(kn.pack_b, nullptr, kn.k_word, k.b, packed, g.b, g.b.cs, g.b.rs, g.n, thread, came,
-         s.run * g.b.rs);
-    if (came > 1) barrier();
+    if (memory_of_b) {
+      pack_all(memory_of_b, thread, came);
+      if (came > 1) barrier();
+    }
     char* memory = own + own_bytes * thread;
     Tiles tiles(kn, store, a, sums, memory, s.line, g.n, 0, 0);
     const char* rows = nullptr;
