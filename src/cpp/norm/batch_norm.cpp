@@ -186,14 +186,15 @@ void for_each_group(const Layout& l, int thread, int threads, F f) {
 
 // Channels of a plane are gone over in groups of which both passes find `operands` in half of a
 // core's own cache; the other half is for the next group, which is fetched while this one is
-// written. The longer the run that the channels of an image make, the less often does the hardware
-// have to find out where to fetch next.
+// written, be it only into the last cache. The longer the run that the channels of an image make,
+// the less often does the hardware have to find out where to fetch next.
 void group_channels(Layout& l, int64_t operands) {
   if (l.across) return;
-  const int64_t fit = core_cache_bytes() / 2 / (l.per_channel * l.item * operands);
-  l.fetch = fit > 0;
+  const int64_t channel = l.per_channel * l.item * operands;
+  l.fetch = channel <= last_cache_bytes() / 8;
   // What is cut into pieces lies in order without its neighbours.
-  if (l.pieces == 1) l.together = std::clamp<int64_t>(fit, 1, NormBlock::kMostChannels);
+  if (l.pieces == 1)
+    l.together = std::clamp<int64_t>(core_cache_bytes() / 2 / channel, 1, NormBlock::kMostChannels);
 }
 
 // Whether results are better written around the caches: when `operands` as large as x are much of

@@ -20,10 +20,6 @@ static FASTNN_INLINE double to_f64(T x) {
   return double(to_f32(x));
 }
 
-// The sum of all lanes in float64.
-static FASTNN_INLINE double sum_lanes(VecF32 v) { return reduce_add(widen_low(v) + widen_high(v)); }
-static FASTNN_INLINE double sum_lanes(VecF64 v) { return reduce_add(v); }
-
 template <class T>
 static FASTNN_INLINE T* row_of(const NormBlock& b, int operand, int64_t r, int64_t c) {
   return reinterpret_cast<T*>(b.at[operand]) + r * b.row[operand] + c * b.channel[operand];

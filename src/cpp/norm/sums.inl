@@ -64,8 +64,29 @@ struct Merge {
   }
 };
 
-// The sum of a row in float32 is one of four chains; those of a block's rows are added up for each
-// channel.
+// A sum whose terms are vectors of V, in float64.
+template <class V>
+struct Wide;
+template <>
+struct Wide<VecF32> {
+  VecF64 low, high;
+  static FASTNN_INLINE Wide zero() { return {VecF64::zero(), VecF64::zero()}; }
+  FASTNN_INLINE void add(VecF32 v) {
+    low = low + widen_low(v);
+    high = high + widen_high(v);
+  }
+  FASTNN_INLINE double total() const { return reduce_add(low + high); }
+};
+template <>
+struct Wide<VecF64> {
+  VecF64 all;
+  static FASTNN_INLINE Wide zero() { return {VecF64::zero()}; }
+  FASTNN_INLINE void add(VecF64 v) { all = all + v; }
+  FASTNN_INLINE double total() const { return reduce_add(all); }
+};
+
+// A row is added up in four chains, in float32, and these are in float64: terms of both signs may
+// leave little of what they were. `positive` second terms do not.
 template <class T, bool dense>
 struct Plane {
   using V = typename ComputeIn<T>::V;
@@ -73,14 +94,14 @@ struct Plane {
   static constexpr int64_t kFetch = 256;  // elements
 
   struct Sums {
-    V first[NormBlock::kMostChannels], second[NormBlock::kMostChannels];
+    Wide<V> first[NormBlock::kMostChannels], second[NormBlock::kMostChannels];
   };
   // Of the channels [begin, end). f(row, channel) gives what to do for each vector:
   // g(element, lanes, &first, &second).
-  template <class F>
+  template <bool positive, class F>
   static FASTNN_INLINE void add_up(int64_t rows, int64_t begin, int64_t end, int64_t n, Sums& sums,
                                    F f) {
-    for (int64_t c = begin; c < end; c++) sums.first[c] = sums.second[c] = V::zero();
+    for (int64_t c = begin; c < end; c++) sums.first[c] = sums.second[c] = Wide<V>::zero();
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = begin; c < end; c++) {
         V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -88,8 +109,12 @@ struct Plane {
         auto g = f(r, c);
         for_each_vector<V>(n, [&](int k, int64_t i, int lanes)
                                   __attribute__((always_inline)) { g(i, lanes, s[k], q[k]); });
-        sums.first[c] = sums.first[c] + ((s[0] + s[1]) + (s[2] + s[3]));
-        sums.second[c] = sums.second[c] + ((q[0] + q[1]) + (q[2] + q[3]));
+        for (int k = 0; k < 4; k++) sums.first[c].add(s[k]);
+        if constexpr (positive) {
+          sums.second[c].add((q[0] + q[1]) + (q[2] + q[3]));
+        } else {
+          for (int k = 0; k < 4; k++) sums.second[c].add(q[k]);
+        }
       }
   }
   static void stats(const NormBlock& b, int64_t before, double* mean, double* squares) {
@@ -103,64 +128,63 @@ struct Plane {
     const int64_t step = b.rows == 1 ? 1 : b.channels;
     for (int64_t begin = 0; begin < b.channels; begin += step) {
       const int64_t end = begin + step;
-      add_up(pilot_rows, begin, end, pilot_n, sums,
-             [&](int64_t r, int64_t c) __attribute__((always_inline)) {
-               return [=, row = row_of<T>(b, 0, r, c)](int64_t i, int lanes, V& s, V& q)
-                          __attribute__((always_inline)) {
-                            const V v = load_at<dense, V>(row, stride, i, lanes);
-                            s = s + v;
-                            q = q + abs(v);
-                          };
-             });
+      add_up<true>(pilot_rows, begin, end, pilot_n, sums,
+                   [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+                     return [=, row = row_of<T>(b, 0, r, c)](int64_t i, int lanes, V& s, V& q)
+                                __attribute__((always_inline)) {
+                                  const V v = load_at<dense, V>(row, stride, i, lanes);
+                                  s = s + v;
+                                  q = q + abs(v);
+                                };
+                   });
       for (int64_t c = begin; c < end; c++) {
         S one[V::width];
-        pilot(V::set1(S(sum_lanes(sums.first[c]))), V::set1(S(sum_lanes(sums.second[c]))),
+        pilot(V::set1(S(sums.first[c].total())), V::set1(S(sums.second[c].total())),
               V::set1(S(1) / S(pilot_rows * pilot_n)))
             .store(one);
         center[c] = one[0];
       }
-      add_up(b.rows, begin, end, b.n, sums,
-             [&](int64_t r, int64_t c) __attribute__((always_inline)) {
-               const V whole = V::set1(center[c]), tail = whole * in_tail;
-               return [=, row = row_of<T>(b, 0, r, c)](int64_t i, int lanes, V& s, V& q)
-                          __attribute__((always_inline)) {
-                            const V d = load_and_fetch<dense, V, 3>(row, stride, i, lanes, kFetch) -
-                                        (lanes == V::width ? whole : tail);
-                            s = s + d;
-                            q = fma(d, d, q);
-                          };
-             });
+      add_up<true>(
+          b.rows, begin, end, b.n, sums, [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+            const V whole = V::set1(center[c]), tail = whole * in_tail;
+            return [=, row = row_of<T>(b, 0, r, c)](int64_t i, int lanes, V& s, V& q)
+                       __attribute__((always_inline)) {
+                         const V d = load_and_fetch<dense, V, 3>(row, stride, i, lanes, kFetch) -
+                                     (lanes == V::width ? whole : tail);
+                         s = s + d;
+                         q = fma(d, d, q);
+                       };
+          });
     }
     const Merge<double> merge(double(before), double(b.rows * b.n), [](double x) { return x; });
     for (int64_t c = 0; c < b.channels; c++)
-      merge(sum_lanes(sums.first[c]), sum_lanes(sums.second[c]), double(center[c]), mean[c],
-            squares[c]);
+      merge(sums.first[c].total(), sums.second[c].total(), double(center[c]), mean[c], squares[c]);
   }
 
   template <bool relu>
   static FASTNN_INLINE void reduce_as(const NormBlock& b, const void* centers, double* sum_grad,
                                       double* sum_grad_x) {
     Sums sums;
-    add_up(b.rows, 0, b.channels, b.n, sums,
-           [&](int64_t r, int64_t c) __attribute__((always_inline)) {
-             const V center = V::set1(static_cast<const S*>(centers)[c]);
-             const int64_t grad_stride = b.inner[0], x_stride = b.inner[1], out_stride = b.inner[2];
-             return [=, grad = row_of<T>(b, 0, r, c), x = row_of<T>(b, 1, r, c),
-                     out = row_of<T>(b, 2, r, c)](int64_t i, int lanes, V& s,
-                                                  V& q) __attribute__((always_inline)) {
-               V g = load_and_fetch<dense, V, 3>(grad, grad_stride, i, lanes, kFetch);
-               if constexpr (relu)
-                 g = select(
-                     le(load_and_fetch<dense, V, 3>(out, out_stride, i, lanes, kFetch), V::zero()),
-                     V::zero(), g);
-               s = s + g;
-               // Past the end g is 0; x - center is not, and must be finite for that.
-               q = fma(g, load_and_fetch<dense, V, 3>(x, x_stride, i, lanes, kFetch) - center, q);
-             };
-           });
+    add_up<false>(
+        b.rows, 0, b.channels, b.n, sums, [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+          const V center = V::set1(static_cast<const S*>(centers)[c]);
+          const int64_t grad_stride = b.inner[0], x_stride = b.inner[1], out_stride = b.inner[2];
+          return [=, grad = row_of<T>(b, 0, r, c), x = row_of<T>(b, 1, r, c),
+                  out = row_of<T>(b, 2, r, c)](int64_t i, int lanes, V& s,
+                                               V& q) __attribute__((always_inline)) {
+            V g = load_and_fetch<dense, V, 3>(grad, grad_stride, i, lanes, kFetch);
+            if constexpr (relu)
+              g = select(
+                  le(load_and_fetch<dense, V, 3>(out, out_stride, i, lanes, kFetch), V::zero()),
+                  V::zero(), g);
+            s = s + g;
+            // Past the end g is 0; x - center is not, and must be finite for that.
+            q = fma(g, load_and_fetch<dense, V, 3>(x, x_stride, i, lanes, kFetch) - center, q);
+          };
+        });
     for (int64_t c = 0; c < b.channels; c++) {
-      sum_grad[c] += sum_lanes(sums.first[c]);
-      sum_grad_x[c] += sum_lanes(sums.second[c]);
+      sum_grad[c] += sums.first[c].total();
+      sum_grad_x[c] += sums.second[c].total();
     }
   }
   static void reduce(const NormBlock& b, const void* centers, bool relu, double* sum_grad,
