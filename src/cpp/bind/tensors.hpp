@@ -12,7 +12,7 @@ namespace fastnn::tensors {
 
 constexpr int kMaxDims = 8;
 // Results above this come from the caching allocator (LARGE_BYTES in backends/cpu/).
-constexpr int64_t kLargeBytes = 4 << 20;
+constexpr int64_t kLargeBytes = 512 << 10;
 // Giving up the GIL costs as much as this many multiplications take.
 constexpr double kFewOperations = 5e5;
 

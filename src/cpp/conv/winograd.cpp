@@ -293,7 +293,8 @@ bool run(const Job& j) {
   // With many blocks, all filters are transformed first, and then a block is whole to a thread,
   // which finds what it transformed in its own cache. With few, it is the other way round: all
   // blocks are transformed first, and then a panel of filters is whole to a thread.
-  const bool by_blocks = s.blocks >= 4 * threads;
+  const bool even = 8 * s.blocks >= 7 * ceil_div(s.blocks, threads) * threads;
+  const bool by_blocks = s.blocks >= 4 * threads || (even && j.c.prepared && !j.turned);
   const int64_t u_floats = kPositions * channels * kn.nr + 16, v_floats = kPositions * s.position;
   const int64_t own = (Buffers::floats(j, s, kn) + (by_blocks ? 0 : v_floats + 15) + 15) / 16 * 16;
   float* memory = static_cast<float*>(scratch(Scratch::accumulator, size_t(own * threads) * 4));

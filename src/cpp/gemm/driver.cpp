@@ -131,8 +131,13 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
           tiles.run(g.k ? a.at(block, p) : nullptr, p, (q - q0) * block_a + (p - p0));
         };
         if (sum) {
-          for (int64_t q = q0; q < q1; q++)
-            for (int64_t p = p0; p < p1; p++) one(p, q);
+          for (int64_t q = q0; q < q1; q++) {
+            const int64_t next = q + 1 < q1 ? block : block + 1;
+            Ahead ahead(
+                b.packed && next < sums.blocks ? b.at(next, q + 1 < q1 ? q + 1 : q0) : nullptr,
+                b.layout.panel_bytes(block), p1 - p0);
+            for (int64_t p = p0; p < p1; p++) ahead.step(), one(p, q);
+          }
         } else {  // little work an element of C: its rows are written through, one by one
           for (int64_t p = p0; p < p1; p++)
             for (int64_t q = q0; q < q1; q++) one(p, q);

@@ -13,7 +13,7 @@ namespace fastnn {
 
 namespace {
 
-constexpr int64_t kStripBytes = 256 << 10;  // a share of L2
+constexpr int64_t kStripBytes = 512 << 10;  // a share of L2
 constexpr int64_t kLeastTiles = 8;          // of a strip, that a block of B be worth loading
 
 // How the rows are cut into strips, and strips and panels of B into items for the threads.
@@ -127,13 +127,20 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
           tiles.block(block, k.length(block) / kn.k_word);
           tiles.runs(std::min(k.runs, int64_t(s.runs.size()) - run), &k.from_first[size_t(run)]);
           tiles.panel(packed + k.b.offset(block, q), true, b_word, q);
+          // Panels lie one after the other within a block, and the next block after them.
+          const bool goes_on = block + 1 < blocks || q + 1 < k.b.panels;
+          Ahead ahead(goes_on ? packed + (block + 1 < blocks ? k.b.offset(block + 1, q)
+                                                             : k.b.offset(0, q + 1))
+                              : nullptr,
+                      k.b.panel_bytes(block), count * tiles_in_line);
           for (int64_t line = 0; line < count; line++) {
             int64_t c, residual;
             g.rows.find(first + line, c, residual);
             tiles.line(c, residual);
             for (int64_t p = 0; p < tiles_in_line; p++)
-              tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,
-                        line * tiles_in_line + p);
+              ahead.step(),
+                  tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,
+                            line * tiles_in_line + p);
           }
         }
     }

@@ -142,6 +142,24 @@ struct Sums {
   int64_t bytes(const Kernel& kn) const { return count * (two_levels ? 2 : 1) * tile_bytes(kn); }
 };
 
+// Fetches the panel of B that is needed next while the tiles of this one are computed, a part with
+// each: packed panels are read once, often from memory, and a tile alone would wait for it.
+class Ahead {
+ public:
+  Ahead(const char* next, int64_t bytes, int64_t tiles)
+      : next_(next),
+        end_(next ? next + bytes : nullptr),
+        part_(round_up(ceil_div(bytes, tiles), 64)) {}
+  void step() {
+    for (const char* to = std::min(end_, next_ + part_); next_ < to; next_ += 64)
+      __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *end_;
+  int64_t part_;
+};
+
 // One tile over one block of K, and its way to C after the last.
 class Tiles {
  public:
