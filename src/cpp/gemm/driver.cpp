@@ -285,7 +285,8 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const bool direct_a =
       kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
       (g.n <= 2 * kn.nr || g.m <= kn.mr ||
-       ((g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes) && !rows_collide(kn, g)));
+       ((g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes) &&
+        (kn.finishes || !rows_collide(kn, g))));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
                        all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);
