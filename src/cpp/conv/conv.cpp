@@ -140,7 +140,9 @@ bool correlate_strips(const Patches& p, const char* a, int64_t m, const Conv& c,
                       int threads) {
   Gemm g;
   g.prepared = prepared, g.prepared_part = first_channel;
-  g.m = p.images * p.positions(), g.n = m, g.k = p.depth();
+  const int64_t step = strips_step(c.type, c.precision, c.batch_invariant);
+  g.m = p.images * p.positions(), g.n = m;
+  g.k = p.tap_count() * PatchStrips::padded_channels(p, step);
   g.b.data = const_cast<char*>(a);
   g.b.rs = 1, g.b.cs = g.k;
   g.a.type = g.b.type = g.c.type = c.type;
@@ -153,28 +155,36 @@ bool correlate_strips(const Patches& p, const char* a, int64_t m, const Conv& c,
   g.precision = c.precision, g.batch_invariant = c.batch_invariant;
   set_epilogue(g, c, whole, first_channel);
   if (g.bias) g.bias_axis = BiasAxis::column;
-  const PatchStrips strips(p);
+  const PatchStrips strips(p, step);
   g.a_strips = &strips;
   if (!gemm_strips(g, threads)) return false;
   count_call("strips");
   return true;
 }
 
-// Filters (m, c, t) as (m, t, c).
-void taps_outer(const char* w, int64_t m, int64_t channels, int64_t taps, int64_t element, char* to,
-                int threads) {
-  const auto transpose = conv_kernels().transpose[size_index(element)];
-  const int64_t filter = channels * taps;
+// Filters (m, c, t), or (m, t, c), as (m, t, c) with the channels padded with zeros.
+void taps_outer(const char* w, int64_t m, int64_t channels, int64_t padded, int64_t taps,
+                bool channels_inner, int64_t element, char* to, int threads) {
+  const ConvKernels& kernels = conv_kernels();
+  const int size = size_index(element);
   parallel(threads, [&](int thread, int came) {
     const Range mine = share_of(m, 1, thread, came);
     Lane lanes[16];
-    for (int64_t i = mine.begin; i < mine.end; i++)
-      for (int64_t c0 = 0; c0 < channels; c0 += 16) {
-        const int count = int(std::min<int64_t>(16, channels - c0));
-        for (int c = 0; c < count; c++)
-          lanes[c] = {w + (i * filter + (c0 + c) * taps) * element, 0, int32_t(taps)};
-        transpose(to + (i * filter + c0) * element, channels, lanes, count, 1, taps);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const char* from = w + i * channels * taps * element;
+      char* filter = to + i * padded * taps * element;
+      if (channels_inner) {
+        kernels.copy_rows[size](filter, padded, from, channels, taps, 1, 0, channels, padded);
+        continue;
       }
+      for (int64_t c0 = 0; c0 < padded; c0 += 16) {
+        const int count = int(std::min<int64_t>(16, padded - c0));
+        for (int c = 0; c < count; c++)
+          lanes[c] = {from + (c0 + c < channels ? (c0 + c) * taps * element : 0), 0,
+                      c0 + c < channels ? int32_t(taps) : 0};
+        kernels.transpose[size](filter + c0 * element, padded, lanes, count, 1, taps);
+      }
+    }
   });
 }
 
@@ -314,15 +324,17 @@ void conv_forward(const Conv& c) {
     p.channels_inner = !outer;
     const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
     const char* w = c.w.data + group * rows * p.depth() * size;
-    if (PatchStrips::pays(p, rows, c.batch_invariant, c.prepared)) {
+    const int64_t step = strips_step(c.type, c.precision, c.batch_invariant);
+    if (step && PatchStrips::pays(p, rows, c.batch_invariant, c.prepared)) {
       const char* a = w;
-      if (outer && p.tap_count() > 1 && channels > 1) {
-        const size_t bytes = size_t(rows * p.depth() * size);
+      const int64_t taps = p.tap_count(), padded = PatchStrips::padded_channels(p, step);
+      if ((outer && taps > 1 && channels > 1) || padded != channels) {
+        const size_t bytes = size_t(rows * taps * padded * size);
         auto turn = [&](char* to) {
-          taps_outer(w, rows, channels, p.tap_count(), size, to, threads);
+          taps_outer(w, rows, channels, padded, taps, !outer, size, to, threads);
         };
         if (c.prepared) {
-          a = c.prepared->get("taps outer", nullptr, 0, group, bytes, turn);
+          a = c.prepared->get("taps outer", nullptr, padded, group, bytes, turn);
         } else {
           char* turned = static_cast<char*>(scratch(Scratch::misc, bytes));
           turn(turned);
@@ -381,7 +393,9 @@ void conv_input(const Conv& c) {
             out.size[2 + d] = f[d]->positions;
             out.stride[2 + d] = x.stride[2 + d] * c.stride[d];
           }
-          const bool strips = PatchStrips::pays(p, channels, c.batch_invariant);
+          const int64_t filter_step = strips_step(c.type, c.precision, c.batch_invariant);
+          const bool strips = filter_step && rows % filter_step == 0 &&
+                              PatchStrips::pays(p, channels, c.batch_invariant);
           p.channels_inner = strips || (w.stride[1] == 1 && channels > 1);
           char* weight = static_cast<char*>(
               scratch(Scratch::misc, size_t(std::max<int64_t>(1, channels * p.depth() * size))));

@@ -32,7 +32,8 @@ bool PatchStrips::pays(const Patches& p, int64_t filters, bool batch_invariant, 
          (packed || positions * (p.channel_stride == 1 ? 8 : 1) >= filters);
 }
 
-PatchStrips::PatchStrips(const Patches& p) : p_(p) {
+PatchStrips::PatchStrips(const Patches& p, int64_t step)
+    : p_(p), padded_(padded_channels(p, step)) {
   lines = p.images * p.out[0] * p.out[1], line = p.out[2];
   lines_together = p.out[1];
 
@@ -47,7 +48,8 @@ PatchStrips::PatchStrips(const Patches& p) : p_(p) {
 
   const int64_t tile_rows = std::min<int64_t>(kTileRows, line);
   const bool neighbours = p.channel_stride == 1 || p.channels == 1;
-  in_place_ = inside && neighbours && !collide(p.step[2] * p.stride[2] * p.element, tile_rows);
+  in_place_ = inside && neighbours && padded_ == p.channels &&
+              !collide(p.step[2] * p.stride[2] * p.element, tile_rows);
   int64_t apart[kSpatial];  // of taps
   if (in_place_) {
     pixel_ = p.stride[2];
@@ -55,7 +57,7 @@ PatchStrips::PatchStrips(const Patches& p) : p_(p) {
     line_step = p.step[1] * p.stride[1];
   } else {
     // Row by row of the input, and in each the planes that the taps of the first dimension see.
-    pixel_ = p.channels;
+    pixel_ = padded_;
     if (collide(p.step[2] * pixel_ * p.element, tile_rows)) pixel_ += 64 / p.element;
     row_ = columns_ * pixel_;
     apart[0] = row_, apart[1] = p.delta[1] * p.taps[0] * row_, apart[2] = p.delta[2] * pixel_;
@@ -63,8 +65,8 @@ PatchStrips::PatchStrips(const Patches& p) : p_(p) {
   }
   row_step = p.step[2] * pixel_;
 
-  const bool along = p.delta[2] == 1 && pixel_ == p.channels;
-  run = along ? p.taps[2] * p.channels : p.channels;
+  const bool along = p.delta[2] == 1 && pixel_ == padded_;
+  run = along ? p.taps[2] * padded_ : padded_;
   auto offset = [&](int d, int64_t t) {
     return (apart[d] < 0 ? t - (p.taps[d] - 1) : t) * apart[d];
   };
@@ -114,16 +116,21 @@ void PatchStrips::copy_row(char* to, const char* from) const {
   if (p_.channel_stride != 1 && p_.channels > 1) {
     Lane lanes[kMostLanes];
     const auto transpose = conv_kernels().transpose[size_index(p_.element)];
-    for (int64_t c0 = 0; c0 < p_.channels; c0 += kMostLanes) {
-      const int count = int(std::min<int64_t>(kMostLanes, p_.channels - c0));
+    for (int64_t c0 = 0; c0 < padded_; c0 += kMostLanes) {
+      const int count = int(std::min<int64_t>(kMostLanes, padded_ - c0));
       for (int c = 0; c < count; c++)
-        lanes[c] = {from + (c0 + c) * p_.channel_stride * p_.element, int32_t(lo), int32_t(hi)};
+        lanes[c] = c0 + c < p_.channels ? Lane{from + (c0 + c) * p_.channel_stride * p_.element,
+                                               int32_t(lo), int32_t(hi)}
+                                        : Lane{from, 0, 0};
       transpose(to + c0 * p_.element, pixel_, lanes, count, p_.stride[2], columns_);
     }
     return;
   }
-  std::memset(to, 0, size_t(lo * pixel));
-  if (p_.stride[2] == pixel_)
+  if (padded_ != p_.channels)
+    std::memset(to, 0, size_t(columns_ * pixel));
+  else
+    std::memset(to, 0, size_t(lo * pixel));
+  if (p_.stride[2] == pixel_ && padded_ == p_.channels)
     std::memcpy(to + lo * pixel, from + lo * pixel, size_t((hi - lo) * pixel));
   else
     for (int64_t i = lo; i < hi; i++)

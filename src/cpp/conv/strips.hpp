@@ -5,14 +5,19 @@
 
 namespace fastnn {
 
-// Rows (n, o), columns (t, c). Lines are rows of positions; a strip's input is copied with the
-// zeros around it and its channels innermost, unless it lies so already.
+// Rows (n, o), columns (t, c), with c up to `padded_channels`. Lines are rows of positions; a
+// strip's input is copied with the zeros around it and its channels innermost, unless it lies so
+// already.
 class PatchStrips final : public StripSource {
  public:
-  explicit PatchStrips(const Patches& p);
+  // Channels are padded with zeros to a multiple of `step`.
+  PatchStrips(const Patches& p, int64_t step);
   // Whether it is faster than PatchColumns, where the product has so many filters; `packed`: before
   // this call.
   static bool pays(const Patches& p, int64_t filters, bool batch_invariant, bool packed = false);
+  static int64_t padded_channels(const Patches& p, int64_t step) {
+    return (p.channels + step - 1) / step * step;
+  }
   int64_t bytes(int64_t count) const override;
   const char* fill(char* memory, int64_t first, int64_t count) const override;
 
@@ -22,6 +27,7 @@ class PatchStrips final : public StripSource {
 
   const Patches& p_;
   int64_t lowest_[kSpatial];           // what the first position sees at least
+  int64_t padded_;                     // channels
   int64_t columns_, pixel_, row_ = 0;  // of a strip: pixels of a row; elements to the next of each
   bool in_place_;
 };

@@ -282,11 +282,10 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   // Reading an operand in place saves a pass over it, and pays where it stays in the cache, or each
   // element is used little. Tiles have no tails: they are read in place where there are none.
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
-  const bool direct_a =
-      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
-      (g.n <= 2 * kn.nr || g.m <= kn.mr ||
-       ((g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes) &&
-        (kn.finishes || !rows_collide(kn, g))));
+  const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+                        (g.n <= 2 * kn.nr || g.m <= kn.mr ||
+                         ((g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes) &&
+                          (kn.finishes || !rows_collide(kn, g))));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
                        all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);

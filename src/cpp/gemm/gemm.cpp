@@ -249,11 +249,20 @@ void gemm_panels(const Gemm& g, int threads) {
   run_panels(*exact, g, threads);
 }
 
+static const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
+  const Kernel* kn = find_kernel({type, type, precision, int64_t(1) << 40, false, exact_only});
+  return kn && kn->finishes && kn->direct_a ? kn : nullptr;
+}
+
+int64_t strips_step(DType type, Precision precision, bool batch_invariant) {
+  const Kernel* kn = strips_kernel(type, precision, batch_invariant);
+  return kn ? kn->k_step : 0;
+}
+
 bool gemm_strips(const Gemm& g, int threads) {
   if (g.m == 0 || g.n == 0) return true;
-  const Kernel* kn =
-      find_kernel({g.a.type, g.b.type, g.precision, int64_t(1) << 40, false, g.batch_invariant});
-  if (!kn || !kn->finishes || !kn->direct_a || g.a_strips->run % kn->k_step != 0) return false;
+  const Kernel* kn = strips_kernel(g.a.type, g.precision, g.batch_invariant);
+  if (!kn || g.a_strips->run % kn->k_step != 0) return false;
   if (int64_t(packed_b_bytes(*kn, g.k, g.n)) > kStripsPackedLimit) return false;
   count_call(kn->name);
   run_strips(*kn, g, threads);

@@ -125,8 +125,10 @@ void gemm(const Gemm& g);
 // The same with b_panels in place of B, without batches, on up to `threads` threads.
 void gemm_panels(const Gemm& g, int threads);
 
-// The same with a_strips in place of A. False where no kernel reads such an A.
+// The same with a_strips in place of A, whose runs are multiples of strips_step: 0 where no kernel
+// reads such an A. False as well where B is too large to be packed at once.
 bool gemm_strips(const Gemm& g, int threads);
+int64_t strips_step(DType type, Precision precision, bool batch_invariant);
 
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision);
 
