@@ -22,6 +22,11 @@ struct Lane {
 using TransposeFn = void (*)(void* dst, int64_t ld, const Lane* lanes, int count, int64_t stride,
                              int64_t n);
 
+// A transposition of a few lanes, up to kFewLanes, whose elements are neighbours and in the same
+// range.
+constexpr int kFewLanes = 4;
+using InterleaveFn = void (*)(void* dst, const struct Lane* lanes, int count, int64_t n);
+
 // Depthwise convolution of one element type. Sums and filters are float32, of float64 float64;
 // `sums` holds a vector of `width` lanes a tap, to be added up by the caller.
 struct DepthwiseKernels {
@@ -58,6 +63,7 @@ struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
   TransposeFn transpose[3];
   GatherRowsFn gather_rows[3];
+  InterleaveFn interleave[3];
   DepthwiseKernels depthwise[4];  // by DType
   // See winograd.inl.
   void (*winograd_input)(const float* even, const float* odd, int64_t row, int64_t channel,

@@ -50,6 +50,11 @@ static void gather_rows(void* dst_, int64_t ld, const Lane* rows, int64_t count,
   }
 }
 
+template <class T>
+static void interleave(void* dst, const Lane* lanes, int count, int64_t n) {
+  transpose<T>(dst, count, lanes, count, 1, n);
+}
+
 #if FASTNN_TARGET_ID == 2
 // Bits [lo, hi) of 16, counted from i.
 FASTNN_INLINE uint32_t range_mask(int64_t lo, int64_t hi, int64_t i, int width) {
@@ -203,20 +208,92 @@ static void transpose2(void* dst_, int64_t ld, const Lane* lanes, int count, int
   }
 }
 
+// Element l of output vector o is element (16 o + l) / COUNT of one of COUNT vectors.
+template <int COUNT>
+FASTNN_INLINE void store_interleaved(uint32_t* dst, const __m512i* v, int64_t left) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+  for (int o = 0; o < COUNT; o++) {
+    alignas(64) int from[16];
+    uint32_t mask[COUNT] = {};
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++) {
+      from[l] = (16 * o + l) / COUNT;
+      mask[(16 * o + l) % COUNT] |= 1u << l;
+    }
+    const __m512i index = COUNT == 1 ? lane : _mm512_load_si512(from);
+    __m512i out = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int c = 0; c < COUNT; c++)
+      out = _mm512_mask_permutexvar_epi32(out, __mmask16(mask[c]), index, v[c]);
+    _mm512_mask_storeu_epi32(dst + 16 * o, VecF32::first(int(clamp(left - 16 * o, 16))), out);
+  }
+}
+
+template <int COUNT>
+static void interleave_words(uint32_t* dst, const Lane* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    __m512i v[COUNT];
+#pragma GCC unroll 4
+    for (int c = 0; c < COUNT; c++)
+      v[c] = _mm512_maskz_loadu_epi32(__mmask16(range_mask(lanes[c].lo, lanes[c].hi, i, 16)),
+                                      reinterpret_cast<const uint32_t*>(lanes[c].src) + i);
+    store_interleaved<COUNT>(dst + COUNT * i, v, COUNT * (n - i));
+  }
+}
+static void interleave4(void* dst, const Lane* lanes, int count, int64_t n) {
+  auto* to = static_cast<uint32_t*>(dst);
+  if (count == 2) return interleave_words<2>(to, lanes, n);
+  if (count == 3) return interleave_words<3>(to, lanes, n);
+  if (count == 4) return interleave_words<4>(to, lanes, n);
+  interleave<uint32_t>(dst, lanes, count, n);
+}
+
+// Pairs of lanes are words.
+template <int PAIRS>
+static void interleave_pairs(uint32_t* dst, const Lane* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    __m512i v[PAIRS];
+#pragma GCC unroll 2
+    for (int p = 0; p < PAIRS; p++) {
+      __m512i half[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const Lane& lane = lanes[2 * p + h];
+        half[h] = _mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(__mmask16(range_mask(lane.lo, lane.hi, i, 16)),
+                                     reinterpret_cast<const uint16_t*>(lane.src) + i));
+      }
+      v[p] = _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16));
+    }
+    store_interleaved<PAIRS>(dst + PAIRS * i, v, PAIRS * (n - i));
+  }
+}
+static void interleave2(void* dst, const Lane* lanes, int count, int64_t n) {
+  auto* to = static_cast<uint32_t*>(dst);
+  if (count == 2) return interleave_pairs<1>(to, lanes, n);
+  if (count == 4) return interleave_pairs<2>(to, lanes, n);
+  interleave<uint16_t>(dst, lanes, count, n);
+}
+
 constexpr CopyRowsFn copies[] = {copy_rows2, copy_rows4, copy_rows<uint64_t>};
 constexpr TransposeFn transposes[] = {transpose2, transpose4, transpose<uint64_t>};
 constexpr GatherRowsFn gathers[] = {gather_rows<uint16_t>, gather_rows4, gather_rows<uint64_t>};
+constexpr InterleaveFn interleaves[] = {interleave2, interleave4, interleave<uint64_t>};
 #else
 constexpr CopyRowsFn copies[] = {copy_rows<uint16_t>, copy_rows<uint32_t>, copy_rows<uint64_t>};
 constexpr TransposeFn transposes[] = {transpose<uint16_t>, transpose<uint32_t>,
                                       transpose<uint64_t>};
 constexpr GatherRowsFn gathers[] = {gather_rows<uint16_t>, gather_rows<uint32_t>,
                                     gather_rows<uint64_t>};
+constexpr InterleaveFn interleaves[] = {interleave<uint16_t>, interleave<uint32_t>,
+                                        interleave<uint64_t>};
 #endif
 
 static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {transposes[0], transposes[1], transposes[2]},
                                   {gathers[0], gathers[1], gathers[2]},
+                                  {interleaves[0], interleaves[1], interleaves[2]},
                                   {depthwise_kernels<float>, depthwise_kernels<double>,
                                    depthwise_kernels<bf16>, depthwise_kernels<f16>},
                                   winograd_input,

@@ -122,7 +122,10 @@ void PatchStrips::copy_row(char* to, const char* from) const {
         lanes[c] = c0 + c < p_.channels ? Lane{from + (c0 + c) * p_.channel_stride * p_.element,
                                                int32_t(lo), int32_t(hi)}
                                         : Lane{from, 0, 0};
-      transpose(to + c0 * p_.element, pixel_, lanes, count, p_.stride[2], columns_);
+      if (padded_ <= kFewLanes && pixel_ == padded_ && p_.stride[2] == 1)
+        conv_kernels().interleave[size_index(p_.element)](to, lanes, count, columns_);
+      else
+        transpose(to + c0 * p_.element, pixel_, lanes, count, p_.stride[2], columns_);
     }
     return;
   }

@@ -441,7 +441,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
   T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0 * s.c_cs;
   if (s.c_rs == 1 && s.c_cs != 1 && rows > 1) {
 #if FASTNN_TARGET_ID == 2
-    if constexpr (sizeof(T) == 4 && sizeof(typename V::T) == 4) {
+    if constexpr (sizeof(typename V::T) == 4) {
       // C lies the other way round: a block of 16 x 16 is finished, turned, and its columns
       // written.
       for (int r0 = 0; r0 < rows; r0 += 16)
@@ -452,14 +452,13 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
             V v = V::zero();
             if (i < m) {
               v = load_acc(acc + (r0 + i) * ld + j, n);
-              if (!s.plain) v = epilogue<false>(v, s, i0 + r0 + i, j0 + j, n);
+              if (!s.plain) v = epilogue<narrow>(v, s, i0 + r0 + i, j0 + j, n);
             }
             block[i] = _mm512_castps_si512(v.r);
           }
           transpose16(block);
-          const __mmask16 mask = V::first(m);
           for (int l = 0; l < n; l++)
-            _mm512_mask_storeu_epi32(c + r0 + (j + l) * s.c_cs, mask, block[l]);
+            V{_mm512_castsi512_ps(block[l])}.store_partial(c + r0 + (j + l) * s.c_cs, m);
         }
       return;
     }
