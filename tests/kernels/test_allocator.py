@@ -59,16 +59,30 @@ def test_blocks_come_back():
     assert _cpu.allocator_stats()["misses"] == before["misses"] + 1
 
 
-def test_a_slightly_larger_block_serves_and_a_far_larger_one_does_not():
+def test_a_block_is_cut_and_grows_together_again():
     x = empty(70 * MB, dtype=torch.uint8)
     address = x.data_ptr()
     del x
-    y = empty(68 * MB, dtype=torch.uint8)
-    assert y.data_ptr() == address
+    before = _cpu.allocator_stats()
+    y, z = empty(19 * MB, dtype=torch.uint8), empty(40 * MB, dtype=torch.uint8)
+    assert (y.data_ptr(), z.data_ptr()) == (address, address + 20 * MB)
+    assert _cpu.allocator_stats()["bytes_cached"] == 10 * MB
+    y.fill_(1), z.fill_(2)
+    assert bool((y == 1).all())
     del y
-    hits = _cpu.allocator_stats()["hits"]
-    empty(20 * MB, dtype=torch.uint8)
-    assert _cpu.allocator_stats()["hits"] == hits
+    small = empty(8 * MB, dtype=torch.uint8)  # from the smallest piece that has it
+    assert small.data_ptr() == address + 60 * MB
+    del z, small
+    whole = empty(70 * MB, dtype=torch.uint8)
+    after = _cpu.allocator_stats()
+    assert whole.data_ptr() == address
+    assert (after["hits"], after["misses"]) == (before["hits"] + 4, before["misses"])
+
+
+def test_no_more_is_held_than_was_needed_at_once():
+    for size in (10, 20, 30, 40, 50):
+        empty(size * MB, dtype=torch.uint8)
+        assert _cpu.allocator_stats()["bytes_cached"] <= size * MB
 
 
 def test_views_outlive_the_base():

@@ -12,7 +12,7 @@ namespace fastnn::tensors {
 
 constexpr int kMaxDims = 8;
 // Results above this come from the caching allocator (LARGE_BYTES in backends/cpu/).
-constexpr int64_t kLargeBytes = 512 << 10;
+constexpr int64_t kLargeBytes = 1 << 20;
 // Giving up the GIL costs as much as this many multiplications take.
 constexpr double kFewOperations = 5e5;
 

@@ -5,7 +5,8 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <list>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <new>
 
@@ -16,13 +17,10 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kLarge = size_t(1) << 20;  // below, malloc is quick and its memory warm
 constexpr size_t kAlignment = 64;
 
-// Size classes an eighth of a power of two apart, whole huge pages: at most 1/8 is lost (more only
-// below 16 MB, where a huge page is the least step).
-size_t size_class(size_t bytes) {
-  size_t step = kHugePage;
-  while (bytes / 16 >= step) step *= 2;
-  if (bytes > SIZE_MAX - step) throw std::bad_alloc();
-  return (bytes + step - 1) / step * step;
+// Whole huge pages.
+size_t rounded(size_t bytes) {
+  if (bytes > SIZE_MAX - kHugePage) throw std::bad_alloc();
+  return (bytes + kHugePage - 1) / kHugePage * kHugePage;
 }
 
 void* map(size_t size) {
@@ -51,24 +49,38 @@ class Cache {
     limit_ = quarter < most ? quarter : most;
   }
 
-  // A free block of this capacity, or one at most an eighth larger; else null.
+  // A block of this capacity from the smallest free range that has it (of equal ones the warmest),
+  // of which the rest stays free; else null.
   Block take(size_t capacity) {
     const std::lock_guard<std::mutex> lock(mutex);
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it) {
-      if (it->capacity < capacity || it->capacity > capacity + capacity / 8) continue;
-      if (best == free_.end() || it->capacity < best->capacity) best = it;
-      if (best->capacity == capacity) break;
+      if (it->second.size < capacity) continue;
+      if (best == free_.end() || it->second.size < best->second.size ||
+          (it->second.size == best->second.size && it->second.used > best->second.used))
+        best = it;
     }
     if (best == free_.end()) return {nullptr, 0};
-    const Block b = *best;
-    free_.erase(best);
-    cached_ -= b.capacity;
-    live_ += b.capacity;
+    auto node = free_.extract(best);
+    const Block b = {node.key(), capacity};
+    node.key() += capacity, node.mapped().size -= capacity;
+    if (node.mapped().size) free_.insert(std::move(node));
+    cached_ -= capacity;
+    live_ += capacity;
     hits_++;
     return b;
   }
 
+  // Before fresh memory is asked for: as much of what is free, but in pieces too small, goes back,
+  // so that the process never holds much more than its tensors needed at once.
+  void make_room(size_t capacity) noexcept {
+    Ranges unwanted;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      shrink(cached_ > capacity ? cached_ - capacity : 0, unwanted);
+    }
+    unmap(unwanted);
+  }
   void count_miss(size_t capacity) {
     const std::lock_guard<std::mutex> lock(mutex);
     live_ += capacity;
@@ -83,12 +95,12 @@ class Cache {
   }
 
   void give(Block b) noexcept {
-    std::list<Block> unwanted;
+    Ranges unwanted;
     {
       const std::lock_guard<std::mutex> lock(mutex);
       live_ -= b.capacity;
       try {
-        free_.push_front(b);  // most recently used first: the warmest
+        insert(static_cast<char*>(b.data), b.capacity);
         cached_ += b.capacity;
       } catch (...) {
         munmap(b.data, b.capacity);
@@ -100,7 +112,7 @@ class Cache {
   }
 
   void shrink_to(size_t bytes) noexcept {
-    std::list<Block> unwanted;
+    Ranges unwanted;
     {
       const std::lock_guard<std::mutex> lock(mutex);
       shrink(bytes, unwanted);
@@ -124,20 +136,45 @@ class Cache {
   std::mutex mutex;
 
  private:
-  // Splicing moves nodes: nothing is allocated and nothing is unmapped under the lock.
-  void shrink(size_t bytes, std::list<Block>& unwanted) noexcept {
-    while (cached_ > bytes) {
-      cached_ -= free_.back().capacity;
-      unwanted.splice(unwanted.begin(), free_, --free_.end());
+  struct Free {
+    size_t size;
+    uint64_t used;  // when the last of it was given back
+  };
+  using Ranges = std::map<char*, Free>;
+
+  // A free range, as one with those beside it: the system does not mind where mappings begin.
+  void insert(char* data, size_t size) {
+    auto it = free_.emplace(data, Free{size, ++clock_}).first;
+    if (const auto next = std::next(it); next != free_.end() && data + size == next->first) {
+      it->second.size += next->second.size;
+      free_.erase(next);
     }
-  }
-  static void unmap(const std::list<Block>& blocks) noexcept {
-    for (const Block& b : blocks) munmap(b.data, b.capacity);
+    if (it == free_.begin()) return;
+    const auto before = std::prev(it);
+    if (before->first + before->second.size != data) return;
+    before->second.size += it->second.size;
+    before->second.used = it->second.used;
+    free_.erase(it);
   }
 
-  std::list<Block> free_;
+  // The least recently used ranges go first. Nodes are moved: nothing is allocated and nothing is
+  // unmapped under the lock.
+  void shrink(size_t bytes, Ranges& unwanted) noexcept {
+    while (cached_ > bytes) {
+      auto oldest = free_.begin();
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->second.used < oldest->second.used) oldest = it;
+      cached_ -= oldest->second.size;
+      unwanted.insert(free_.extract(oldest));
+    }
+  }
+  static void unmap(const Ranges& ranges) noexcept {
+    for (const auto& [data, range] : ranges) munmap(data, range.size);
+  }
+
+  Ranges free_;
   size_t cached_ = 0, live_ = 0, limit_;
-  uint64_t hits_ = 0, misses_ = 0;
+  uint64_t hits_ = 0, misses_ = 0, clock_ = 0;
 };
 
 // Never destroyed: tensors may die after this library's static objects would have.
@@ -166,9 +203,10 @@ Block allocate(size_t bytes) {
     cache().count_small(capacity, true);
     return {p, capacity};
   }
-  const size_t capacity = size_class(bytes);
+  const size_t capacity = rounded(bytes);
   const Block cached = cache().take(capacity);
   if (cached.data) return cached;
+  cache().make_room(capacity);
   void* p = map(capacity);
   if (!p) {
     empty_cache();

@@ -1,8 +1,8 @@
 // A caching allocator for large results.
 //
 // Fresh memory costs more than most kernels: the system hands it out page by page, zeroed, at a few
-// GB/s. Blocks that tensors give back are kept here, mapped and warm, for the next result of about
-// that size. Large blocks are 2 MB aligned and ask for huge pages.
+// GB/s. What tensors give back is kept here, mapped and warm, and cut up for the next results.
+// Large blocks are 2 MB aligned and ask for huge pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>

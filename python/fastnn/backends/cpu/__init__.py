@@ -42,7 +42,7 @@ PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
 SAVES_OUTPUT = frozenset(("relu", "sigmoid", "tanh"))
 
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
-LARGE_BYTES = 512 << 10
+LARGE_BYTES = 1 << 20
 #: The most dimensions the kernel's loops take.
 MAX_DIMS = 8
 
