@@ -268,7 +268,7 @@ def _conv(
     if not is_dynamo_compiling() and getattr(input, "ndim", 0) == rank + 2:
         found = _tensor_convolution(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0, None)
         if type(found) is tuple:
-            return _apply_convolution(input, weight, bias, found[0], stride, padding, dilation, groups)
+            return _apply_convolution(input, weight, bias, found, stride, padding, dilation, groups)
         if found is not None:
             return found
     try:
@@ -435,7 +435,7 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _Convolution(Function):
-    """What the short way has computed, ``y``, made part of the graph."""
+    """What the short way has computed, ``found``, made part of the graph."""
 
     @staticmethod
     def forward(
@@ -443,7 +443,7 @@ class _Convolution(Function):
         x: Tensor,
         w: Tensor,
         bias: Tensor | None,
-        y: Tensor,
+        found: tuple[Tensor],
         stride: Any,
         padding: Any,
         dilation: Any,
@@ -451,7 +451,7 @@ class _Convolution(Function):
     ) -> Tensor:
         ctx.given = (stride, padding, dilation, groups)
         ctx.save_for_backward(x, w)
-        return y
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
