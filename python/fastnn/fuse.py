@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
+from .backends.cpu.conv import is_channels_last
 from .nn.activation import activation_name
 from .nn.mlp import _unwatched
 from .ops.conv import conv_fused
@@ -33,6 +34,18 @@ _FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
     torch.tanh: "tanh",
 }
+#: What takes any layout and hands on the one it was given; and what makes the same of every layout.
+_KEEPS_LAYOUT = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ReLU,
+    torch.nn.ReLU6,
+    torch.nn.Dropout,
+    torch.nn.Identity,
+)
+_ENDS_LAYOUT = (torch.flatten, "flatten", "mean")
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 _steps = 0
@@ -55,6 +68,8 @@ class _FusedConv:
         self.conv = conv
         self.norm = norm
         self.activation = activation
+        #: Whether all that read the result take it in any layout, so that the kernels may choose.
+        self.any_layout = False
         self._key: tuple[Any, ...] = ()
         self._sources: tuple[Tensor | None, ...] = ()
         self._filters: tuple[Tensor, Tensor | None, _cpu.Prepared] | None = None
@@ -73,7 +88,7 @@ class _FusedConv:
         if key != self._key or self._filters is None:
             weight, bias = _fold(*sources, eps) if norm is not None else (conv.weight, conv.bias)
             # Channels next to each other suit the kernels best, and the results follow the filters.
-            if weight.dim() == 4:
+            if weight.dim() == 4 and self.any_layout:
                 weight = weight.contiguous(memory_format=torch.channels_last)
             self._filters = weight.detach(), None if bias is None else bias.detach(), _cpu.Prepared()
             # Held, so that no other parameters can lie where these did.
@@ -84,10 +99,14 @@ class _FusedConv:
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv
         weight, bias, prepared = self.filters()
-        return conv_fused(
+        result = conv_fused(
             *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
             *(self.activation, residual, prepared),
         )
+        if self.any_layout or weight.dim() != 4 or is_channels_last(conv.weight):
+            return result
+        # The model's own code may ask for a view of it.
+        return result.contiguous()
 
 
 def _fold(
@@ -212,6 +231,22 @@ def _rewrite(
         for old in reversed(chain):
             graph.erase_node(old)
         fused.append(_FusedConv(conv, norm, activation or "none"))
+
+    def takes_any_layout(node: fx.Node) -> bool:
+        if node.op == "call_function" and node.target is run_fused:
+            return True
+        if node.op in ("call_function", "call_method"):
+            return node.target in _ENDS_LAYOUT
+        module = modules[node.target] if node.op == "call_module" else None
+        if module is None or not _unwatched(module):
+            return False
+        return type(module) is torch.nn.Flatten or (
+            type(module) in _KEEPS_LAYOUT and all(map(takes_any_layout, node.users))
+        )
+
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is run_fused:
+            fused[node.args[0]].any_layout = all(map(takes_any_layout, node.users))
     return fused
 
 

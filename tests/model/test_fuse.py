@@ -333,3 +333,44 @@ def test_changed_filters_are_prepared_anew():
         fused[0].weight.mul_(2)
         fused[0].bias.mul_(2)
     torch.testing.assert_close(outputs(fused, x), 2 * before)
+
+
+class Viewing(nn.Module):
+    """Code of the model's own that needs a layout, where there is one convolution to choose it and where there are two."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.conv2, self.relu2 = nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
+        self.between = between
+
+    def forward(self, x):
+        x = self.pool(self.relu1(self.conv1(x)))
+        if self.between:
+            x = x.view(x.shape[0], -1).view(x.shape)
+        x = self.relu2(self.conv2(x))
+        return x if self.between else x.view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_code_that_asks_for_a_view(between):
+    model = Viewing(between).eval()
+    fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+    x = torch.randn(2, 3, 12, 12)
+    expected = outputs(model, x)
+    found = outputs(fused, x)
+    assert relative_error(found, expected) < 1e-6
+    assert found.stride() == expected.stride()
+    # Between its own convolutions the kernels choose the layout.
+    assert [call.any_layout for call in fused_calls(fused)] == [not between, False]
+
+
+def test_flattened_results_may_have_any_layout():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5)
+    ).eval()
+    fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+    x = torch.randn(2, 3, 12, 12)
+    assert relative_error(outputs(fused, x), outputs(model, x)) < 1e-6
+    assert [call.any_layout for call in fused_calls(fused)] == [True]
