@@ -63,14 +63,6 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As :func:`torch.nn.functional.batch_norm`. See this module for shapes, dtypes and errors."""
-    if not is_dynamo_compiling():
-        found = _tensor_batch_norm(
-            _empty, input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
-        )
-        if type(found) is tuple:
-            return _apply_batch_norm(input, weight, bias, None, found, training, eps, False)
-        if found is not None:
-            return found
     return _run("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, False, None)
 
 
@@ -93,14 +85,6 @@ def batch_norm_act(
     if activation not in KINDS:
         raise ValueError(f"fastnn.batch_norm_act: activation: expected one of {', '.join(KINDS)}, got {activation!r}")
     relu = activation == "relu"
-    if not is_dynamo_compiling():
-        found = _tensor_batch_norm(
-            _empty, input, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu
-        )
-        if type(found) is tuple:
-            return _apply_batch_norm(input, weight, bias, residual, found, training, eps, relu)
-        if found is not None:
-            return found
     return _run(
         "batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, relu, residual
     )
@@ -119,6 +103,14 @@ def _run(
     relu: bool,
     residual: Tensor | None,
 ) -> Tensor:
+    if not is_dynamo_compiling():
+        found = _tensor_batch_norm(
+            _empty, input, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu
+        )
+        if type(found) is tuple:
+            return _apply_batch_norm(input, weight, bias, residual, found, training, eps, relu)
+        if found is not None:
+            return found
     everything = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, residual)
     try:
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
