@@ -46,6 +46,18 @@ WINDOWS = [
     if min(size) + 2 * padding >= 3
 ]
 
+#: What sums over strips' lines are made of besides: several images a block, K in chunks, parts of a line, lines of odd length.
+SUMMED = {
+    **STRIPS,
+    "whole images": problem(13, 20, 17, 1, (1, 7, 7), (1, 3, 3), padding=(0, 1, 1)),
+    "chunks": problem(4, 9, 33, 1, (1, 40, 61), (1, 3, 3), padding=(0, 1, 1)),
+    "long lines": problem(2, 20, 40, 1, (1, 2, 701), (1, 1, 3), padding=(0, 0, 1)),
+    "one line an image": problem(3, 24, 40, 1, (1, 30, 41), (1, 1, 1)),
+    "odd lines": problem(3, 16, 65, 1, (1, 5, 13), (1, 3, 3), padding=(0, 1, 1)),
+    "strips of an image": problem(1, 64, 16, 1, (1, 61, 40), (1, 3, 3), padding=(0, 1, 1)),
+    "one position": problem(2, 17, 16, 1, (1, 3, 3), (1, 3, 3)),
+}
+
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -74,6 +86,23 @@ def test_strips_of_integers(isa, dtype, name):
                 assert emulated or _cpu.counters().get("strips", 0) == options["groups"], (of_x, of_w, of_y)
 
 
+@pytest.mark.parametrize("name", SUMMED)
+@dtypes
+def test_sums_over_strips_of_integers(isa, dtype, name):
+    """The weight's gradient, exactly, in every layout, in the middle of NaN."""
+    x_shape, w_shape, y_shape, options = SUMMED[name]
+    x, w, y = (integers(shape, dtype) for shape in (x_shape, w_shape, y_shape))
+    expected = exactly("weight", x, w, y, options).to(dtype)
+    odd = [(layout, dense, dense) for layout in LAYOUTS[2:]]
+    for of_x, of_w, of_y in (*itertools.product((dense, channels_last), WEIGHTS, (dense, channels_last)), *odd):
+        laid = [of_x(x), of_w(w).fill_(math.nan), of_y(y)]
+        _cpu.reset_counters()
+        assert torch.equal(convolve("weight", *laid, **options), expected), (of_x, of_w, of_y)
+        assert all(surroundings_are_nan(t) for t in laid)
+        if "amx" not in isa and of_x is channels_last:
+            assert _cpu.counters().get("strips transposed", 0) == options["groups"], (of_x, of_w, of_y)
+
+
 @pytest.mark.parametrize("kind", [None, "relu", "gelu"])
 @dtypes
 def test_what_strips_end_with(isa, dtype, kind):
@@ -92,21 +121,23 @@ def test_what_strips_end_with(isa, dtype, kind):
         assert bool(((found.double() - expected).abs() <= (1.01 * u + 100 * u_sum) * magnitude).all()), (of_x, of_y)
 
 
-@pytest.mark.parametrize("product", ["forward", "input"])
+@pytest.mark.parametrize("product", ["forward", "input", "weight"])
 def test_threads_do_not_change_a_bit(isa, product):
     threads = torch.get_num_threads()
     cases = [STRIPS["first layer"], STRIPS["cut runs"], STRIPS["deep"], window(33, (9, 15), 1, 1)]
+    if product == "weight":
+        cases += [SUMMED["chunks"], SUMMED["one line an image"], SUMMED["whole images"]]
+    target = {"input": 0, "weight": 1, "forward": 2}[product]
     try:
         for x_shape, w_shape, y_shape, options in cases:
             x, w, y = (channels_last(torch.randn(shape)) for shape in (x_shape, w_shape, y_shape))
-            w = w.contiguous()
+            operands = [x, w.contiguous(), y]
             results = []
-            for number in (1, 2, 3):
+            for number in (1, 2, 3, 5):
                 torch.set_num_threads(number)
-                target = torch.full_like(y if product == "forward" else x, math.nan)
-                operands = (x, w, target) if product == "forward" else (target, w, y)
+                operands[target] = torch.full_like(operands[target], math.nan)
                 results.append(convolve(product, *operands, **options))
-            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            assert all(torch.equal(results[0], other) for other in results[1:])
     finally:
         torch.set_num_threads(threads)
 

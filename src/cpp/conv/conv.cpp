@@ -288,6 +288,71 @@ void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
   });
 }
 
+// ---- the weight's gradient ---------------------------------------------------------------------
+
+bool is_pointwise_patches(const Patches& p) {
+  bool pointwise = p.tap_count() == 1;
+  for (int d = 0; d < kSpatial; d++)
+    pointwise = pointwise && p.step[d] == 1 && p.first[d] == 0 && p.size[d] == p.out[d];
+  return pointwise;
+}
+
+// Filters (m, t, c) as they are wanted: dense, (m, c, t) or any other order.
+void taps_inner(const char* from, const Patches& p, const Tensor5& w, int64_t element,
+                int threads) {
+  const auto transpose = conv_kernels().transpose[size_index(element)];
+  const int64_t taps = p.tap_count();
+  constexpr int64_t kLanes = 16;
+  parallel(threads, [&](int thread, int came) {
+    const Range mine = share_of(w.size[0], 1, thread, came);
+    Lane lanes[kLanes];
+    for (int64_t m = mine.begin; m < mine.end; m++)
+      for (int64_t t0 = 0; t0 < taps; t0 += kLanes) {
+        const int count = int(std::min(kLanes, taps - t0));
+        for (int t = 0; t < count; t++)
+          lanes[t] = {from + (m * taps + t0 + t) * p.channels * element, 0, int32_t(p.channels)};
+        transpose(w.data + (m * w.stride[0] + t0) * element, taps, lanes, count, 1, p.channels);
+      }
+  });
+}
+
+// One group's dw by strips; `p` as for PatchRows. False where there is no kernel for it.
+bool weight_strips(Patches p, const Conv& c, const Tensor5& y, const Tensor5& dw, int threads) {
+  Gemm g;
+  int64_t x_step, y_step;
+  Tensor5 lines = y;
+  const bool neighbours = p.channel_stride == 1 || p.channels == 1;
+  if (is_pointwise_patches(p) && neighbours && flat(c.x, x_step) && flat(y, y_step)) {
+    // One long line an image.
+    p.size[2] = p.out[2] = p.positions();
+    p.stride[2] = x_step;
+    p.size[0] = p.size[1] = p.out[0] = p.out[1] = 1;
+    lines.size[4] = p.out[2], lines.size[2] = lines.size[3] = 1;
+    lines.stride[4] = y_step;
+  }
+  const PatchStrips strips(p, 1, PatchStrips::Lines::summed);
+  g.a_strips = &strips;
+  g.m = p.depth(), g.n = y.size[1], g.k = p.images * p.positions();
+  g.b.data = y.data, g.b.rs = lines.stride[4], g.b.cs = lines.stride[1];
+  g.rows.length = lines.size[4];
+  const int from[] = {0, 2, 3};
+  for (int d = 0; d < 3; d++)
+    g.rows.counts[d] = lines.size[from[d]], g.rows.c[d] = lines.stride[from[d]];
+  g.a.type = g.b.type = g.c.type = c.type;
+  g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+
+  const int64_t size = int64_t(dtype_size(c.type)), depth = p.depth();
+  const bool in_place = channels_inner(dw);
+  char* turned =
+      in_place ? nullptr : static_cast<char*>(scratch(Scratch::misc, size_t(g.n * depth * size)));
+  g.c.data = in_place ? dw.data : turned;
+  g.c.rs = 1, g.c.cs = in_place ? dw.stride[0] : depth;
+  if (!gemm_strips_transposed(g, threads)) return false;
+  count_call("strips transposed");
+  if (turned) taps_inner(turned, p, dw, size, threads);
+  return true;
+}
+
 }  // namespace
 
 void conv_forward(const Conv& c) {
@@ -424,6 +489,10 @@ void conv_weight(const Conv& c) {
       p.out[d] = c.y.size[2 + d], p.step[d] = c.stride[d];
       p.taps[d] = c.w.size[2 + d], p.first[d] = -c.padding[d], p.delta[d] = c.dilation[d];
     }
+    Tensor5 dw = c.w;
+    dw.data += group * rows * c.w.stride[0] * size, dw.size[0] = rows;
+    const bool dense = channels_inner(c.w) || channels_outer(c.w);
+    if (dense && PatchStrips::pays_summed(p, rows) && weight_strips(p, c, y, dw, threads)) return;
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
     p.channels_inner = (p.channel_stride == 1 && channels > 1) || !channels_outer(c.w);

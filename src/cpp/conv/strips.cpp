@@ -32,7 +32,14 @@ bool PatchStrips::pays(const Patches& p, int64_t filters, bool batch_invariant, 
          (packed || positions * (p.channel_stride == 1 ? 8 : 1) >= filters);
 }
 
-PatchStrips::PatchStrips(const Patches& p, int64_t step)
+bool PatchStrips::pays_summed(const Patches& p, int64_t filters) {
+  if (p.depth() == 0 || p.images * p.positions() == 0) return false;
+  // Where channels are not neighbours already, turning them round pays if several taps see them.
+  if (p.channel_stride != 1 && p.tap_count() == 1) return false;
+  return filters >= kLeastFilters && p.channels * p.taps[2] >= kLeastRun;
+}
+
+PatchStrips::PatchStrips(const Patches& p, int64_t step, Lines use)
     : p_(p), padded_(padded_channels(p, step)) {
   lines = p.images * p.out[0] * p.out[1], line = p.out[2];
   lines_together = p.out[1];
@@ -46,7 +53,7 @@ PatchStrips::PatchStrips(const Patches& p, int64_t step)
     if (d == 2) columns_ = highest - lowest_[d] + 1;
   }
 
-  const int64_t tile_rows = std::min<int64_t>(kTileRows, line);
+  const int64_t tile_rows = use == Lines::summed ? 1 : std::min<int64_t>(kTileRows, line);
   const bool neighbours = p.channel_stride == 1 || p.channels == 1;
   in_place_ = inside && neighbours && padded_ == p.channels &&
               !collide(p.step[2] * p.stride[2] * p.element, tile_rows);

@@ -10,11 +10,15 @@ namespace fastnn {
 // already.
 class PatchStrips final : public StripSource {
  public:
+  // Whether a tile reads some rows of a line at once, or sums over them one by one.
+  enum class Lines { together, summed };
   // Channels are padded with zeros to a multiple of `step`.
-  PatchStrips(const Patches& p, int64_t step);
+  PatchStrips(const Patches& p, int64_t step, Lines lines = Lines::together);
   // Whether it is faster than PatchColumns, where the product has so many filters; `packed`: before
   // this call.
   static bool pays(const Patches& p, int64_t filters, bool batch_invariant, bool packed = false);
+  // The same where lines are summed, against PatchRows.
+  static bool pays_summed(const Patches& p, int64_t filters);
   static int64_t padded_channels(const Patches& p, int64_t step) {
     return (p.channels + step - 1) / step * step;
   }

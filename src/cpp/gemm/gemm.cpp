@@ -249,9 +249,14 @@ void gemm_panels(const Gemm& g, int threads) {
   run_panels(*exact, g, threads);
 }
 
-static const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
+// Kernels whose tiles take K in pieces of any length.
+static const Kernel* runs_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = find_kernel({type, type, precision, int64_t(1) << 40, false, exact_only});
-  return kn && kn->finishes && kn->direct_a ? kn : nullptr;
+  return kn && kn->finishes ? kn : nullptr;
+}
+static const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
+  const Kernel* kn = runs_kernel(type, precision, exact_only);
+  return kn && kn->direct_a ? kn : nullptr;
 }
 
 int64_t strips_step(DType type, Precision precision, bool batch_invariant) {
@@ -266,6 +271,15 @@ bool gemm_strips(const Gemm& g, int threads) {
   if (int64_t(packed_b_bytes(*kn, g.k, g.n)) > kStripsPackedLimit) return false;
   count_call(kn->name);
   run_strips(*kn, g, threads);
+  return true;
+}
+
+bool gemm_strips_transposed(const Gemm& g, int threads) {
+  if (g.m == 0 || g.n == 0) return true;
+  const Kernel* kn = runs_kernel(g.a.type, g.precision, g.batch_invariant);
+  if (!kn) return false;
+  count_call(kn->name);
+  run_strips_transposed(*kn, g, threads);
   return true;
 }
 

@@ -129,6 +129,10 @@ void gemm_panels(const Gemm& g, int threads);
 // reads such an A. False as well where B is too large to be packed at once.
 bool gemm_strips(const Gemm& g, int threads);
 int64_t strips_step(DType type, Precision precision, bool batch_invariant);
+// C = transposed(A) B with a_strips in place of A, whose lines are summed over: K = M of the
+// strips. B's rows are those of the lines: `rows` says how far each line's first is from B's first,
+// b.rs how far the next. False where there is no kernel for it.
+bool gemm_strips_transposed(const Gemm& g, int threads);
 
 std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Precision precision);
 

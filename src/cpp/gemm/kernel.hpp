@@ -133,6 +133,7 @@ const Kernel& exact_kernel(DType type);
 bool run_blocked(const Kernel&, const Gemm&, int threads);
 bool run_panels(const Kernel&, const Gemm&, int threads);  // where there is a PanelSource
 void run_strips(const Kernel&, const Gemm&, int threads);  // where there is a StripSource
+void run_strips_transposed(const Kernel&, const Gemm&, int threads);
 void run_dot(const Kernel&, const Gemm&, int threads);
 bool split_refused(unsigned a_flags, unsigned b_flags);
 Store make_store(const Gemm&);

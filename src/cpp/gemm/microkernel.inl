@@ -233,6 +233,10 @@ FASTNN_INLINE typename Ops::Word gather_word(const Src* src, int64_t k_stride, i
   return Ops::make_word(e);
 }
 
+// How many rows ahead of those that are packed are asked for: they are pieces of long rows, which
+// the hardware takes for the beginning of nothing.
+constexpr int64_t kAhead = 16;
+
 // Panel layout: word of K outermost, then LANES words, zero-padded in both directions.
 template <class Ops, class Src, int LANES>
 static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, int64_t k_stride,
@@ -249,6 +253,7 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
       for (int l = 0; l < LANES; l += W) {
         const int n = lanes - l < 0 ? 0 : lanes - l < W ? lanes - l : W;
         const int room = LANES - l < W ? LANES - l : W;
+        __builtin_prefetch(s + l + kAhead * k_stride);
         Ops::across(s + l, k_stride, n, dst + w0 * LANES + l, room);
       }
     }

@@ -222,6 +222,8 @@ class Tiles {
       return;
     }
     char* acc = memory_ + (sums_.count > 1 ? slot * tile_bytes(kn_) : 0);
+    if (t_.add && sums_.count > 1)  // they may be no nearer than the last cache
+      for (int64_t at = 0; at < tile_bytes(kn_); at += 64) __builtin_prefetch(acc + at, 1);
     t_.acc = acc, t_.acc_row = acc_row_;
     const bool last = block_ + 1 == sums_.blocks;
     if (last && finishes_ && whole_ && t_.words) {
