@@ -1,5 +1,5 @@
 """The ways of a convolution that only some shapes go, each asked whether it was gone: strips of patches read where they lie,
-and windows of depthwise filters."""
+windows of depthwise filters, and lines scattered over few results."""
 
 from __future__ import annotations
 
@@ -56,6 +56,29 @@ SUMMED = {
     "odd lines": problem(3, 16, 65, 1, (1, 5, 13), (1, 3, 3), padding=(0, 1, 1)),
     "strips of an image": problem(1, 64, 16, 1, (1, 61, 40), (1, 3, 3), padding=(0, 1, 1)),
     "one position": problem(2, 17, 16, 1, (1, 3, 3), (1, 3, 3)),
+}
+#: Few channels of the input (its gradient is scattered), at steps that divide the filter or not; bands of rows; lines of a
+#: panel more and less; filters of one row, more than one block of K, groups, planes in depth.
+FEW_CHANNELS = {
+    "first layer": problem(2, 3, 16, 1, (1, 20, 31), (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3)),
+    "eleven by eleven": problem(1, 3, 20, 1, (1, 40, 67), (1, 11, 11), stride=(1, 4, 4), padding=(0, 2, 2)),
+    "step past the filter": problem(1, 2, 17, 1, (1, 11, 14), (1, 2, 2), stride=(1, 3, 3)),
+    "padding past the filter": problem(1, 1, 16, 1, (1, 5, 9), (1, 3, 3), padding=(0, 4, 5)),
+    "bands": problem(1, 5, 16, 1, (1, 130, 131), (1, 3, 5), padding=(0, 1, 2)),
+    "long lines": problem(1, 8, 33, 1, (1, 2, 300), (1, 1, 5), padding=(0, 0, 1)),
+    "blocks of depth": problem(1, 4, 300, 1, (1, 9, 15), (1, 3, 3), padding=(0, 1, 1)),
+    "dilated": problem(1, 3, 16, 1, (1, 14, 17), (1, 3, 3), stride=(1, 2, 1), padding=(0, 2, 3), dilation=(1, 2, 3)),
+    "planes": problem(2, 3, 16, 1, (4, 6, 7), (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+    "groups": problem(2, 2, 16, 3, (1, 8, 9), (1, 3, 3), stride=(1, 2, 1), padding=(0, 1, 1)),
+}
+#: Few filters, which see every position.
+FEW_FILTERS = {
+    "images": problem(2, 16, 3, 1, (1, 12, 33), (1, 3, 3), padding=(0, 1, 1)),
+    "one filter": problem(1, 17, 1, 1, (1, 15, 31), (1, 5, 3), padding=(0, 2, 0)),
+    "dilated": problem(1, 19, 8, 1, (1, 14, 32), (1, 3, 3), padding=(0, 2, 3), dilation=(1, 2, 3)),
+    "bands": problem(1, 16, 7, 1, (1, 140, 70), (1, 9, 9), padding=(0, 4, 4)),
+    "a line": problem(2, 140, 2, 1, (1, 1, 67), (1, 1, 4), padding=(0, 0, 3)),
+    "groups": problem(2, 16, 4, 2, (1, 8, 9), (1, 3, 3)),
 }
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
@@ -121,12 +144,54 @@ def test_what_strips_end_with(isa, dtype, kind):
         assert bool(((found.double() - expected).abs() <= (1.01 * u + 100 * u_sum) * magnitude).all()), (of_x, of_y)
 
 
+@pytest.mark.parametrize(
+    "product, name", [("input", name) for name in FEW_CHANNELS] + [("forward", name) for name in FEW_FILTERS]
+)
+@dtypes
+def test_scattered_integers(isa, dtype, product, name):
+    """Exactly, in every layout, in the middle of NaN."""
+    x_shape, w_shape, y_shape, options = (FEW_CHANNELS if product == "input" else FEW_FILTERS)[name]
+    x, w, y = (integers(shape, dtype) for shape in (x_shape, w_shape, y_shape))
+    expected = exactly(product, x, w, y, options).to(dtype)
+    for of_x, of_w, of_y in [*itertools.product(LAYOUTS, WEIGHTS, (dense, channels_last)), (dense, dense, LAYOUTS[-1])]:
+        laid = [of_x(x), of_w(w), of_y(y)]
+        laid[2 if product == "forward" else 0].fill_(math.nan)
+        _cpu.reset_counters()
+        assert torch.equal(convolve(product, *laid, **options), expected), (of_x, of_w, of_y)
+        assert all(surroundings_are_nan(t) for t in laid)
+        if "amx" not in isa:
+            assert _cpu.counters().get("scatter", 0) == options["groups"]
+
+
+@pytest.mark.parametrize("kind", [None, "relu", "gelu"])
+@dtypes
+def test_what_scattering_ends_with(isa, dtype, kind):
+    x_shape, w_shape, y_shape, options = problem(2, 24, 5, 1, (1, 9, 37), (1, 3, 3), padding=(0, 1, 1))
+    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
+    bias, residual = torch.randn(5).to(dtype), torch.randn(y_shape).to(dtype)
+    wide = exactly("forward", x, w, residual, options) + bias.double().view(-1, 1, 1, 1) + residual.double()
+    magnitude = exactly("forward", x.abs(), w.abs(), residual, options) + wide.abs() + 10
+    expected = wide if kind is None else exact(kind, wide)
+    u = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    u_sum = 2.0**-53 if dtype is torch.float64 else 2.0**-24
+    for layout in (dense, channels_last):
+        target = layout(torch.full_like(residual, math.nan))
+        found = convolve(
+            "forward", layout(x), w, target, **options, bias=bias, residual=layout(residual), activation=kind
+        )
+        assert bool(((found.double() - expected).abs() <= (1.01 * u + 100 * u_sum) * magnitude).all()), layout
+
+
 @pytest.mark.parametrize("product", ["forward", "input", "weight"])
 def test_threads_do_not_change_a_bit(isa, product):
     threads = torch.get_num_threads()
     cases = [STRIPS["first layer"], STRIPS["cut runs"], STRIPS["deep"], window(33, (9, 15), 1, 1)]
     if product == "weight":
         cases += [SUMMED["chunks"], SUMMED["one line an image"], SUMMED["whole images"]]
+    elif product == "input":
+        cases += [FEW_CHANNELS["bands"], FEW_CHANNELS["eleven by eleven"]]
+    else:
+        cases += [FEW_FILTERS["bands"]]
     target = {"input": 0, "weight": 1, "forward": 2}[product]
     try:
         for x_shape, w_shape, y_shape, options in cases:

@@ -13,6 +13,7 @@
 #include "conv/depthwise.hpp"
 #include "conv/patches.hpp"
 #include "conv/phases.hpp"
+#include "conv/scatter.hpp"
 #include "conv/strips.hpp"
 #include "conv/winograd.hpp"
 #include "gemm/kernel.hpp"
@@ -97,20 +98,6 @@ Tensor5 channels_from(Tensor5 t, int64_t first, int64_t count, DType type) {
   t.data += first * t.stride[1] * int64_t(dtype_size(type));
   t.size[1] = count;
   return t;
-}
-
-void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_channel) {
-  g.activation = c.activation;
-  if (c.bias) {
-    g.bias = c.bias + first_channel * int64_t(dtype_size(c.type));
-    g.bias_type = c.type, g.bias_axis = BiasAxis::row;
-  }
-  if (c.residual) {
-    g.residual = g.c;
-    const char* base = c.residual + (g.c.data - out.data);
-    g.residual.data = const_cast<char*>(base);
-    g.beta = 1;
-  }
 }
 
 // Groups whole to the threads where there are enough of them, else one after the other.
@@ -288,6 +275,59 @@ void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
   });
 }
 
+// ---- few results -------------------------------------------------------------------------------
+
+bool run_groups(Scatter& s, const Tensor5& in, const Tensor5& out, int64_t w_group) {
+  const Conv& c = s.c;
+  const int64_t size = int64_t(dtype_size(c.type));
+  const int64_t depth = in.size[1] / c.groups, results = out.size[1] / c.groups;
+  s.in = channels_from(in, 0, depth, c.type), s.out = channels_from(out, 0, results, c.type);
+  if (!scatter_pays(s)) return false;
+  for (int64_t group = 0; group < c.groups; group++) {
+    s.in = channels_from(in, group * depth, depth, c.type);
+    s.out = channels_from(out, group * results, results, c.type);
+    s.channel = group * results;
+    run_scatter(s, threads_for(work(c)));
+    s.w += w_group * size;
+  }
+  return true;
+}
+
+// y from x with few filters, x's positions one by one.
+bool scatter_forward(const Conv& c) {
+  Scatter s{.c = c,
+            .in = c.x,
+            .out = c.y,
+            .w = c.w.data,
+            .w_in = c.w.stride[1],
+            .w_out = c.w.stride[0],
+            .w_tap = c.w.stride + 2,
+            .whole = c.y};
+  for (int d = 0; d < kSpatial; d++) {
+    if (c.stride[d] != 1) return false;
+    s.taps[d] = c.w.size[2 + d], s.step[d] = 1;
+    s.first[d] = c.padding[d], s.delta[d] = -c.dilation[d];
+  }
+  return run_groups(s, c.x, c.y, c.w.size[0] / c.groups * c.w.stride[0]);
+}
+
+// x of few channels from y.
+bool scatter_input(const Conv& c) {
+  Scatter s{.c = c,
+            .in = c.y,
+            .out = c.x,
+            .w = c.w.data,
+            .w_in = c.w.stride[0],
+            .w_out = c.w.stride[1],
+            .w_tap = c.w.stride + 2,
+            .whole = c.x};
+  for (int d = 0; d < kSpatial; d++) {
+    s.taps[d] = c.w.size[2 + d], s.step[d] = c.stride[d];
+    s.first[d] = -c.padding[d], s.delta[d] = c.dilation[d];
+  }
+  return run_groups(s, c.y, c.x, c.w.size[0] / c.groups * c.w.stride[0]);
+}
+
 // ---- the weight's gradient ---------------------------------------------------------------------
 
 bool is_pointwise_patches(const Patches& p) {
@@ -355,6 +395,20 @@ bool weight_strips(Patches p, const Conv& c, const Tensor5& y, const Tensor5& dw
 
 }  // namespace
 
+void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_channel) {
+  g.activation = c.activation;
+  if (c.bias) {
+    g.bias = c.bias + first_channel * int64_t(dtype_size(c.type));
+    g.bias_type = c.type, g.bias_axis = BiasAxis::row;
+  }
+  if (c.residual) {
+    g.residual = g.c;
+    const char* base = c.residual + (g.c.data - out.data);
+    g.residual.data = const_cast<char*>(base);
+    g.beta = 1;
+  }
+}
+
 void conv_forward(const Conv& c) {
   if (c.y.count() == 0) return;
   if (is_depthwise(c)) {
@@ -374,6 +428,7 @@ void conv_forward(const Conv& c) {
     }
     return;
   }
+  if (scatter_forward(c)) return;
   if (is_winograd(c, c.x, c.y) && winograd_forward(c)) return;
   const bool outer = channels_outer(c.w);
   const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
@@ -432,6 +487,7 @@ void conv_input(const Conv& c) {
     }
     return;
   }
+  if (scatter_input(c)) return;
   if (is_winograd(c, c.y, c.x) && winograd_input(c)) return;
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)

@@ -40,6 +40,10 @@ struct Conv {
   Prepared* prepared = nullptr;
 };
 
+// What c's epilogue does to the columns or rows of g, whose result is part of `out` from a channel
+// on.
+void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_channel);
+
 void conv_forward(const Conv& c);  // y from x and w
 // x from y and w: the gradient by the input, and the transposed convolution.
 void conv_input(const Conv& c);

@@ -27,6 +27,10 @@ using TransposeFn = void (*)(void* dst, int64_t ld, const Lane* lanes, int count
 constexpr int kFewLanes = 4;
 using InterleaveFn = void (*)(void* dst, const struct Lane* lanes, int count, int64_t n);
 
+// to[at[r] + i] += from[r * ld + i], for r < rows, i < n.
+using AddRowsFn = void (*)(void* to, const int64_t* at, const void* from, int64_t ld, int rows,
+                           int n);
+
 // Depthwise convolution of one element type. Sums and filters are float32, of float64 float64;
 // `sums` holds a vector of `width` lanes a tap, to be added up by the caller.
 struct DepthwiseKernels {
@@ -64,6 +68,7 @@ struct ConvKernels {
   TransposeFn transpose[3];
   GatherRowsFn gather_rows[3];
   InterleaveFn interleave[3];
+  AddRowsFn add_rows[2];          // of float32 and float64
   DepthwiseKernels depthwise[4];  // by DType
   // See winograd.inl.
   void (*winograd_input)(const float* even, const float* odd, int64_t row, int64_t channel,

@@ -55,6 +55,20 @@ static void interleave(void* dst, const Lane* lanes, int count, int64_t n) {
   transpose<T>(dst, count, lanes, count, 1, n);
 }
 
+template <class V>
+static void add_rows(void* to_, const int64_t* at, const void* from_, int64_t ld, int rows, int n) {
+  using T = typename V::T;
+  const T* from = static_cast<const T*>(from_);
+  for (int r = 0; r < rows; r++, from += ld) {
+    T* to = static_cast<T*>(to_) + at[r];
+    int i = 0;
+    for (; i + V::width <= n; i += V::width) (V::load(to + i) + V::load(from + i)).store(to + i);
+    if (i < n)
+      (V::load_partial(to + i, n - i) + V::load_partial(from + i, n - i))
+          .store_partial(to + i, n - i);
+  }
+}
+
 #if FASTNN_TARGET_ID == 2
 // Bits [lo, hi) of 16, counted from i.
 FASTNN_INLINE uint32_t range_mask(int64_t lo, int64_t hi, int64_t i, int width) {
@@ -294,6 +308,7 @@ static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {transposes[0], transposes[1], transposes[2]},
                                   {gathers[0], gathers[1], gathers[2]},
                                   {interleaves[0], interleaves[1], interleaves[2]},
+                                  {add_rows<VecF32>, add_rows<VecF64>},
                                   {depthwise_kernels<float>, depthwise_kernels<double>,
                                    depthwise_kernels<bf16>, depthwise_kernels<f16>},
                                   winograd_input,

@@ -249,8 +249,7 @@ void gemm_panels(const Gemm& g, int threads) {
   run_panels(*exact, g, threads);
 }
 
-// Kernels whose tiles take K in pieces of any length.
-static const Kernel* runs_kernel(DType type, Precision precision, bool exact_only) {
+const Kernel* runs_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = find_kernel({type, type, precision, int64_t(1) << 40, false, exact_only});
   return kn && kn->finishes ? kn : nullptr;
 }
