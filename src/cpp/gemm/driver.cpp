@@ -126,9 +126,11 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
       const int64_t p1 = std::min(mp, p0 + block_a), q1 = std::min(np, q0 + block_b);
       for (int64_t block = 0; block < sums.blocks; block++) {
         tiles.block(block, g.k ? a.layout.padded(block) / kn.k_word : 0);
+        const Source::Panels of_a = g.k ? a.panels(block) : Source::Panels{},
+                             of_b = g.k ? b.panels(block) : Source::Panels{};
         auto one = [&](int64_t p, int64_t q) {
-          tiles.panel(g.k ? b.at(block, q) : nullptr, b.packed, b.word, q);
-          tiles.run(g.k ? a.at(block, p) : nullptr, p, (q - q0) * block_a + (p - p0));
+          tiles.panel(of_b.at(q), b.packed, b.word, q);
+          tiles.run(of_a.at(p), p, (q - q0) * block_a + (p - p0));
         };
         if (sum) {
           for (int64_t q = q0; q < q1; q++) {
@@ -213,11 +215,12 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
                                 std::min(step, length - k));
           const int64_t words = g.k ? b.padded(block) / kn.k_word : 0;
           tiles.block(block, words);
+          const Source::Panels of_a = words ? a.panels(block) : Source::Panels{};
           for (int64_t q = q0; q < q1; q++) {
             if (kn.finish_b && words) kn.finish_b(panels + (q - q0) * panel_bytes, words);
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
             for (int64_t p = p0; p < p1; p++)
-              tiles.run(words ? a.at(block, p) : nullptr, p, (q - q0) * mp + p - p0);
+              tiles.run(of_a.at(p), p, (q - q0) * mp + p - p0);
           }
         }
         item += (q1 - q0 - 1) * mp + (p1 - p0);

@@ -118,6 +118,15 @@ struct Source {
                   : data + panel * layout.lanes * lane + layout.segment(block) * segment +
                         layout.begin(block) * k;
   }
+  // All panels of a block: finding each takes a multiplication, where `at` divides.
+  struct Panels {
+    const char* first;
+    int64_t step;
+    const char* at(int64_t panel) const { return first + panel * step; }
+  };
+  Panels panels(int64_t block) const {
+    return {at(block, 0), packed ? layout.panel_bytes(block) : layout.lanes * lane};
+  }
 };
 
 // What packing noticed of both operands.
@@ -218,6 +227,7 @@ class Tiles {
       const int64_t size = dtype_size(store_.type);
       t_.acc = store_.c + (i * store_.c_rs + c_) * size;
       t_.acc_row = store_.c_rs * size;
+      fetch(static_cast<char*>(t_.acc), t_.acc_row, size);
       kn_.tile(t_);
       return;
     }
@@ -229,6 +239,8 @@ class Tiles {
     if (last && finishes_ && whole_ && t_.words) {
       const Finish finish = finish_at(i);
       t_.finish = &finish;
+      fetch(finish.c, finish.c_row, dtype_size(store_.type));
+      if (finish.residual) fetch(finish.residual, finish.residual_row, dtype_size(store_.type));
       kn_.tile(t_);
       t_.finish = nullptr;
       return;
@@ -271,6 +283,12 @@ class Tiles {
     f.bounded = s.activation != kNone;
     f.low = 0, f.high = s.activation == kRelu6 ? 6 : std::numeric_limits<float>::infinity();
     return f;
+  }
+  // Asks for the lines of C that a tile is about to write, or the residual's that it will read:
+  // short pieces of rows, which the hardware does not see coming, so that each would be waited for.
+  void fetch(const char* c, int64_t row, int64_t size) const {
+    for (int i = 0; i < t_.rows; i++, c += row)
+      for (int64_t at = 0; at < t_.cols * size; at += 64) __builtin_prefetch(c + at, 1);
   }
   // How far column j's piece is from C's first, and the residual's.
   void piece(int64_t j, int64_t& c, int64_t& residual) const {
