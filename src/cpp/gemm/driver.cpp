@@ -219,8 +219,7 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
           for (int64_t q = q0; q < q1; q++) {
             if (kn.finish_b && words) kn.finish_b(panels + (q - q0) * panel_bytes, words);
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
-            for (int64_t p = p0; p < p1; p++)
-              tiles.run(of_a.at(p), p, (q - q0) * mp + p - p0);
+            for (int64_t p = p0; p < p1; p++) tiles.run(of_a.at(p), p, (q - q0) * mp + p - p0);
           }
         }
         item += (q1 - q0 - 1) * mp + (p1 - p0);

@@ -244,12 +244,28 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
         for (int64_t i = 0; i < b.count; i++)
           runs[size_t(i)] = held.line(b.first + i, size) - held.line(b.first, size);
         tiles.block(index - blocks.begin, b.count * ceil_div(b.length, kn.k_word));
+        // Long lines take little more time to multiply than to read: those of the next block come
+        // while this one is multiplied.
+        const bool long_lines = k.in_line > 1 && index + 1 < blocks.end;
+        const Block next(k, s, long_lines ? index + 1 : index);
+        const int64_t tiles_of_block = (p.end - p.begin) * (q.end - q.begin);
+        int64_t at_b, none;
+        g.rows.find(next.first, at_b, none);
+        Ahead ahead_b(long_lines && g.b.cs == 1
+                          ? g.b.data + (at_b + next.begin * g.b.rs + q.begin * kn.nr) * size
+                          : nullptr,
+                      next.length * g.b.rs * size, tiles_of_block);
+        Ahead ahead_a(long_lines && s.bytes(1) == 0
+                          ? s.fill(nullptr, next.first, 1) + next.begin * s.row_step * size
+                          : nullptr,
+                      next.length * s.row_step * size, tiles_of_block);
         for (int64_t panel = p.begin; panel < p.end; panel++) {
           if ((panel - p.begin) % group == 0)
             pack_panels(kn, s, b, first, runs.data(), in_run,
                         {panel, std::min(p.end, panel + group)}, packed_a, a_bytes);
           tiles.line(panel / in_run * s.run * to.c_rs, 0);
           for (int64_t j = q.begin; j < q.end; j++) {
+            ahead_a.step(), ahead_b.step();
             tiles.panel(packed_b + (j - q.begin) * b_bytes, true, b_word, j);
             tiles.run(packed_a + (panel - p.begin) % group * a_bytes, panel % in_run,
                       (panel - p.begin) * (q.end - q.begin) + j - q.begin);
