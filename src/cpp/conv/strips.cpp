@@ -22,6 +22,23 @@ bool collide(int64_t bytes, int64_t rows) {
 
 }  // namespace
 
+// `n` pixels of `bytes` each, fewer than 8, become 8 with zeros behind: three 16-bit channels are
+// four.
+static void widen_pixels(char* to, const char* from, int64_t step, int64_t bytes, int64_t n) {
+  uint64_t pixel = 0;
+  if (step >= bytes)  // what lies behind is read too, where there are pixels behind
+    for (const uint64_t mask = (uint64_t(1) << 8 * bytes) - 1; n > 8; n--, from += step, to += 8) {
+      std::memcpy(&pixel, from, sizeof pixel);
+      pixel &= mask;
+      std::memcpy(to, &pixel, sizeof pixel);
+    }
+  for (; n > 0; n--, from += step, to += 8) {
+    pixel = 0;
+    std::memcpy(&pixel, from, size_t(bytes));
+    std::memcpy(to, &pixel, sizeof pixel);
+  }
+}
+
 bool PatchStrips::pays(const Patches& p, int64_t filters, bool batch_invariant, bool packed) {
   // Where channels are not neighbours already, turning them round pays if several taps see them.
   if (p.depth() == 0 || (p.channel_stride != 1 && p.tap_count() == 1)) return false;
@@ -142,6 +159,9 @@ void PatchStrips::copy_row(char* to, const char* from) const {
     std::memset(to, 0, size_t(lo * pixel));
   if (p_.stride[2] == pixel_ && padded_ == p_.channels)
     std::memcpy(to + lo * pixel, from + lo * pixel, size_t((hi - lo) * pixel));
+  else if (pixel == sizeof(uint64_t) && lo < hi)
+    widen_pixels(to + lo * pixel, from + lo * p_.stride[2] * p_.element, p_.stride[2] * p_.element,
+                 p_.channels * p_.element, hi - lo);
   else
     for (int64_t i = lo; i < hi; i++)
       std::memcpy(to + i * pixel, from + i * p_.stride[2] * p_.element,
