@@ -22,12 +22,12 @@ bool collide(int64_t bytes, int64_t rows) {
 
 }  // namespace
 
-// `n` pixels of `bytes` each, fewer than 8, become 8 with zeros behind: three 16-bit channels are
+// `n` pixels of `bytes` each, 8 at most, become 8 with zeros behind: three 16-bit channels are
 // four.
 static void widen_pixels(char* to, const char* from, int64_t step, int64_t bytes, int64_t n) {
   uint64_t pixel = 0;
   if (step >= bytes)  // what lies behind is read too, where there are pixels behind
-    for (const uint64_t mask = (uint64_t(1) << 8 * bytes) - 1; n > 8; n--, from += step, to += 8) {
+    for (const uint64_t mask = ~uint64_t(0) >> 8 * (8 - bytes); n > 8; n--, from += step, to += 8) {
       std::memcpy(&pixel, from, sizeof pixel);
       pixel &= mask;
       std::memcpy(to, &pixel, sizeof pixel);
