@@ -38,7 +38,8 @@ constexpr int64_t kColumnsK = 64;                        // more than this
 constexpr int64_t kGroup = 8;                            // panels of B packed together,
 constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
-constexpr int64_t kInPlaceBytes = int64_t(1) << 20;      // of A to be read where it lies
+constexpr int64_t kColliding = 32;  // panels of B that rows of A which collide are read for
+constexpr int64_t kInPlaceBytes = int64_t(1) << 20;  // of A to be read where it lies
 
 }  // namespace
 
@@ -281,13 +282,17 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const Layout all_a = layout_a(kn, g.m, g.k), all_b = layout_b(kn, g.k, g.n);
   Flags flags;
 
-  // Reading an operand in place saves a pass over it, and pays where it stays in the cache, or each
-  // element is used little. Tiles have no tails: they are read in place where there are none.
+  // Reading A in place saves a pass over it. Tiles that ask for its rows ahead of time read them as
+  // fast as if they were packed, except where rows collide, which costs more the wider C is. Other
+  // tiles do where A stays in the cache, or each element is used little; those of matrix units have
+  // no tails, and read in place where there are none.
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
-  const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
-                        (g.n <= 2 * kn.nr || g.m <= kn.mr ||
-                         ((g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes) &&
-                          (kn.finishes || !rows_collide(kn, g))));
+  const bool collide = rows_collide(kn, g);
+  const bool little = g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes;
+  const bool ahead = kn.finishes && g.a.cs == 1 && (!collide || g.n <= kColliding * kn.nr);
+  const bool direct_a =
+      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+      (g.n <= 2 * kn.nr || g.m <= kn.mr || ahead || (little && (kn.finishes || !collide)));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
                        all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);
