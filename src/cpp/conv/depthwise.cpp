@@ -7,6 +7,7 @@
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/axis.hpp"
+#include "conv/depthwise_parts.hpp"
 #include "conv/depthwise_window.hpp"
 #include "conv/kernels.hpp"
 #include "conv/phases.hpp"
@@ -32,92 +33,8 @@ double element(const char* p, DType type) {
       return *reinterpret_cast<const float*>(p);
   }
 }
-void put(char* p, DType type, double value) {
-  switch (type) {
-    case DType::f64:
-      *reinterpret_cast<double*>(p) = value;
-      return;
-    case DType::bf16:
-      return portable::from_f32(*reinterpret_cast<bf16*>(p), float(value));
-    case DType::f16:
-      return portable::from_f32(*reinterpret_cast<f16*>(p), float(value));
-    default:
-      *reinterpret_cast<float*>(p) = float(value);
-  }
-}
-
-int64_t multiplier(const Conv& c) { return c.w.size[0] / c.groups; }
-// Channels are neighbours in both images, and one to one.
-bool channels_last(const Conv& c) {
-  return c.x.stride[1] == 1 && c.y.stride[1] == 1 && multiplier(c) == 1;
-}
-int threads_for(const Conv& c) {
-  return double(c.y.count()) * double(c.w.spatial()) < 3e5 ? 1 : max_threads();
-}
-int64_t size_of(const Conv& c) { return int64_t(dtype_size(c.type)); }
-int64_t sum_size(const Conv& c) { return c.type == DType::f64 ? 8 : 4; }
-
-void set_forward_axes(const Conv& c, Axis axis[kSpatial]) {
-  for (int d = 0; d < kSpatial; d++)
-    axis[d] = {c.x.size[2 + d], c.y.size[2 + d], c.stride[d],
-               c.w.size[2 + d], -c.padding[d],   c.dilation[d]};
-}
 
 // ---- planes: positions are neighbours -----------------------------------------------------------
-
-// Some rows of a plane with what surrounds it as zeros, the elements of each row sorted by their
-// remainder to the step, so that each tap of a row of positions is a run of neighbours:
-// [tap in depth][row][remainder][column].
-struct Window {
-  const Axis* axis;
-  int64_t size;  // of an element
-  int64_t rows, columns, row_stride, depth_stride;
-
-  Window(const Axis* a, int64_t element_size, int64_t most_rows) : axis(a), size(element_size) {
-    rows = (most_rows - 1) * a[1].step + a[1].reach() + 1;
-    columns = a[2].out + a[2].reach() / a[2].step;
-    row_stride = a[2].step * columns;
-    depth_stride = rows * row_stride;
-  }
-  int64_t elements() const { return axis[0].taps * depth_stride; }
-  int64_t offset(int64_t t0, int64_t t1, int64_t t2) const {
-    const int64_t w = axis[2].tap(t2), step = axis[2].step;
-    return t0 * depth_stride + axis[1].tap(t1) * row_stride + w % step * columns + w / step;
-  }
-  // For positions (o0, [o1, o1 + count)).
-  void load(const ConvKernels& kernels, const char* plane, const int64_t* stride, int64_t o0,
-            int64_t o1, int64_t count, char* to) const {
-    const auto copy = kernels.copy_rows[size_index(size)];
-    const int64_t used = (count - 1) * axis[1].step + axis[1].reach() + 1;
-    const int64_t top = o1 * axis[1].step + axis[1].lowest();
-    const int64_t begin = std::clamp<int64_t>(-top, 0, used),
-                  end = std::clamp<int64_t>(axis[1].in - top, begin, used);
-    const int64_t step = axis[2].step, left = axis[2].lowest();
-    for (int64_t t = 0; t < axis[0].taps; t++) {
-      char* dst = to + t * depth_stride * size;
-      const bool inside = axis[0].sees(o0, t);
-      const int64_t at = o0 * axis[0].step + axis[0].first + t * axis[0].delta;
-      const int64_t from = inside ? begin : 0, until = inside ? end : 0;
-      auto zero = [&](int64_t a, int64_t b) {
-        if (a < b)
-          copy(dst + a * row_stride * size, row_stride, plane, 0, b - a, 1, 0, 0, row_stride);
-      };
-      zero(0, from);
-      if (from < until)
-        for (int64_t q = 0; q < step; q++) {
-          // Column j of this remainder is the element left + q + j * step of its row.
-          const int64_t x0 = left + q;
-          const int64_t lo = std::clamp<int64_t>(ceil_div_signed(-x0, step), 0, columns),
-                        hi = std::clamp<int64_t>(ceil_div_signed(axis[2].in - x0, step), lo,
-                                                 columns);
-          copy(dst + (from * row_stride + q * columns) * size, row_stride,
-               plane + (at * stride[0] + (top + from) * stride[1] + x0 * stride[2]) * size,
-               stride[1], until - from, step * stride[2], lo, hi, columns);
-        }
-      zero(until, used);
-    }
-  }
-};
 
 // to[i * stride] = from[i]
 void scatter(char* to, int64_t stride, const char* from, int64_t n, int64_t size) {
@@ -127,17 +44,6 @@ void scatter(char* to, int64_t stride, const char* from, int64_t n, int64_t size
   else
     for (int64_t i = 0; i < n; i++)
       std::memcpy(to + i * stride * size, from + i * size, size_t(size));
-}
-
-constexpr int64_t kWindowBytes = 64 << 10;
-
-// As many rows of positions at a time as keep their window in the cache.
-int64_t rows_at_once(const Axis* axis, int64_t size, int64_t planes) {
-  const Window one(axis, size, 1);
-  const int64_t a_row = std::max<int64_t>(1, axis[0].taps * axis[1].step * one.row_stride * size);
-  const int64_t fixed = one.elements() * size;
-  return std::clamp<int64_t>((kWindowBytes / planes - fixed) / a_row, 1,
-                             std::max<int64_t>(1, axis[1].out));
 }
 
 // out (one plane) = epilogue(start + the correlation of `planes` planes of `in` with a filter each)
@@ -385,149 +291,6 @@ void depthwise_input(const Conv& c) {
         else
           run_planes({c, c.y, out, axis, multiplier(c), 1, first, step});
       }
-}
-
-void depthwise_weight(const Conv& c) {
-  const ConvKernels& kernels = conv_kernels();
-  const DepthwiseKernels& dw = kernels.depthwise[int(c.type)];
-  Axis a[kSpatial];
-  set_forward_axes(c, a);
-  const int64_t size = size_of(c), taps = c.w.spatial();
-  const int64_t lanes = dw.width;
-  const size_t sums_bytes = size_t(taps * lanes * sum_size(c));
-  // Sums of a few hundred products, which a float64 adds up.
-  constexpr int64_t kPositions = 512;
-
-  // Adds the lanes of each tap's sums, all or one by one, and starts them again.
-  auto value = [&](const char* sums, int64_t index) {
-    return c.type == DType::f64 ? reinterpret_cast<const double*>(sums)[index]
-                                : double(reinterpret_cast<const float*>(sums)[index]);
-  };
-  auto store = [&](int64_t m, int64_t t, double total) {
-    const int64_t t2 = t % c.w.size[4], t1 = t / c.w.size[4] % c.w.size[3],
-                  t0 = t / c.w.size[4] / c.w.size[3];
-    put(c.w.data +
-            (m * c.w.stride[0] + t0 * c.w.stride[2] + t1 * c.w.stride[3] + t2 * c.w.stride[4]) *
-                size,
-        c.type, total);
-  };
-
-  if (channels_last(c)) {
-    const int64_t channels = c.w.size[0];
-    parallel(threads_for(c), [&](int thread, int came) {
-      std::vector<char> sums(sums_bytes);
-      std::vector<double> totals(size_t(taps * lanes));
-      std::vector<int64_t> offset(size_t(a[2].taps));
-      const Range mine = share_of(ceil_div_signed(channels, lanes), 1, thread, came);
-      for (int64_t block = mine.begin; block < mine.end; block++) {
-        const int64_t first = block * lanes, count = std::min(lanes, channels - first);
-        std::fill(totals.begin(), totals.end(), 0);
-        std::fill(sums.begin(), sums.end(), 0);
-        int64_t positions = 0;
-        auto flush = [&] {
-          for (size_t i = 0; i < totals.size(); i++) totals[i] += value(sums.data(), int64_t(i));
-          std::fill(sums.begin(), sums.end(), 0);
-          positions = 0;
-        };
-        int64_t inner_begin = 0, inner_end = a[2].out;
-        for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
-          inner_begin = std::max(inner_begin, a[2].begin(t2));
-          inner_end = std::min(inner_end, a[2].end(t2));
-        }
-        inner_end = std::max(inner_begin, inner_end);
-        for (int64_t n = 0; n < c.y.size[0]; n++)
-          for (int64_t o0 = 0; o0 < a[0].out; o0++)
-            for (int64_t o1 = 0; o1 < a[1].out; o1++) {
-              const char* y =
-                  c.y.data +
-                  (n * c.y.stride[0] + o0 * c.y.stride[2] + o1 * c.y.stride[3] + first) * size;
-              for (int64_t t0 = 0; t0 < a[0].taps; t0++) {
-                if (!a[0].sees(o0, t0)) continue;
-                for (int64_t t1 = 0; t1 < a[1].taps; t1++) {
-                  if (!a[1].sees(o1, t1)) continue;
-                  const int64_t x0 = o0 * a[0].step + a[0].first + t0 * a[0].delta,
-                                x1 = o1 * a[1].step + a[1].first + t1 * a[1].delta;
-                  const char* x =
-                      c.x.data +
-                      (n * c.x.stride[0] + x0 * c.x.stride[2] + x1 * c.x.stride[3] + first) * size;
-                  char* to = sums.data() + (t0 * a[1].taps + t1) * a[2].taps * lanes * sum_size(c);
-                  for (int64_t t2 = 0; t2 < a[2].taps; t2++)
-                    offset[size_t(t2)] = (a[2].first + t2 * a[2].delta) * c.x.stride[4];
-                  auto run = [&](int64_t t2, int64_t number, int64_t begin, int64_t end) {
-                    if (begin < end)
-                      dw.channels(x + begin * a[2].step * c.x.stride[4] * size, &offset[size_t(t2)],
-                                  int(number), a[2].step * c.x.stride[4],
-                                  y + begin * c.y.stride[4] * size, c.y.stride[4], end - begin,
-                                  int(count), to + t2 * lanes * sum_size(c));
-                  };
-                  run(0, a[2].taps, inner_begin, inner_end);
-                  for (int64_t t2 = 0; t2 < a[2].taps; t2++) {
-                    run(t2, 1, a[2].begin(t2), std::min(inner_begin, a[2].end(t2)));
-                    run(t2, 1, std::max(inner_end, a[2].begin(t2)), a[2].end(t2));
-                  }
-                }
-              }
-              if ((positions += a[2].out) >= kPositions) flush();
-            }
-        flush();
-        for (int64_t l = 0; l < count; l++)
-          for (int64_t t = 0; t < taps; t++) store(first + l, t, totals[size_t(t * lanes + l)]);
-      }
-    });
-    return;
-  }
-
-  const int64_t many = multiplier(c);
-  const int64_t rows = rows_at_once(a, size, 1);
-  const Window window(a, size, rows);
-  const int64_t window_bytes = (window.elements() * size + 63) / 64 * 64 + 64;
-  const int64_t row_bytes = (a[2].out * size + 63) / 64 * 64 + 64;
-  const int threads = threads_for(c);
-  char* scratch_memory =
-      static_cast<char*>(scratch(Scratch::misc, size_t((window_bytes + row_bytes) * threads)));
-  std::vector<int64_t> offset;
-  for (int64_t t0 = 0; t0 < a[0].taps; t0++)
-    for (int64_t t1 = 0; t1 < a[1].taps; t1++)
-      for (int64_t t2 = 0; t2 < a[2].taps; t2++) offset.push_back(window.offset(t0, t1, t2));
-  parallel(threads, [&](int thread, int came) {
-    char* memory = scratch_memory + (window_bytes + row_bytes) * thread;
-    char* row_memory = memory + window_bytes;
-    std::vector<char> sums(sums_bytes);
-    std::vector<double> totals(size_t(many * taps));
-    const Range mine = share_of(c.x.size[1], 1, thread, came);
-    for (int64_t channel = mine.begin; channel < mine.end; channel++) {
-      std::fill(totals.begin(), totals.end(), 0);
-      for (int64_t n = 0; n < c.y.size[0]; n++)
-        for (int64_t o0 = 0; o0 < a[0].out; o0++)
-          for (int64_t o1 = 0; o1 < a[1].out; o1 += rows) {
-            const int64_t count = std::min(rows, a[1].out - o1);
-            window.load(kernels, c.x.data + (n * c.x.stride[0] + channel * c.x.stride[1]) * size,
-                        c.x.stride + 2, o0, o1, count, memory);
-            for (int64_t k = 0; k < many; k++) {
-              const int64_t m = channel * many + k;
-              std::fill(sums.begin(), sums.end(), 0);
-              for (int64_t r = 0; r < count; r++) {
-                const char* y = c.y.data + (n * c.y.stride[0] + m * c.y.stride[1] +
-                                            o0 * c.y.stride[2] + (o1 + r) * c.y.stride[3]) *
-                                               size;
-                if (c.y.stride[4] != 1 && a[2].out > 1) {
-                  kernels.copy_rows[size_index(size)](row_memory, 0, y, 0, 1, c.y.stride[4], 0,
-                                                      a[2].out, a[2].out);
-                  y = row_memory;
-                }
-                dw.weight(memory + r * a[1].step * window.row_stride * size, offset.data(),
-                          int(taps), y, a[2].out, sums.data());
-              }
-              for (int64_t t = 0; t < taps; t++)
-                for (int64_t l = 0; l < lanes; l++)
-                  totals[size_t(k * taps + t)] += value(sums.data(), t * lanes + l);
-            }
-          }
-      for (int64_t k = 0; k < many; k++)
-        for (int64_t t = 0; t < taps; t++)
-          store(channel * many + k, t, totals[size_t(k * taps + t)]);
-    }
-  });
 }
 
 }  // namespace fastnn

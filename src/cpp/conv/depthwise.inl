@@ -147,43 +147,6 @@ static void depthwise_rows(const void* x_, int64_t x_row, const int64_t* offset,
   }
 }
 
-// Products of a row of y with the rows of x that COUNT taps see, summed into `sums`, lane by lane.
-template <class T, int COUNT>
-FASTNN_INLINE void weight_taps(const T* x, const int64_t* offset, const T* y, int64_t n,
-                               typename In<T>::Acc* sums) {
-  using V = typename In<T>::V;
-  V sum[COUNT];
-#pragma GCC unroll 8
-  for (int t = 0; t < COUNT; t++) sum[t] = V::load(sums + t * V::width);
-  int64_t i = 0;
-  for (; i + V::width <= n; i += V::width) {
-    const V yv = once(V::load(y + i));
-#pragma GCC unroll 8
-    for (int t = 0; t < COUNT; t++) sum[t] = fma(yv, V::load(x + offset[t] + i), sum[t]);
-  }
-  if (const int left = int(n - i)) {
-    const V yv = V::load_partial(y + i, left);
-#pragma GCC unroll 8
-    for (int t = 0; t < COUNT; t++)
-      sum[t] = fma(yv, V::load_partial(x + offset[t] + i, left), sum[t]);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < COUNT; t++) sum[t].store(sums + t * V::width);
-}
-
-template <class T>
-static void depthwise_weight(const void* x_, const int64_t* offset, int taps, const void* y_,
-                             int64_t n, void* sums_) {
-  using Acc = typename In<T>::Acc;
-  constexpr int W = In<T>::V::width;
-  const T *x = static_cast<const T*>(x_), *y = static_cast<const T*>(y_);
-  Acc* sums = static_cast<Acc*>(sums_);
-  int t = 0;
-  for (; t + 8 <= taps; t += 8) weight_taps<T, 8>(x, offset + t, y, n, sums + t * W);
-  for (; t + 3 <= taps; t += 3) weight_taps<T, 3>(x, offset + t, y, n, sums + t * W);
-  for (; t < taps; t++) weight_taps<T, 1>(x, offset + t, y, n, sums + t * W);
-}
-
 // Channels side by side: P positions of U vectors of channels, so that a filter is loaded for
 // several positions.
 template <class T, int P, int U>
@@ -247,48 +210,6 @@ static void depthwise_positions(const void* x_, int64_t x_step, const int64_t* o
   for (; p < positions; p++)
     positions_of<T, 1>(x + p * x_step, x_step, offset, w, w_row, tap, taps, start,
                        out + p * out_step, out_step, channels);
-}
-
-// A run of `n` positions of up to a vector of channels, for COUNT taps: sums[t][c] += y x.
-template <class T, int COUNT>
-FASTNN_INLINE void channel_taps(const T* x, const int64_t* offset, int64_t x_step, const T* y,
-                                int64_t y_step, int64_t n, int lanes, typename In<T>::Acc* sums) {
-  using V = typename In<T>::V;
-  V sum[COUNT];
-#pragma GCC unroll 8
-  for (int t = 0; t < COUNT; t++) sum[t] = V::load(sums + t * V::width);
-  if (lanes == V::width) {
-    for (int64_t i = 0; i < n; i++, x += x_step, y += y_step) {
-      const V yv = once(V::load(y));
-#pragma GCC unroll 8
-      for (int t = 0; t < COUNT; t++) sum[t] = fma(yv, V::load(x + offset[t]), sum[t]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; i++, x += x_step, y += y_step) {
-      const V yv = V::load_partial(y, lanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < COUNT; t++)
-        sum[t] = fma(yv, V::load_partial(x + offset[t], lanes), sum[t]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < COUNT; t++) sum[t].store(sums + t * V::width);
-}
-
-template <class T>
-static void depthwise_channels(const void* x_, const int64_t* offset, int taps, int64_t x_step,
-                               const void* y_, int64_t y_step, int64_t n, int lanes, void* sums_) {
-  using Acc = typename In<T>::Acc;
-  constexpr int W = In<T>::V::width;
-  const T *x = static_cast<const T*>(x_), *y = static_cast<const T*>(y_);
-  Acc* sums = static_cast<Acc*>(sums_);
-  int t = 0;
-  for (; t + 7 <= taps; t += 7)
-    channel_taps<T, 7>(x, offset + t, x_step, y, y_step, n, lanes, sums + t * W);
-  for (; t + 3 <= taps; t += 3)
-    channel_taps<T, 3>(x, offset + t, x_step, y, y_step, n, lanes, sums + t * W);
-  for (; t < taps; t++)
-    channel_taps<T, 1>(x, offset + t, x_step, y, y_step, n, lanes, sums + t * W);
 }
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -91,9 +91,4 @@ static void depthwise_window(int step, const void* const* x_, const void* const*
   tile(x, w, start, out, out_row, out_step, positions, channels, ahead, activation);
 }
 
-template <class T>
-constexpr DepthwiseKernels depthwise_kernels = {
-    In<T>::V::width,       depthwise_rows<T>, depthwise_weight<T>, depthwise_positions<T>,
-    depthwise_channels<T>, kWindowRows,       kWindowPositions,    depthwise_window<T>};
-
 }  // namespace fastnn::FASTNN_TARGET

@@ -31,26 +31,38 @@ using InterleaveFn = void (*)(void* dst, const struct Lane* lanes, int count, in
 using AddRowsFn = void (*)(void* to, const int64_t* at, const void* from, int64_t ld, int rows,
                            int n);
 
-// Depthwise convolution of one element type. Sums and filters are float32, of float64 float64;
-// `sums` holds a vector of `width` lanes a tap, to be added up by the caller.
+// Runs of positions, `lanes` of them side by side, for the weight's gradient: those of y, and the
+// ones of x that some taps of a filter meet. Position i of y is at y + i * y_step, position p of x,
+// by the first tap, at x + offset[b] + p * x_step; the next run is a row further.
+struct TapRuns {
+  const void *x, *y;
+  int64_t x_step, y_step, x_row, y_row, rows;
+  int64_t in, out, first;  // i of [0, out) meets, by tap a, p = i * step + first + a of [0, in)
+  const int64_t* offset;
+  int count;  // of offsets
+  int lanes;
+  void* sums;  // a vector for each tap of the first offset; those of the next are a row further
+  int64_t sums_row;
+  // What later calls will read, asked for in passing: a line for each position, and for each of the
+  // `step` rows of x that a run sees first; lines and rows are bytes apart.
+  int asks;  // 1: for the first row of x, 4: for the second, 2: for y
+  const char *x_ahead, *y_ahead;
+  int64_t x_line, y_line, x_ahead_row;
+};
+
+// Depthwise convolution of one element type. Sums and filters are float32, of float64 float64.
 struct DepthwiseKernels {
   int width;
   // Positions side by side, row by row: out[r * out_row + i] = start + sum over t of
   // w[t] x[r * x_row + offset[t] + i].
   void (*rows)(const void* x, int64_t x_row, const int64_t* offset, const void* w, int taps,
                double start, void* out, int64_t out_row, int64_t rows, int64_t n);
-  // sums[t][i % width] += y[i] x[offset[t] + i].
-  void (*weight)(const void* x, const int64_t* offset, int taps, const void* y, int64_t n,
-                 void* sums);
   // Channels side by side: out[p * out_step + c] = start[c] + sum over t of
   // w[tap[t] * w_row + c] x[p * x_step + offset[t] + c], with `start` (none: 0) and w of the
   // element type.
   void (*positions)(const void* x, int64_t x_step, const int64_t* offset, const void* w,
                     int64_t w_row, const int* tap, int taps, const void* start, void* out,
                     int64_t out_step, int64_t positions, int64_t channels);
-  // n positions, `lanes` channels: sums[t][c] += y[i * y_step + c] x[offset[t] + i * x_step + c].
-  void (*channels)(const void* x, const int64_t* offset, int taps, int64_t x_step, const void* y,
-                   int64_t y_step, int64_t n, int lanes, void* sums);
   // A tile of up to `window_rows` x `window_positions` positions of a 3 x 3 filter at `step` 1 or
   // 2, channels side by side and at least a vector of them:
   //   out[r * out_row + p * out_step + c] = activation(
@@ -61,6 +73,18 @@ struct DepthwiseKernels {
   void (*window)(int step, const void* const* x, const void* const* w, const void* start, void* out,
                  int64_t out_row, int64_t out_step, int rows, int positions, int64_t channels,
                  int64_t ahead, int activation);
+  // sums[b][a] += the products of what tap a meets, for 1, 3, 5 or 7 taps, of at least
+  // (taps + step - 1) / step positions, and at most weight_rows[taps] offsets, at `step` 1 or 2, or
+  // 1 for one tap.
+  int weight_rows[8];
+  void (*weight)(int taps, int step, const TapRuns& r);
+  // totals += sums, which become 0: vectors as they are, or folded to one number each.
+  void (*weight_totals)(double* totals, void* sums, int64_t vectors, bool fold);
+  // w[l * channel + offset[t]] = sum over s of totals[s * slot + t * lanes + l], for l in
+  // [begin, end).
+  void (*weight_finish)(const double* totals, int64_t slots, int64_t slot, int64_t lanes, int taps,
+                        const int64_t* offset, void* w, int64_t channel, int64_t begin,
+                        int64_t end);
 };
 
 struct ConvKernels {

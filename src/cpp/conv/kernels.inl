@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Included once by each file in kernels/, which defines
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "conv/depthwise.inl"
+#include "conv/depthwise_weight.inl"
 #include "conv/depthwise_window.inl"
 #include "conv/kernels.hpp"
 #include "conv/winograd.inl"
@@ -303,6 +304,19 @@ constexpr GatherRowsFn gathers[] = {gather_rows<uint16_t>, gather_rows<uint32_t>
 constexpr InterleaveFn interleaves[] = {interleave<uint16_t>, interleave<uint32_t>,
                                         interleave<uint64_t>};
 #endif
+
+template <class T>
+constexpr DepthwiseKernels depthwise_kernels = {
+    In<T>::V::width,
+    depthwise_rows<T>,
+    depthwise_positions<T>,
+    kWindowRows,
+    kWindowPositions,
+    depthwise_window<T>,
+    {0, weight_rows(1), 0, weight_rows(3), 0, weight_rows(5), 0, weight_rows(7)},
+    depthwise_weight<T>,
+    depthwise_totals<T>,
+    depthwise_finish<T>};
 
 static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {transposes[0], transposes[1], transposes[2]},
