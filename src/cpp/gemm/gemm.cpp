@@ -249,7 +249,7 @@ void gemm_panels(const Gemm& g, int threads) {
   run_panels(*exact, g, threads);
 }
 
-static const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
+const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = find_kernel({type, type, precision, int64_t(1) << 40, false, exact_only});
   return kn && kn->finishes && kn->direct_a ? kn : nullptr;
 }

@@ -126,6 +126,8 @@ double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
 // The kernel of this type that is no split product, on the active instruction set.
 const Kernel& exact_kernel(DType type);
+// The one that reads rows of A where they lie and finishes its tiles, or null.
+const Kernel* strips_kernel(DType type, Precision precision, bool exact_only);
 
 // driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
 // split one and packing noticed what it cannot represent: C is then not what it should be, and to
