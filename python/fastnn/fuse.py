@@ -20,7 +20,7 @@ from . import _cpu, nn
 from .backends.cpu.conv import is_channels_last
 from .nn.activation import activation_name
 from .nn.mlp import _unwatched
-from .ops.conv import conv_fused
+from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residual
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -64,20 +64,34 @@ class _FusedConv:
     """One convolution and what follows it, with the folded filters of the parameters as they were last seen, and what the
     kernels made of them."""
 
-    def __init__(self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str) -> None:
+    def __init__(
+        self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str, after: torch.nn.Module | None
+    ) -> None:
         self.conv = conv
         self.norm = norm
         self.activation = activation
+        #: The activation's module, if it is one.
+        self.after = after
         #: Whether all that read the result take it in any layout, so that the kernels may choose.
         self.any_layout = False
         self._key: tuple[Any, ...] = ()
         self._sources: tuple[Tensor | None, ...] = ()
-        self._filters: tuple[Tensor, Tensor | None, _cpu.Prepared] | None = None
+        self.layer: FusedLayer
 
     def modules(self) -> list[torch.nn.Module]:
-        return [self.conv] if self.norm is None else [self.conv, self.norm]
+        return [module for module in (self.conv, self.norm, self.after) if module is not None]
 
-    def filters(self) -> tuple[Tensor, Tensor | None, _cpu.Prepared]:
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where all lies that the filters are made of."""
+        found = [(self.conv._parameters, name) for name in ("weight", "bias")]
+        if self.norm is not None:
+            found += [(self.norm._parameters, name) for name in ("weight", "bias")]
+            found += [(self.norm._buffers, name) for name in ("running_mean", "running_var")]
+            found.append((self.norm.__dict__, "eps"))
+        return found
+
+    def see(self) -> None:
+        """Makes the filters anew if what they are made of has changed."""
         conv, norm = self.conv, self.norm
         if norm is None:
             sources, eps = (conv.weight, conv.bias), None
@@ -85,28 +99,60 @@ class _FusedConv:
             sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
             eps = norm.eps
         key = (_steps, eps, *[None if s is None else (s.data_ptr(), _version(s), s.dtype) for s in sources])
-        if key != self._key or self._filters is None:
-            weight, bias = _fold(*sources, eps) if norm is not None else (conv.weight, conv.bias)
-            # Channels next to each other suit the kernels best, and the results follow the filters.
-            if weight.dim() == 4 and self.any_layout:
-                weight = weight.contiguous(memory_format=torch.channels_last)
-            self._filters = weight.detach(), None if bias is None else bias.detach(), _cpu.Prepared()
-            # Held, so that no other parameters can lie where these did.
-            self._sources = tuple(None if s is None else s.detach() for s in sources)
-            self._key = key
-        return self._filters
+        if key == self._key:
+            return
+        weight, bias = _fold(*sources, eps) if norm is not None else (conv.weight, conv.bias)
+        # Channels next to each other suit the kernels best, and the results follow the filters.
+        if weight.dim() == 4 and self.any_layout:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = None if bias is None else bias.detach()
+        self.layer = weight.detach(), bias, activation_number(self.activation), _cpu.Prepared()
+        # Held, so that no other parameters can lie where these did.
+        self._sources = tuple(None if s is None else s.detach() for s in sources)
+        self._key = key
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv
-        weight, bias, prepared = self.filters()
+        weight, bias, _, prepared = self.layer
         result = conv_fused(
             *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
             *(self.activation, residual, prepared),
         )
-        if self.any_layout or weight.dim() != 4 or is_channels_last(conv.weight):
+        return self.laid_out(result)
+
+    def laid_out(self, result: Tensor) -> Tensor:
+        if self.any_layout or result.dim() != 4 or is_channels_last(self.conv.weight):
             return result
         # The model's own code may ask for a view of it.
         return result.contiguous()
+
+
+class _InvertedResidual:
+    """Two or three convolutions that one kernel computes, each with what follows it: one to many channels, if there is one,
+    a depthwise and a pointwise one."""
+
+    def __init__(self, layers: list[_FusedConv]) -> None:
+        self.expand = layers[0] if len(layers) == 3 else None
+        self.depthwise, self.project = layers[-2:]
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        expand, depthwise, project = self.expand, self.depthwise, self.project
+        first = (None, 1, 0) if expand is None else (expand.layer, expand.conv.stride, expand.conv.padding)
+        result = inverted_residual(input, residual, *first, depthwise.layer, depthwise.conv.stride[0], project.layer)
+        return project.laid_out(result)
+
+
+def _may_expand(conv: torch.nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and (conv.dilation, conv.groups) == ((1, 1), 1) and type(conv.padding) is tuple
+
+
+def _is_pointwise(conv: torch.nn.Module) -> bool:
+    return _may_expand(conv) and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+def _is_depthwise(conv: torch.nn.Module) -> bool:
+    usual = type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+    return usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
 
 
 def _fold(
@@ -221,6 +267,7 @@ def _rewrite(
         activation = _activation_of(_only_user(chain[-1]), modules)
         if activation is not None:
             chain.append(_only_user(chain[-1]))
+        after = modules[chain[-1].target] if activation is not None and chain[-1].op == "call_module" else None
         if len(chain) == 1:
             continue
         last = chain[-1]
@@ -230,7 +277,12 @@ def _rewrite(
         last.replace_all_uses_with(call)
         for old in reversed(chain):
             graph.erase_node(old)
-        fused.append(_FusedConv(conv, norm, activation or "none"))
+        fused.append(_FusedConv(conv, norm, activation or "none", after))
+
+    blocks: list[_InvertedResidual] = []
+
+    def run_inverted(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return blocks[index](input, residual)
 
     def takes_any_layout(node: fx.Node) -> bool:
         if node.op == "call_function" and node.target is run_fused:
@@ -247,6 +299,29 @@ def _rewrite(
     for node in graph.nodes:
         if node.op == "call_function" and node.target is run_fused:
             fused[node.args[0]].any_layout = all(map(takes_any_layout, node.users))
+
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not run_fused or not _is_pointwise(fused[node.args[0]].conv):
+            continue
+        # From the last to the first: only the last may have a residual, and only its result other users.
+        chain = [node]
+        for fits in (_is_depthwise, _may_expand):
+            before = chain[0].args[1]
+            alone = isinstance(before, fx.Node) and before.op == "call_function" and len(before.users) == 1
+            if not (
+                alone and before.target is run_fused and len(before.args) == 2 and fits(fused[before.args[0]].conv)
+            ):
+                break
+            chain.insert(0, before)
+        if len(chain) == 1:
+            continue
+        with graph.inserting_before(node):
+            arguments = (len(blocks), chain[0].args[1], *node.args[2:])
+            call = graph.call_function(run_inverted, arguments)
+        node.replace_all_uses_with(call)
+        for old in reversed(chain):
+            graph.erase_node(old)
+        blocks.append(_InvertedResidual([fused[old.args[0]] for old in chain]))
     return fused
 
 
@@ -287,6 +362,24 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
 def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv]) -> type:
     """The class of a module whose forward was rewritten; its own forward stays for training and gradients."""
     watched = [module for call in fused for module in call.modules()]
+    watch: _cpu.Watch | None = None
+
+    def plain() -> bool:
+        """Whether the modules do what they did when they were traced, and nobody watches; makes the filters then, if
+        anything has changed."""
+        nonlocal watch, steps
+        if watch is not None and steps == _steps and watch.same():
+            return True
+        if not all(not module.training and _unwatched(module) for module in watched):
+            return False
+        # Before the filters are made: a change meanwhile is seen by the next call.
+        steps_now, watch_now = _steps, _cpu.Watch(_places(fused))
+        for call in fused:
+            call.see()
+        steps, watch = steps_now, watch_now
+        return True
+
+    steps = _steps
 
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -294,7 +387,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
             or torch.compiler.is_compiling()
             or self.training
             or torch.is_autocast_enabled("cpu")
-            or not all(not module.training and _unwatched(module) for module in watched)
+            or not plain()
         ):
             return kind.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
@@ -314,6 +407,19 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         "_fused_calls": fused,
     }
     return type(kind.__name__, (kind,), body)
+
+
+#: Of a module: what _unwatched asks, and the mode.
+_STATE = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_compiled_call_impl", "forward", "training"),
+)
+
+
+def _places(fused: list[_FusedConv]) -> list[tuple[dict[str, Any], str]]:
+    """Where all lies on which it depends whether and how these are run."""
+    state = [(module.__dict__, name) for call in fused for module in call.modules() for name in _STATE]
+    return state + [place for call in fused for place in call.places()]
 
 
 def _new(kind: type) -> Any:

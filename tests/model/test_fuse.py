@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -374,3 +376,179 @@ def test_flattened_results_may_have_any_layout():
     x = torch.randn(2, 3, 12, 12)
     assert relative_error(outputs(fused, x), outputs(model, x)) < 1e-6
     assert [call.any_layout for call in fused_calls(fused)] == [True]
+
+
+def inverted(hidden=32, out=8, stride=1, padding=1, kernel=3, groups=None, expands=True):
+    first = [nn.Conv2d(8, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()] if expands else []
+    depthwise = nn.Conv2d(hidden, hidden, kernel, stride, padding, groups=groups or hidden, bias=False)
+    return nn.Sequential(
+        *first,
+        *(depthwise, nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)),
+        *(nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)),
+    )
+
+
+class WithShortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = inverted()
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def passes(model, x):
+    """How many inverted residuals are computed in one pass."""
+
+    def count():
+        return fastnn._cpu.counters().get("inverted residual", 0)
+
+    before = count()
+    outputs(model, x)
+    return count() - before
+
+
+def image(*shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (lambda: inverted(), 1),
+        (lambda: inverted(33, 17, stride=2), 1),
+        (lambda: inverted(8, 24, expands=False), 0),  # fewer channels than a vector may have
+        (lambda: WithShortcut(), 1),
+        (lambda: nn.Sequential(WithShortcut(), WithShortcut(), inverted(stride=2)), 3),
+        (lambda: inverted(padding=0), 0),
+        (lambda: inverted(padding=2, kernel=5), 0),
+        (lambda: inverted(stride=(2, 1)), 0),
+        (lambda: inverted(groups=16), 0),
+        (lambda: inverted(groups=1), 0),
+    ],
+)
+def test_inverted_residuals(model, count, no_fallback):
+    model = with_statistics(model())
+    x = image(2, 8, 14, 13)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    fastnn.convert(model, fuse=True)
+    assert len(calls(model)) == convolutions
+    found = outputs(model, x)
+    assert relative_error(found, exact) < 1e-6
+    assert found.is_contiguous()
+    if count:
+        assert passes(model, x) == count
+    # The first convolution takes no other layout so.
+    assert relative_error(outputs(model, x.contiguous()), exact) < 1e-6
+
+
+def test_a_first_layer_and_a_depthwise_one():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.SiLU(), inverted(expands=False))
+    model = with_statistics(model)
+    x = torch.randn(2, 3, 27, 31)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    fused = fastnn.convert(model, fuse=True)
+    assert relative_error(outputs(fused, x), exact) < 1e-6
+    assert passes(fused, x) == 1
+
+
+def test_all_blocks_of_mobilenet_are_computed_in_one_pass_each():
+    model = fastnn.convert(with_statistics(fastnn.models.mobilenet_v2()), fuse=True)
+    assert passes(model, torch.randn(1, 3, 64, 64)) == 17
+
+
+def test_what_lies_between_is_used_elsewhere():
+    class Tapped(nn.Module):
+        def __init__(self, at):
+            super().__init__()
+            self.block, self.at = inverted(), at
+
+        def forward(self, x):
+            parts = list(self.block)
+            found = None
+            for i, part in enumerate(parts):
+                x = part(x)
+                found = x if i == self.at else found
+            return x, found
+
+    for at in (2, 5):
+        model = with_statistics(Tapped(at))
+        x = image(1, 8, 9, 9)
+        expected = outputs(fastnn.revert(copy.deepcopy(model)), x)
+        model = fastnn.convert(model, fuse=True)
+        assert passes(model, x) == 0
+        for found, one in zip(outputs(model, x), expected, strict=True):
+            assert relative_error(found, one) < 1e-6
+
+
+def test_changes_within_an_inverted_residual_are_seen():
+    torchs = with_statistics(nn.Sequential(WithShortcut(), inverted()))
+    model = fastnn.convert(copy.deepcopy(torchs), fuse=True)
+    x = image(2, 8, 9, 10)
+
+    def check(count=2):
+        assert passes(model, x) == count
+        assert relative_error(outputs(model, x), outputs(fastnn.revert(copy.deepcopy(model)), x)) < 1e-6
+
+    check()
+    inner = model[0].inner
+    with torch.no_grad():
+        for change in (
+            lambda: inner[0].weight.mul_(2),
+            lambda: inner[3].weight.add_(1),
+            lambda: inner[6].weight.neg_(),
+            lambda: inner[7].running_mean.fill_(3),
+            lambda: inner[4].running_var.mul_(4),
+            lambda: setattr(inner[1], "weight", nn.Parameter(torch.rand(32))),
+            lambda: setattr(inner[0], "bias", nn.Parameter(torch.rand(32))),
+            lambda: setattr(inner[6].weight, "data", torch.randn(8, 32, 1, 1)),
+            lambda: setattr(inner[4], "eps", 0.1),
+            lambda: model.load_state_dict({k: t * 0.5 for k, t in model.state_dict().items()}),
+            lambda: model.load_state_dict({k: t * 0.5 for k, t in model.state_dict().items()}, assign=True),
+        ):
+            before = outputs(model, x)
+            change()
+            check()
+            assert not torch.equal(outputs(model, x), before)
+    for module in (inner[0], inner[1], inner[2], inner[3], inner[5], inner[7]):
+        seen = []
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        check(0)
+        assert seen
+        handle.remove()
+        check()
+    inner[4].train()
+    assert passes(model, x) == 0
+    inner[4].eval()
+    check()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert relative_error(outputs(other, x), outputs(model, x)) < 1e-6
+        assert passes(other, x) == 0
+        assert passes(fastnn.convert(other, fuse=True), x) == 2
+    expected = outputs(model, x)
+    fastnn.revert(model)
+    assert relative_error(outputs(model, x), expected) < 1e-6
+    assert passes(model, x) == 0
+
+
+def test_a_model_that_its_layers_lead_back_to_is_collected():
+    model = fastnn.convert(with_statistics(nn.Sequential(inverted())), fuse=True)
+    outputs(model, image(1, 8, 9, 9))
+    model[0][0].register_forward_hook(lambda *_, model=model: None)
+    model[0][1].parent = [model]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_parameters_of_inference_mode():
+    """They do not count what is written to them."""
+    with torch.inference_mode():
+        model = with_statistics(WithShortcut())
+    fastnn.convert(model, fuse=True)
+    x = image(1, 8, 9, 9)
+    assert passes(model, x) == 1
+    assert passes(model, x) == 1
+    assert relative_error(outputs(model, x), outputs(fastnn.revert(copy.deepcopy(model)), x)) < 1e-6

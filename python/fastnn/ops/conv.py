@@ -45,6 +45,7 @@ _Numbers = int | Sequence[int]
 
 _tensor_convolution = cpu.tensor_convolution
 _tensor_convolution_gradients = cpu.tensor_convolution_gradients
+_tensor_inverted_residual = cpu.tensor_inverted_residual
 _empty = kernels.empty_image
 
 
@@ -199,6 +200,53 @@ def conv_fused(
     if residual is not None:
         y = y + residual
     return torch.nn.functional.relu6(y) if activation == "relu6" else apply_activation(activation, y)
+
+
+#: Filters, bias, activation by its number and what is kept of these filters: a layer of an inverted residual.
+FusedLayer = tuple[Tensor, Tensor | None, int, _cpu.Prepared]
+
+
+def inverted_residual(
+    input: Tensor,
+    residual: Tensor | None,
+    expand: FusedLayer | None,
+    expand_stride: _Numbers,
+    expand_padding: _Numbers,
+    depthwise: FusedLayer,
+    stride: int,
+    project: FusedLayer,
+) -> Tensor:
+    """A convolution to many channels, a depthwise 3 × 3 one (padding 1) and a pointwise one to few, without gradients: what
+    :func:`conv_fused` computes of each, one after the other (Sandler et al. 2018, arXiv:1801.04381, figure 3d).
+
+    In one pass where the kernels take it so, what lies between them staying in the caches: the first convolution sees few
+    elements (a pointwise one, of a channels-last input, any number of channels), and there are no fewer channels than lanes
+    in a vector. Else in three.
+    """
+    if not is_dynamo_compiling():
+        found = _tensor_inverted_residual(
+            *(_empty, input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
+        )
+        if found is not None:
+            return found
+    y = input
+    if expand is not None:
+        y = _one_layer(y, expand, expand_stride, expand_padding, 1, None)
+    y = _one_layer(y, depthwise, stride, 1, y.shape[1], None)
+    return _one_layer(y, project, 1, 0, 1, residual)
+
+
+activation_number = kernels.ACTIVATIONS.__getitem__
+_ACTIVATION_NAMES = {number: name for name, number in kernels.ACTIVATIONS.items()}
+
+
+def _one_layer(
+    input: Tensor, layer: FusedLayer, stride: _Numbers, padding: _Numbers, groups: int, residual: Tensor | None
+) -> Tensor:
+    weight, bias, activation, prepared = layer
+    return conv_fused(
+        *(input, weight, bias, stride, padding, 1, groups, _ACTIVATION_NAMES[activation], residual, prepared)
+    )
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include "bind/tensors.hpp"
 #include "common/activation.hpp"
 #include "conv/conv.hpp"
+#include "conv/inverted.hpp"
 #include "gemm/prepared.hpp"
 
 namespace py = pybind11;
@@ -140,6 +141,13 @@ bool understood(const Tensor& x, const Tensor& w, PyObject* stride, PyObject* pa
   return true;
 }
 
+bool prepared_of(PyObject* object, Prepared*& prepared) {
+  py::detail::make_caster<Prepared> caster;
+  if (object == Py_None || !caster.load(object, false)) return false;
+  prepared = py::detail::cast_op<Prepared*>(caster);
+  return true;
+}
+
 double operations_of(const Tensor& y, const Tensor& w) {
   return double(y.count()) * double(w.count()) / double(w.shape[0]);
 }
@@ -180,13 +188,79 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (has_bias) c.bias = bias.data;
   if (added) c.residual = residual.data;
   c.activation = activation;
-  if (args[10] != Py_None) {
-    py::detail::make_caster<Prepared> caster;
-    if (!caster.load(args[10], false)) return not_taken(result);
-    c.prepared = py::detail::cast_op<Prepared*>(caster);
-  }
+  if (args[10] != Py_None && !prepared_of(args[10], c.prepared)) return not_taken(result);
   result = run(result, operations, [&] { conv_forward(c); });
   return grad ? in_tuple(result) : result;
+}
+
+// (weight, bias or None, activation, prepared) with m filters of `channels` x edge x edge; 0 is
+// any.
+bool layer_of(PyObject* object, DType type, int64_t m, int64_t channels, int64_t edge,
+              Inverted::Layer& l) {
+  Tensor w, bias;
+  if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4 ||
+      !read(PyTuple_GET_ITEM(object, 0), w) || w.type != type || w.dims != 4 ||
+      (m && w.shape[0] != m) || w.shape[1] != channels ||
+      (edge && (w.shape[2] != edge || w.shape[3] != edge)) ||
+      !integer(PyTuple_GET_ITEM(object, 2), kRelu6, l.activation) ||
+      (l.activation >= kActivations && l.activation != kRelu6) ||
+      !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared))
+    return false;
+  PyObject* added = PyTuple_GET_ITEM(object, 1);
+  if (added != Py_None) {
+    if (!read(added, bias) || bias.type != type || bias.dims != 1 || bias.shape[0] != w.shape[0] ||
+        !bias.contiguous())
+      return false;
+    l.bias = bias.data;
+  }
+  l.w = five(w);
+  return true;
+}
+
+// tensor_inverted_residual(make, x, residual, expand, expand_stride, expand_padding, depthwise,
+// stride, project): see inverted.hpp. Layers as layer_of reads them, the first None where there is
+// none; the depthwise one has padding 1.
+PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor x, residual, out;
+  Inverted c;
+  int stride;
+  if (n != 9 || !readable() || !read(args[1], x) || x.dims != 4 || !integer(args[7], 2, stride) ||
+      stride == 0)
+    return not_taken();
+  const bool added = args[2] != Py_None, expands = args[3] != Py_None;
+  int64_t hidden = x.shape[1], size[] = {x.shape[2], x.shape[3]};
+  if (expands) {
+    int64_t step[kSpatial], padding[kSpatial];
+    if (!layer_of(args[3], x.type, 0, hidden, 0, c.expand) || !numbers(args[4], 2, 1, step) ||
+        !numbers(args[5], 2, 0, padding))
+      return not_taken();
+    hidden = c.expand.w.size[0];
+    for (int d = 0; d < 2; d++) {
+      c.expand_stride[d] = step[1 + d], c.expand_padding[d] = padding[1 + d];
+      const int64_t reach = size[d] + 2 * padding[1 + d] - c.expand.w.size[3 + d];
+      if (reach < 0) return not_taken();
+      size[d] = reach / step[1 + d] + 1;
+    }
+  }
+  if (!layer_of(args[6], x.type, hidden, 1, 3, c.depthwise) ||
+      !layer_of(args[8], x.type, 0, hidden, 1, c.project) ||
+      (added && (!read(args[2], residual) || residual.type != x.type || residual.dims != 4)))
+    return not_taken();
+  const int64_t shape[] = {x.shape[0], c.project.w.size[0], (size[0] - 1) / stride + 1,
+                           (size[1] - 1) / stride + 1};
+  const double operations = double(x.count()) * double(hidden);
+  if (!precision_of(x.type, operations, c.precision) || !quiet() || !grad_is_off())
+    return not_taken();
+  PyObject* result = new_image(args[0], x, shape, 4, true, out);
+  if (!result) return not_taken();
+  for (int d = 0; added && d < 4; d++)
+    if (residual.shape[d] != shape[d] || (shape[d] > 1 && residual.strides[d] != out.strides[d]))
+      return not_taken(result);
+  c.x = five(x), c.y = five(out), c.type = x.type, c.stride = stride;
+  if (added) c.residual = residual.data;
+  bool taken = false;
+  result = run(result, operations, [&] { taken = inverted_residual(c); });
+  return result && !taken ? not_taken(result) : result;
 }
 
 // tensor_convolution_gradients(make, grad, x, w, stride, padding, dilation, groups, by_x, by_w,
@@ -255,6 +329,9 @@ PyMethodDef functions[] = {
     method("tensor_convolution", tensor_convolution,
            "activation(conv(x, w) + bias + residual); None where not taken, a tuple of it where a "
            "gradient is wanted."),
+    method(
+        "tensor_inverted_residual", tensor_inverted_residual,
+        "A pointwise, a depthwise and a pointwise convolution in one pass; None where not taken."),
     method("tensor_convolution_gradients", tensor_convolution_gradients,
            "The gradients of a convolution; None where not taken."),
     {nullptr, nullptr, 0, nullptr}};

@@ -253,7 +253,7 @@ const Kernel* runs_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = find_kernel({type, type, precision, int64_t(1) << 40, false, exact_only});
   return kn && kn->finishes ? kn : nullptr;
 }
-static const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
+const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = runs_kernel(type, precision, exact_only);
   return kn && kn->direct_a ? kn : nullptr;
 }

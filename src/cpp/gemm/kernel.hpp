@@ -126,8 +126,10 @@ double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
 // The kernel of this type that is no split product, on the active instruction set.
 const Kernel& exact_kernel(DType type);
-// The kernel of this type, if its tiles take K in pieces of any length; else null.
+// The kernel of this type, if its tiles take a Finish and K in pieces of any length, else null; and
+// if they read A's rows where they lie as well.
 const Kernel* runs_kernel(DType type, Precision precision, bool exact_only);
+const Kernel* strips_kernel(DType type, Precision precision, bool exact_only);
 
 // driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
 // split one and packing noticed what it cannot represent: C is then not what it should be, and to

@@ -60,6 +60,7 @@ tensor_activation = _cpu.tensor_activation
 tensor_activation_backward = _cpu.tensor_activation_backward
 tensor_convolution = _cpu.tensor_convolution
 tensor_convolution_gradients = _cpu.tensor_convolution_gradients
+tensor_inverted_residual = _cpu.tensor_inverted_residual
 tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 #: What tensor_product computes.
