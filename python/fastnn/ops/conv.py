@@ -157,13 +157,13 @@ def conv_fused(
 
     ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
 
-    ``activation`` is one of linear_act's or "relu6". What the kernels do not take in one pass, a residual that broadcasts
+    ``activation`` is one of linear_act's. What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
     """
     if not is_dynamo_compiling():
         found = _tensor_convolution(
             *(_empty, input, weight, bias, residual, stride, padding, dilation, groups),
-            *(kernels.ACTIVATIONS[activation], prepared),
+            *(cpu.ACTIVATION[activation], prepared),
         )
         if type(found) is Tensor:
             return found
@@ -198,7 +198,7 @@ def conv_fused(
     y = function(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         y = y + residual
-    return torch.nn.functional.relu6(y) if activation == "relu6" else apply_activation(activation, y)
+    return apply_activation(activation, y)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -56,8 +56,7 @@ void conv(int which, uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, 
       bad_argument(op, "y", "the size that x, w, stride, padding and dilation give");
   }
   if (precision < 0 || precision > 2) bad_argument(op, "precision", "0 to 2");
-  if (activation != kRelu6 && (activation < 0 || activation >= kActivations))
-    bad_argument(op, "activation", "0 to 6, or 9");
+  if (activation < 0 || activation >= kActivations) bad_argument(op, "activation", "0 to 7");
   c.groups = groups;
   c.precision = Precision(precision), c.batch_invariant = batch_invariant;
   c.bias = reinterpret_cast<const char*>(bias_ptr);

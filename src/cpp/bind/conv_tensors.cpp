@@ -155,8 +155,7 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   int activation;
   if (n != 11 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
       !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
-      !layout_of(x, w, last) || !integer(args[9], kRelu6, activation) ||
-      (activation >= kActivations && activation != kRelu6))
+      !layout_of(x, w, last) || !integer(args[9], kActivations - 1, activation))
     return not_taken();
   const bool has_bias = args[3] != Py_None, added = args[4] != Py_None;
   if (has_bias && (!read(args[3], bias) || bias.type != x.type || bias.dims != 1 ||

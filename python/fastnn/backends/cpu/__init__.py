@@ -35,11 +35,12 @@ ACTIVATION: dict[str | None, int] = {
     "silu": 4,
     "sigmoid": 5,
     "tanh": 6,
+    "relu6": 7,
 }
 PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
 
 #: What the backward of an activation is given: its output for these, its input for the others.
-SAVES_OUTPUT = frozenset(("relu", "sigmoid", "tanh"))
+SAVES_OUTPUT = frozenset(("relu", "relu6", "sigmoid", "tanh"))
 
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
 LARGE_BYTES = 1 << 20

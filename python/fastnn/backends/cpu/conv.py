@@ -11,9 +11,6 @@ from torch import Tensor
 from ... import _cpu, _state
 from . import ACTIVATION, DTYPE, empty_channels, precision
 
-#: relu6 has no kernel of its own, and no gradient: it is the end of a convolution alone.
-ACTIVATIONS = {**ACTIVATION, "relu6": 9}
-
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -184,5 +181,5 @@ def _call(
         _state.settings().batch_invariant,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        ACTIVATIONS[activation],
+        ACTIVATION[activation],
     )
