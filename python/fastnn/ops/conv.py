@@ -45,7 +45,7 @@ _Numbers = int | Sequence[int]
 
 _tensor_convolution = cpu.tensor_convolution
 _tensor_convolution_gradients = cpu.tensor_convolution_gradients
-_empty = kernels.empty_image
+_empty = cpu.empty_image
 
 
 def conv1d(

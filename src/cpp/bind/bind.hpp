@@ -17,6 +17,7 @@ void bind_conv(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
 void bind_norm_tensors(pybind11::module_& m);
 void bind_conv_tensors(pybind11::module_& m);
+void bind_pool_tensors(pybind11::module_& m);
 
 namespace fastnn {
 

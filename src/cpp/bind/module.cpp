@@ -38,4 +38,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_tensors(m);
   bind_norm_tensors(m);
   bind_conv_tensors(m);
+  bind_pool_tensors(m);
 }

@@ -46,11 +46,6 @@ def is_channels_last(*tensors: Tensor) -> bool:
     )
 
 
-def empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """What the short way asks for where a result is large."""
-    return empty_channels(shape, like.dtype, channels_last)
-
-
 def forward(
     x: Tensor,
     w: Tensor,
