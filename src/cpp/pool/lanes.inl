@@ -37,6 +37,17 @@ static FASTNN_INLINE void store_lanes(T* p, V v, int n) {
     v.store_partial(p, n);
 }
 
+// Whether any lane is NaN.
+template <class V>
+static FASTNN_INLINE bool has_nan(V v) {
+#if FASTNN_TARGET_ID == 2
+  return is_nan(v) != 0;
+#else
+  const V none = V::zero();
+  return reduce_add(select(is_nan(v), V::set1(1), none)) > 0;
+#endif
+}
+
 // Takes one more value. A NaN replaces whatever was there.
 template <int mode, class V>
 static FASTNN_INLINE void take(V& value, V& code, V v, V v_code) {
@@ -133,6 +144,30 @@ static FASTNN_INLINE V get_codes(const char* p, bool wide_codes, int64_t at, int
   else
     get(v, reinterpret_cast<const uint8_t*>(p) + at, n);
   return v;
+}
+// hit[u]: in which of the `n` lanes of vector u the codes that begin at `at` are `number`.
+template <int vectors, class V, class Mask>
+static FASTNN_INLINE void find_code(const char* p, bool wide_codes, int64_t at, int64_t number,
+                                    int n, Mask* hit) {
+#if FASTNN_TARGET_ID == 2
+  // Bytes are compared as they are, those of all vectors at once.
+  constexpr int lanes = vectors * V::width;
+  if constexpr (lanes == 64 || lanes == 32) {
+    if (!wide_codes) {
+      uint64_t all;
+      if constexpr (lanes == 64)
+        all = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(p + at), _mm512_set1_epi8(char(number)));
+      else
+        all = _mm256_cmpeq_epi8_mask(_mm256_loadu_si256((const __m256i*)(p + at)),
+                                     _mm256_set1_epi8(char(number)));
+      for (int u = 0; u < vectors; u++) hit[u] = Mask(all >> (u * V::width));
+      return;
+    }
+  }
+#endif
+  const V of = V::set1(typename V::T(number));
+  for (int u = 0; u < vectors; u++)
+    hit[u] = eq(get_codes<V>(p, wide_codes, at + u * V::width, n), of);
 }
 static FASTNN_INLINE int64_t code_at(const char* p, bool wide_codes, int64_t at) {
   return wide_codes ? int64_t(reinterpret_cast<const int32_t*>(p)[at])
