@@ -107,8 +107,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 _PRODUCTS = (addmm, baddbmm, bmm, matmul, mm, mv)
-_OVERLOADED = frozenset(function for function, ours in PATCHES.items() if ours in _PRODUCTS)
-_WITHOUT_OUT = frozenset((F.avg_pool2d, F.avg_pool3d))
+# Dictionaries: Dynamo before torch 2.8 does not look for a function in a set.
+_OVERLOADED = {function: True for function, ours in PATCHES.items() if ours in _PRODUCTS}
+_WITHOUT_OUT = {F.avg_pool2d: True, F.avg_pool3d: True}
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -127,8 +128,8 @@ class _PatchMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if (
             "out_dtype" in kwargs
-            or ("out" in kwargs and func in _WITHOUT_OUT)
-            or (func in _OVERLOADED and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
+            or ("out" in kwargs and _WITHOUT_OUT.get(func))
+            or (_OVERLOADED.get(func) and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
         ):
             # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs; and the
             # out= that avg_pool2d takes and does not document.

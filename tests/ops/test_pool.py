@@ -97,6 +97,10 @@ def test_no_batch_and_an_empty_batch(name, no_fallback):
     assert empty.grad.shape == empty.shape
 
 
+# Before 2.8 torch's adaptive maximum of bfloat16 finds another NaN than the last, which it finds in float32.
+BFLOAT16_NANS = TORCH < (2, 8)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @dtypes
 def test_ties_nan_and_infinities(dtype, channels_last, no_fallback):
@@ -110,7 +114,10 @@ def test_ties_nan_and_infinities(dtype, channels_last, no_fallback):
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         for call in (CALLS[name] for name in CALLS if "max" in name):
-            for a, b in zip(both(call(fF, x)), both(call(F, x)), strict=True):
+            theirs = both(call(F, x))
+            if dtype is torch.bfloat16 and BFLOAT16_NANS:
+                theirs = [t.to(own.dtype) for t, own in zip(both(call(F, x.float())), theirs, strict=True)]
+            for a, b in zip(both(call(fF, x)), theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         leaf = x.requires_grad_()
         assert not both(CALLS["max 3x3"](fF, leaf))[0].isnan().logical_xor(F.max_pool2d(leaf, 3, 2, 1).isnan()).any()

@@ -193,6 +193,7 @@ def conv_fused(
                 groups,
                 activation,
                 None if residual is None else resolve(residual),
+                prepared,
             )
     function = (conv1d, conv2d, conv3d)[rank - 1]
     y = function(input, weight, bias, stride, padding, dilation, groups)
