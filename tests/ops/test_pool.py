@@ -105,8 +105,10 @@ BFLOAT16_NANS = TORCH < (2, 8)
 @dtypes
 def test_ties_nan_and_infinities(dtype, channels_last, no_fallback):
     """The first maximum's index wins, and the last NaN's."""
-    for special in ((0.0, -0.0), (math.nan,), (math.inf, -math.inf), (-math.inf,)):
-        x = torch.randint(-1, 2, (2, 16, 15, 22)).to(dtype)
+    specials = ((0.0, -0.0), (math.nan,), (math.inf, -math.inf), (-math.inf,))
+    # The channels of the second shape fill several vectors at once, and part of one.
+    for special, shape in itertools.product(specials, ((2, 16, 15, 22), (1, 131, 7, 9))):
+        x = torch.randint(-1, 2, shape).to(dtype)
         places = torch.randint(x.numel(), (900,))
         x.view(-1)[places] = torch.tensor(special, dtype=dtype).repeat(900)[:900]
         if special == (-math.inf,):
@@ -126,7 +128,7 @@ def test_ties_nan_and_infinities(dtype, channels_last, no_fallback):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [name for name in CALLS if "max" in name])
 def test_gradients_of_maxima_are_torchs_to_the_bit(name, dtype):
-    for shape in ((2, 5, 13, 17), (2, 32, 9, 8)):
+    for shape in ((2, 5, 13, 17), (2, 32, 9, 8), (1, 131, 9, 8)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
             ours, torchs = both(CALLS[name](fF, x))[0], both(CALLS[name](F, x))[0]

@@ -117,8 +117,8 @@ bool has_shape(const Tensor& t, const int64_t* shape, int dims) {
   return t.dims == dims && std::equal(shape, shape + dims, t.shape);
 }
 
-// tensor_pool(make, kind, dims, x, windows), of x (N, C, *spatial): the result, or, where a gradient is
-// wanted, (result, codes or None, whether they are channels-last).
+// tensor_pool(make, kind, dims, x, windows), of x (N, C, *spatial): the result, or, where a
+// gradient is wanted, (result, codes or None, whether they are channels-last).
 PyObject* tensor_pool(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, out, codes;
   Pool pool;
