@@ -30,6 +30,7 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.ConvTranspose2d: nn.ConvTranspose2d,
     torch.nn.ConvTranspose3d: nn.ConvTranspose3d,
     torch.nn.ReLU: nn.ReLU,
+    torch.nn.ReLU6: nn.ReLU6,
     torch.nn.GELU: nn.GELU,
     torch.nn.SiLU: nn.SiLU,
     torch.nn.Sigmoid: nn.Sigmoid,

@@ -1,6 +1,6 @@
 """``torch.nn.functional`` and the matrix products of ``torch``, to the parameter name, on the kernels of this package."""
 
-from .ops.activation import gelu, relu, sigmoid, silu, tanh
+from .ops.activation import gelu, relu, relu6, sigmoid, silu, tanh
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
@@ -54,6 +54,7 @@ __all__ = [
     "mm",
     "mv",
     "relu",
+    "relu6",
     "sigmoid",
     "silu",
     "tanh",

@@ -41,7 +41,7 @@ _KEEPS_LAYOUT = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.ReLU,
-    torch.nn.ReLU6,
+    nn.ReLU6,
     torch.nn.Dropout,
     torch.nn.Identity,
 )
@@ -350,7 +350,7 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
         module = modules[node.target]
         if not _unwatched(module):
             return None
-        return "relu6" if type(module) is torch.nn.ReLU6 else activation_name(module)
+        return activation_name(module)
     rest = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
     if rest or len([arg for arg in node.args if isinstance(arg, fx.Node)]) + ("input" in node.kwargs) != 1:
         return None

@@ -16,7 +16,7 @@ from .backends import cpu
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRODUCTS = ("linear", "linear_act", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm")
 _CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
-_ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh")
+_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "sigmoid", "tanh")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
 
 

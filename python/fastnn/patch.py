@@ -44,6 +44,13 @@ def batch_norm(
     return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """``F.hardtanh``, which :class:`torch.nn.ReLU6` calls: with its bounds, and no others, it is relu6."""
+    if (min_val, max_val) == (0, 6):
+        return functional.relu6(input, inplace)
+    return F.hardtanh(input, min_val, max_val, inplace)
+
+
 #: What torch is asked for, and what answers. ``a @ b`` reaches a mode as ``Tensor.matmul``.
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: functional.linear,
@@ -55,6 +62,8 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv_transpose2d: functional.conv_transpose2d,
     F.conv_transpose3d: functional.conv_transpose3d,
     F.relu: functional.relu,
+    F.relu6: functional.relu6,
+    F.hardtanh: hardtanh,
     F.gelu: functional.gelu,
     F.silu: functional.silu,
     F.sigmoid: functional.sigmoid,
@@ -98,8 +107,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 _PRODUCTS = (addmm, baddbmm, bmm, matmul, mm, mv)
-_OVERLOADED = frozenset(function for function, ours in PATCHES.items() if ours in _PRODUCTS)
-_WITHOUT_OUT = frozenset((F.avg_pool2d, F.avg_pool3d))
+# Dictionaries: Dynamo before torch 2.8 does not look for a function in a set.
+_OVERLOADED = {function: True for function, ours in PATCHES.items() if ours in _PRODUCTS}
+_WITHOUT_OUT = {F.avg_pool2d: True, F.avg_pool3d: True}
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -118,8 +128,8 @@ class _PatchMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if (
             "out_dtype" in kwargs
-            or ("out" in kwargs and func in _WITHOUT_OUT)
-            or (func in _OVERLOADED and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
+            or ("out" in kwargs and _WITHOUT_OUT.get(func))
+            or (_OVERLOADED.get(func) and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
         ):
             # addmm(beta, input, alpha, mat1, mat2), deprecated in torch, and mm(a, b, out_dtype), for GPUs; and the
             # out= that avg_pool2d takes and does not document.
@@ -141,7 +151,7 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``relu6``,
     ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
     ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.

@@ -21,8 +21,8 @@ DTYPE = {
     torch.int32: 6,
 }
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KIND = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "sigmoid": 5, "tanh": 6}
-SAVES_OUTPUT = ("relu", "sigmoid", "tanh")
+KIND = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "sigmoid": 5, "tanh": 6, "relu6": 7}
+SAVES_OUTPUT = ("relu", "relu6", "sigmoid", "tanh")
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -30,6 +30,7 @@ TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "relu6": F.relu6,
     "exp": torch.exp,
     "erf": torch.erf,
 }
@@ -50,6 +51,8 @@ def exact_gradient(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
     grad, saved = grad.double(), saved.double()
     if kind == "relu":
         return torch.where(saved <= 0, 0.0, grad)
+    if kind == "relu6":
+        return torch.where((saved <= 0) | (saved >= 6), 0.0, grad)
     if kind == "sigmoid":
         return grad * saved * (1 - saved)
     if kind == "tanh":

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,14 +87,14 @@ def test_gradient(isa, kind, dtype):
 def test_lengths(isa, n, dtype):
     """The right number of elements, the same value wherever an element lies, nothing beside them touched."""
     all_x = torch.randn(LENGTHS[-1]).to(dtype)
-    for kind in ("relu", "gelu", "tanh"):
+    for kind in ("relu", "relu6", "gelu", "tanh"):
         everything = activation(kind, all_x)
         x, out = poisoned(all_x[:n]), poisoned(torch.zeros(n, dtype=dtype))
         activation(kind, x, out)
         assert torch.equal(out, everything[:n])
         guard = out._base if out._base is not None else out
         assert bool(guard[:32].isnan().all()) and bool(guard[32 + n :].isnan().all())
-    for kind in ("relu", "silu", "sigmoid"):
+    for kind in ("relu", "relu6", "silu", "sigmoid"):
         grad = torch.randn(LENGTHS[-1]).to(dtype)
         everything = activation_backward(kind, grad, all_x)
         out = poisoned(torch.zeros(n, dtype=dtype))
@@ -188,14 +189,28 @@ def test_nan_and_infinity(isa, dtype):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 9, dtype=dtype)
     for kind in KIND:
         got = activation(kind, x)
-        limit = {"relu": 0.0, "sigmoid": 0.0, "tanh": -1.0}.get(kind, math.nan)  # of -infinity
-        want = torch.tensor([math.nan, 1.0 if kind in ("sigmoid", "tanh") else math.inf, limit], dtype=dtype)
+        high = {"relu6": 6.0, "sigmoid": 1.0, "tanh": 1.0}.get(kind, math.inf)  # of infinity
+        low = {"relu": 0.0, "relu6": 0.0, "sigmoid": 0.0, "tanh": -1.0}.get(kind, math.nan)  # of -infinity
+        want = torch.tensor([math.nan, high, low], dtype=dtype)
         assert torch.equal(got[:3].isnan(), want.isnan()), kind
         assert torch.equal(got[:3].nan_to_num(nan=7), want.nan_to_num(nan=7)), kind
         assert float(got[3]) == (0.5 if kind == "sigmoid" else 0.0)
     grad = torch.ones_like(x)
     # Where relu's output is NaN the gradient passes, as in torch.
     assert activation_backward("relu", grad, activation("relu", x))[:5].tolist() == [1, 1, 0, 0, 0]
+    assert activation_backward("relu6", grad, activation("relu6", x))[:5].tolist() == [1, 0, 0, 0, 0]
+
+
+@dtypes
+def test_the_corners_of_relu6(isa, dtype):
+    """Nothing of the gradient passes at 0 and at 6, all of it next to them on the inside."""
+    x = torch.tensor([0.0, 6.0, 6.5, -1.0, 3.0] * 9, dtype=dtype)
+    x = torch.cat((x, torch.nextafter(x, torch.full_like(x, 3.0))))
+    grad = torch.arange(1, 91).to(dtype)
+    found = activation_backward("relu6", grad, activation("relu6", x))
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(found, torch.autograd.grad(F.relu6(leaf), leaf, grad)[0])
+    assert torch.equal(found != 0, torch.tensor([0, 0, 0, 0, 1] * 9 + [1, 1, 0, 0, 1] * 9).bool())
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype.itemsize == 2])
@@ -263,7 +278,7 @@ def test_dense(isa):
     "arguments, message",
     [
         ((0, 8, 8, (1,), (1,), (1,), 0), "kind"),
-        ((7, 8, 8, (1,), (1,), (1,), 0), "kind"),
+        ((8, 8, 8, (1,), (1,), (1,), 0), "kind"),
         ((1, 8, 8, (1,), (1,), (1,), 4), "dtype"),
         ((1, 8, 8, (1,), (1,), (1,), -1), "dtype"),
         ((1, 0, 8, (1,), (1,), (1,), 0), "x"),

@@ -64,6 +64,7 @@ SPECIAL = {
     "silu": LIKE_SILU,
     "gelu": LIKE_SILU,
     "gelu_tanh": LIKE_SILU,
+    "relu6": [(INF, 6.0), (-INF, 0.0), (0.0, 0.0), (6.0, 6.0), (1e-45, 1e-45), (-3e38, 0.0), (NAN, NAN)],
     "relu": [(INF, INF), (-INF, 0.0), (0.0, 0.0), (1e-45, 1e-45), (-3e38, 0.0), (NAN, NAN)],
 }
 

@@ -15,7 +15,7 @@ from fastnn.ops import packed_linear
 
 from .closeness import assert_as_near_as_torch
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def test_reverts_to_torchs_layers(network):
     """Every layer is fastnn's, where fastnn has one, and torch's after `revert`."""
     model = network.ours().eval()
     x, _ = network.batch(torch.float32)
-    assert {row.kind for row in fastnn.report(model).not_replaced} <= {"torch.nn.ReLU6"}
+    assert not fastnn.report(model).not_replaced
     with torch.no_grad():
         expected = model(x)
         fastnn.revert(model)

@@ -57,6 +57,8 @@ CALLS = {
         torch.nn.BatchNorm1d(5),
     ],
     "relu": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x.clone(), inplace=True)],
+    "relu6": [F.relu6, lambda x: F.relu6(x.clone(), inplace=True)],
+    "hardtanh": [torch.nn.ReLU6(), lambda x: F.hardtanh(x, 0, 6.0), F.hardtanh],
     "gelu": [F.gelu, lambda x: F.gelu(x, approximate="tanh")],
     "silu": [F.silu, lambda x: F.silu(x.clone(), inplace=True)],
     "sigmoid": [F.sigmoid, torch.sigmoid, lambda x: x.sigmoid(), torch.nn.Sigmoid()],

@@ -55,7 +55,7 @@ def test_within_rounding_of_float64(isa, dtype, no_fallback):
         assert_within(fastnn.mm(a, b), exact, magnitude, terms=k + 2)
 
 
-@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("kind", ["relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_linear_act_is_the_formula(isa, dtype, kind, no_fallback):
     x, w, b = (torch.randn(s).to(dtype) for s in ((9, 17), (33, 17), (33,)))

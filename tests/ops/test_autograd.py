@@ -81,6 +81,7 @@ CASES = {
         [(3, 4, 2), (4,), (3, 4, 2)],
     ),
     "relu in place": (lambda x: fF.relu(x * 1, inplace=True), [(3, 4)]),
+    "relu6 in place": (lambda x: fF.relu6(x * 4, inplace=True), [(3, 4)]),
     "silu in place": (lambda x: fF.silu(x * 1, inplace=True), [(3, 4)]),
     **{f"activation {kind}": (lambda x, kind=kind: activation(kind, x), [(3, 4)]) for kind in KINDS[1:]},
     **{
@@ -152,12 +153,12 @@ def backward_with(direction, function, *inputs):
     ],
     ids=["scalar", "rows", "columns", "transposed", "sliced", "offset"],
 )
-@pytest.mark.parametrize("kind", ["none", "relu", "gelu", "tanh"])
+@pytest.mark.parametrize("kind", ["none", "relu", "relu6", "gelu", "tanh"])
 def test_gradients_arrive_in_any_layout(direction, kind, no_fallback):
     """... and are not written to."""
     x, w, b = (t.requires_grad_() for t in (torch.randn(6, 4), torch.randn(5, 4), torch.randn(5)))
     found = backward_with(direction, lambda *t: fF.linear_act(*t, kind), x, w, b)
-    f = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}[kind]
+    f = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "gelu": F.gelu, "tanh": torch.tanh}[kind]
     wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
     expected = torch.autograd.grad(f(F.linear(*wide)), wide, direction.double())
     for g, e in zip(found, expected, strict=True):

@@ -220,7 +220,12 @@ def test_export(training, no_fallback):
     exported = program.module()
     x = torch.randn(7, 5, 4, 4)
     close(exported(x), torchs(x))
-    same_buffers(exported, torchs)
+    # Early versions of torch.export sort the buffers, and leave out those that are not used.
+    found, expected = dict(exported.named_buffers()), dict(torchs.named_buffers())
+    assert {"running_mean", "running_var"} <= set(found) <= set(expected)
+    assert not training or set(found) == set(expected)
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[name])
 
 
 def test_fake(no_fallback):

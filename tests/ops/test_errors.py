@@ -77,6 +77,9 @@ CASES = {
     "batch_norm: running_mean with grad": (bn, torch_bn, (X, torch.ones(4, requires_grad=True), ONES), "running_mean"),
     "relu: list": (fF.relu, F.relu, ([1.0],), "input"),
     "relu: bool": (fF.relu, F.relu, (torch.tensor([True]),), "bool"),
+    "relu6: list": (fF.relu6, F.relu6, ([1.0],), "input"),
+    "relu6: bool": (fF.relu6, F.relu6, (torch.tensor([True]),), "bool"),
+    "relu6: expanded in place": (fF.relu6, F.relu6, (torch.randn(1).expand(4), True), "input"),
     "gelu: long": (fF.gelu, F.gelu, (torch.arange(3),), "int64"),
     "relu: expanded in place": (fF.relu, F.relu, (torch.randn(1).expand(4), True), "input"),
     "relu: leaf in place": (fF.relu, F.relu, (torch.randn(4, requires_grad=True), True), "input"),
@@ -306,6 +309,7 @@ def test_tensors_without_memory(which):
         (fF.relu, torch.relu),
         (fF.gelu, F.gelu),
         (fF.silu, F.silu),
+        (fF.relu6, F.relu6),
         (lambda x: fF.conv1d(x, W[..., None]), lambda x: F.conv1d(x, W[..., None])),
         (lambda x: fF.conv1d(x.t(), x[..., None], B[:3]), lambda x: F.conv1d(x.t(), x[..., None], B[:3])),
     )

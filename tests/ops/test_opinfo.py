@@ -21,6 +21,7 @@ OURS = {
     "nn.functional.bilinear": fF.bilinear,
     "nn.functional.batch_norm": fF.batch_norm,
     "nn.functional.relu": fF.relu,
+    "nn.functional.relu6": fF.relu6,
     "nn.functional.gelu": fF.gelu,
     "nn.functional.silu": fF.silu,
     "sigmoid": fF.sigmoid,
@@ -33,7 +34,14 @@ OURS = {
     "mv": fastnn.mv,
     **{f"nn.functional.{name}": getattr(fF, name) for name in CONVS},
 }
-ELEMENTWISE = ("nn.functional.relu", "nn.functional.gelu", "nn.functional.silu", "sigmoid", "tanh")
+ELEMENTWISE = (
+    "nn.functional.relu",
+    "nn.functional.relu6",
+    "nn.functional.gelu",
+    "nn.functional.silu",
+    "sigmoid",
+    "tanh",
+)
 ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
 CASES = [(name, dtype) for name in OURS for dtype in FLOATS]
 IDS = [f"{name}-{str(dtype)[6:]}" for name, dtype in CASES]
@@ -196,7 +204,7 @@ def test_signatures():
         defaults = [p if "=" in p else f"{p}={inspect.Parameter.empty}" for p in theirs.split(", ")]
         assert parameters == defaults, name
     python = [(getattr(fF, name), getattr(F, name)) for name in ("adaptive_avg_pool2d", "adaptive_avg_pool3d")]
-    for ours, torchs in ((fF.relu, F.relu), (fF.silu, F.silu), *python):
+    for ours, torchs in ((fF.relu, F.relu), (fF.relu6, F.relu6), (fF.silu, F.silu), *python):
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(torchs).parameters)
     x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
     torch.testing.assert_close(fF.linear(input=x, weight=w, bias=b), F.linear(input=x, weight=w, bias=b))

@@ -81,6 +81,7 @@ OPCHECKS = {
     "addmm": lambda g: (op("addmm"), (randn(5, grad=g), randn(3, 4, grad=g), randn(4, 5, grad=g), 0.5, 2.0)),
     "activation gelu": lambda g: (op("activation"), (randn(3, 4, 5, grad=g).transpose(0, 2), "gelu")),
     "activation relu": lambda g: (op("activation"), (randn(3, 4, grad=g), "relu")),
+    "activation relu6": lambda g: (op("activation"), (randn(3, 4, grad=g), "relu6")),
     "activation_backward silu": lambda g: (
         op("activation_backward"),
         (randn(3, 4, grad=g), randn(3, 4, grad=g), "silu"),

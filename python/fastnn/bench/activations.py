@@ -34,6 +34,7 @@ _SIZES = ((16 << 20,), (64 << 10,))
 
 for _name, _theirs in (
     ("relu", F.relu),
+    ("relu6", F.relu6),
     ("gelu", F.gelu),
     ("silu", F.silu),
     ("sigmoid", torch.sigmoid),

@@ -145,7 +145,7 @@ def _conv_norm_relu6(
     return torch.nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False),
         norm_layer(outputs),
-        torch.nn.ReLU6(inplace=True),
+        nn.ReLU6(inplace=True),
     )
 
 

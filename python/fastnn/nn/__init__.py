@@ -8,7 +8,7 @@ classes goes on working.
 one fused call.
 """
 
-from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh
+from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .linear import Bilinear, Linear
@@ -55,6 +55,7 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "ReLU",
+    "ReLU6",
     "SiLU",
     "Sigmoid",
     "Tanh",

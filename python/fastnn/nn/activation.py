@@ -15,6 +15,13 @@ class ReLU(torch.nn.ReLU):
         return functional.relu(input, inplace=self.inplace)
 
 
+class ReLU6(torch.nn.ReLU6):
+    """``min(max(0, x), 6)`` elementwise, as :class:`torch.nn.ReLU6`; ``(*) -> (*)``, any layout."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu6(input, inplace=self.inplace)
+
+
 class GELU(torch.nn.GELU):
     """``x * Phi(x)`` elementwise, as :class:`torch.nn.GELU`; ``(*) -> (*)``, any layout.
 
@@ -56,6 +63,8 @@ def activation_name(module: torch.nn.Module) -> str | None:
     if kind is ReLU:
         # In-place relu of a linear's fresh output is that output: nobody else sees the value before it.
         return "relu"
+    if kind is ReLU6:
+        return "relu6"
     if kind is GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     if kind is SiLU:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as _torch_module
 
-from .activation import GELU, ReLU, Sigmoid, SiLU, Tanh, activation_name
+from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh, activation_name
 from .linear import Linear
 
 _ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {
     "relu": ReLU,
+    "relu6": ReLU6,
     "gelu": GELU,
     "gelu_tanh": lambda: GELU(approximate="tanh"),
     "silu": SiLU,
@@ -32,7 +33,7 @@ class MLP(torch.nn.Sequential):
         in_features: size of an input row, at least 0.
         hidden_features: sizes of the hidden layers, in order; an empty list gives one linear layer.
         out_features: size of an output row.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``, or a callable
+        activation: ``"relu"``, ``"relu6"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``, or a callable
             that makes a fresh activation module, such as a module class.
         bias: whether the linear layers have a bias.
         device, dtype: of the parameters, as for :class:`torch.nn.Linear`.

@@ -1,6 +1,6 @@
-"""relu, gelu, silu, sigmoid and tanh, elementwise, with their first and second derivatives.
+"""relu, relu6, gelu, silu, sigmoid and tanh, elementwise, with their first and second derivatives.
 
-Formulas: relu(x) = max(x, 0); gelu(x) = x Φ(x), or with ``approximate="tanh"``
+Formulas: relu(x) = max(x, 0); relu6(x) = min(relu(x), 6); gelu(x) = x Φ(x), or with ``approximate="tanh"``
 x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 (Hendrycks and Gimpel, arXiv:1606.08415); silu(x) = x σ(x) (Elfwing et al.,
 arXiv:1702.03118); sigmoid(x) = σ(x) = 1 / (1 + e⁻ˣ); tanh.
 
@@ -42,7 +42,7 @@ from ._route import (
 )
 
 #: What linear_act and the fused epilogues take.
-KINDS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+KINDS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu6")
 
 _CODE = cpu.ACTIVATION
 _tensor_activation = cpu.tensor_activation
@@ -55,6 +55,7 @@ _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "relu6": torch.nn.functional.relu6,
 }
 
 
@@ -69,6 +70,14 @@ def torch_activation(kind: str, x: Tensor) -> Tensor:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(input, 0), as :func:`torch.nn.functional.relu`; integers go to torch."""
     return _apply("relu", "relu", input, inplace, torch.nn.functional.relu, (inplace,))
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(input, 0), 6), as :func:`torch.nn.functional.relu6`; integers go to torch.
+
+    The gradient is 0 at 0 and at 6, and passes where the input is NaN, as relu's does.
+    """
+    return _apply("relu6", "relu6", input, inplace, torch.nn.functional.relu6, (inplace,))
 
 
 def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None) -> Tensor:
@@ -201,7 +210,7 @@ def _apply_out(
 
 
 def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
-    """grad · f'(x), differentiable twice more. ``saved`` is f(x) for relu, sigmoid and tanh, else x."""
+    """grad · f'(x), differentiable twice more. ``saved`` is f(x) for relu, relu6, sigmoid and tanh, else x."""
     if not is_dynamo_compiling():
         output = cpu.tensor_activation_backward(_CODE[kind], grad, saved)
         if output is not None:
@@ -232,6 +241,8 @@ def _first_derivative(kind: str, saved: Tensor) -> Tensor:
     """f' in terms of what the forward saved."""
     if kind == "relu":
         return (saved > 0).to(saved.dtype)
+    if kind == "relu6":
+        return ((saved > 0) & (saved < 6)).to(saved.dtype)
     if kind == "sigmoid":
         return saved * (1 - saved)
     if kind == "tanh":
@@ -250,7 +261,7 @@ def _first_derivative(kind: str, saved: Tensor) -> Tensor:
 
 def _second_derivative(kind: str, saved: Tensor) -> Tensor:
     """The derivative of :func:`_first_derivative` by ``saved``: f'' where that is x, (f' as a function of f)' else."""
-    if kind == "relu":
+    if kind in ("relu", "relu6"):
         return torch.zeros_like(saved)
     if kind == "sigmoid":
         return 1 - 2 * saved

@@ -46,7 +46,7 @@ _Numbers = int | Sequence[int]
 _tensor_convolution = cpu.tensor_convolution
 _tensor_convolution_gradients = cpu.tensor_convolution_gradients
 _tensor_inverted_residual = cpu.tensor_inverted_residual
-_empty = kernels.empty_image
+_empty = cpu.empty_image
 
 
 def conv1d(
@@ -158,13 +158,13 @@ def conv_fused(
 
     ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
 
-    ``activation`` is one of linear_act's or "relu6". What the kernels do not take in one pass, a residual that broadcasts
+    ``activation`` is one of linear_act's. What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
     """
     if not is_dynamo_compiling():
         found = _tensor_convolution(
             *(_empty, input, weight, bias, residual, stride, padding, dilation, groups),
-            *(kernels.ACTIVATIONS[activation], prepared),
+            *(cpu.ACTIVATION[activation], prepared),
         )
         if type(found) is Tensor:
             return found
@@ -194,12 +194,13 @@ def conv_fused(
                 groups,
                 activation,
                 None if residual is None else resolve(residual),
+                prepared,
             )
     function = (conv1d, conv2d, conv3d)[rank - 1]
     y = function(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         y = y + residual
-    return torch.nn.functional.relu6(y) if activation == "relu6" else apply_activation(activation, y)
+    return apply_activation(activation, y)
 
 
 #: Filters, bias, activation by its number and what is kept of these filters: a layer of an inverted residual.
@@ -236,8 +237,8 @@ def inverted_residual(
     return _one_layer(y, project, 1, 0, 1, residual)
 
 
-activation_number = kernels.ACTIVATIONS.__getitem__
-_ACTIVATION_NAMES = {number: name for name, number in kernels.ACTIVATIONS.items()}
+activation_number = cpu.ACTIVATION.__getitem__
+_ACTIVATION_NAMES = {number: name or "none" for name, number in cpu.ACTIVATION.items()}
 
 
 def _one_layer(

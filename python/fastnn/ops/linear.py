@@ -61,7 +61,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Te
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """activation(input @ weightᵀ + bias) in one pass over the result.
 
-    ``activation`` is "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"; else ValueError. Where a gradient
+    ``activation`` is "none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"; else ValueError. Where a gradient
     is wanted, gelu and silu, whose derivatives need their input, run in two passes.
     """
     check_kind("linear_act", activation)

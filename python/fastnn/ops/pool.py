@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from ..backends.cpu import channels_last_strides
+from ..backends.cpu import channels_last_strides, empty_image, tensor_pool, tensor_pool_backward
 from ..backends.cpu import pool as cpu
 from ..backends.cpu.pool import Windows
 from ..backends.reference import pool as reference
@@ -39,6 +40,9 @@ from ._route import (
 )
 
 F = torch.nn.functional
+
+#: What tensor_pool computes.
+_MAXIMUM, _AVERAGE = range(2)
 
 # ---- the public functions ----------------------------------------------------------------------------------------
 
@@ -234,8 +238,8 @@ _known_windows = functools.lru_cache(maxsize=1024, typed=True)(_windows_of)
 _ADAPTIVE = Windows((), (), (), ())
 
 
-def _read_output_size(dims: int, input: Tensor, output_size: Any) -> tuple[int, ...]:
-    size = input.shape[input.dim() - dims :]
+def _read_output_size(size: Sequence[Any], output_size: Any) -> tuple[int, ...]:
+    dims = len(size)
     if output_size is None:
         raise Unsupported("output_size: expected an integer, or one or None for each dimension, got None")
     if dims > 1:
@@ -282,8 +286,32 @@ def _widened(input: Tensor) -> Tensor:
 # ---- the way of a call -------------------------------------------------------------------------------------------
 
 
-def _max_pool(dims: int, torch_function: Callable[..., Any], input: Any, *arguments: Any) -> Any:
-    *windows_arguments, return_indices = arguments
+def _short(kind: int, dims: int, input: Any, windows: tuple[Any, ...]) -> Tensor | None:
+    """The whole call in C, where nothing is unusual about it; else None. ``windows`` is the arguments that say where they
+    are: of fixed ones from kernel_size to dilation, ceil_mode, count_include_pad and divisor_override."""
+    if is_dynamo_compiling():
+        return None
+    found = tensor_pool(empty_image, kind, dims, input, windows)
+    return _apply_pool(input, found, kind, windows) if type(found) is tuple else found
+
+
+def _max_pool(
+    dims: int,
+    torch_function: Callable[..., Any],
+    input: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: Any,
+    return_indices: Any,
+) -> Any:
+    if return_indices is False:
+        found = _short(_MAXIMUM, dims, input, (kernel_size, stride, padding, dilation, ceil_mode, True, None))
+        if found is not None:
+            return found
+    windows_arguments = (kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = (*windows_arguments, return_indices)
     try:
         x = _check_input(dims, input)
         windows, output = _read_windows(dims, x, *windows_arguments)
@@ -304,9 +332,13 @@ def _max_pool(dims: int, torch_function: Callable[..., Any], input: Any, *argume
 def _adaptive_max_pool(
     dims: int, torch_function: Callable[..., Any], input: Any, output_size: Any, return_indices: Any
 ) -> Any:
+    if return_indices is False:
+        found = _short(_MAXIMUM, dims, input, (output_size,))
+        if found is not None:
+            return found
     try:
         x = _check_input(dims, input)
-        output = _read_output_size(dims, x, output_size)
+        output = _read_output_size(x.shape[x.dim() - dims :], output_size)
         if dims == 3:
             x = _widened(x)
         return _maxima(x, _ADAPTIVE, output, dims < 3 and _is_channels_last(x, dims), bool(return_indices))
@@ -339,11 +371,14 @@ def _avg_pool(
     count_include_pad: Any,
     *divisor_override: Any,
 ) -> Tensor:
+    divisor = divisor_override[0] if divisor_override else None
+    found = _short(_AVERAGE, dims, input, (kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor))
+    if found is not None:
+        return found
     try:
         x = _check_input(dims, input)
         windows, output = _read_windows(dims, x, kernel_size, stride, padding, 1, ceil_mode)
         _check_bool("count_include_pad", count_include_pad)
-        divisor = divisor_override[0] if divisor_override else None
         if divisor is not None and (not isinstance(divisor, int) or isinstance(divisor, bool) or divisor == 0):
             raise Unsupported(f"{describe('divisor_override', divisor)}: expected an integer other than 0")
         if dims == 3:
@@ -357,9 +392,12 @@ def _avg_pool(
 
 
 def _adaptive_avg_pool(dims: int, torch_function: Callable[..., Any], input: Any, output_size: Any) -> Tensor:
+    found = _short(_AVERAGE, dims, input, (output_size,))
+    if found is not None:
+        return found
     try:
         x = _check_input(dims, input)
-        output = _read_output_size(dims, x, output_size)
+        output = _read_output_size(x.shape[x.dim() - dims :], output_size)
         if dims == 3:
             x = _widened(x)
         # One average of a whole volume is torch.mean's.
@@ -380,6 +418,40 @@ def _derivative(op: Op, *args: Any) -> Any:
         return op(*args)
     except Unsupported as reason:
         return fall_back(op.name, reason.args[0], op.reference, *args)
+
+
+class _Pool(Function):
+    """What the short way has computed, ``found``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, found: tuple[Tensor, Tensor | None, bool], kind: int, windows: tuple[Any, ...]
+    ) -> Tensor:
+        out, codes, ctx.channels_last = found
+        ctx.kind, ctx.windows, ctx.size = kind, windows, input.shape
+        ctx.save_for_backward(codes)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (codes,) = ctx.saved_tensors
+        kind, arguments, size, last = ctx.kind, ctx.windows, ctx.size, ctx.channels_last
+        if not is_dynamo_compiling():
+            found = tensor_pool_backward(empty_image, kind, size, grad, codes, last, arguments)
+            if found is not None:
+                return found, None, None, None
+        dims = len(size) - 2
+        windows = _ADAPTIVE if len(arguments) == 1 else _windows_of(dims, size[2:], *arguments[:5])[0]
+        if kind == _MAXIMUM:
+            found = _derivative(max_pool_backward, grad, codes, *windows, size, dims, last)
+        else:
+            counted = (True, 0) if len(arguments) == 1 else (arguments[5], arguments[6] or 0)
+            found = _derivative(avg_pool_backward, grad, *windows, size, dims, *counted, last)
+        return found, None, None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_pool = super(Function, _Pool).apply
 
 
 # ---- the ops -----------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ def _elementwise(name, peer, magnitude, samples=_anything, *, out=False, exact=F
 
 
 _elementwise("relu", F.relu, _of_result, exact=True)
+_elementwise("relu6", F.relu6, _of_result, exact=True)
 _elementwise("gelu", F.gelu, _of_argument, _gelu)
 _elementwise("silu", F.silu, _of_argument)
 _elementwise("sigmoid", torch.sigmoid, _of_result)

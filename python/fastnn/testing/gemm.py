@@ -119,6 +119,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
     "silu": (F.silu, 1.1),
     "sigmoid": (torch.sigmoid, 0.25),
     "tanh": (torch.tanh, 1.0),
+    "relu6": (F.relu6, 1.0),
 }
 
 

@@ -18,6 +18,7 @@ void bind_tensors(pybind11::module_& m);
 void bind_norm_tensors(pybind11::module_& m);
 void bind_conv_tensors(pybind11::module_& m);
 void bind_watch(pybind11::module_& m);
+void bind_pool_tensors(pybind11::module_& m);
 
 namespace fastnn {
 

@@ -5,6 +5,7 @@
 
 #include "bind/bind.hpp"
 #include "common/activation.hpp"
+#include "gemm/prepared.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -28,7 +29,7 @@ void conv(int which, uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, 
           py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
           py::handle y_strides, int dtype, py::handle stride, py::handle padding,
           py::handle dilation, int64_t groups, int precision, bool batch_invariant,
-          uintptr_t bias_ptr, uintptr_t residual_ptr, int activation) {
+          uintptr_t bias_ptr, uintptr_t residual_ptr, int activation, Prepared* prepared) {
   const char* op = "conv";
   Conv c;
   c.x = tensor(op, "x", x_ptr, x_shape, x_strides);
@@ -56,13 +57,13 @@ void conv(int which, uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, 
       bad_argument(op, "y", "the size that x, w, stride, padding and dilation give");
   }
   if (precision < 0 || precision > 2) bad_argument(op, "precision", "0 to 2");
-  if (activation != kRelu6 && (activation < 0 || activation >= kActivations))
-    bad_argument(op, "activation", "0 to 6, or 9");
+  if (activation < 0 || activation >= kActivations) bad_argument(op, "activation", "0 to 7");
   c.groups = groups;
   c.precision = Precision(precision), c.batch_invariant = batch_invariant;
   c.bias = reinterpret_cast<const char*>(bias_ptr);
   c.residual = reinterpret_cast<const char*>(residual_ptr);
   c.activation = activation;
+  c.prepared = prepared;
   py::gil_scoped_release release;
   if (which == 0)
     conv_forward(c);
@@ -80,17 +81,17 @@ void define(py::module_& m, const char* name, const char* doc) {
          py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
          py::handle y_strides, int dtype, py::handle stride, py::handle padding,
          py::handle dilation, int64_t groups, int precision, bool batch_invariant,
-         uintptr_t bias_ptr, uintptr_t residual_ptr, int activation) {
+         uintptr_t bias_ptr, uintptr_t residual_ptr, int activation, Prepared* prepared) {
         conv(which, x_ptr, x_shape, x_strides, w_ptr, w_shape, w_strides, y_ptr, y_shape, y_strides,
              dtype, stride, padding, dilation, groups, precision, batch_invariant, bias_ptr,
-             residual_ptr, activation);
+             residual_ptr, activation, prepared);
       },
       doc, py::arg("x_ptr"), py::arg("x_shape"), py::arg("x_strides"), py::arg("w_ptr"),
       py::arg("w_shape"), py::arg("w_strides"), py::arg("y_ptr"), py::arg("y_shape"),
       py::arg("y_strides"), py::arg("dtype"), py::arg("stride"), py::arg("padding"),
       py::arg("dilation"), py::arg("groups"), py::arg("precision") = 0,
       py::arg("batch_invariant") = false, py::arg("bias_ptr") = 0, py::arg("residual_ptr") = 0,
-      py::arg("activation") = 0);
+      py::arg("activation") = 0, py::arg("prepared") = py::none());
 }
 
 }  // namespace

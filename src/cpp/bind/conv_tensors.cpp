@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "bind/tensors.hpp"
+#include "bind/image_tensors.hpp"
 #include "common/activation.hpp"
 #include "conv/conv.hpp"
 #include "conv/inverted.hpp"
@@ -14,37 +14,8 @@ using namespace fastnn::tensors;
 
 namespace {
 
-// An integer for all spatial dimensions, or a tuple of one for each.
-bool numbers(PyObject* object, int rank, int64_t least, int64_t* to) {
-  const bool tuple = PyTuple_CheckExact(object);
-  if (tuple && PyTuple_GET_SIZE(object) != rank && PyTuple_GET_SIZE(object) != 1) return false;
-  for (int d = 0; d < rank; d++) {
-    PyObject* number = object;
-    if (tuple) number = PyTuple_GET_ITEM(object, PyTuple_GET_SIZE(object) == 1 ? 0 : d);
-    if (!PyLong_CheckExact(number)) return false;
-    const long long value = PyLong_AsLongLong(number);
-    if (value == -1 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    // What overflows a size is for the long way to refuse.
-    if (value < least || value > INT32_MAX) return false;
-    to[kSpatial - rank + d] = value;
-  }
-  return true;
-}
-
-// c10's is_channels_last_strides_2d, by which torch chooses the layout of a result.
 bool like_channels_last(const Tensor& t) {
-  if (t.dims != 4 || t.strides[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.strides[d] < least) return false;
-    if (d == 0 && least == t.strides[1]) return false;
-    least = t.strides[d];
-    if (t.shape[d] > 1) least *= t.shape[d];
-  }
-  return true;
+  return t.dims == 4 && tensors::like_channels_last(t.shape, t.strides, t.dims);
 }
 
 // Whether the result of these is channels-last. False where that is for the long way to find out.
@@ -58,12 +29,6 @@ bool layout_of(const Tensor& x, const Tensor& w, bool& last) {
   return x.contiguous() && w.contiguous() && x.strides[1] != 1 && w.strides[1] != 1;
 }
 
-void channels_last_strides(const int64_t* shape, int dims, int64_t* strides) {
-  int64_t expected = 1;
-  strides[1] = expected, expected *= shape[1];
-  for (int d = dims - 1; d > 1; d--) strides[d] = expected, expected *= shape[d];
-  strides[0] = expected;
-}
 bool dense_filters(const Tensor& w) {
   if (w.contiguous()) return true;
   int64_t strides[kMaxDims];
@@ -83,27 +48,6 @@ bool evenly_spaced(const Tensor& y) {
   return true;
 }
 
-// Uninitialised memory for (N, C, *spatial): small as torch makes it, large from `make`, which is
-// called with `like`, the shape and whether it is to be channels-last.
-PyObject* new_image(PyObject* make, const Tensor& like, const int64_t* shape, int dims, bool last,
-                    Tensor& out) {
-  double count = double(dtype_size(like.type));
-  for (int d = 0; d < dims; d++) count *= double(shape[d]);
-  if (count > kLargeBytes) {
-    PyObject* sizes = to_tuple(shape, dims);
-    PyObject* result = sizes ? PyObject_CallFunctionObjArgs(make, like.object, sizes,
-                                                            last ? Py_True : Py_False, nullptr)
-                             : nullptr;
-    Py_XDECREF(sizes);
-    if (result && !read(result, out, true)) Py_CLEAR(result);
-    return result;
-  }
-  if (!last) return new_result(like, shape, dims, out);
-  int64_t strides[kMaxDims];
-  channels_last_strides(shape, dims, strides);
-  return new_strided(like, shape, strides, dims, out);
-}
-
 Tensor5 five(const Tensor& t) {
   Tensor5 f;
   f.data = t.data;
@@ -121,8 +65,9 @@ bool understood(const Tensor& x, const Tensor& w, PyObject* stride, PyObject* pa
                 PyObject* dilation, PyObject* groups, Conv& c, int64_t* out) {
   const int rank = x.dims - 2;
   if (rank < 1 || rank > kSpatial || w.dims != x.dims || w.type != x.type ||
-      !PyLong_CheckExact(groups) || !numbers(stride, rank, 1, c.stride) ||
-      !numbers(padding, rank, 0, c.padding) || !numbers(dilation, rank, 1, c.dilation))
+      !PyLong_CheckExact(groups) || !numbers(stride, rank, 1, c.stride + kSpatial - rank) ||
+      !numbers(padding, rank, 0, c.padding + kSpatial - rank) ||
+      !numbers(dilation, rank, 1, c.dilation + kSpatial - rank))
     return false;
   c.groups = PyLong_AsLongLong(groups);
   if (c.groups == -1 && PyErr_Occurred()) PyErr_Clear();
@@ -163,8 +108,7 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   int activation;
   if (n != 11 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
       !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
-      !layout_of(x, w, last) || !integer(args[9], kRelu6, activation) ||
-      (activation >= kActivations && activation != kRelu6))
+      !layout_of(x, w, last) || !integer(args[9], kActivations - 1, activation))
     return not_taken();
   const bool has_bias = args[3] != Py_None, added = args[4] != Py_None;
   if (has_bias && (!read(args[3], bias) || bias.type != x.type || bias.dims != 1 ||
@@ -178,7 +122,7 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const bool grad =
       wants_grad(args[1], args[2], has_bias ? args[3] : args[1], added ? args[4] : args[1]);
   if (PyErr_Occurred() || (grad && (activation || added))) return not_taken();
-  PyObject* result = new_image(args[0], x, shape, x.dims, last, out);
+  PyObject* result = new_image(args[0], x, shape, x.dims, last, x.type, out);
   if (!result) return not_taken();
   if (added)
     for (int d = 0; d < x.dims; d++)
@@ -202,8 +146,7 @@ bool layer_of(PyObject* object, DType type, int64_t m, int64_t channels, int64_t
       !read(PyTuple_GET_ITEM(object, 0), w) || w.type != type || w.dims != 4 ||
       (m && w.shape[0] != m) || w.shape[1] != channels ||
       (edge && (w.shape[2] != edge || w.shape[3] != edge)) ||
-      !integer(PyTuple_GET_ITEM(object, 2), kRelu6, l.activation) ||
-      (l.activation >= kActivations && l.activation != kRelu6) ||
+      !integer(PyTuple_GET_ITEM(object, 2), kActivations - 1, l.activation) ||
       !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared))
     return false;
   PyObject* added = PyTuple_GET_ITEM(object, 1);
@@ -251,7 +194,7 @@ PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t 
   const double operations = double(x.count()) * double(hidden);
   if (!precision_of(x.type, operations, c.precision) || !quiet() || !grad_is_off())
     return not_taken();
-  PyObject* result = new_image(args[0], x, shape, 4, true, out);
+  PyObject* result = new_image(args[0], x, shape, 4, true, x.type, out);
   if (!result) return not_taken();
   for (int d = 0; added && d < 4; d++)
     if (residual.shape[d] != shape[d] || (shape[d] > 1 && residual.strides[d] != out.strides[d]))
@@ -295,7 +238,7 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
     return gradients[which] != nullptr;
   };
   if (by_x) {
-    PyObject* result = new_image(args[0], x, x.shape, x.dims, last, out);
+    PyObject* result = new_image(args[0], x, x.shape, x.dims, last, x.type, out);
     if (result) {
       Conv one = c;
       one.x = five(out);
@@ -305,7 +248,7 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
     }
   }
   if (by_w) {
-    PyObject* result = new_image(args[0], w, w.shape, w.dims, like_channels_last(w), out);
+    PyObject* result = new_image(args[0], w, w.shape, w.dims, like_channels_last(w), x.type, out);
     if (result) {
       Conv one = c;
       one.w = five(out);

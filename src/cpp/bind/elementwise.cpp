@@ -18,7 +18,7 @@ DType float_argument(const char* op, int code) {
 
 int kind_argument(const char* op, int kind) {
   if (kind < 1 || kind >= kActivations)
-    bad_argument(op, "kind", "1 to 6, got " + std::to_string(kind));
+    bad_argument(op, "kind", "1 to 7, got " + std::to_string(kind));
   return kind;
 }
 
@@ -88,12 +88,12 @@ void activation_backward_call(int kind, uintptr_t grad_ptr, uintptr_t saved_ptr,
 }
 
 int function_argument(const char* op, const std::string& name) {
-  static const char* names[kErf + 1] = {"",        "relu", "gelu", "gelu_tanh", "silu",
-                                        "sigmoid", "tanh", "exp",  "erf"};
+  static const char* names[kErf + 1] = {"",        "relu", "gelu",  "gelu_tanh", "silu",
+                                        "sigmoid", "tanh", "relu6", "exp",       "erf"};
   for (int i = 1; i <= kErf; i++)
     if (name == names[i]) return i;
   bad_argument(op, "function",
-               "relu, gelu, gelu_tanh, silu, sigmoid, tanh, exp or erf, got '" + name + "'");
+               "relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu6, exp or erf, got '" + name + "'");
 }
 
 }  // namespace
@@ -106,7 +106,8 @@ void bind_elementwise(py::module_& m) {
   m.def("activation_dense", &activation_dense_call,
         "(kind, x_ptr, out_ptr, n, dtype): activation of n elements that lie together in both.");
   m.def("activation_backward", &activation_backward_call,
-        "out = grad * f'. `saved` is the output of relu, sigmoid and tanh, and the input of the "
+        "out = grad * f'. `saved` is the output of relu, relu6, sigmoid and tanh, and the input of "
+        "the "
         "others.",
         py::arg("kind"), py::arg("grad_ptr"), py::arg("saved_ptr"), py::arg("out_ptr"),
         py::arg("shape"), py::arg("grad_strides"), py::arg("saved_strides"), py::arg("out_strides"),

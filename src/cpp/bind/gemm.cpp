@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/bind.hpp"
+#include "common/activation.hpp"
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 
@@ -120,7 +121,7 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
   g.bias = reinterpret_cast<const char*>(bias_ptr);
   g.bias_type = is_float(g.a.type) ? g.a.type : DType::f32;
   g.bias_stride = bias_stride;
-  g.activation = enum_argument<int>("activation", activation, 6);
+  g.activation = enum_argument<int>("activation", activation, kActivations - 1);
   g.row_scale = reinterpret_cast<const float*>(row_scale_ptr);
   g.col_scale = reinterpret_cast<const float*>(col_scale_ptr);
   g.precision = enum_argument<Precision>("precision", precision, 2);
@@ -146,7 +147,7 @@ void linear_call(uintptr_t x, int64_t m, int64_t k, int64_t x_stride, uintptr_t 
   g.bias = reinterpret_cast<const char*>(bias);
   g.bias_axis = bias ? BiasAxis::column : BiasAxis::none;
   g.bias_type = t;
-  g.activation = enum_argument<int>("activation", activation, 6);
+  g.activation = enum_argument<int>("activation", activation, kActivations - 1);
   g.precision = enum_argument<Precision>("precision", precision, 2);
   g.batch_invariant = batch_invariant;
   // Giving up the GIL costs as much as a tiny product takes.

@@ -39,4 +39,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_norm_tensors(m);
   bind_conv_tensors(m);
   bind_watch(m);
+  bind_pool_tensors(m);
 }

@@ -35,10 +35,6 @@ class Channels {
   bool taken_ = false;
 };
 
-bool flag(PyObject* object, bool& value) {
-  value = object == Py_True;
-  return PyBool_Check(object);
-}
 bool number(PyObject* object, double& value) {
   if (!PyFloat_CheckExact(object)) return false;
   value = PyFloat_AS_DOUBLE(object);
@@ -50,13 +46,6 @@ bool same_shape(const Tensor& a, const Tensor& b) {
     if (a.shape[d] != b.shape[d]) return false;
   return true;
 }
-
-// Python objects that are let go of together.
-struct Held {
-  PyObject* object = nullptr;
-  ~Held() { Py_XDECREF(object); }
-  PyObject* release() { return std::exchange(object, nullptr); }
-};
 
 // tensor_batch_norm(empty_result, input, running_mean, running_var, weight, bias, residual,
 // training, momentum, eps, relu): the result, or (result, mean, var) where a gradient is wanted. In

@@ -49,7 +49,7 @@ struct ExchangeTable {
   void* current_work_stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
 
 static_assert(kMaxDims == kMaxBatchDims + 2);
 
@@ -68,7 +68,8 @@ PyObject *get_settings = nullptr, *dispatch_modes = nullptr, *functorch_active =
 PyObject *is_neg = nullptr, *is_inference = nullptr, *increment_version = nullptr;
 PyObject *name_new_empty = nullptr, *name_new_empty_strided = nullptr,
          *name_requires_grad = nullptr, *name_current_level = nullptr;
-PyObject *float64 = nullptr, *names_dtype = nullptr;  // torch.float64, ("dtype",)
+PyObject *float64 = nullptr, *uint8 = nullptr, *int32 = nullptr;  // torch's dtypes
+PyObject* names_dtype = nullptr;                                  // ("dtype",)
 
 // After a call that failed: the long way finds out why. What is no Exception (a KeyboardInterrupt
 // in a mode written in Python) stays, and not_taken raises it.
@@ -116,6 +117,11 @@ bool integer(PyObject* object, int last, int& value) {
   return v >= 0 && v <= last;
 }
 
+bool flag(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return PyBool_Check(object);
+}
+
 bool quiet() {
   if (!gives(get_settings, plain_settings) || !gives(functorch_active, Py_False) ||
       !gives(tracing_state, Py_None) || !gives(autocast_enabled, Py_False))
@@ -138,8 +144,12 @@ bool requires_grad(PyObject* tensor) {
   Py_DECREF(required);
   return required != Py_False;
 }
-bool read(PyObject* object, Tensor& t, bool fresh) {
-  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+
+PyObject* dtype_object(DType type) {
+  return type == DType::u8 ? uint8 : type == DType::s32 ? int32 : float64;
+}
+
+bool read_new(PyObject* object, Tensor& t) {
   DLTensor dl;
   if (read_tensor(object, &dl) != 0) {
     forget_error();
@@ -156,6 +166,10 @@ bool read(PyObject* object, Tensor& t, bool fresh) {
     t.type = DType::bf16;
   } else if (dl.dtype.code == kFloat && dl.dtype.bits == 16) {
     t.type = DType::f16;
+  } else if (dl.dtype.code == kUnsigned && dl.dtype.bits == 8) {
+    t.type = DType::u8;
+  } else if (dl.dtype.code == kInt && dl.dtype.bits == 32) {
+    t.type = DType::s32;
   } else {
     return false;
   }
@@ -164,8 +178,21 @@ bool read(PyObject* object, Tensor& t, bool fresh) {
   t.object = object;
   t.data = static_cast<char*>(dl.data) + dl.byte_offset;
   t.dims = dl.ndim, t.shape = dl.shape, t.strides = dl.strides;
-  // DLPack does not speak of tensors that are negated when read.
-  return fresh || gives_of(is_neg, object, Py_False);
+  return true;
+}
+
+static bool is_plain(PyObject* object) {
+  return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type;
+}
+
+bool read(PyObject* object, Tensor& t, bool fresh) {
+  return is_plain(object) && read_new(object, t) && t.type <= DType::f16 &&
+         // DLPack does not speak of tensors that are negated when read.
+         (fresh || gives_of(is_neg, object, Py_False));
+}
+
+bool read_codes(PyObject* object, Tensor& t) {
+  return is_plain(object) && read_new(object, t) && t.type > DType::f16;
 }
 
 bool apart(const Tensor& out) {
@@ -184,34 +211,27 @@ bool apart(const Tensor& out) {
   }
   return true;
 }
-PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
+PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType type, Tensor& out) {
   int64_t count = 1;
   for (int d = 0; d < dims; d++)
     if (__builtin_mul_overflow(count, shape[d], &count)) return nullptr;
-  if (count > kLargeBytes / int64_t(dtype_size(like.type))) return nullptr;
-  PyObject* arguments[kMaxDims + 1] = {like.object};
+  if (count > kLargeBytes / int64_t(dtype_size(type))) return nullptr;
+  PyObject* arguments[kMaxDims + 2] = {like.object};
   int made = 0;
   for (; made < dims; made++)
     if (!(arguments[made + 1] = PyLong_FromLongLong(shape[made]))) break;
+  PyObject* names = type == like.type ? nullptr : names_dtype;
+  if (names) arguments[dims + 1] = dtype_object(type);
   PyObject* result =
       made < dims ? nullptr
-                  : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, nullptr);
+                  : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, names);
   for (int d = 0; d < made; d++) Py_DECREF(arguments[d + 1]);
-  if (result && !read(result, out, true)) {
-    Py_DECREF(result);
-    return nullptr;
-  }
+  if (result && !read_new(result, out)) Py_CLEAR(result);
   return result;
 }
 
 PyObject* new_vector(const Tensor& like, int64_t n, bool wide, Tensor& out) {
-  if (!wide) return new_result(like, &n, 1, out);
-  PyObject* arguments[3] = {like.object, PyLong_FromLongLong(n), float64};
-  PyObject* result =
-      arguments[1] ? PyObject_VectorcallMethod(name_new_empty, arguments, 2, names_dtype) : nullptr;
-  Py_XDECREF(arguments[1]);
-  if (result && !read(result, out, true)) Py_CLEAR(result);
-  return result;
+  return new_result(like, &n, 1, wide ? DType::f64 : like.type, out);
 }
 
 PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out) {
@@ -235,18 +255,20 @@ PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out) {
   if (expected * int64_t(dtype_size(x.type)) > kLargeBytes || x.contiguous() == last)
     return made_by(make, x, out);
   if (!last) return new_result(x, x.shape, x.dims, out);
-  return new_strided(x, x.shape, strides, x.dims, out);
+  return new_strided(x, x.shape, strides, x.dims, x.type, out);
 }
 
 PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int dims,
-                      Tensor& out) {
-  PyObject* arguments[3] = {like.object, to_tuple(shape, dims), to_tuple(strides, dims)};
+                      DType type, Tensor& out) {
+  PyObject* arguments[4] = {like.object, to_tuple(shape, dims), to_tuple(strides, dims),
+                            dtype_object(type)};
+  PyObject* names = type == like.type ? nullptr : names_dtype;
   PyObject* result = arguments[1] && arguments[2]
-                         ? PyObject_VectorcallMethod(name_new_empty_strided, arguments, 3, nullptr)
+                         ? PyObject_VectorcallMethod(name_new_empty_strided, arguments, 3, names)
                          : nullptr;
   Py_XDECREF(arguments[1]);
   Py_XDECREF(arguments[2]);
-  if (result && !read(result, out, true)) Py_CLEAR(result);
+  if (result && !read_new(result, out)) Py_CLEAR(result);
   return result;
 }
 
@@ -577,6 +599,8 @@ bool use_torch(py::object capsule, py::type tensor, py::type parameter, py::dict
       {"is_inference", &is_inference},
       {"increment_version", &increment_version},
       {"float64", &float64},
+      {"uint8", &uint8},
+      {"int32", &int32},
   };
   for (auto [name, object] : names) *object = py::object(asked[name]).release().ptr();
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());

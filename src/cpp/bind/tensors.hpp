@@ -4,6 +4,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "bind/bind.hpp"
 #include "gemm/gemm.hpp"
@@ -45,6 +46,10 @@ struct Tensor {
 bool readable();
 // False for what is no plain, dense, floating-point CPU tensor with elements. No error is left set.
 bool read(PyObject* object, Tensor& t, bool fresh = false);
+// A result of our own making, of integers too.
+bool read_new(PyObject* object, Tensor& t);
+// A pool's codes: as `read`, of uint8 or int32.
+bool read_codes(PyObject* object, Tensor& t);
 // True where nothing traces, transforms, casts or was asked for.
 bool quiet();
 bool grad_is_off();
@@ -55,13 +60,18 @@ bool wants_grad(Objects... tensors) {
 }
 bool is_ordinary(PyObject* tensor);  // no inference tensor, and no error before
 bool integer(PyObject* object, int last, int& value);
+bool flag(PyObject* object, bool& value);
+PyObject* dtype_object(DType type);  // of float64 and of codes; borrowed
 
 // Whether all elements of `out` lie apart.
 bool apart(const Tensor& out);
 // A tensor as torch makes them: like.new_empty(*shape), so that inference mode, resize_ and
 // whatever else torch's own results know hold for these too. Null with an error set, or without
 // when large.
-PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out);
+PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType type, Tensor& out);
+inline PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
+  return new_result(like, shape, dims, like.type, out);
+}
 // like.new_empty(n, dtype=torch.float64), or of like's dtype.
 PyObject* new_vector(const Tensor& like, int64_t n, bool wide, Tensor& out);
 // A result that `make`, a function of the tensor x, allocates. Null with an error set.
@@ -71,7 +81,7 @@ PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out);
 PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out);
 // like.new_empty_strided(shape, strides). Null with an error set.
 PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int dims,
-                      Tensor& out);
+                      DType type, Tensor& out);
 PyObject* to_tuple(const int64_t* numbers, int count);  // null with an error set
 // torch's precision for products of float32. False where it cannot be known.
 bool precision_of(DType type, double operations, Precision& precision);
@@ -81,6 +91,13 @@ bool count_change(std::initializer_list<PyObject*> tensors);
 PyObject* not_taken(PyObject* result = nullptr);
 // For an autograd.Function, which would take a tensor among its arguments for an input.
 PyObject* in_tuple(PyObject* result);
+
+// A Python object that is let go of with its scope.
+struct Held {
+  PyObject* object = nullptr;
+  ~Held() { Py_XDECREF(object); }
+  PyObject* release() { return std::exchange(object, nullptr); }
+};
 
 // `result` once work() has run; null with an error set if it threw.
 template <class Work>

@@ -110,7 +110,7 @@ bool around_caches(const Loop& l, int64_t item) {
 
 // Picoseconds an element, on one thread with data in the caches: only to decide on threads.
 int64_t cost(int kind, DType type) {
-  if (kind == 1) return type == DType::f64 ? 150 : 80;
+  if (kind == kRelu || kind == kRelu6) return type == DType::f64 ? 150 : 80;
   return type == DType::f64 ? 3000 : type == DType::f32 ? 1000 : 500;
 }
 

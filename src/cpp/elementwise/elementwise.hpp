@@ -16,10 +16,10 @@ struct Operand {
   const int64_t* strides;
 };
 
-// out = f(x); out may be x. kind: 1 to 8; exp and erf for float32 and float64 only.
+// out = f(x); out may be x. kind: 1 to 9; exp and erf for float32 and float64 only.
 void unary(int kind, DType type, int dims, const int64_t* shape, Operand x, Operand out);
 
-// out = grad * f', from the output of relu, sigmoid and tanh, from the input of the others.
+// out = grad * f', from the output of relu, relu6, sigmoid and tanh, from the input of the others.
 // out may be either operand.
 void activation_backward(int kind, DType type, int dims, const int64_t* shape, Operand grad,
                          Operand saved, Operand out);

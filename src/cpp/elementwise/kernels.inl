@@ -47,11 +47,14 @@ struct Compute<double> {
   }
 };
 
-// relu's gradient: where the output is NaN the gradient passes, as in torch.
+// relu's gradient: where the output is NaN the gradient passes, as in torch. So it does in relu6's,
+// of which torch's depends on the place in the tensor.
 template <int kind, class T, class V>
 static FASTNN_INLINE V backward_value(V grad, V saved) {
   if constexpr (kind == kRelu)
     return select(le(saved, V::zero()), V::zero(), grad);
+  else if constexpr (kind == kRelu6)
+    return select(either(le(saved, V::zero()), le(V::set1(6), saved)), V::zero(), grad);
   else
     return Compute<T>::template backward_of<kind>(grad, saved);
 }
@@ -126,15 +129,15 @@ static void backward(const void* grad_, int64_t gs, const void* saved_, int64_t 
 
 #define FASTNN_UNARY(T)                                                            \
   nullptr, unary<T, kRelu>, unary<T, kGelu>, unary<T, kGeluTanh>, unary<T, kSilu>, \
-      unary<T, kSigmoid>, unary<T, kTanh>
+      unary<T, kSigmoid>, unary<T, kTanh>, unary<T, kRelu6>
 #define FASTNN_BACKWARD(T)                                                                     \
   nullptr, backward<T, kRelu>, backward<T, kGelu>, backward<T, kGeluTanh>, backward<T, kSilu>, \
-      backward<T, kSigmoid>, backward<T, kTanh>
+      backward<T, kSigmoid>, backward<T, kTanh>, backward<T, kRelu6>
 static const ElementwiseKernels table = {
-    {{FASTNN_UNARY(float), unary<float, kExp>, unary<float, kErf>, unary<float, kRelu6>},
-     {FASTNN_UNARY(double), unary<double, kExp>, unary<double, kErf>, unary<double, kRelu6>},
-     {FASTNN_UNARY(bf16), nullptr, nullptr, unary<bf16, kRelu6>},
-     {FASTNN_UNARY(f16), nullptr, nullptr, unary<f16, kRelu6>}},
+    {{FASTNN_UNARY(float), unary<float, kExp>, unary<float, kErf>},
+     {FASTNN_UNARY(double), unary<double, kExp>, unary<double, kErf>},
+     {FASTNN_UNARY(bf16)},
+     {FASTNN_UNARY(f16)}},
     {{FASTNN_BACKWARD(float)},
      {FASTNN_BACKWARD(double)},
      {FASTNN_BACKWARD(bf16)},

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,15 +39,41 @@ const PoolKernels& kernels() {
 
 enum class Job { forward, backward, element };
 
+// Memory for the tables of a call. Those of a small one lie in here: to allocate each of a dozen
+// would take longer than the pooling itself.
+class Tables {
+ public:
+  Tables() = default;
+  Tables(const Tables&) = delete;
+  Tables& operator=(const Tables&) = delete;
+  template <class T>
+  T* take(int64_t n) {
+    static_assert(sizeof(T) % 8 == 0);
+    const size_t bytes = size_t(n) * sizeof(T);
+    if (bytes > sizeof(small_) - used_) {
+      more_.push_back(std::make_unique_for_overwrite<char[]>(bytes));
+      return reinterpret_cast<T*>(more_.back().get());
+    }
+    T* p = reinterpret_cast<T*>(small_ + used_);
+    used_ += bytes;
+    return p;
+  }
+
+ private:
+  alignas(8) char small_[4096];
+  size_t used_ = 0;
+  std::vector<std::unique_ptr<char[]>> more_;
+};
+
 // The tables of one axis.
 struct Axis {
   PoolAxis given;
   bool regular = true;
-  std::vector<int64_t> begin, first, count, back_begin;
-  std::vector<double> divisor;
-  std::vector<PoolTap> back;
+  int64_t *begin, *first, *count, *back_begin = nullptr;
+  double* divisor;
+  PoolTap* back = nullptr;
 
-  void make(bool include_padding, bool backward) {
+  void make(bool include_padding, bool backward, Tables& tables) {
     PoolAxis& a = given;
     if (a.in < 1 || a.out < 1 || a.kernel < 0 || a.stride < 1 || a.padding < 0 || a.dilation < 1)
       throw std::invalid_argument("pool: windows: expected positive sizes");
@@ -56,10 +83,10 @@ struct Axis {
       a.dilation = 1;
     }
     regular = a.kernel > 0;
-    begin.resize(a.out);
-    first.resize(a.out);
-    count.resize(a.out);
-    divisor.resize(a.out);
+    begin = tables.take<int64_t>(a.out);
+    first = tables.take<int64_t>(a.out);
+    count = tables.take<int64_t>(a.out);
+    divisor = tables.take<double>(a.out);
     int64_t most = 0;
     for (int64_t o = 0; o < a.out; o++) {
       if (regular) {
@@ -72,6 +99,7 @@ struct Axis {
             double(include_padding ? std::min(b + a.kernel, a.in + a.padding) - b : count[o]);
       } else {
         begin[o] = o * a.in / a.out;
+        first[o] = 0;
         count[o] = ((o + 1) * a.in + a.out - 1) / a.out - begin[o];
         divisor[o] = double(count[o]);
       }
@@ -84,15 +112,17 @@ struct Axis {
       a.padding = 0;
     }
     if (!backward) return;
-    back_begin.assign(a.in + 1, 0);
+    back_begin = tables.take<int64_t>(a.in + 1);
+    std::fill_n(back_begin, a.in + 1, 0);
     auto each = [&](auto&& f) {
       for (int64_t o = 0; o < a.out; o++)
         for (int64_t k = first[o]; k < first[o] + count[o]; k++) f(o, k, begin[o] + k * a.dilation);
     };
     each([&](int64_t, int64_t, int64_t i) { back_begin[i + 1]++; });
     for (int64_t i = 0; i < a.in; i++) back_begin[i + 1] += back_begin[i];
-    back.resize(back_begin[a.in]);
-    std::vector<int64_t> next(back_begin.begin(), back_begin.end() - 1);
+    back = tables.take<PoolTap>(back_begin[a.in]);
+    int64_t* next = tables.take<int64_t>(a.in);
+    std::copy_n(back_begin, a.in, next);
     each([&](int64_t o, int64_t k, int64_t i) { back[next[i]++] = {o, k}; });
   }
 
@@ -116,9 +146,9 @@ struct Axis {
     return most;
   }
   PoolWindows windows() const {
-    return {given.in,       given.out,         given.kernel, given.stride, given.padding,
-            given.dilation, regular,           begin.data(), first.data(), count.data(),
-            divisor.data(), back_begin.data(), back.data()};
+    return {given.in,       given.out,  given.kernel, given.stride, given.padding,
+            given.dilation, regular,    begin,        first,        count,
+            divisor,        back_begin, back};
   }
 };
 
@@ -155,8 +185,8 @@ void fold_rows(PoolCall& c) {
 }
 
 struct Plan {
+  Tables tables;
   Axis axis[3];
-  std::vector<int64_t> position, address;
   PoolPlan p{};
   PoolCall call;
   bool channels_last;
@@ -170,7 +200,7 @@ struct Plan {
     if (!channels_last) fold_rows(call);
     for (int d = 0; d < 3; d++) {
       axis[d].given = call.axis[d];
-      axis[d].make(call.include_padding, job == Job::backward);
+      axis[d].make(call.include_padding, job == Job::backward, tables);
       p.axis[d] = axis[d].windows();
     }
     const PoolWindows &wz = p.axis[0], &wy = p.axis[1], &wx = p.axis[2];
@@ -215,17 +245,16 @@ struct Plan {
 
   void make_positions() {
     const PoolWindows &wz = p.axis[0], &wy = p.axis[1], &wx = p.axis[2];
-    position.reserve(p.taps);
-    address.reserve(p.taps);
+    int64_t* position = tables.take<int64_t>(p.taps);
+    int64_t* address = tables.take<int64_t>(p.taps);
+    p.tap_position = position, p.tap_address = address;
     for (int64_t z = 0; z < wz.kernel; z++)
       for (int64_t y = 0; y < wy.kernel; y++)
         for (int64_t x = 0; x < wx.kernel; x++) {
           const int64_t dz = z * wz.dilation, dy = y * wy.dilation, dx = x * wx.dilation;
-          position.push_back((dz * wy.in + dy) * wx.in + dx);
-          address.push_back(dz * p.x[2] + dy * p.x[3] + dx * p.x[4]);
+          *position++ = (dz * wy.in + dy) * wx.in + dx;
+          *address++ = dz * p.x[2] + dy * p.x[3] + dx * p.x[4];
         }
-    p.tap_position = position.data();
-    p.tap_address = address.data();
   }
 
   size_t scratch_bytes() const {

@@ -35,11 +35,12 @@ ACTIVATION: dict[str | None, int] = {
     "silu": 4,
     "sigmoid": 5,
     "tanh": 6,
+    "relu6": 7,
 }
 PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
 
 #: What the backward of an activation is given: its output for these, its input for the others.
-SAVES_OUTPUT = frozenset(("relu", "sigmoid", "tanh"))
+SAVES_OUTPUT = frozenset(("relu", "relu6", "sigmoid", "tanh"))
 
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
 LARGE_BYTES = 1 << 20
@@ -63,6 +64,8 @@ tensor_convolution_gradients = _cpu.tensor_convolution_gradients
 tensor_inverted_residual = _cpu.tensor_inverted_residual
 tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
+tensor_pool = _cpu.tensor_pool
+tensor_pool_backward = _cpu.tensor_pool_backward
 #: What tensor_product computes.
 MATMUL, LINEAR, MM, BMM = range(4)
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -84,6 +87,8 @@ if hasattr(Tensor, "__dlpack_c_exchange_api__"):
             "is_inference": Tensor.is_inference,
             "increment_version": torch._C._increment_version,
             "float64": torch.float64,
+            "uint8": torch.uint8,
+            "int32": torch.int32,
         },
     )
 
@@ -155,6 +160,11 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
 def empty_channels(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Uninitialised memory for (N, C, *spatial), contiguous or channels-last."""
     return empty_strided(shape, channels_last_strides(shape) if channels_last else _contiguous(shape), dtype)
+
+
+def empty_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """What the short ways ask for where a result is large."""
+    return empty_channels(shape, dtype or like.dtype, channels_last)
 
 
 def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:

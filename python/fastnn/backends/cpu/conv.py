@@ -11,9 +11,6 @@ from torch import Tensor
 from ... import _cpu, _state
 from . import ACTIVATION, DTYPE, empty_channels, precision
 
-#: relu6 has no kernel of its own, and no gradient: it is the end of a convolution alone.
-ACTIVATIONS = {**ACTIVATION, "relu6": 9}
-
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -49,11 +46,6 @@ def is_channels_last(*tensors: Tensor) -> bool:
     )
 
 
-def empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """What the short way asks for where a result is large."""
-    return empty_channels(shape, like.dtype, channels_last)
-
-
 def forward(
     x: Tensor,
     w: Tensor,
@@ -64,8 +56,9 @@ def forward(
     groups: int,
     activation: str = "none",
     residual: Tensor | None = None,
+    prepared: _cpu.Prepared | None = None,
 ) -> Tensor:
-    """activation(conv(x, w) + bias + residual); the residual has the result's shape."""
+    """activation(conv(x, w) + bias + residual); the residual has the result's shape. ``prepared`` is of this very w."""
     spatial = [
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(x.dim() - 2)
@@ -74,8 +67,9 @@ def forward(
     y = empty_channels((x.shape[0], w.shape[0], *spatial), x.dtype, channels_last)
     if residual is not None and residual.stride() != y.stride():
         residual = empty_channels(y.shape, y.dtype, channels_last).copy_(residual)
-    w = w if _has_dense_filters(w) else w.contiguous()
-    _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual)
+    if not _has_dense_filters(w):
+        w, prepared = w.contiguous(), None
+    _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual, prepared)
     return y
 
 
@@ -162,6 +156,7 @@ def _call(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    prepared: _cpu.Prepared | None = None,
 ) -> None:
     if bias is not None:
         bias = bias.contiguous()
@@ -184,5 +179,6 @@ def _call(
         _state.settings().batch_invariant,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        ACTIVATIONS[activation],
+        ACTIVATION[activation],
+        prepared,
     )

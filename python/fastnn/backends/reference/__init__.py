@@ -103,6 +103,8 @@ def _activate(x: Tensor, kind: str) -> Tensor:
     if kind == "relu":
         # where() keeps NaN, as torch.relu does, and gives 0 the gradient 0.
         return torch.where(x <= 0, torch.zeros_like(x), x)
+    if kind == "relu6":
+        return torch.where(x <= 0, torch.zeros_like(x), torch.where(x >= 6, torch.full_like(x, 6), x))
     if kind == "gelu":
         # Hendrycks and Gimpel, Gaussian Error Linear Units (2016): x * P(X <= x), X ~ N(0, 1). erfc keeps the tail.
         return x * 0.5 * torch.erfc(-x * math.sqrt(0.5))
