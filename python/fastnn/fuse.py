@@ -74,6 +74,8 @@ class _FusedConv:
         self.after = after
         #: Whether all that read the result take it in any layout, so that the kernels may choose.
         self.any_layout = False
+        #: Whether this call is the last that sees its residual, whose memory may then be the result's.
+        self.ends_residual = False
         self._key: tuple[Any, ...] = ()
         self._sources: tuple[Tensor | None, ...] = ()
         self.layer: FusedLayer
@@ -116,7 +118,7 @@ class _FusedConv:
         weight, bias, _, prepared = self.layer
         result = conv_fused(
             *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-            *(self.activation, residual, prepared),
+            *(self.activation, residual, prepared, self.ends_residual),
         )
         return self.laid_out(result)
 
@@ -322,6 +324,15 @@ def _rewrite(
         for old in reversed(chain):
             graph.erase_node(old)
         blocks.append(_InvertedResidual([fused[old.args[0]] for old in chain]))
+
+    # What these calls return is new, and they hand nothing on that they were given.
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    ours = [node for node in graph.nodes if node.op == "call_function" and node.target in (run_fused, run_inverted)]
+    for node in ours:
+        if node.target is run_fused and len(node.args) == 3:
+            _, input, residual = node.args
+            alone = residual in ours and residual is not input and all(user in ours for user in residual.users)
+            fused[node.args[0]].ends_residual = alone and max(residual.users, key=order.__getitem__) is node
     return fused
 
 

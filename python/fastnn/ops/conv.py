@@ -153,10 +153,12 @@ def conv_fused(
     activation: str,
     residual: Tensor | None = None,
     prepared: _cpu.Prepared | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """activation(conv(input, weight) + bias + residual) in one pass, without gradients; as many dimensions as weight has.
 
     ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
+    ``overwrite`` says that nobody needs the residual any more: its memory may become the result's.
 
     ``activation`` is one of linear_act's. What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
@@ -164,7 +166,7 @@ def conv_fused(
     if not is_dynamo_compiling():
         found = _tensor_convolution(
             *(_empty, input, weight, bias, residual, stride, padding, dilation, groups),
-            *(cpu.ACTIVATION[activation], prepared),
+            *(cpu.ACTIVATION[activation], prepared, overwrite),
         )
         if type(found) is Tensor:
             return found
@@ -315,7 +317,9 @@ def _conv(
     groups: int,
 ) -> Tensor:
     if not is_dynamo_compiling() and getattr(input, "ndim", 0) == rank + 2:
-        found = _tensor_convolution(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0, None)
+        found = _tensor_convolution(
+            *(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0, None, False)
+        )
         if type(found) is tuple:
             return _apply_convolution(input, weight, bias, found, stride, padding, dilation, groups)
         if found is not None:

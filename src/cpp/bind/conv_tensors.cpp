@@ -97,16 +97,29 @@ double operations_of(const Tensor& y, const Tensor& w) {
   return double(y.count()) * double(w.count()) / double(w.shape[0]);
 }
 
+// Whether it has the strides that a result of this shape would be given.
+bool as_made(const Tensor& t, const int64_t* shape, int dims, bool last) {
+  int64_t strides[kMaxDims];
+  if (last)
+    channels_last_strides(shape, dims, strides);
+  else
+    for (int64_t d = dims - 1, step = 1; d >= 0; step *= shape[d--]) strides[d] = step;
+  for (int d = 0; d < dims; d++)
+    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
+  return true;
+}
+
 // tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation,
-// prepared): activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The residual has the
-// result's shape and strides. `prepared`: None, or what keeps what is made of these very filters.
+// prepared, overwrite): activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The
+// residual has the result's shape and strides. `prepared`: None, or what keeps what is made of
+// these very filters. `overwrite`: whether the residual may be made the result.
 PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, w, bias, residual, out;
   Conv c;
   int64_t shape[kMaxDims];
   bool last;
   int activation;
-  if (n != 11 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
+  if (n != 12 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
       !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
       !layout_of(x, w, last) || !integer(args[9], kActivations - 1, activation))
     return not_taken();
@@ -122,17 +135,25 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const bool grad =
       wants_grad(args[1], args[2], has_bias ? args[3] : args[1], added ? args[4] : args[1]);
   if (PyErr_Occurred() || (grad && (activation || added))) return not_taken();
-  PyObject* result = new_image(args[0], x, shape, x.dims, last, x.type, out);
-  if (!result) return not_taken();
-  if (added)
-    for (int d = 0; d < x.dims; d++)
+  if (args[10] != Py_None && !prepared_of(args[10], c.prepared)) return not_taken();
+  c.x = five(x), c.w = five(w);
+  PyObject* result = nullptr;
+  if (args[11] == Py_True && added && residual.data != x.data &&
+      as_made(residual, shape, x.dims, last)) {
+    c.y = five(residual), c.residual = residual.data;
+    if (conv_takes_its_own_residual(c)) result = Py_NewRef(args[4]);
+  }
+  if (!result) {
+    result = new_image(args[0], x, shape, x.dims, last, x.type, out);
+    if (!result) return not_taken();
+    for (int d = 0; added && d < x.dims; d++)
       if (residual.shape[d] != shape[d] || (shape[d] > 1 && residual.strides[d] != out.strides[d]))
         return not_taken(result);
-  c.x = five(x), c.w = five(w), c.y = five(out);
+    c.y = five(out);
+  }
   if (has_bias) c.bias = bias.data;
   if (added) c.residual = residual.data;
   c.activation = activation;
-  if (args[10] != Py_None && !prepared_of(args[10], c.prepared)) return not_taken(result);
   result = run(result, operations, [&] { conv_forward(c); });
   return grad ? in_tuple(result) : result;
 }
@@ -173,16 +194,16 @@ PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t 
   const bool added = args[2] != Py_None, expands = args[3] != Py_None;
   int64_t hidden = x.shape[1], size[] = {x.shape[2], x.shape[3]};
   if (expands) {
-    int64_t step[kSpatial], padding[kSpatial];
+    int64_t step[2], padding[2];
     if (!layer_of(args[3], x.type, 0, hidden, 0, c.expand) || !numbers(args[4], 2, 1, step) ||
         !numbers(args[5], 2, 0, padding))
       return not_taken();
     hidden = c.expand.w.size[0];
     for (int d = 0; d < 2; d++) {
-      c.expand_stride[d] = step[1 + d], c.expand_padding[d] = padding[1 + d];
-      const int64_t reach = size[d] + 2 * padding[1 + d] - c.expand.w.size[3 + d];
+      c.expand_stride[d] = step[d], c.expand_padding[d] = padding[d];
+      const int64_t reach = size[d] + 2 * padding[d] - c.expand.w.size[3 + d];
       if (reach < 0) return not_taken();
-      size[d] = reach / step[1 + d] + 1;
+      size[d] = reach / step[d] + 1;
     }
   }
   if (!layer_of(args[6], x.type, hidden, 1, 3, c.depthwise) ||

@@ -468,6 +468,11 @@ void conv_forward(const Conv& c) {
   });
 }
 
+bool conv_takes_its_own_residual(const Conv& c) {
+  // Winograd's way may find that the call is to be computed otherwise, from the start.
+  return !is_depthwise(c) && !is_winograd(c, c.x, c.y);
+}
+
 void conv_input(const Conv& c) {
   if (c.x.count() == 0) return;
   if (is_depthwise(c)) {

@@ -45,6 +45,9 @@ struct Conv {
 void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_channel);
 
 void conv_forward(const Conv& c);  // y from x and w
+// Whether conv_forward may write y where the residual is: whether each of its elements is read
+// once.
+bool conv_takes_its_own_residual(const Conv& c);
 // x from y and w: the gradient by the input, and the transposed convolution.
 void conv_input(const Conv& c);
 void conv_weight(const Conv& c);  // w from x and y: the gradient by the weight
