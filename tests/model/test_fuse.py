@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import operator
 import pickle
 import weakref
@@ -124,6 +125,79 @@ def test_a_shortcut_that_broadcasts_or_has_another_layout():
         expected = torch.relu(F.conv2d(x, model.conv.weight, model.conv.bias) + other)
         with torch.inference_mode():
             torch.testing.assert_close(model(x, other), expected)
+
+
+class Shortcuts(nn.Module):
+    """Pointwise convolutions with sums of which some, by ``kind``, are not the last to see their shortcut."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)) for _ in range(3))
+
+    def forward(self, x):
+        a, b, c = self.convs
+        first = torch.relu(a(x))
+        if self.kind == "the last":
+            return torch.relu(c(torch.relu(b(first))) + first)
+        if self.kind == "the input as well":
+            return torch.relu(b(first) + first)
+        if self.kind == "twice":
+            return torch.relu(c(torch.relu(b(x) + first)) + first)
+        if self.kind == "seen later":
+            y = torch.relu(b(x) + first)
+            return torch.relu(c(first) + y), y
+        if self.kind == "returned":
+            return torch.relu(b(x) + first), first
+        if self.kind == "a view of it":
+            kept = first.flatten(2)
+            return torch.relu(b(x) + first), kept
+        if self.kind == "changed in place":
+            changed = first.add_(1)
+            return torch.relu(b(x) + first), changed
+        return torch.relu(b(x) + x), x  # "given"
+
+
+@pytest.mark.parametrize(
+    "kind, ends",
+    [
+        ("the last", [False, False, True]),
+        ("the input as well", [False, False]),
+        ("twice", [False, False, True]),
+        ("seen later", [False, False, False]),
+        ("returned", [False, False]),
+        ("a view of it", [False, False]),
+        ("changed in place", [False, False]),
+        ("given", [False, False]),
+    ],
+)
+def test_a_residual_is_overwritten_by_the_last_that_sees_it(kind, ends):
+    model = with_statistics(Shortcuts(kind))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 8, 9, 7).to(memory_format=layout)
+        exact = outputs(copy.deepcopy(model).double(), x.double())
+        fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+        kept = x.clone()
+        for _ in range(2):
+            found = outputs(fused, x)
+            assert torch.equal(x, kept)
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert [call.ends_residual for call in fused_calls(fused)] == ends
+
+
+def test_the_memory_of_a_residual_becomes_the_results():
+    x, w, residual = torch.randn(2, 16, 9, 9), torch.randn(24, 16, 1, 1), torch.randn(2, 24, 9, 9)
+    for layout, kernel in itertools.product(
+        (torch.contiguous_format, torch.channels_last), (w, torch.randn(24, 16, 3, 3))
+    ):
+        x, kernel = x.to(memory_format=layout), kernel.to(memory_format=layout)
+        given = residual.to(memory_format=layout, copy=True)
+        padding = kernel.shape[2] // 2
+        expected = torch.relu(F.conv2d(x.double(), kernel.double(), padding=padding) + residual)
+        with torch.no_grad():
+            found = conv_fused(x, kernel, None, 1, padding, 1, 1, "relu", given, None, True)
+        assert found.data_ptr() == given.data_ptr()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_in_eval_mode_without_gradients():
