@@ -45,6 +45,8 @@ _KEEPS_LAYOUT = (
     torch.nn.Dropout,
     torch.nn.Identity,
 )
+#: A convolution's attributes that its fused call was chosen by.
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _ENDS_LAYOUT = (torch.flatten, "flatten", "mean")
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
@@ -76,6 +78,7 @@ class _FusedConv:
         self.any_layout = False
         #: Whether this call is the last that sees its residual, whose memory may then be the result's.
         self.ends_residual = False
+        self._geometry = self._read_geometry()
         self._key: tuple[Any, ...] = ()
         self._sources: tuple[Tensor | None, ...] = ()
         self.layer: FusedLayer
@@ -83,9 +86,17 @@ class _FusedConv:
     def modules(self) -> list[torch.nn.Module]:
         return [module for module in (self.conv, self.norm, self.after) if module is not None]
 
+    def _read_geometry(self) -> list[Any]:
+        return [self.conv.__dict__.get(name) for name in _GEOMETRY]
+
+    def as_traced(self) -> bool:
+        """Whether the convolution has the geometry that it had, and parameters (not a parametrization's attributes)."""
+        return self._read_geometry() == self._geometry and all(name in place for place, name in self.places())
+
     def places(self) -> list[tuple[dict[str, Any], str]]:
-        """Where all lies that the filters are made of."""
+        """Where all lies that the filters are made of, and how they are used."""
         found = [(self.conv._parameters, name) for name in ("weight", "bias")]
+        found += [(self.conv.__dict__, name) for name in _GEOMETRY]
         if self.norm is not None:
             found += [(self.norm._parameters, name) for name in ("weight", "bias")]
             found += [(self.norm._buffers, name) for name in ("running_mean", "running_var")]
@@ -382,6 +393,8 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         if watch is not None and steps == _steps and watch.same():
             return True
         if not all(not module.training and _unwatched(module) for module in watched):
+            return False
+        if not all(call.as_traced() for call in fused):
             return False
         # Before the filters are made: a change meanwhile is seen by the next call.
         steps_now, watch_now = _steps, _cpu.Watch(_places(fused))

@@ -151,7 +151,8 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``relu6``,
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
+    ``relu6`` (and ``hardtanh`` from 0 to 6),
     ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
     ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.

@@ -239,6 +239,47 @@ def test_a_hook_is_called():
     assert seen == [1]
 
 
+def test_an_input_without_a_batch():
+    chain = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()).eval()
+    x = torch.randn(32, 8, 9)
+    expected = outputs(copy.deepcopy(chain), x)
+    torch.testing.assert_close(outputs(fastnn.convert(chain, fuse=True), x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parametrized_weight_is_seen():
+    chain = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU()).eval()
+    fastnn.convert(chain, fuse=True)
+    x = torch.randn(2, 8, 7, 7)
+    outputs(chain, x)
+    torch.nn.utils.parametrizations.weight_norm(chain[0])
+    for _ in range(3):
+        with torch.no_grad():
+            chain[0].parametrizations.weight.original0.mul_(1.5)
+            expected = F.relu(
+                F.conv2d(F.relu(F.conv2d(x, chain[0].weight, chain[0].bias)), chain[2].weight, chain[2].bias)
+            )
+        torch.testing.assert_close(outputs(chain, x), expected, rtol=1e-5, atol=1e-5)
+    del chain[2].weight
+    for _ in range(3):
+        chain[2].weight = torch.randn(6, 12, 1, 1)
+        with torch.no_grad():
+            expected = F.relu(
+                F.conv2d(F.relu(F.conv2d(x, chain[0].weight, chain[0].bias)), chain[2].weight, chain[2].bias)
+            )
+        torch.testing.assert_close(outputs(chain, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_whose_geometry_changes():
+    chain = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()).eval()
+    fastnn.convert(chain, fuse=True)
+    x = torch.randn(2, 32, 9, 9)
+    assert outputs(chain, x).shape == (2, 16, 9, 9)
+    chain[0].dilation, chain[0].padding = (2, 2), (3, 2)
+    y = F.relu(F.conv2d(x, chain[0].weight, chain[0].bias, 1, (3, 2), (2, 2), 32))
+    expected = F.relu(F.conv2d(y, chain[2].weight, chain[2].bias))
+    torch.testing.assert_close(outputs(chain, x), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_changes_of_parameters_are_seen():
     model = fastnn.convert(with_statistics(nn.Sequential(Block())), fuse=True)
     x = torch.randn(1, 8, 5, 5)

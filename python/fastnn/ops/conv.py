@@ -7,9 +7,9 @@ transposed convolution is the gradient of this by its input.
 Shapes: input (N, C, *spatial) or (C, *spatial); weight (M, C / groups, *kernel), transposed (C, M / groups, *kernel); bias
 (M). float32, float64, bfloat16 or float16, one dtype for all, any strides (weights that are neither contiguous nor
 channels-last are copied), accumulated in float32 (float64 for float64) and rounded once. float32 obeys
-``torch.get_float32_matmul_precision()``. The zeros around an input are multiplied as if they were part of it: an infinity
-or NaN in a weight gives NaN there, in the transposed convolutions and gradients too, where torch may not. The result is channels-last where input or weight is, as torch's. Complex and
-integer tensors, sparse ones and other devices go to torch. Bad input raises what torch raises: RuntimeError for shapes,
+``torch.get_float32_matmul_precision()``. The zeros around an input may be multiplied as if they were part of it: an
+infinity or NaN in a weight can give NaN there, in the transposed convolutions and gradients too, where torch's would not.
+The result is channels-last where input or weight is, as torch's. Complex and integer tensors, sparse ones and other devices go to torch. Bad input raises what torch raises: RuntimeError for shapes,
 dtypes and devices, TypeError for what is no tensor.
 """
 
@@ -235,7 +235,7 @@ def inverted_residual(
     y = input
     if expand is not None:
         y = _one_layer(y, expand, expand_stride, expand_padding, 1, None)
-    y = _one_layer(y, depthwise, stride, 1, y.shape[1], None)
+    y = _one_layer(y, depthwise, stride, 1, depthwise[0].shape[0], None)
     return _one_layer(y, project, 1, 0, 1, residual)
 
 

@@ -293,9 +293,8 @@ PyMethodDef functions[] = {
     method("tensor_convolution", tensor_convolution,
            "activation(conv(x, w) + bias + residual); None where not taken, a tuple of it where a "
            "gradient is wanted."),
-    method(
-        "tensor_inverted_residual", tensor_inverted_residual,
-        "A pointwise, a depthwise and a pointwise convolution in one pass; None where not taken."),
+    method("tensor_inverted_residual", tensor_inverted_residual,
+           "A convolution, a depthwise and a pointwise one in one pass; None where not taken."),
     method("tensor_convolution_gradients", tensor_convolution_gradients,
            "The gradients of a convolution; None where not taken."),
     {nullptr, nullptr, 0, nullptr}};

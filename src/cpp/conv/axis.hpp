@@ -4,11 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 
-namespace fastnn {
+#include "common/integers.hpp"
 
-inline int64_t ceil_div_signed(int64_t a, int64_t b) {
-  return a >= 0 ? (a + b - 1) / b : -(-a / b);
-}
+namespace fastnn {
 
 // Position o meets, by tap i, index o * step + first + i * delta.
 struct Axis {

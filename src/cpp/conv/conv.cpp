@@ -106,6 +106,7 @@ void for_groups(const Conv& c, F f) {
   const int threads = threads_for(work(c));
   if (c.groups < 4 * threads) {
     for (int64_t g = 0; g < c.groups; g++) f(g, threads);
+    scratch_trim();  // what products read may lie in this memory, so that they cannot
     return;
   }
   std::atomic<int64_t> next{0};
@@ -113,6 +114,7 @@ void for_groups(const Conv& c, F f) {
   parallel(threads, [&](int, int) {
     try {
       for (int64_t g; (g = next.fetch_add(1)) < c.groups;) f(g, 1);
+      scratch_trim();
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -220,7 +222,8 @@ void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, co
   g.precision = c.precision, g.batch_invariant = c.batch_invariant;
   set_epilogue(g, c, whole, first_channel);
   if (g.bias) g.bias_axis = BiasAxis::column;
-  if (prepared)
+  // A kernel that splits may compute all rows anew for the sake of one.
+  if (prepared && !c.batch_invariant)
     g.packed = prepared->operand(&exact_kernel(c.type), first_channel * 4 + int(c.precision),
                                  [&] { return pack_b(b, g.k, g.n, c.precision); });
   gemm(g);

@@ -444,6 +444,7 @@ void depthwise_weight(const Conv& c) {
     by_channels(c, a, tap_offset.data(), turned);
   else
     by_columns(c, a, tap_offset.data());
+  scratch_trim();
 }
 
 }  // namespace fastnn

@@ -67,7 +67,7 @@ static void weight_runs(const TapRuns& r) {
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
           const int64_t p = q * S + s + r.first;
-          if (S > 1 && (p < 0 || p >= r.in)) continue;
+          if (p < 0 || p >= r.in) continue;
           V xv[B];
 #pragma GCC unroll 8
           for (int b = 0; b < B; b++) xv[b] = once(load(x + p * r.x_step + offset[b]));

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/cpu_features.hpp"
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
@@ -30,10 +31,8 @@ namespace {
 constexpr int kMostLanes = 128;  // the widest panel of any kernel
 constexpr int64_t kFewChannels = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  if (b == 1) return a;  // most often, and a division takes longer than the rest of what asks
-  return a >= 0 ? (a + b - 1) / b : -(-a / b);
-}
+// A step of 1 is the rule here, and a division takes longer than the rest of what asks.
+int64_t ceil_div_unless_1(int64_t a, int64_t b) { return b == 1 ? a : ceil_div_signed(a, b); }
 
 // Neighbouring positions of the filter in one row of one image.
 struct Run {
@@ -83,8 +82,8 @@ struct Along {
 Along along(const Patches& p, const Run& r, int64_t t) {
   const int64_t step = p.step[2], from = met_by(p, r, 2, t);
   Along a;
-  a.lo = int32_t(std::clamp<int64_t>(ceil_div(-from, step), 0, r.length));
-  a.hi = int32_t(std::clamp<int64_t>(ceil_div(p.size[2] - from, step), a.lo, r.length));
+  a.lo = int32_t(std::clamp<int64_t>(ceil_div_unless_1(-from, step), 0, r.length));
+  a.hi = int32_t(std::clamp<int64_t>(ceil_div_unless_1(p.size[2] - from, step), a.lo, r.length));
   if (p.remainder_stride) {
     const int64_t rest = ((from % step) + step) % step;
     a.offset = rest * p.remainder_stride + (from - rest) / step * p.stride[2];
@@ -146,8 +145,8 @@ Channels channels_of(const Patches& p, int64_t tap, int64_t k0, int64_t k) {
     return {begin - tap * p.channels, std::max<int64_t>(0, end - begin), begin - k0, 1};
   }
   const int64_t taps = p.tap_count();
-  const int64_t begin = std::max<int64_t>(0, ceil_div(k0 - tap, taps)),
-                end = std::min(p.channels, ceil_div(k0 + k - tap, taps));
+  const int64_t begin = std::max<int64_t>(0, ceil_div_unless_1(k0 - tap, taps)),
+                end = std::min(p.channels, ceil_div_unless_1(k0 + k - tap, taps));
   return {begin, std::max<int64_t>(0, end - begin), begin * taps + tap - k0, taps};
 }
 
@@ -157,7 +156,7 @@ struct TapRange {
 };
 TapRange taps_of(const Patches& p, int64_t k0, int64_t k) {
   if (!p.channels_inner) return {0, p.tap_count()};
-  return {k0 / p.channels, std::min(p.tap_count(), ceil_div(k0 + k, p.channels))};
+  return {k0 / p.channels, std::min(p.tap_count(), ceil_div_unless_1(k0 + k, p.channels))};
 }
 
 }  // namespace

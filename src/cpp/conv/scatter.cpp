@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
-#include "conv/axis.hpp"
 #include "conv/kernels.hpp"
 #include "gemm/tiles.hpp"
 
@@ -21,8 +21,6 @@ constexpr int64_t kBandBytes = 192 << 10;  // of the results that a thread adds 
 const Kernel* kernel_for(const Conv& c) {
   return runs_kernel(c.type, c.precision, c.batch_invariant);
 }
-
-int64_t floor_div(int64_t a, int64_t b) { return -ceil_div_signed(-a, b); }
 
 // The filter as a matrix of (row tap, column tap, result) by depth, packed: the panels of one row
 // tap, then those of the next, each block of K after the other.

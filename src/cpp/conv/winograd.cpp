@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/kernels.hpp"
@@ -23,8 +24,6 @@ constexpr int64_t kSum = 16, kGroup = 128;
 // A tile mixes its 16 inputs, and each output is rounded as if it were as large as all of them. An
 // output's own 9 inputs must not be smaller than this part of the tile's.
 constexpr float kLeastShare = 1.f / 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The correlation with 3 x 3 filters of w[row * rows + channel * channels + tap].
 struct Job {

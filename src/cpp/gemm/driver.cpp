@@ -272,7 +272,6 @@ bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
     a.data = pack_a_to;
   }
   run_columns(kn, g, store, a, pack_a_to, flags, threads);
-  scratch_trim();
   return !flags.refused(kn);
 }
 

@@ -145,7 +145,6 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
         }
     }
   });
-  scratch_trim();
 }
 
 }  // namespace fastnn

@@ -78,8 +78,9 @@ struct Block {
 // The strips that a thread holds, and where their lines are.
 class Held {
  public:
-  Held(const StripSource& s, const LineBlocks& k, char* memory)
-      : s_(s), k_(k), memory_(memory), at_(size_t(k.strips), nullptr) {}
+  // `at` has room for k.strips.
+  Held(const StripSource& s, const LineBlocks& k, char* memory, const char** at)
+      : s_(s), k_(k), memory_(memory), at_(at) {}
   // Strips for a block's lines, unless they are held already.
   void hold(const Block& b) {
     const int64_t together = s_.lines_together, group = b.first / together,
@@ -88,12 +89,12 @@ class Held {
     if (first == first_) return;
     first_ = first;
     for (int64_t i = 0; i < k_.strips && first + i * together < s_.lines; i++)
-      at_[size_t(i)] = s_.fill(memory_ + i * s_.bytes(k_.strip), first + i * together,
-                               std::min(k_.strip, together - within));
+      at_[i] = s_.fill(memory_ + i * s_.bytes(k_.strip), first + i * together,
+                       std::min(k_.strip, together - within));
   }
   const char* line(int64_t index, int64_t size) const {
     const int64_t from = index - first_;
-    return k_.strips > 1 ? at_[size_t(from / k_.strip)] + from % k_.strip * s_.line_step * size
+    return k_.strips > 1 ? at_[from / k_.strip] + from % k_.strip * s_.line_step * size
                          : at_[0] + from * s_.line_step * size;
   }
 
@@ -101,7 +102,7 @@ class Held {
   const StripSource& s_;
   const LineBlocks& k_;
   char* memory_;
-  std::vector<const char*> at_;
+  const char** at_;
   int64_t first_ = -1;
 };
 
@@ -218,13 +219,16 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
   char* own = static_cast<char*>(scratch(Scratch::accumulator, size_t(own_bytes * threads)));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
 
+  // Of each thread: how far lines are from a block's first, and the strips that it holds.
+  std::vector<int64_t> all_runs(size_t(k.lines * threads));
+  std::vector<const char*> all_strips(size_t(k.strips * threads));
   Shares shares(cells * chunks.count, threads);
   parallel(threads, [&](int thread, int came) {
     char* sum_memory = own + own_bytes * thread;
     char* strip_memory = sum_memory + sums_bytes;
     char* packed_b = strip_memory + strips_bytes;
     char* packed_a = packed_b + panels_bytes;
-    std::vector<int64_t> runs(size_t(k.lines), 0);  // how far lines are from a block's first
+    int64_t* runs = &all_runs[size_t(thread * k.lines)];
     for (Range item; (item = shares.take(thread, 1)).begin < item.end;) {
       const int64_t cell = item.begin / chunks.count, chunk = item.begin % chunks.count;
       const Range p = share_of(panels, 1, int(cell % grid.down), int(grid.down)),
@@ -235,14 +239,14 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
       if (chunks.count > 1) to = partial, to.c += chunk * chunk_bytes;
       const Sums sums(kn, blocks.end - blocks.begin, most_p * most_q);
       Tiles tiles(kn, to, a, sums, sum_memory, s.run, g.n, 0, 0);
-      Held held(s, k, strip_memory);
+      Held held(s, k, strip_memory, &all_strips[size_t(thread * k.strips)]);
       for (int64_t index = blocks.begin; index < blocks.end; index++) {
         const Block b(k, s, index);
         pack_lines(kn, g, b, q, packed_b, b_bytes);
         held.hold(b);
         const char* first = held.line(b.first, size) + b.begin * s.row_step * size;
         for (int64_t i = 0; i < b.count; i++)
-          runs[size_t(i)] = held.line(b.first + i, size) - held.line(b.first, size);
+          runs[i] = held.line(b.first + i, size) - held.line(b.first, size);
         tiles.block(index - blocks.begin, b.count * ceil_div(b.length, kn.k_word));
         // Long lines take little more time to multiply than to read: those of the next block come
         // while this one is multiplied.
@@ -261,8 +265,8 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
                       next.length * s.row_step * size, tiles_of_block);
         for (int64_t panel = p.begin; panel < p.end; panel++) {
           if ((panel - p.begin) % group == 0)
-            pack_panels(kn, s, b, first, runs.data(), in_run,
-                        {panel, std::min(p.end, panel + group)}, packed_a, a_bytes);
+            pack_panels(kn, s, b, first, runs, in_run, {panel, std::min(p.end, panel + group)},
+                        packed_a, a_bytes);
           tiles.line(panel / in_run * s.run * to.c_rs, 0);
           for (int64_t j = q.begin; j < q.end; j++) {
             ahead_a.step(), ahead_b.step();
@@ -280,15 +284,16 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
     for (int64_t panel = mine.begin; panel < mine.end; panel++) {
       const int64_t i = panel * kn.mr;
       const int rows = int(std::min<int64_t>(kn.mr, g.m - i));
-      char* total = partial.c + i * ld * dtype_size(kn.acc);
+      const int64_t row_bytes = ld * int64_t(dtype_size(kn.acc));
+      char* total = partial.c + i * row_bytes;
       for (int64_t chunk = 1; chunk < chunks.count; chunk++)
-        add(kn.acc, total, total + chunk * chunk_bytes, rows * ld);
+        for (int64_t row = 0; row < rows * row_bytes; row += row_bytes)
+          add(kn.acc, total + row, total + row + chunk * chunk_bytes, g.n);
       for (int64_t j = 0; j < g.n; j += kn.nr)
         kn.store(total + j * dtype_size(kn.acc), int(ld), rows,
                  int(std::min<int64_t>(kn.nr, g.n - j)), store, i, j);
     }
   });
-  scratch_trim();
 }
 
 }  // namespace fastnn

@@ -8,13 +8,11 @@
 #include <memory>
 
 #include "common/activation.hpp"
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "gemm/kernel.hpp"
 
 namespace fastnn {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Items [0, n), each to be done by some thread: first those of a thread's own share, which it had
 // in the last call too, so that its caches may still hold them; then what others have not begun.
@@ -288,7 +286,7 @@ class Tiles {
   // short pieces of rows, which the hardware does not see coming, so that each would be waited for.
   void fetch(const char* c, int64_t row, int64_t size) const {
     for (int i = 0; i < t_.rows; i++, c += row)
-      for (int64_t at = 0; at < t_.cols * size; at += 64) __builtin_prefetch(c + at, 1);
+      for (int64_t at = 0; at < t_.cols * size; at += 64) __builtin_prefetch(c + at, 0, 2);
   }
   // How far column j's piece is from C's first, and the residual's.
   void piece(int64_t j, int64_t& c, int64_t& residual) const {
