@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/axis.hpp"
@@ -245,6 +246,64 @@ void run_positions(const PositionJob& j) {
   });
 }
 
+// ---- narrow planes: turned ----------------------------------------------------------------------
+
+// Planes whose rows do not fill a vector are computed as channels-last images, into which they are
+// turned, and the result back.
+bool is_narrow(const Conv& c, const Tensor5& out) {
+  const int64_t width = conv_kernels().depthwise[int(c.type)].width;
+  return !channels_last(c) && multiplier(c) == 1 && c.w.size[0] >= width && out.size[4] <= width &&
+         c.x.size[2] == 1 && c.y.size[2] == 1 && is_even(c.x) && is_even(c.y) &&
+         out.stride[out.size[4] > 1 ? 4 : 3] == 1 && out.size[3] * out.size[4] > 1;
+}
+
+Tensor5 turned(const Tensor5& t, int64_t size, Scratch slot) {
+  Tensor5 to = t;
+  to.stride[1] = 1, to.stride[4] = t.size[1], to.stride[3] = t.size[4] * t.size[1];
+  to.stride[0] = to.stride[2] = t.spatial() * t.size[1];
+  to.data = static_cast<char*>(scratch(slot, size_t(t.count() * size)));
+  return to;
+}
+
+constexpr int64_t kTurned = 64;  // channels, or positions, at a time
+
+void turn(const Tensor5& from, const Tensor5& to, int64_t size, int threads) {
+  const int64_t positions = from.spatial(), channels = from.size[1];
+  const int64_t blocks = ceil_div(channels, kTurned);
+  parallel(threads, [&](int thread, int came) {
+    Lane lanes[kTurned];
+    const Range mine = share_of(from.size[0] * blocks, 1, thread, came);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const int64_t n = i / blocks, first = i % blocks * kTurned;
+      const int count = int(std::min(kTurned, channels - first));
+      for (int l = 0; l < count; l++)
+        lanes[l] = {from.data + (n * from.stride[0] + (first + l) * from.stride[1]) * size, 0,
+                    int32_t(positions)};
+      conv_kernels().transpose[size_index(size)](
+          to.data + (n * to.stride[0] + first) * size, channels, lanes, count,
+          from.size[4] > 1 ? from.stride[4] : from.stride[3], positions);
+    }
+  });
+}
+
+void turn_back(const Tensor5& from, const Tensor5& to, int64_t size, int threads) {
+  const int64_t positions = from.spatial(), channels = from.size[1];
+  const int64_t blocks = ceil_div(positions, kTurned);
+  parallel(threads, [&](int thread, int came) {
+    Lane lanes[kTurned];
+    const Range mine = share_of(from.size[0] * blocks, 1, thread, came);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const int64_t n = i / blocks, first = i % blocks * kTurned;
+      const int count = int(std::min(kTurned, positions - first));
+      for (int l = 0; l < count; l++)
+        lanes[l] = {from.data + (n * from.stride[0] + (first + l) * channels) * size, 0,
+                    int32_t(channels)};
+      conv_kernels().transpose[size_index(size)](to.data + (n * to.stride[0] + first) * size,
+                                                 to.stride[1], lanes, count, 1, channels);
+    }
+  });
+}
+
 }  // namespace
 
 bool is_depthwise(const Conv& c) {
@@ -252,6 +311,15 @@ bool is_depthwise(const Conv& c) {
 }
 
 void depthwise_forward(const Conv& c) {
+  if (is_narrow(c, c.y)) {
+    Conv last = c;
+    last.x = turned(c.x, size_of(c), Scratch::packed_a);
+    last.y = turned(c.y, size_of(c), Scratch::packed_b);
+    turn(c.x, last.x, size_of(c), threads_for(c));
+    depthwise_forward(last);
+    turn_back(last.y, c.y, size_of(c), threads_for(c));
+    return scratch_trim();
+  }
   Axis axis[kSpatial];
   set_forward_axes(c, axis);
   const int64_t first[] = {0, 0, 0}, step[] = {1, 1, 1};
@@ -264,6 +332,15 @@ void depthwise_forward(const Conv& c) {
 }
 
 void depthwise_input(const Conv& c) {
+  if (is_narrow(c, c.x)) {
+    Conv last = c;
+    last.y = turned(c.y, size_of(c), Scratch::packed_a);
+    last.x = turned(c.x, size_of(c), Scratch::packed_b);
+    turn(c.y, last.y, size_of(c), threads_for(c));
+    depthwise_input(last);
+    turn_back(last.x, c.x, size_of(c), threads_for(c));
+    return scratch_trim();
+  }
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
     phases[d] =

@@ -17,6 +17,10 @@ inline bool channels_last(const Conv& c) {
 inline int threads_for(const Conv& c) {
   return double(c.y.count()) * double(c.w.spatial()) < 3e5 ? 1 : max_threads();
 }
+// Positions of a plane are evenly spaced.
+inline bool is_even(const Tensor5& t) {
+  return t.size[3] <= 1 || t.size[4] <= 1 || t.stride[3] == t.size[4] * t.stride[4];
+}
 inline int64_t size_of(const Conv& c) { return int64_t(dtype_size(c.type)); }
 inline int64_t sum_size(const Conv& c) { return c.type == DType::f64 ? 8 : 4; }
 

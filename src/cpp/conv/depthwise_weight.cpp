@@ -209,10 +209,6 @@ void add_band(const Elements& e, const Axis* a, const FilterRows& filter, const 
   }
 }
 
-// Positions of a plane are evenly spaced.
-bool even(const Tensor5& t) {
-  return t.size[3] <= 1 || t.size[4] <= 1 || t.stride[3] == t.size[4] * t.stride[4];
-}
 // The positions of some channels, turned: to[position][lane].
 void turn(const Tensor5& t, int64_t size, int64_t n, int64_t channel, int lanes, int width,
           char* to) {
@@ -430,7 +426,7 @@ void depthwise_weight(const Conv& c) {
   // Where a row does not fill a vector, planes are turned, a block of channels at a time.
   const bool turned = !channels_last(c) && multiplier(c) == 1 && c.w.size[0] >= width &&
                       a[2].out < width && c.y.spatial() <= 4 * kPositions && a[0].in == 1 &&
-                      a[0].out == 1 && a[0].taps == 1 && even(c.x) && even(c.y);
+                      a[0].out == 1 && a[0].taps == 1 && is_even(c.x) && is_even(c.y);
   const bool channels = channels_last(c) || turned;
   // In the order of the sums: the axis that runs are along last.
   std::vector<int64_t> tap_offset;
