@@ -14,8 +14,8 @@ struct Scatter {
   const char* w;
   int64_t w_in, w_out;  // strides of k and m
   const int64_t* w_tap;
-  int64_t taps[kSpatial], step[kSpatial], first[kSpatial], delta[kSpatial];
-  int64_t channel;       // of c's bias and residual at which `out` begins
+  int64_t taps[kSpatial] = {}, step[kSpatial] = {}, first[kSpatial] = {}, delta[kSpatial] = {};
+  int64_t channel = 0;   // of c's bias and residual at which `out` begins
   const Tensor5& whole;  // the result that the residual belongs to
 };
 
