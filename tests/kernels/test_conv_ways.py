@@ -245,6 +245,24 @@ def reversed_filters(w):
     return dense(w.transpose(3, 4)).transpose(3, 4)
 
 
+@dtypes
+def test_narrow_planes_are_turned(isa, dtype):
+    """Contiguous ones, forward and the input's gradient, in the middle of NaN: windows, other filters, steps."""
+    for kernel, stride, padding in ((3, 1, 1), (3, 2, 1), (5, 1, 2), (2, 1, 0)):
+        x_shape, w_shape, y_shape, options = problem(
+            3, 1, 1, 67, (1, 4, 2), (1, kernel, kernel), stride=(1, stride, stride), padding=(0, padding, padding)
+        )
+        x, w, y = (integers(shape, dtype) for shape in (x_shape, w_shape, y_shape))
+        for product in ("forward", "input"):
+            laid = [dense(x), dense(w), dense(y)]
+            laid[2 if product == "forward" else 0].fill_(math.nan)
+            expected = exactly(product, x, w, y, options).to(dtype)
+            _cpu.reset_counters()
+            assert torch.equal(convolve(product, *laid, **options), expected), (kernel, stride, product)
+            assert all(surroundings_are_nan(t) for t in laid)
+            assert _cpu.counters()["depthwise turned"] == 1
+
+
 @pytest.mark.parametrize("kind", [None, "relu", "gelu"])
 @dtypes
 def test_what_windows_end_with(isa, dtype, kind):

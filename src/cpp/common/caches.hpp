@@ -1,6 +1,7 @@
 // The sizes of this CPU's caches.
 #pragma once
 #include <cstdint>
+#include <numeric>
 
 namespace fastnn {
 
@@ -8,5 +9,11 @@ namespace fastnn {
 // tell. sysconf() does not serve: for AMD's CPUs glibc gives the last caches of all cores together.
 int64_t core_cache_bytes();
 int64_t last_cache_bytes();
+
+// Whether so many rows at such a distance share so few sets of L1 that they push each other out.
+inline bool rows_collide(int64_t bytes, int64_t rows) {
+  constexpr int64_t way = 4096, ways = 8;
+  return rows * std::gcd(bytes, way) > (ways - 1) * way;
+}
 
 }  // namespace fastnn

@@ -280,55 +280,47 @@ void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
 
 // ---- few results -------------------------------------------------------------------------------
 
-bool run_groups(Scatter& s, const Tensor5& in, const Tensor5& out, int64_t w_group) {
-  const Conv& c = s.c;
+// Group by group, with w's dimensions `k` and `m` those of `in` and `out`; the other members of a
+// dimension are `set`. False where that does not pay.
+template <class Set>
+bool scatter_groups(const Conv& c, const Tensor5& in, const Tensor5& out, int k, int m, Set set) {
+  Scatter s{.c = c,
+            .in = in,
+            .out = out,
+            .w = c.w.data,
+            .w_in = c.w.stride[k],
+            .w_out = c.w.stride[m],
+            .w_tap = c.w.stride + 2,
+            .whole = out};
+  for (int d = 0; d < kSpatial; d++) s.taps[d] = c.w.size[2 + d], set(s, d);
   const int64_t size = int64_t(dtype_size(c.type));
   const int64_t depth = in.size[1] / c.groups, results = out.size[1] / c.groups;
-  s.in = channels_from(in, 0, depth, c.type), s.out = channels_from(out, 0, results, c.type);
+  s.in.size[1] = depth, s.out.size[1] = results;
   if (!scatter_pays(s)) return false;
   for (int64_t group = 0; group < c.groups; group++) {
     s.in = channels_from(in, group * depth, depth, c.type);
     s.out = channels_from(out, group * results, results, c.type);
     s.channel = group * results;
     run_scatter(s, threads_for(work(c)));
-    s.w += w_group * size;
+    s.w += c.w.size[0] / c.groups * c.w.stride[0] * size;
   }
   return true;
 }
 
 // y from x with few filters, x's positions one by one.
 bool scatter_forward(const Conv& c) {
-  Scatter s{.c = c,
-            .in = c.x,
-            .out = c.y,
-            .w = c.w.data,
-            .w_in = c.w.stride[1],
-            .w_out = c.w.stride[0],
-            .w_tap = c.w.stride + 2,
-            .whole = c.y};
-  for (int d = 0; d < kSpatial; d++) {
-    if (c.stride[d] != 1) return false;
-    s.taps[d] = c.w.size[2 + d], s.step[d] = 1;
-    s.first[d] = c.padding[d], s.delta[d] = -c.dilation[d];
-  }
-  return run_groups(s, c.x, c.y, c.w.size[0] / c.groups * c.w.stride[0]);
+  for (const int64_t stride : c.stride)
+    if (stride != 1) return false;
+  return scatter_groups(c, c.x, c.y, 1, 0, [&](Scatter& s, int d) {
+    s.step[d] = 1, s.first[d] = c.padding[d], s.delta[d] = -c.dilation[d];
+  });
 }
 
 // x of few channels from y.
 bool scatter_input(const Conv& c) {
-  Scatter s{.c = c,
-            .in = c.y,
-            .out = c.x,
-            .w = c.w.data,
-            .w_in = c.w.stride[0],
-            .w_out = c.w.stride[1],
-            .w_tap = c.w.stride + 2,
-            .whole = c.x};
-  for (int d = 0; d < kSpatial; d++) {
-    s.taps[d] = c.w.size[2 + d], s.step[d] = c.stride[d];
-    s.first[d] = -c.padding[d], s.delta[d] = c.dilation[d];
-  }
-  return run_groups(s, c.y, c.x, c.w.size[0] / c.groups * c.w.stride[0]);
+  return scatter_groups(c, c.y, c.x, 0, 1, [&](Scatter& s, int d) {
+    s.step[d] = c.stride[d], s.first[d] = -c.padding[d], s.delta[d] = c.dilation[d];
+  });
 }
 
 // ---- the weight's gradient ---------------------------------------------------------------------

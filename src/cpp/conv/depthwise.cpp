@@ -267,39 +267,27 @@ Tensor5 turned(const Tensor5& t, int64_t size, Scratch slot) {
 
 constexpr int64_t kTurned = 64;  // channels, or positions, at a time
 
+// `to` = `from`, of which one has its channels innermost and the other its positions.
 void turn(const Tensor5& from, const Tensor5& to, int64_t size, int threads) {
-  const int64_t positions = from.spatial(), channels = from.size[1];
-  const int64_t blocks = ceil_div(channels, kTurned);
+  auto position = [](const Tensor5& t) { return t.size[4] > 1 ? t.stride[4] : t.stride[3]; };
+  // What are neighbours in `to` are lanes.
+  const bool last = to.stride[1] == 1;
+  const int64_t lanes = last ? from.size[1] : from.spatial(),
+                n = last ? from.spatial() : from.size[1],
+                lane = last ? from.stride[1] : position(from),
+                step = last ? position(from) : from.stride[1],
+                ld = last ? position(to) : to.stride[1];
+  const int64_t blocks = ceil_div(lanes, kTurned);
   parallel(threads, [&](int thread, int came) {
-    Lane lanes[kTurned];
+    Lane some[kTurned];
     const Range mine = share_of(from.size[0] * blocks, 1, thread, came);
     for (int64_t i = mine.begin; i < mine.end; i++) {
-      const int64_t n = i / blocks, first = i % blocks * kTurned;
-      const int count = int(std::min(kTurned, channels - first));
+      const int64_t image = i / blocks, first = i % blocks * kTurned;
+      const int count = int(std::min(kTurned, lanes - first));
       for (int l = 0; l < count; l++)
-        lanes[l] = {from.data + (n * from.stride[0] + (first + l) * from.stride[1]) * size, 0,
-                    int32_t(positions)};
-      conv_kernels().transpose[size_index(size)](
-          to.data + (n * to.stride[0] + first) * size, channels, lanes, count,
-          from.size[4] > 1 ? from.stride[4] : from.stride[3], positions);
-    }
-  });
-}
-
-void turn_back(const Tensor5& from, const Tensor5& to, int64_t size, int threads) {
-  const int64_t positions = from.spatial(), channels = from.size[1];
-  const int64_t blocks = ceil_div(positions, kTurned);
-  parallel(threads, [&](int thread, int came) {
-    Lane lanes[kTurned];
-    const Range mine = share_of(from.size[0] * blocks, 1, thread, came);
-    for (int64_t i = mine.begin; i < mine.end; i++) {
-      const int64_t n = i / blocks, first = i % blocks * kTurned;
-      const int count = int(std::min(kTurned, positions - first));
-      for (int l = 0; l < count; l++)
-        lanes[l] = {from.data + (n * from.stride[0] + (first + l) * channels) * size, 0,
-                    int32_t(channels)};
-      conv_kernels().transpose[size_index(size)](to.data + (n * to.stride[0] + first) * size,
-                                                 to.stride[1], lanes, count, 1, channels);
+        some[l] = {from.data + (image * from.stride[0] + (first + l) * lane) * size, 0, int32_t(n)};
+      conv_kernels().transpose[size_index(size)](to.data + (image * to.stride[0] + first) * size,
+                                                 ld, some, count, step, n);
     }
   });
 }
@@ -312,12 +300,13 @@ bool is_depthwise(const Conv& c) {
 
 void depthwise_forward(const Conv& c) {
   if (is_narrow(c, c.y)) {
+    count_call("depthwise turned");
     Conv last = c;
     last.x = turned(c.x, size_of(c), Scratch::packed_a);
     last.y = turned(c.y, size_of(c), Scratch::packed_b);
     turn(c.x, last.x, size_of(c), threads_for(c));
     depthwise_forward(last);
-    turn_back(last.y, c.y, size_of(c), threads_for(c));
+    turn(last.y, c.y, size_of(c), threads_for(c));
     return scratch_trim();
   }
   Axis axis[kSpatial];
@@ -333,12 +322,13 @@ void depthwise_forward(const Conv& c) {
 
 void depthwise_input(const Conv& c) {
   if (is_narrow(c, c.x)) {
+    count_call("depthwise turned");
     Conv last = c;
     last.y = turned(c.y, size_of(c), Scratch::packed_a);
     last.x = turned(c.x, size_of(c), Scratch::packed_b);
     turn(c.y, last.y, size_of(c), threads_for(c));
     depthwise_input(last);
-    turn_back(last.x, c.x, size_of(c), threads_for(c));
+    turn(last.x, c.x, size_of(c), threads_for(c));
     return scratch_trim();
   }
   Phases phases[kSpatial];

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
+
+#include "common/caches.hpp"
 
 namespace fastnn {
 
@@ -13,12 +14,6 @@ constexpr int64_t kLeastFilters = 16;
 constexpr int64_t kLeastRun = 8;
 constexpr int kMostLanes = 128;
 constexpr int64_t kTileRows = 14;  // the most that a tile of any kernel reads at once
-
-// Rows at such a distance share so few sets of L1 that they would push each other out.
-bool collide(int64_t bytes, int64_t rows) {
-  constexpr int64_t way = 4096, ways = 8;
-  return rows * std::gcd(bytes, way) > (ways - 1) * way;
-}
 
 }  // namespace
 
@@ -73,7 +68,7 @@ PatchStrips::PatchStrips(const Patches& p, int64_t step, Lines use)
   const int64_t tile_rows = use == Lines::summed ? 1 : std::min<int64_t>(kTileRows, line);
   const bool neighbours = p.channel_stride == 1 || p.channels == 1;
   in_place_ = inside && neighbours && padded_ == p.channels &&
-              !collide(p.step[2] * p.stride[2] * p.element, tile_rows);
+              !rows_collide(p.step[2] * p.stride[2] * p.element, tile_rows);
   int64_t apart[kSpatial];  // of taps
   if (in_place_) {
     pixel_ = p.stride[2];
@@ -82,7 +77,7 @@ PatchStrips::PatchStrips(const Patches& p, int64_t step, Lines use)
   } else {
     // Row by row of the input, and in each the planes that the taps of the first dimension see.
     pixel_ = padded_;
-    if (collide(p.step[2] * pixel_ * p.element, tile_rows)) pixel_ += 64 / p.element;
+    if (rows_collide(p.step[2] * pixel_ * p.element, tile_rows)) pixel_ += 64 / p.element;
     row_ = columns_ * pixel_;
     apart[0] = row_, apart[1] = p.delta[1] * p.taps[0] * row_, apart[2] = p.delta[2] * pixel_;
     line_step = p.step[1] * p.taps[0] * row_;

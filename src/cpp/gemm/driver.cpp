@@ -18,8 +18,8 @@
 //   just before its use, for itself. What one core packed another reads slowly, and what is packed
 //   all at once goes to memory and back, so this is faster until A no longer fits.
 #include <algorithm>
-#include <numeric>
 
+#include "common/caches.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "gemm/tiles.hpp"
@@ -231,17 +231,15 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   });
 }
 
-// Rows at such a distance share so few sets of L1 that they would push each other out.
-static bool rows_collide(const Kernel& kn, const Gemm& g) {
-  constexpr int64_t way = 4096, ways = 8;
-  const int64_t bytes = std::abs(g.a.rs) * int64_t(dtype_size(g.a.type));
-  return g.a.cs == 1 && std::min(g.m, int64_t(kn.mr)) * std::gcd(bytes, way) > (ways - 1) * way;
+static bool a_collides(const Kernel& kn, const Gemm& g) {
+  return g.a.cs == 1 && rows_collide(std::abs(g.a.rs) * int64_t(dtype_size(g.a.type)),
+                                     std::min(g.m, int64_t(kn.mr)));
 }
 
 // A read in place all the same, in panels of half the rows, which do not. (All rows of a tile of
 // matrix units are read at once.)
 static void read_thin_panels(const Kernel& kn, const Gemm& g, Source& a) {
-  if (!kn.finishes || !rows_collide(kn, g)) return;
+  if (!kn.finishes || !a_collides(kn, g)) return;
   a.layout.lanes = ceil_div(kn.mr, 2);
   a.layout.panels = ceil_div(g.m, a.layout.lanes);
 }
@@ -257,7 +255,7 @@ bool run_panels(const Kernel& kn, const Gemm& g, int threads) {
   a.layout.segments = g.segments, a.layout.kc = even_blocks(kn, g.k);
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
   const bool direct_a = kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
-                        (g.n <= 2 * kn.nr || !rows_collide(kn, g));
+                        (g.n <= 2 * kn.nr || !a_collides(kn, g));
   char* pack_a_to = nullptr;
   a.packed = !direct_a;
   if (direct_a) {
@@ -286,7 +284,7 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   // tiles do where A stays in the cache, or each element is used little; those of matrix units have
   // no tails, and read in place where there are none.
   const bool whole = g.k % kn.k_step == 0 && (kn.k_step == kn.k_word || g.m % kn.mr == 0);
-  const bool collide = rows_collide(kn, g);
+  const bool collide = a_collides(kn, g);
   const bool little = g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes;
   const bool ahead = kn.finishes && g.a.cs == 1 && (!collide || g.n <= kColliding * kn.nr);
   const bool direct_a =
