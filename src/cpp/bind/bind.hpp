@@ -9,6 +9,7 @@
 #include "common/dtype.hpp"
 
 void bind_gemm(pybind11::module_& m);
+void bind_dropout(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
