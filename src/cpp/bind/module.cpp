@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("max_threads", &fastnn::max_threads, "Threads of a parallel region started here.");
   bind_gemm(m);
   bind_dropout(m);
+  bind_attention(m);
   bind_elementwise(m);
   bind_pool(m);
   bind_norm(m);

@@ -1,0 +1,8 @@
+// The attention kernels, avx512.
+#define FASTNN_TARGET avx512
+#define FASTNN_TARGET_ID 2
+#include "attention/kernels.inl"
+
+namespace fastnn {
+const AttentionKernels& avx512_attention() { return avx512::attention_table; }
+}  // namespace fastnn
