@@ -64,6 +64,16 @@ void attention(const AttentionForward& call) {
   attention_parts::forward(call, exact, threads);
 }
 
+void attention_backward(const AttentionBackward& call) {
+  const int threads = threads_for(call, 5);
+  const Arithmetic a = arithmetic_of(call.type, false);
+  count_call(a.tiles->name);
+  if (attention_parts::backward(call, a, threads)) return;
+  const Arithmetic exact = arithmetic_of(call.type, true);
+  count_call(exact.tiles->name);
+  attention_parts::backward(call, exact, threads);
+}
+
 const char* attention_path(DType type) { return arithmetic_of(type, false).tiles->name; }
 
 }  // namespace fastnn

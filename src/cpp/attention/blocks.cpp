@@ -63,7 +63,10 @@ Arithmetic arithmetic_of(DType type, bool exact) {
   a.tiles = found;
   a.packs = hardware_tiles;
   a.pairs = !a.packs && found->k_word == 2;
-  if (a.packs) a.pack_numbers = numbers_packing(*found);
+  if (a.packs) {
+    const Kernel& numbers = numbers_kernel(*found);
+    a.pack_numbers = numbers.pack_b, a.pack_numbers_a = numbers.pack_a;
+  }
   return a;
 }
 
@@ -192,13 +195,17 @@ unsigned Lanes::pack(const AttentionOperand& x, int64_t n, char* to, char* rows)
         at(x, a_.source, batch_, head0_ + row_ / call_.q_length, row_ % call_.q_length);
     return k.pack_b(to, from, x.strides[2], x.strides[3], count_, n);
   }
+  copy(x, n, rows);
+  return k.pack_b(to, rows, n, 1, count_, n);
+}
+
+void Lanes::copy(const AttentionOperand& x, int64_t n, char* rows) const {
   const int64_t size = int64_t(dtype_size(a_.type));
   each_head([&](int lane, int count, int64_t head, int64_t query) {
     a_.loops->copy_rows[int(a_.source)][int(a_.type)]({at(x, a_.source, batch_, head, query),
                                                        x.strides[2], x.strides[3],
                                                        rows + lane * n * size, n, count, n});
   });
-  return k.pack_b(to, rows, n, 1, count_, n);
 }
 
 bool Lanes::biased(int64_t begin, int64_t end) const {
@@ -244,18 +251,35 @@ void Lanes::bias(int64_t begin, int64_t end, void* to) const {
   a_.loops->bias[a_.wide](b);
 }
 
-void Lanes::store(const void* numbers, int64_t n, const AttentionOperand& to) const {
+void Lanes::store(const void* numbers, int64_t n, const AttentionOperand& to,
+                  bool as_numbers) const {
+  const DType type = as_numbers ? (a_.wide ? DType::f64 : DType::f32) : a_.source;
   each_head([&](int lane, int count, int64_t head, int64_t query) {
-    Store s{};
-    s.c = const_cast<char*>(at(to, a_.source, batch_, head, query));
-    s.c_rs = to.strides[3], s.c_cs = to.strides[2];
-    s.type = a_.source;
-    s.plain = true, s.alpha = 1, s.alpha64 = 1;
-    constexpr int kRows = 32;
-    for (int64_t i = 0; i < n; i += kRows)
-      a_.tiles->store(static_cast<const char*>(numbers) + (i * a_.lanes() + lane) * a_.number(),
-                      a_.lanes(), int(std::min<int64_t>(kRows, n - i)), count, s, i, 0);
+    store_turned(static_cast<const char*>(numbers) + lane * a_.number(), n, count,
+                 at(to, type, batch_, head, query), to.strides[3], to.strides[2], type);
   });
+}
+
+void Lanes::store_scores(const void* numbers, int64_t key, int64_t keys,
+                         const AttentionOperand& to) const {
+  const DType type = a_.wide ? DType::f64 : DType::f32;
+  each_head([&](int lane, int count, int64_t head, int64_t query) {
+    store_turned(static_cast<const char*>(numbers) + lane * a_.number(), keys, count,
+                 at(to, type, batch_, head, query) + key * to.strides[3] * a_.number(),
+                 to.strides[3], to.strides[2], type);
+  });
+}
+
+void Lanes::store_turned(const char* numbers, int64_t rows, int count, const char* to,
+                         int64_t row_stride, int64_t lane_stride, DType type) const {
+  Store s{};
+  s.c = const_cast<char*>(to), s.c_rs = row_stride, s.c_cs = lane_stride;
+  s.type = type;
+  s.plain = true, s.alpha = 1, s.alpha64 = 1;
+  constexpr int64_t kRows = 32;
+  for (int64_t i = 0; i < rows; i += kRows)
+    a_.tiles->store(numbers + i * a_.lanes() * a_.number(), a_.lanes(),
+                    int(std::min(kRows, rows - i)), count, s, i, 0);
 }
 
 NumbersAsB numbers_as_b(const Arithmetic& a, const void* numbers, int64_t keys, char* to) {

@@ -18,6 +18,7 @@ struct Arithmetic {
   // Numbers, keys x lanes, as a tile's B: packed with this; else in pairs of keys; else as they
   // are.
   PackFn pack_numbers;
+  PackFn pack_numbers_a;  // likewise, rows as A
   bool pairs;
 
   int64_t number() const { return wide ? 8 : 4; }
@@ -99,10 +100,19 @@ class Lanes {
   // Whether keys [begin, end) need a bias, and what it is, keys x lanes, to `to`.
   bool biased(int64_t begin, int64_t end) const;
   void bias(int64_t begin, int64_t end, void* to) const;
-  // Numbers, n x lanes, to the rows of a tensor with n elements.
-  void store(const void* numbers, int64_t n, const AttentionOperand& to) const;
+  // A tensor's rows of these lanes, one after the other.
+  void copy(const AttentionOperand& x, int64_t n, char* rows) const;
+  // Numbers, n x lanes, to the rows of a tensor with n elements, of the call's type or of numbers.
+  void store(const void* numbers, int64_t n, const AttentionOperand& to,
+             bool as_numbers = false) const;
+  // Numbers, keys x lanes from a key on, to (batch, heads, queries, keys) of numbers.
+  void store_scores(const void* numbers, int64_t key, int64_t keys,
+                    const AttentionOperand& to) const;
 
  private:
+  void store_turned(const char* numbers, int64_t rows, int count, const char* to,
+                    int64_t row_stride, int64_t lane_stride, DType type) const;
+
   const Attention& call_;
   const Arithmetic& a_;
   int64_t batch_, head0_, row_;

@@ -72,6 +72,8 @@ struct AttentionKernels {
   // keys x lanes of float32 to words of two bfloat16, keys 2i and 2i + 1 of a lane together; zeros
   // where the last has no second.
   void (*pair_keys)(const float* from, int64_t keys, int lanes, uint32_t* to);
+  // Numbers of float32 to bfloat16.
+  void (*narrow_rows)(const float* from, int64_t count, void* to);
   // By the types of source and destination; null where there is no such copy.
   void (*copy_rows[4][4])(const RowCopy&);
   // Rows of bfloat16 to words of row 2i and row 2i + 1, `to_row` words a row.

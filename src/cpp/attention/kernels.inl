@@ -295,6 +295,13 @@ static void pair_keys(const float* from, int64_t keys, int lanes, uint32_t* to) 
   }
 }
 
+static void narrow_rows(const float* from, int64_t count, void* to_) {
+  auto* to = static_cast<bf16*>(to_);
+  int64_t i = 0;
+  for (; i + VecF32::width <= count; i += VecF32::width) VecF32::load(from + i).store(to + i);
+  for (; i < count; i++) from_f32(to[i], from[i]);
+}
+
 template <class From>
 static void row_dots(const RowCopy& a, const RowCopy& b, void* sums_) {
   using C = Copied<From, From>;
@@ -331,6 +338,7 @@ static const AttentionKernels attention_table = {
     {make_bias<VecF32>, make_bias<VecF64>},
     {scale_columns<VecF32>, scale_columns<VecF64>},
     pair_keys,
+    narrow_rows,
     {{copy_rows<float, float>},
      {nullptr, copy_rows<double, double>},
      {copy_rows<bf16, float>, nullptr, copy_halves<bf16>},

@@ -7,6 +7,7 @@ namespace fastnn::attention_parts {
 // False where packing noticed what the tiles cannot represent: the results are to be computed
 // again.
 bool forward(const AttentionForward& call, const Arithmetic& a, int threads);
+bool backward(const AttentionBackward& call, const Arithmetic& a, int threads);
 
 // `keys` keys of block b times a panel of lanes, packed, n elements each: numbers, keys x lanes.
 void scores_of(const Arithmetic& a, const Side& keys, const Panels& panels, int64_t b,

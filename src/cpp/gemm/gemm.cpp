@@ -232,11 +232,11 @@ const Kernel& tile_kernel(DType type, bool exact_only) {
 }
 const Kernel& exact_kernel(DType type) { return tile_kernel(type, true); }
 
-PackFn numbers_packing(const Kernel& kernel) {
-  if (kernel.a == DType::f32) return kernel.pack_b;
+const Kernel& numbers_kernel(const Kernel& kernel) {
+  if (kernel.a == DType::f32) return kernel;
   // In as many parts as the kernel's own operands have.
   const Precision parts = kernel.a == DType::bf16 ? Precision::medium : Precision::high;
-  return find_kernel({DType::f32, DType::f32, parts, int64_t(1) << 40, false, false})->pack_b;
+  return *find_kernel({DType::f32, DType::f32, parts, int64_t(1) << 40, false, false});
 }
 
 void gemm_panels(const Gemm& g, int threads) {

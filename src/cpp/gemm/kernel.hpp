@@ -127,9 +127,9 @@ double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 // The kernel of this type on the active instruction set; and the one that is no split product.
 const Kernel& tile_kernel(DType type, bool exact_only);
 const Kernel& exact_kernel(DType type);
-// How a kernel that reads packed operands alone has a B packed that is float32, though its own type
-// may be another: what an earlier product left.
-PackFn numbers_packing(const Kernel& kernel);
+// The kernel that packs float32 as this one, which reads packed operands alone, has its operands
+// packed: for what an earlier product left, where its own type is another.
+const Kernel& numbers_kernel(const Kernel& kernel);
 // The kernel of this type, if its tiles take a Finish and K in pieces of any length, else null; and
 // if they read A's rows where they lie as well.
 const Kernel* runs_kernel(DType type, Precision precision, bool exact_only);
