@@ -36,8 +36,9 @@ struct Attention {
   // heads).
   const float* slopes = nullptr;
   int64_t slopes_batch = 0, slopes_head = 0, shift = 0;
-  // Probabilities are zero where the number of (batch, head, i, j), counted along all of them, is
-  // dropped, else divided by 1 - dropout: see common/philox.hpp.
+  // Probabilities are zero where they are dropped, else divided by 1 - dropout. That of (batch,
+  // head, i, j) is element ((batch heads + head) q_length + i) k + j of common/philox.hpp's, where
+  // k is k_length rounded up to 4.
   double dropout = 0;
   uint64_t seed = 0;
 

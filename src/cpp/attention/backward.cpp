@@ -33,13 +33,6 @@ constexpr int64_t kPanelsTogether = 4;
 // As many pieces of work as that are made by splitting heads, of so many blocks of keys at least.
 constexpr int64_t kPieces = 32, kLeastBlocks = 8;
 
-// Rows x lanes with a row's lanes in a tile's A: probabilities, or the gradients of scores, of one
-// block of keys and several panels of queries, which K goes along.
-struct LanesAsA {
-  char* data;
-  int64_t panel;  // bytes from panel to panel
-};
-
 class Backward {
  public:
   Backward(const AttentionBackward& call, const Arithmetic& a)
@@ -87,7 +80,8 @@ class Backward {
  private:
   struct Memory {
     char *rows[2], *lanes[2], *across[2];  // of queries and of the gradient, of a group
-    char *scores, *products, *bias, *packed, *as_a[2], *by_queries, *log_sum, *delta, *factor;
+    char *scores, *products, *bias, *dropped, *packed, *as_a[2], *by_queries, *log_sum, *delta,
+        *factor;
   };
   int64_t column() const { return a_.lanes() * a_.number(); }
   int64_t panel_rows() const { return round_up(blocks_.size, a_.tiles->mr); }
@@ -119,6 +113,7 @@ class Backward {
     m.scores = c.take(kPanelsTogether * panel_rows() * column());
     m.products = c.take(kPanelsTogether * panel_rows() * column());
     m.bias = c.take(blocks_.size * column());
+    m.dropped = c.take(call_.dropout > 0 ? blocks_.size * column() : 0);
     m.packed = c.take(a_.panel_b(blocks_.size));
     m.by_queries = c.take(kPanelsTogether * result_bytes());
     m.log_sum = c.take(kPanelsTogether * column());
@@ -210,7 +205,6 @@ class Backward {
     // Panels [begin, end) of queries and all of this part's keys.
     void group(int64_t begin, int64_t end) {
       const int64_t column = f_.column();
-      const Kernel& k = *a_.tiles;
       bool seen = false;
       for (int64_t p = begin; p < end; p++) {
         const Lanes lanes = lanes_of(p);
@@ -240,7 +234,6 @@ class Backward {
         a_.loops->scale_columns[a_.wide](result, call_.head_size, a_.lanes(), m_.factor);
         lanes_of(p).store(result, call_.head_size, by_queries(), f_.splits_ > 1);
       }
-      (void)k;
     }
     Lanes lanes_of(int64_t panel) const {
       return Lanes(call_, a_, batch_, kv_head_, panel * a_.lanes());
@@ -330,11 +323,16 @@ class Backward {
                 m_.lanes[0] + slot * a_.panel_b(call_.head_size), scores);
       scores_of(a_, values_, f_.of_keys_, b, keys, call_.value_size,
                 m_.lanes[1] + slot * a_.panel_b(call_.value_size), products);
+      if (call_.dropout > 0) {
+        lanes.drop(j0, j0 + keys, m_.dropped);
+        a_.loops->multiply[a_.wide](products, m_.dropped, keys * a_.lanes());
+      }
       const bool biased = lanes.biased(j0, j0 + keys);
       if (biased) lanes.bias(j0, j0 + keys, m_.bias);
       a_.loops->gradients[a_.wide]({scores, products, biased ? m_.bias : nullptr, keys, a_.lanes(),
                                     call_.scale, m_.log_sum + slot * f_.column(),
                                     m_.delta + slot * f_.column()});
+      if (call_.dropout > 0) a_.loops->multiply[a_.wide](scores, m_.dropped, keys * a_.lanes());
       if (call_.grad_scores.data) lanes.store_scores(products, j0, keys, call_.grad_scores);
       const NumbersAsB ds = numbers_as_b(a_, products, keys, m_.packed);
       flags_b_ |= ds.flags;

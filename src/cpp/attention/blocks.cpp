@@ -6,6 +6,7 @@
 #include "common/caches.hpp"
 #include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/philox.hpp"
 
 namespace fastnn {
 
@@ -80,6 +81,8 @@ KeyBlocks::KeyBlocks(const Arithmetic& a, int64_t keys) : length(keys) {
 
 Panels::Panels(const Arithmetic& a, int64_t lanes)
     : n(lanes), size(a.packs ? a.tiles->mr : ceil_div(lanes, ceil_div(lanes, a.tiles->mr))) {}
+
+static_assert(kKeys * 3 / 2 + 64 <= kMostKeys);
 
 // ---- keys and values ---------------------------------------------------------------------------
 
@@ -249,6 +252,19 @@ void Lanes::bias(int64_t begin, int64_t end, void* to) const {
   b.bounded = begin < all_from_ || end > all_to_;
   b.low = double(call_.low), b.high = double(call_.high);
   a_.loops->bias[a_.wide](b);
+}
+
+void Lanes::drop(int64_t begin, int64_t end, void* to) const {
+  uint64_t first[kMostLanes] = {};
+  const int64_t row = round_up(call_.k_length, 4);
+  each_head([&](int lane, int count, int64_t head, int64_t query) {
+    for (int l = 0; l < count; l++)
+      first[lane + l] =
+          uint64_t(((batch_ * call_.heads + head) * call_.q_length + query + l) * row + begin);
+  });
+  a_.loops->drop[a_.wide]({to, end - begin, a_.lanes(), first, call_.seed,
+                           dropout_threshold(call_.dropout),
+                           call_.dropout < 1 ? 1 / (1 - call_.dropout) : 0});
 }
 
 void Lanes::store(const void* numbers, int64_t n, const AttentionOperand& to,

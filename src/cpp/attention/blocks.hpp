@@ -100,6 +100,8 @@ class Lanes {
   // Whether keys [begin, end) need a bias, and what it is, keys x lanes, to `to`.
   bool biased(int64_t begin, int64_t end) const;
   void bias(int64_t begin, int64_t end, void* to) const;
+  // What dropout multiplies keys [begin, end) with, keys x lanes, to `to`.
+  void drop(int64_t begin, int64_t end, void* to) const;
   // A tensor's rows of these lanes, one after the other.
   void copy(const AttentionOperand& x, int64_t n, char* rows) const;
   // Numbers, n x lanes, to the rows of a tensor with n elements, of the call's type or of numbers.

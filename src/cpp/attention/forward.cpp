@@ -158,6 +158,10 @@ class Forward {
           {m_.scores, biased ? m_.bias : nullptr, keys, a_.lanes(), call_.scale,
            m_.max + slot * column, m_.sum + slot * column, m_.factor});
       if (scale) a_.loops->scale_columns[a_.wide](result, call_.value_size, a_.lanes(), m_.factor);
+      if (call_.dropout > 0) {
+        lanes.drop(j0, j1, m_.bias);
+        a_.loops->multiply[a_.wide](m_.scores, m_.bias, keys * a_.lanes());
+      }
       const NumbersAsB p = numbers_as_b(a_, m_.scores, keys, m_.packed);
       flags_b_ |= p.flags;
       add_columns(a_, values_, f_.of_values_, b, p, result);

@@ -12,6 +12,7 @@
 namespace fastnn {
 
 constexpr int kMostLanes = 64;
+constexpr int64_t kMostKeys = 256;  // of a block
 
 // A block of scores on its way to probabilities. "Numbers" are float, or double for float64.
 struct ScoreBlock {
@@ -52,6 +53,16 @@ struct GradientBlock {
   const void *log_sum, *delta;  // of each lane
 };
 
+// What the probabilities of a block are multiplied with by dropout: 0 or `scale`.
+struct DropBlock {
+  void* factors;  // numbers, keys x lanes
+  int64_t keys;
+  int lanes;
+  const uint64_t* first;  // of each lane: the element that its first key is
+  uint64_t seed, threshold;
+  double scale;
+};
+
 // Rows of `n` elements, of which each begins `row` elements after the last and whose elements are
 // `step` apart, to rows of `to_row` elements of another type, with zeros behind them.
 struct RowCopy {
@@ -67,6 +78,8 @@ struct AttentionKernels {
   bool (*probabilities[2])(const ScoreBlock&);  // whether any factor is not 1
   void (*gradients[2])(const GradientBlock&);
   void (*bias[2])(const BiasBlock&);
+  void (*drop[2])(const DropBlock&);
+  void (*multiply[2])(void* numbers, const void* by, int64_t count);
   // Each column of rows x lanes times its factor.
   void (*scale_columns[2])(void* numbers, int64_t rows, int lanes, const void* factor);
   // keys x lanes of float32 to words of two bfloat16, keys 2i and 2i + 1 of a lane together; zeros

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention/kernels.hpp"
 #include "isa/math.hpp"
+#include "isa/philox.hpp"
 #include "isa/vec.hpp"
 #if FASTNN_TARGET_ID == 2
 #include "isa/transpose_avx512.hpp"
@@ -200,6 +201,48 @@ static void make_bias(const BiasBlock& b) {
   }
 }
 
+// ---- dropout -----------------------------------------------------------------------------------
+
+template <class V>
+static void drop(const DropBlock& b) {
+  using T = typename V::T;
+  auto* const to = static_cast<T*>(b.factors);
+  constexpr int kGroup = 16;
+  uint32_t words[kGroup][kMostKeys];
+  for (int l0 = 0; l0 < b.lanes; l0 += kGroup) {
+    const int lanes = b.lanes - l0 < kGroup ? b.lanes - l0 : kGroup;
+    for (int l = 0; l < lanes; l++) philox_words(b.seed, b.first[l0 + l], b.keys, words[l]);
+#if FASTNN_TARGET_ID == 2
+    if constexpr (sizeof(T) == 4)
+      if (lanes == 16 && b.threshold <= 0xffffffffu) {
+        const __m512i threshold = _mm512_set1_epi32(int(uint32_t(b.threshold)));
+        for (int64_t j = 0; j < b.keys; j += 16) {
+          __m512i block[16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_si512(words[i] + j);
+          transpose16(block);
+          for (int i = 0; i < int(least(16, b.keys - j)); i++)
+            _mm512_storeu_ps(to + (j + i) * b.lanes + l0,
+                             _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(block[i], threshold),
+                                                 _mm512_set1_ps(float(b.scale))));
+        }
+        continue;
+      }
+#endif
+    for (int64_t j = 0; j < b.keys; j++)
+      for (int l = 0; l < lanes; l++)
+        to[j * b.lanes + l0 + l] = words[l][j] >= b.threshold ? T(b.scale) : T(0);
+  }
+}
+
+template <class V>
+static void multiply(void* numbers, const void* by_, int64_t count) {
+  using T = typename V::T;
+  auto* p = static_cast<T*>(numbers);
+  const auto* by = static_cast<const T*>(by_);
+  for (int64_t i = 0; i < count; i += V::width) (V::load(p + i) * V::load(by + i)).store(p + i);
+}
+
 // ---- copies ------------------------------------------------------------------------------------
 
 template <class From, class To>
@@ -336,6 +379,8 @@ static const AttentionKernels attention_table = {
     {probabilities<VecF32>, probabilities<VecF64>},
     {gradients<VecF32>, gradients<VecF64>},
     {make_bias<VecF32>, make_bias<VecF64>},
+    {drop<VecF32>, drop<VecF64>},
+    {multiply<VecF32>, multiply<VecF64>},
     {scale_columns<VecF32>, scale_columns<VecF64>},
     pair_keys,
     narrow_rows,
