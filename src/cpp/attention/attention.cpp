@@ -56,6 +56,10 @@ int threads_for(const Attention& call, double products) {
 
 void attention(const AttentionForward& call) {
   const int threads = threads_for(call, 2);
+  if (decodes(call)) {
+    count_call("attention decode");
+    return decode(call, threads);
+  }
   const Arithmetic a = arithmetic_of(call.type, false);
   count_call(a.tiles->name);
   if (attention_parts::forward(call, a, threads)) return;

@@ -9,6 +9,10 @@ namespace fastnn::attention_parts {
 bool forward(const AttentionForward& call, const Arithmetic& a, int threads);
 bool backward(const AttentionBackward& call, const Arithmetic& a, int threads);
 
+// Few queries a head of keys: see decode.cpp.
+bool decodes(const AttentionForward& call);
+void decode(const AttentionForward& call, int threads);
+
 // `keys` keys of block b times a panel of lanes, packed, n elements each: numbers, keys x lanes.
 void scores_of(const Arithmetic& a, const Side& keys, const Panels& panels, int64_t b,
                int64_t count, int64_t n, const char* lanes, void* scores);

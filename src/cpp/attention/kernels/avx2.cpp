@@ -1,8 +1,9 @@
 // The attention kernels, avx2.
 #define FASTNN_TARGET avx2
 #define FASTNN_TARGET_ID 1
-#include "attention/kernels.inl"
+#include "attention/decode.inl"
 
 namespace fastnn {
 const AttentionKernels& avx2_attention() { return avx2::attention_table; }
+const DecodeKernels& avx2_decode() { return avx2::decode_table; }
 }  // namespace fastnn

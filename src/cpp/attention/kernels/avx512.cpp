@@ -1,8 +1,9 @@
 // The attention kernels, avx512.
 #define FASTNN_TARGET avx512
 #define FASTNN_TARGET_ID 2
-#include "attention/kernels.inl"
+#include "attention/decode.inl"
 
 namespace fastnn {
 const AttentionKernels& avx512_attention() { return avx512::attention_table; }
+const DecodeKernels& avx512_decode() { return avx512::decode_table; }
 }  // namespace fastnn

@@ -1,8 +1,9 @@
 // The attention kernels, portable.
 #define FASTNN_TARGET portable
 #define FASTNN_TARGET_ID 0
-#include "attention/kernels.inl"
+#include "attention/decode.inl"
 
 namespace fastnn {
 const AttentionKernels& portable_attention() { return portable::attention_table; }
+const DecodeKernels& portable_decode() { return portable::decode_table; }
 }  // namespace fastnn
