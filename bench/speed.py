@@ -168,6 +168,16 @@ ROWS = (
     ),
     Row("relu-64mb", "relu of 64 MB, fresh output", _each("relu", ((16 << 20,),)), least=2.0),
     Row(
+        "softmax",
+        "softmax, 4096² and 4096×768, forward and backward, fresh output",
+        (
+            *_each("softmax", ((4096, 4096), (4096, 768))),
+            *_each("softmax_backward", ((4096, 4096), (4096, 768))),
+        ),
+        least=1.5,
+    ),
+    Row("softmax-out", "softmax into `out`, the same", _each("softmax_out", ((4096, 4096), (4096, 768))), least=1.0),
+    Row(
         "conv-forward",
         "convolution, the layers of ResNet-50, AlexNet and MobileNetV2, batch 1 and 8",
         (*_batches("conv2d", _LAYERS, 1, 8), *_batches("conv2d_depthwise", _DEPTHWISE, 1, 8)),

@@ -50,6 +50,10 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: nn.BatchNorm1d,
     torch.nn.BatchNorm2d: nn.BatchNorm2d,
     torch.nn.BatchNorm3d: nn.BatchNorm3d,
+    torch.nn.Softmax: nn.Softmax,
+    torch.nn.Softmax2d: nn.Softmax2d,
+    torch.nn.Softmin: nn.Softmin,
+    torch.nn.LogSoftmax: nn.LogSoftmax,
 }
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.

@@ -19,6 +19,7 @@ from .ops.pool import (
     max_pool2d,
     max_pool3d,
 )
+from .ops.softmax import log_softmax, softmax, softmin
 
 # The very functions of ops, not wrappers: a Python call more would be felt in small layers.
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "int_mm",
     "linear",
     "linear_act",
+    "log_softmax",
     "matmul",
     "max_pool1d",
     "max_pool2d",
@@ -57,5 +59,7 @@ __all__ = [
     "relu6",
     "sigmoid",
     "silu",
+    "softmax",
+    "softmin",
     "tanh",
 ]

@@ -44,6 +44,16 @@ def batch_norm(
     return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``torch.softmax``, whose third argument is another one."""
+    return functional.softmax(input, dim, dtype=dtype, out=out)
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``torch.log_softmax``, likewise."""
+    return functional.log_softmax(input, dim, dtype=dtype, out=out)
+
+
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``F.hardtanh``, which :class:`torch.nn.ReLU6` calls: with its bounds, and no others, it is relu6."""
     if (min_val, max_val) == (0, 6):
@@ -84,6 +94,15 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.max_pool3d: functional.max_pool3d,
     F.batch_norm: functional.batch_norm,
     torch.batch_norm: batch_norm,
+    F.softmax: functional.softmax,
+    F.softmin: functional.softmin,
+    F.log_softmax: functional.log_softmax,
+    torch.softmax: softmax,
+    torch.log_softmax: log_softmax,
+    torch.special.softmax: softmax,
+    torch.special.log_softmax: log_softmax,
+    torch.Tensor.softmax: softmax,
+    torch.Tensor.log_softmax: log_softmax,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -153,7 +172,7 @@ class patch(contextlib.ContextDecorator):
 
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``relu6`` (and ``hardtanh`` from 0 to 6),
-    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
     ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

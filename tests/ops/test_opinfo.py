@@ -20,6 +20,9 @@ OURS = {
     "nn.functional.linear": fF.linear,
     "nn.functional.bilinear": fF.bilinear,
     "nn.functional.batch_norm": fF.batch_norm,
+    "softmax": fF.softmax,
+    "log_softmax": fF.log_softmax,
+    "nn.functional.softmin": fF.softmin,
     "nn.functional.relu": fF.relu,
     "nn.functional.relu6": fF.relu6,
     "nn.functional.gelu": fF.gelu,
@@ -79,6 +82,9 @@ def magnitude_of(op, sample, exact):
         return exact.abs()
     if op.name in ELEMENTWISE:
         return torch.maximum(sample.input.detach().double().abs(), exact.abs())
+    if "softm" in op.name and exact.numel():
+        # The difference from the largest is rounded, and the exponential multiplies that; or it is the result.
+        return 1 + exact.abs() if "log" in op.name else exact * (1 + 2 * double(sample.input).abs().amax())
     if op.name == "nn.functional.batch_norm":
         return magnitude_of_batch_norm(double(sample.input), *double(sample.args), **sample.kwargs)
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, models, norm, peers, pool
+from . import activations, conv, gemm, models, norm, peers, pool, softmax
 from .benchmark import (
     Benchmark,
     Problem,
@@ -39,4 +39,5 @@ __all__ = [
     "quartiles",
     "register",
     "run",
+    "softmax",
 ]

@@ -27,6 +27,7 @@ from .pooling import (
     MaxPool2d,
     MaxPool3d,
 )
+from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
     "GELU",
@@ -51,6 +52,7 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "Linear",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -58,5 +60,8 @@ __all__ = [
     "ReLU6",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
     "Tanh",
 ]

@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, norm, pool
+from . import activations, conv, gemm, norm, pool, softmax
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -39,6 +39,7 @@ __all__ = [
     "register",
     "relative_error",
     "roundoff",
+    "softmax",
     "surroundings_intact",
     "verify",
     "verify_all",

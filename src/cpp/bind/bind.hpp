@@ -21,6 +21,8 @@ void bind_norm_tensors(pybind11::module_& m);
 void bind_conv_tensors(pybind11::module_& m);
 void bind_watch(pybind11::module_& m);
 void bind_pool_tensors(pybind11::module_& m);
+void bind_softmax(pybind11::module_& m);
+void bind_softmax_tensors(pybind11::module_& m);
 
 namespace fastnn {
 

@@ -42,4 +42,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_conv_tensors(m);
   bind_watch(m);
   bind_pool_tensors(m);
+  bind_softmax(m);
+  bind_softmax_tensors(m);
 }

@@ -66,6 +66,8 @@ tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 tensor_pool = _cpu.tensor_pool
 tensor_pool_backward = _cpu.tensor_pool_backward
+tensor_softmax = _cpu.tensor_softmax
+tensor_softmax_backward = _cpu.tensor_softmax_backward
 #: What tensor_product computes.
 MATMUL, LINEAR, MM, BMM = range(4)
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
