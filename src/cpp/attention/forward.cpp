@@ -154,15 +154,18 @@ class Forward {
                 m_.queries + slot * a_.panel_b(call_.head_size), m_.scores);
       const bool biased = lanes.biased(j0, j1);
       if (biased) lanes.bias(j0, j1, m_.bias);
+      const bool in_pairs = a_.pairs && call_.dropout == 0;
       const bool scale = a_.loops->probabilities[a_.wide](
           {m_.scores, biased ? m_.bias : nullptr, keys, a_.lanes(), call_.scale,
-           m_.max + slot * column, m_.sum + slot * column, m_.factor});
+           in_pairs ? m_.packed : nullptr, m_.max + slot * column, m_.sum + slot * column,
+           m_.factor});
       if (scale) a_.loops->scale_columns[a_.wide](result, call_.value_size, a_.lanes(), m_.factor);
       if (call_.dropout > 0) {
         lanes.drop(j0, j1, m_.bias);
         a_.loops->multiply[a_.wide](m_.scores, m_.bias, keys * a_.lanes());
       }
-      const NumbersAsB p = numbers_as_b(a_, m_.scores, keys, m_.packed);
+      const NumbersAsB p = in_pairs ? NumbersAsB{m_.packed, (keys + 1) / 2, 0}
+                                    : numbers_as_b(a_, m_.scores, keys, m_.packed);
       flags_b_ |= p.flags;
       add_columns(a_, values_, f_.of_values_, b, p, result);
     }
@@ -197,8 +200,9 @@ class Forward {
       lanes.each_head([&](int lane, int count, int64_t head, int64_t query) {
         T* to = static_cast<T*>(call_.log_sum) + (batch * call_.heads + head) * call_.q_length;
         for (int i = 0; i < count; i++)
-          to[query + i] = sum[lane + i] == 0 ? std::numeric_limits<T>::infinity()
-                                             : max[lane + i] + std::log(sum[lane + i]);
+          to[query + i] = sum[lane + i] == 0
+                              ? std::numeric_limits<T>::infinity()
+                              : T(max[lane + i] * 0x1.62e42fefa39efp-1) + std::log(sum[lane + i]);
       });
     }
 

@@ -21,8 +21,10 @@ struct ScoreBlock {
   int64_t keys;
   int lanes;
   double scale;
-  // Of each lane: the largest score and the sum of the exponentials so far, and what earlier
-  // results are to be multiplied with.
+  // Where two keys' probabilities go in a word of bfloat16, as pair_keys' do; null: to `scores`.
+  void* pairs;
+  // Of each lane: the largest score, times log2(e), and the sum of the exponentials so far, and
+  // what earlier results are to be multiplied with.
   void *max, *sum, *factor;
 };
 

@@ -27,10 +27,51 @@ FASTNN_INLINE VecF32 exp_of(VecF32 x) {
 }
 FASTNN_INLINE VecF64 exp_of(VecF64 x) { return Full::exp(x); }
 
+// 2^x for x <= 127, likewise. Narrow: to 2^-17, for what is then rounded to bfloat16.
+template <bool Narrow>
+FASTNN_INLINE VecF32 exp2_of(VecF32 x) {
+  using V = VecF32;
+  x = max(V::set1(-152.0f), x);
+  const V n = round(x), f = x - n;
+  // 2^f, |f| <= 1/2; the other one to 2^-27
+  if constexpr (Narrow)
+    return ldexp(polynomial(f, 1.0f, 0.6931367339f, 0.240225301f, 0.05583828295f, 0.009656710289f),
+                 n);
+  return ldexp(polynomial(f, 1.0f, 0.693147188f, 0.2402265076f, 0.05550357114f, 0.009618082557f,
+                          0.001339086336f, 0.0001545316295f),
+               n);
+}
+template <bool Narrow>
+FASTNN_INLINE VecF64 exp2_of(VecF64 x) {
+  return Full::exp(x * VecF64::set1(0x1.62e42fefa39efp-1));
+}
+
 // ---- probabilities -----------------------------------------------------------------------------
 
-template <class V>
-static bool probabilities(const ScoreBlock& b) {
+// Two keys of each lane in bfloat16, a word; to the nearest, halves away from zero.
+#if FASTNN_TARGET_ID == 2
+FASTNN_INLINE void put_pair(uint32_t* to, VecF32 low, VecF32 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000));
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(low.r), half);
+  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high.r), half);
+  _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, upper)));
+}
+#else
+FASTNN_INLINE void put_pair(uint32_t* to, VecF32 low, VecF32 high) {
+  using V = VecF32;
+  float a[V::width], b[V::width];
+  low.store(a);
+  high.store(b);
+  for (int l = 0; l < V::width; l++) {
+    bf16 x, y;
+    from_f32(x, a[l]);
+    from_f32(y, b[l]);
+    to[l] = uint32_t(x.bits) | uint32_t(y.bits) << 16;
+  }
+}
+#endif
+template <class V, bool Pairs>
+static bool probabilities_of(const ScoreBlock& b) {
   using T = typename V::T;
   constexpr int W = V::width;
   constexpr T infinity = T(__builtin_inf());
@@ -39,10 +80,13 @@ static bool probabilities(const ScoreBlock& b) {
   const V scale = V::set1(T(b.scale)), none = V::set1(-infinity);
   // Then the largest score is that of the largest product.
   const bool plain = !b.bias && b.scale > 0;
+  const double log2_e = 0x1.71547652b82fep+0;
+  const V by = V::set1(T(plain ? b.scale * log2_e : log2_e));
   bool changed = false;
   for (int l = 0; l < b.lanes; l += W) {
     T* const scores = static_cast<T*>(b.scores) + l;
     const T* const bias = static_cast<const T*>(b.bias) + (b.bias ? l : 0);
+    uint32_t* const pairs = static_cast<uint32_t*>(b.pairs) + (Pairs ? l : 0);
     V largest[4] = {none, none, none, none};
     auto look = [&](int64_t j, int chain) __attribute__((always_inline)) {
       V s = V::load(scores + j * b.lanes);
@@ -57,31 +101,43 @@ static bool probabilities(const ScoreBlock& b) {
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) look(j + c, c);
     for (; j < b.keys; j++) look(j, 0);
-    V found = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
-    if (plain) found = found * scale;
+    const V found = max(max(largest[0], largest[1]), max(largest[2], largest[3])) * by;
     const V before = V::load(max_of + l);
     const V now = max(before, found);
     // A query that has seen nothing yet: every exponential is to be 0, and no difference NaN.
     const V base = select(eq(now, none), V::zero(), now);
-    const V factor = exp_of(before - base);
+    const V factor = exp2_of<false>(before - base);
     now.store(max_of + l);
     factor.store(factor_of + l);
     V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    const V by = plain ? scale : V::set1(1), less = neg(base);
+    const V less = neg(base);
     auto raise = [&](int64_t j, int chain) __attribute__((always_inline)) {
-      const V p = exp_of(fma(V::load(scores + j * b.lanes), by, less));
-      p.store(scores + j * b.lanes);
+      const V p = exp2_of<Pairs>(fma(V::load(scores + j * b.lanes), by, less));
+      if (!Pairs) p.store(scores + j * b.lanes);
       sums[chain] = sums[chain] + p;
+      return p;
     };
     for (j = 0; j + 4 <= b.keys; j += 4)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; c++) raise(j + c, c);
-    for (; j < b.keys; j++) raise(j, 0);
+#pragma GCC unroll 2
+      for (int c = 0; c < 4; c += 2) {
+        const V low = raise(j + c, c), high = raise(j + c + 1, c + 1);
+        if constexpr (Pairs) put_pair(pairs + (j + c) / 2 * b.lanes, low, high);
+      }
+    for (; j < b.keys; j += 2) {
+      const V low = raise(j, 0), high = j + 1 < b.keys ? raise(j + 1, 1) : V::zero();
+      if constexpr (Pairs) put_pair(pairs + j / 2 * b.lanes, low, high);
+    }
     const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     fma(V::load(sum_of + l), factor, sum).store(sum_of + l);
   }
   for (int l = 0; l < b.lanes; l++) changed |= !(factor_of[l] == T(1));
   return changed;
+}
+template <class V>
+static bool probabilities(const ScoreBlock& b) {
+  if constexpr (sizeof(typename V::T) == 4)
+    if (b.pairs) return probabilities_of<V, true>(b);
+  return probabilities_of<V, false>(b);
 }
 
 template <class V>
@@ -315,27 +371,10 @@ static void pair_rows(const RowCopy& c) {
 }
 
 static void pair_keys(const float* from, int64_t keys, int lanes, uint32_t* to) {
-  for (int64_t j = 0; j < keys; j += 2, from += 2 * lanes, to += lanes) {
-    const bool both = j + 1 < keys;
-#if FASTNN_TARGET_ID == 2
-    // To the nearest, halves away from zero.
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000));
-    for (int l = 0; l < lanes; l += 16) {
-      const __m512i low = _mm512_add_epi32(_mm512_loadu_si512(from + l), half);
-      const __m512i high = both ? _mm512_add_epi32(_mm512_loadu_si512(from + lanes + l), half)
-                                : _mm512_setzero_si512();
-      _mm512_storeu_si512(
-          to + l, _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, upper)));
-    }
-#else
-    for (int l = 0; l < lanes; l++) {
-      bf16 low, high{};
-      from_f32(low, from[l]);
-      if (both) from_f32(high, from[lanes + l]);
-      to[l] = uint32_t(low.bits) | uint32_t(high.bits) << 16;
-    }
-#endif
-  }
+  for (int64_t j = 0; j < keys; j += 2, from += 2 * lanes, to += lanes)
+    for (int l = 0; l < lanes; l += VecF32::width)
+      put_pair(to + l, VecF32::load(from + l),
+               j + 1 < keys ? VecF32::load(from + lanes + l) : VecF32::zero());
 }
 
 static void narrow_rows(const float* from, int64_t count, void* to_) {
