@@ -11,14 +11,14 @@ namespace fastnn {
 using namespace attention_parts;
 
 void attention_parts::scores_of(const Arithmetic& a, const Side& keys, const Panels& panels,
-                                int64_t b, int64_t count, int64_t n, const char* lanes,
+                                int64_t b, int64_t count, int64_t n, const char* lanes, int used,
                                 void* scores) {
   const int64_t row = a.lanes() * a.number();
   TileArgs t;
   t.words = a.packs ? round_up(n, a.tiles->k_step) / a.tiles->k_word : ceil_div(n, a.tiles->k_word);
   t.packed_a = a.packs;
   t.b = lanes, t.b_word = int64_t(a.tiles->nr) * a.tiles->b_bytes * a.tiles->k_word;
-  t.cols = a.lanes(), t.acc_row = row;
+  t.cols = used, t.acc_row = row;
   for (int64_t p = 0; p * panels.size < count; p++) {
     keys.place(t, b, p);
     t.rows = panels.rows(p, count);
@@ -28,13 +28,13 @@ void attention_parts::scores_of(const Arithmetic& a, const Side& keys, const Pan
 }
 
 void attention_parts::add_columns(const Arithmetic& a, const Side& columns, const Panels& panels,
-                                  int64_t b, const NumbersAsB& by, void* results) {
+                                  int64_t b, const NumbersAsB& by, int used, void* results) {
   const int64_t row = a.lanes() * a.number();
   TileArgs t;
   t.words = by.words;
   t.packed_a = a.packs;
   t.b = by.data, t.b_word = int64_t(a.tiles->nr) * a.tiles->b_bytes * a.tiles->k_word;
-  t.cols = a.lanes(), t.acc_row = row, t.add = true;
+  t.cols = used, t.acc_row = row, t.add = true;
   for (int64_t p = 0; p < panels.count(); p++) {
     columns.place(t, b, p);
     t.rows = panels.rows(p, panels.n);

@@ -320,9 +320,9 @@ class Backward {
     void one_panel(const Lanes& lanes, int64_t b, int64_t j0, int64_t keys, int64_t slot,
                    char* scores, char* products) {
       scores_of(a_, keys_, f_.of_keys_, b, keys, call_.head_size,
-                m_.lanes[0] + slot * a_.panel_b(call_.head_size), scores);
+                m_.lanes[0] + slot * a_.panel_b(call_.head_size), a_.lanes(), scores);
       scores_of(a_, values_, f_.of_keys_, b, keys, call_.value_size,
-                m_.lanes[1] + slot * a_.panel_b(call_.value_size), products);
+                m_.lanes[1] + slot * a_.panel_b(call_.value_size), a_.lanes(), products);
       if (call_.dropout > 0) {
         lanes.drop(j0, j0 + keys, m_.dropped);
         a_.loops->multiply[a_.wide](products, m_.dropped, keys * a_.lanes());
@@ -336,7 +336,8 @@ class Backward {
       if (call_.grad_scores.data) lanes.store_scores(products, j0, keys, call_.grad_scores);
       const NumbersAsB ds = numbers_as_b(a_, products, keys, m_.packed);
       flags_b_ |= ds.flags;
-      add_columns(a_, elements_, f_.of_elements_, b, ds, m_.by_queries + slot * f_.result_bytes());
+      add_columns(a_, elements_, f_.of_elements_, b, ds, a_.lanes(),
+                  m_.by_queries + slot * f_.result_bytes());
       as_a(scores, keys, 1, slot);
       as_a(products, keys, 0, slot);
     }

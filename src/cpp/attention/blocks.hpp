@@ -79,6 +79,8 @@ class Lanes {
  public:
   Lanes(const Attention& call, const Arithmetic& a, int64_t batch, int64_t kv_head, int64_t row);
   int count() const { return count_; }
+  // So many lanes are worth computing: half of them where tiles may stop at a vector, of two.
+  int used() const { return !a_.packs && count_ <= a_.lanes() / 2 ? a_.lanes() / 2 : a_.lanes(); }
   // What the lanes together may see; none where first >= last.
   int64_t first_key() const { return first_; }
   int64_t last_key() const { return last_; }

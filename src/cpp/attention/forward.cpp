@@ -151,12 +151,12 @@ class Forward {
       const int64_t column = a_.lanes() * a_.number(), keys = j1 - j0;
       char* const result = m_.results + slot * f_.result_bytes();
       scores_of(a_, keys_, f_.of_keys_, b, keys, call_.head_size,
-                m_.queries + slot * a_.panel_b(call_.head_size), m_.scores);
+                m_.queries + slot * a_.panel_b(call_.head_size), lanes.used(), m_.scores);
       const bool biased = lanes.biased(j0, j1);
       if (biased) lanes.bias(j0, j1, m_.bias);
       const bool in_pairs = a_.pairs && call_.dropout == 0;
       const bool scale = a_.loops->probabilities[a_.wide](
-          {m_.scores, biased ? m_.bias : nullptr, keys, a_.lanes(), call_.scale,
+          {m_.scores, biased ? m_.bias : nullptr, keys, a_.lanes(), lanes.used(), call_.scale,
            in_pairs ? m_.packed : nullptr, m_.max + slot * column, m_.sum + slot * column,
            m_.factor});
       if (scale) a_.loops->scale_columns[a_.wide](result, call_.value_size, a_.lanes(), m_.factor);
@@ -167,7 +167,7 @@ class Forward {
       const NumbersAsB p = in_pairs ? NumbersAsB{m_.packed, (keys + 1) / 2, 0}
                                     : numbers_as_b(a_, m_.scores, keys, m_.packed);
       flags_b_ |= p.flags;
-      add_columns(a_, values_, f_.of_values_, b, p, result);
+      add_columns(a_, values_, f_.of_values_, b, p, lanes.used(), result);
     }
 
     void start(char* max, char* sum) const {

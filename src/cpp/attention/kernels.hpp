@@ -19,7 +19,7 @@ struct ScoreBlock {
   void* scores;      // numbers, keys x lanes: products, and then what became of them
   const void* bias;  // numbers, keys x lanes, added after the scale; null for none
   int64_t keys;
-  int lanes;
+  int lanes, used;  // of a row, and how many of them, whole vectors, hold queries
   double scale;
   // Where two keys' probabilities go in a word of bfloat16, as pair_keys' do; null: to `scores`.
   void* pairs;

@@ -83,7 +83,7 @@ static bool probabilities_of(const ScoreBlock& b) {
   const double log2_e = 0x1.71547652b82fep+0;
   const V by = V::set1(T(plain ? b.scale * log2_e : log2_e));
   bool changed = false;
-  for (int l = 0; l < b.lanes; l += W) {
+  for (int l = 0; l < b.used; l += W) {
     T* const scores = static_cast<T*>(b.scores) + l;
     const T* const bias = static_cast<const T*>(b.bias) + (b.bias ? l : 0);
     uint32_t* const pairs = static_cast<uint32_t*>(b.pairs) + (Pairs ? l : 0);
@@ -130,7 +130,7 @@ static bool probabilities_of(const ScoreBlock& b) {
     const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     fma(V::load(sum_of + l), factor, sum).store(sum_of + l);
   }
-  for (int l = 0; l < b.lanes; l++) changed |= !(factor_of[l] == T(1));
+  for (int l = 0; l < b.used; l++) changed |= !(factor_of[l] == T(1));
   return changed;
 }
 template <class V>

@@ -13,11 +13,12 @@ bool backward(const AttentionBackward& call, const Arithmetic& a, int threads);
 bool decodes(const AttentionForward& call);
 void decode(const AttentionForward& call, int threads);
 
-// `keys` keys of block b times a panel of lanes, packed, n elements each: numbers, keys x lanes.
+// `count` keys of block b times a panel of lanes, packed, n elements each, the first `used` of
+// them: numbers, keys x lanes.
 void scores_of(const Arithmetic& a, const Side& keys, const Panels& panels, int64_t b,
-               int64_t count, int64_t n, const char* lanes, void* scores);
+               int64_t count, int64_t n, const char* lanes, int used, void* scores);
 // The transposed columns of block b times keys x lanes, added to panels.n x lanes of numbers.
 void add_columns(const Arithmetic& a, const Side& columns, const Panels& panels, int64_t b,
-                 const NumbersAsB& by, void* results);
+                 const NumbersAsB& by, int used, void* results);
 
 }  // namespace fastnn::attention_parts
