@@ -57,8 +57,9 @@ struct AttentionBackward : Attention {
   const void* log_sum = nullptr;
   AttentionOperand grad_q, grad_k, grad_v;
   // The gradient by every score (before the scale, after the mask), of float32 (float64 for that),
-  // or null.
+  // or null. Where no query sees a key nothing may be written.
   AttentionOperand grad_scores;
+  bool batch_invariant = false;  // the order of sums does not depend on the batch either
 };
 
 void attention(const AttentionForward&);

@@ -43,7 +43,7 @@ class Backward {
         panels_(ceil_div(rows_, a.lanes())),
         of_keys_(a, blocks_.size),
         of_elements_(a, call.head_size) {
-    const int64_t heads = call.batch * call.kv_heads;
+    const int64_t heads = (call.batch_invariant ? 1 : call.batch) * call.kv_heads;
     splits_ = std::clamp<int64_t>(ceil_div(kPieces, heads), 1,
                                   std::max<int64_t>(1, blocks_.count / kLeastBlocks));
     split_blocks_ = ceil_div(blocks_.count, splits_);

@@ -94,7 +94,7 @@ void forward(int dtype, py::handle shape, py::handle q, py::handle k, py::handle
 void backward(int dtype, py::handle shape, py::handle q, py::handle k, py::handle v, py::handle out,
               py::handle log_sum, py::handle grad, py::handle grad_q, py::handle grad_k,
               py::handle grad_v, py::handle grad_scores, double scale, py::handle mask,
-              py::handle bounds, py::handle slopes, py::handle dropout) {
+              py::handle bounds, py::handle slopes, py::handle dropout, bool batch_invariant) {
   const Arguments a{"attention_backward"};
   AttentionBackward call;
   a.common(call, dtype, shape, q, k, v, scale, mask, bounds, slopes, dropout);
@@ -103,6 +103,7 @@ void backward(int dtype, py::handle shape, py::handle q, py::handle k, py::handl
   call.grad_q = a.operand("grad_q", grad_q), call.grad_k = a.operand("grad_k", grad_k);
   call.grad_v = a.operand("grad_v", grad_v);
   if (!grad_scores.is_none()) call.grad_scores = a.operand("grad_scores", grad_scores);
+  call.batch_invariant = batch_invariant;
   py::gil_scoped_release release;
   attention_backward(call);
 }
@@ -123,7 +124,8 @@ void bind_attention(py::module_& m) {
         py::arg("dtype"), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("log_sum"), py::arg("grad"), py::arg("grad_q"), py::arg("grad_k"),
         py::arg("grad_v"), py::arg("grad_scores"), py::arg("scale"), py::arg("mask"),
-        py::arg("bounds"), py::arg("slopes"), py::arg("dropout"));
+        py::arg("bounds"), py::arg("slopes"), py::arg("dropout"),
+        py::arg("batch_invariant") = false);
   m.def("attention_path",
         [](int dtype) { return attention_path(dtype_argument("attention_path", "dtype", dtype)); });
 }

@@ -11,6 +11,7 @@
 void bind_gemm(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_attention_tensors(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);

@@ -32,6 +32,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_gemm(m);
   bind_dropout(m);
   bind_attention(m);
+  bind_attention_tensors(m);
   bind_elementwise(m);
   bind_pool(m);
   bind_norm(m);

@@ -49,7 +49,7 @@ struct ExchangeTable {
   void* current_work_stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 static_assert(kMaxDims == kMaxBatchDims + 2);
 
@@ -149,7 +149,8 @@ PyObject* dtype_object(DType type) {
   return type == DType::u8 ? uint8 : type == DType::s32 ? int32 : float64;
 }
 
-bool read_new(PyObject* object, Tensor& t) {
+// Booleans as u8, where they are wanted.
+static bool read_any(PyObject* object, Tensor& t, bool flags) {
   DLTensor dl;
   if (read_tensor(object, &dl) != 0) {
     forget_error();
@@ -158,7 +159,10 @@ bool read_new(PyObject* object, Tensor& t) {
   if (dl.device.type != kCpu || dl.dtype.lanes != 1 || !dl.data || dl.ndim < 1 ||
       dl.ndim > kMaxDims || !dl.strides)
     return false;
-  if (dl.dtype.code == kFloat && dl.dtype.bits == 32) {
+  if (flags) {
+    if (dl.dtype.code != kBool || dl.dtype.bits != 8) return false;
+    t.type = DType::u8;
+  } else if (dl.dtype.code == kFloat && dl.dtype.bits == 32) {
     t.type = DType::f32;
   } else if (dl.dtype.code == kFloat && dl.dtype.bits == 64) {
     t.type = DType::f64;
@@ -181,6 +185,8 @@ bool read_new(PyObject* object, Tensor& t) {
   return true;
 }
 
+bool read_new(PyObject* object, Tensor& t) { return read_any(object, t, false); }
+
 static bool is_plain(PyObject* object) {
   return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type;
 }
@@ -189,6 +195,10 @@ bool read(PyObject* object, Tensor& t, bool fresh) {
   return is_plain(object) && read_new(object, t) && t.type <= DType::f16 &&
          // DLPack does not speak of tensors that are negated when read.
          (fresh || gives_of(is_neg, object, Py_False));
+}
+
+bool read_flags(PyObject* object, Tensor& t) {
+  return is_plain(object) && read_any(object, t, true);
 }
 
 bool read_codes(PyObject* object, Tensor& t) {

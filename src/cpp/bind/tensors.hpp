@@ -50,6 +50,8 @@ bool read(PyObject* object, Tensor& t, bool fresh = false);
 bool read_new(PyObject* object, Tensor& t);
 // A pool's codes: as `read`, of uint8 or int32.
 bool read_codes(PyObject* object, Tensor& t);
+// As `read`, of booleans, whose type is then u8.
+bool read_flags(PyObject* object, Tensor& t);
 // True where nothing traces, transforms, casts or was asked for.
 bool quiet();
 bool grad_is_off();

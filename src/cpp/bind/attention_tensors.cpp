@@ -1,0 +1,88 @@
+// The short way of attention, where no gradient is wanted: see tensors.cpp.
+#include <cmath>
+
+#include "attention/attention.hpp"
+#include "bind/tensors.hpp"
+
+namespace py = pybind11;
+using namespace fastnn;
+using namespace fastnn::tensors;
+
+namespace {
+
+AttentionOperand operand(const Tensor& x) {
+  return {x.data, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
+}
+
+// What broadcasts to (batch, heads, queries, keys): of two dimensions or four.
+bool read_mask(PyObject* object, const Attention& call, AttentionOperand& mask, DType& type) {
+  Tensor m;
+  if (!read(object, m) && !read_flags(object, m)) return false;
+  if (m.dims != 2 && m.dims != 4) return false;
+  if (m.type != DType::u8 && m.type != DType::f32 && m.type != call.type) return false;
+  const int64_t full[4] = {call.batch, call.heads, call.q_length, call.k_length};
+  for (int d = 0; d < m.dims; d++) {
+    const int to = d + 4 - m.dims;
+    if (m.shape[d] != 1 && m.shape[d] != full[to]) return false;
+    mask.strides[to] = m.shape[d] == 1 ? 0 : m.strides[d];
+  }
+  mask.data = m.data, type = m.type;
+  return true;
+}
+
+// tensor_attention(like_query, query, key, value, mask, causal, scale, gqa): the result, laid out
+// as `like_query(query)` is where torch's kernel lays it out so, else contiguous. like_query may be
+// None, where it never does.
+PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor q, k, v, out;
+  bool causal, gqa;
+  if (n != 8 || !readable() || !read(args[1], q) || !read(args[2], k) || !read(args[3], v) ||
+      !flag(args[5], causal) || !flag(args[7], gqa))
+    return not_taken();
+  if (q.dims != 4 || k.dims != 4 || v.dims != 4 || k.type != q.type || v.type != q.type)
+    return not_taken();
+  AttentionForward call;
+  call.type = q.type;
+  call.batch = q.shape[0], call.heads = q.shape[1], call.kv_heads = k.shape[1];
+  call.q_length = q.shape[2], call.k_length = k.shape[2];
+  call.head_size = q.shape[3], call.value_size = v.shape[3];
+  constexpr int64_t kMostSize = 512;
+  if (k.shape[0] != call.batch || v.shape[0] != call.batch || v.shape[1] != call.kv_heads ||
+      v.shape[2] != call.k_length || k.shape[3] != call.head_size || call.head_size > kMostSize ||
+      call.value_size > kMostSize)
+    return not_taken();
+  if (gqa ? call.heads % call.kv_heads != 0 : call.heads != call.kv_heads) return not_taken();
+  const bool masked = args[4] != Py_None;
+  if (masked && (causal || !read_mask(args[4], call, call.mask, call.mask_type)))
+    return not_taken();
+  if (args[6] == Py_None)
+    call.scale = 1 / std::sqrt(double(call.head_size));
+  else if (PyFloat_CheckExact(args[6]))
+    call.scale = PyFloat_AS_DOUBLE(args[6]);
+  else
+    return not_taken();
+  if (!quiet() || wants_grad(args[1], args[2], args[3], masked ? args[4] : args[1]))
+    return not_taken();
+  if (PyErr_Occurred()) return not_taken();
+
+  const bool like_query = args[0] != Py_None && call.value_size == call.head_size &&
+                          q.strides[3] == 1 && k.strides[3] == 1 && v.strides[3] == 1;
+  const int64_t shape[4] = {call.batch, call.heads, call.q_length, call.value_size};
+  Held result{like_query ? made_by(args[0], q, out) : new_result(q, shape, 4, out)};
+  if (!result.object) return not_taken();
+  call.q = operand(q), call.k = operand(k), call.v = operand(v), call.out = operand(out);
+  if (causal) call.high = 0;
+  const double work = 2. * double(call.batch * call.heads * call.q_length) *
+                      double(call.k_length * (call.head_size + call.value_size));
+  return run(result.release(), work, [&] { attention(call); });
+}
+
+PyMethodDef functions[] = {
+    method("tensor_attention", tensor_attention, "Attention; None where not taken."),
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_attention_tensors(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+}
