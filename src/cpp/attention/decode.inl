@@ -15,6 +15,10 @@ struct Wider<double> {
   using V = VecF64;
 };
 
+// Lines are asked for so many bytes ahead: rows are read several at a time, which the hardware does
+// not take for one long read.
+constexpr int64_t kAheadBytes = 4096;
+
 // Sum f of the sums that `add_across` gives is that of the vector with this number.
 constexpr int across_index(int f) { return 4 * (f % 4) + f / 4; }
 
@@ -54,6 +58,7 @@ static void score_rows(const DecodeBlock& b) {
   constexpr int W = V::width, KEYS = kSums / ROWS;
   const auto* q = static_cast<const T*>(b.rows);
   auto* scores = static_cast<T*>(b.scores);
+  const int64_t ahead = (kAheadBytes / (b.from_row * int64_t(sizeof(Src))) + 1) * b.from_row;
   for (int64_t j = 0; j < b.keys; j += KEYS) {
     const Src* key[KEYS];
 #pragma GCC unroll 16
@@ -78,9 +83,12 @@ static void score_rows(const DecodeBlock& b) {
       }
     };
     int64_t e = 0;
-    for (; e + W <= b.n; e += W)
+    for (; e + W <= b.n; e += W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; i++) __builtin_prefetch(key[i] + ahead + e);
       step([&](int r) __attribute__((always_inline)) { return V::load(q + r * b.n + e); },
            [&](const Src* k) __attribute__((always_inline)) { return V::load(k + e); });
+    }
     if (const int left = int(b.n - e))
       step([&](int r)
                __attribute__((always_inline)) { return V::load_partial(q + r * b.n + e, left); },
@@ -88,9 +96,13 @@ static void score_rows(const DecodeBlock& b) {
                __attribute__((always_inline)) { return V::load_partial(k + e, left); });
     T sums[ROWS * KEYS];
     add_across(sum, sums);
-    const int count = int(least(KEYS, b.keys - j));
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < count; i++) scores[r * b.scores_row + j + i] = sums[r * KEYS + i];
+    if (j + KEYS <= b.keys) {
+      for (int r = 0; r < ROWS; r++)
+        __builtin_memcpy(scores + r * b.scores_row + j, sums + r * KEYS, KEYS * sizeof(T));
+    } else {
+      for (int r = 0; r < ROWS; r++)
+        for (int64_t i = j; i < b.keys; i++) scores[r * b.scores_row + i] = sums[r * KEYS + i - j];
+    }
   }
 }
 
@@ -105,21 +117,27 @@ static void weigh_rows(const DecodeBlock& b) {
   using V = typename Wider<Src>::V;
   using T = typename V::T;
   constexpr int W = V::width, NV = kSums / ROWS;
+  // Of rows longer than the registers serve, so many at a time, which stay in L1.
+  constexpr int64_t kRows = 32;
   auto* to = static_cast<T*>(b.rows);
   const auto* scores = static_cast<const T*>(b.scores);
-  auto strip = [&](int64_t e, auto vectors, int last) __attribute__((always_inline)) {
+  const int64_t ahead = (kAheadBytes / (b.from_row * int64_t(sizeof(Src))) + 1) * b.from_row;
+  auto strip = [&](int64_t j0, int64_t j1, int64_t e, auto vectors,
+                   int last) __attribute__((always_inline)) {
     constexpr int N = decltype(vectors)::value;
     V sum[ROWS][N];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
       for (int v = 0; v < N; v++) sum[r][v] = V::zero();
-    const Src* from = reinterpret_cast<const Src*>(b.from) + e;
-    for (int64_t j = 0; j < b.keys; j++, from += b.from_row) {
+    const Src* from = reinterpret_cast<const Src*>(b.from) + j0 * b.from_row + e;
+    for (int64_t j = j0; j < j1; j++, from += b.from_row) {
       V x[N];
 #pragma GCC unroll 16
-      for (int v = 0; v < N; v++)
+      for (int v = 0; v < N; v++) {
         x[v] = N > 1 || last == W ? V::load(from + v * W) : V::load_partial(from, last);
+        __builtin_prefetch(from + ahead + v * W);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         const V p = V::set1(scores[r * b.scores_row + j]);
@@ -136,9 +154,13 @@ static void weigh_rows(const DecodeBlock& b) {
         (V::load_partial(p, n) + sum[r][v]).store_partial(p, n);
       }
   };
-  int64_t e = 0;
-  for (; e + NV * W <= b.n; e += NV * W) strip(e, Vectors<NV>(), W);
-  for (; e < b.n; e += W) strip(e, Vectors<1>(), int(least(W, b.n - e)));
+  const int64_t rows = b.n > NV * W ? kRows : b.keys;
+  for (int64_t j = 0; j < b.keys; j += rows) {
+    const int64_t end = least(b.keys, j + rows);
+    int64_t e = 0;
+    for (; e + NV * W <= b.n; e += NV * W) strip(j, end, e, Vectors<NV>(), W);
+    for (; e < b.n; e += W) strip(j, end, e, Vectors<1>(), int(least(W, b.n - e)));
+  }
 }
 
 template <class Src>
