@@ -333,6 +333,12 @@ class Backward {
                                     call_.scale, m_.log_sum + slot * f_.column(),
                                     m_.delta + slot * f_.column()});
       if (call_.dropout > 0) a_.loops->multiply[a_.wide](scores, m_.dropped, keys * a_.lanes());
+      // Those of no query are 0 but where a key is not finite, and count among the keys' sums.
+      if (lanes.count() < a_.lanes())
+        for (char* numbers : {scores, products})
+          for (int64_t j = 0; j < keys; j++)
+            std::memset(numbers + (j * a_.lanes() + lanes.count()) * a_.number(), 0,
+                        size_t((a_.lanes() - lanes.count()) * a_.number()));
       if (call_.grad_scores.data) lanes.store_scores(products, j0, keys, call_.grad_scores);
       const NumbersAsB ds = numbers_as_b(a_, products, keys, m_.packed);
       flags_b_ |= ds.flags;
