@@ -13,7 +13,7 @@ int64_t last_cache_bytes();
 // Whether so many rows at such a distance share so few sets of L1 that they push each other out.
 inline bool rows_collide(int64_t bytes, int64_t rows) {
   constexpr int64_t way = 4096, ways = 8;
-  return rows * std::gcd(bytes, way) > (ways - 1) * way;
+  return rows * std::gcd(bytes, way) > (ways - 2) * way;
 }
 
 }  // namespace fastnn
