@@ -35,6 +35,8 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.SiLU: nn.SiLU,
     torch.nn.Sigmoid: nn.Sigmoid,
     torch.nn.Tanh: nn.Tanh,
+    torch.nn.Embedding: nn.Embedding,
+    torch.nn.Dropout: nn.Dropout,
     torch.nn.AvgPool1d: nn.AvgPool1d,
     torch.nn.AvgPool2d: nn.AvgPool2d,
     torch.nn.AvgPool3d: nn.AvgPool3d,

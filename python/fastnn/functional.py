@@ -3,6 +3,8 @@
 from .ops.activation import gelu, relu, relu6, sigmoid, silu, tanh
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .ops.dropout import dropout
+from .ops.embedding import embedding
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.linear import linear, linear_act
 from .ops.pool import (
@@ -19,6 +21,7 @@ from .ops.pool import (
     max_pool2d,
     max_pool3d,
 )
+from .ops.rotary import rotary_embedding
 from .ops.softmax import log_softmax, softmax, softmin
 
 # The very functions of ops, not wrappers: a Python call more would be felt in small layers.
@@ -44,6 +47,8 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "dropout",
+    "embedding",
     "gelu",
     "int_mm",
     "linear",
@@ -57,6 +62,7 @@ __all__ = [
     "mv",
     "relu",
     "relu6",
+    "rotary_embedding",
     "sigmoid",
     "silu",
     "softmax",

@@ -17,6 +17,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRODUCTS = ("linear", "linear_act", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm")
 _CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "sigmoid", "tanh")
+_EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
 
 
@@ -108,7 +109,10 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     """Op -> dtype -> what runs it."""
     if backend == "reference":
         names = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
-        return {op: dict.fromkeys(names, "reference") for op in (*_PRODUCTS, *_CONVOLUTIONS, *_ACTIVATIONS, *_POOLS)}
+        return {
+            op: dict.fromkeys(names, "reference")
+            for op in (*_PRODUCTS, *_CONVOLUTIONS, *_ACTIVATIONS, "dropout", *_EMBEDDINGS, *_POOLS)
+        }
     ops: dict[str, dict[str, str]] = {}
     products = {_name(dtype): f"cpu: {cpu.gemm_path(dtype)}" for dtype in _FLOATS}
     for op in (*_PRODUCTS, *_CONVOLUTIONS):
@@ -116,6 +120,9 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     ops["int_mm"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.gemm_path(torch.int8)}"}
     for op in _ACTIVATIONS:
         ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} elementwise" for dtype in _FLOATS}, "int8": "torch"}
+    ops["dropout"] = {**{_name(dtype): f"cpu: {cpu.isa()} dropout" for dtype in _FLOATS}, "int8": "torch"}
+    for op in _EMBEDDINGS:
+        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} embedding" for dtype in _FLOATS}, "int8": "torch"}
     for op in _POOLS:
         ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} pool" for dtype in _FLOATS}, "int8": "torch"}
     return ops

@@ -54,6 +54,23 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, ou
     return functional.log_softmax(input, dim, dtype=dtype, out=out)
 
 
+def dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    """``torch.dropout``, whose arguments have another name and no defaults."""
+    return functional.dropout(input, p, train)
+
+
+def embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``torch.embedding``, whose arguments have another order and where a negative padding is none."""
+    padding = padding_idx if padding_idx >= 0 else None
+    return functional.embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
+
+
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``F.hardtanh``, which :class:`torch.nn.ReLU6` calls: with its bounds, and no others, it is relu6."""
     if (min_val, max_val) == (0, 6):
@@ -103,6 +120,10 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.special.log_softmax: log_softmax,
     torch.Tensor.softmax: softmax,
     torch.Tensor.log_softmax: log_softmax,
+    F.embedding: functional.embedding,
+    torch.embedding: embedding,
+    F.dropout: functional.dropout,
+    torch.dropout: dropout,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -172,8 +193,8 @@ class patch(contextlib.ContextDecorator):
 
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``relu6`` (and ``hardtanh`` from 0 to 6),
-    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm`` and the pools (``max_pool2d``, ``avg_pool2d``,
-    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
+    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

@@ -18,6 +18,8 @@ from .closeness import assert_as_near_as_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INFOS = {info.module_cls: info for info in module_db if info.module_cls in REPLACEMENTS}
+#: Layers that torch has no samples for: what dropout gives is random (tests/ops/test_dropout.py).
+WITHOUT_SAMPLES = {torch.nn.Dropout}
 INFOS_AND_NAMES = [pytest.param(info, id=cls.__name__) for cls, info in INFOS.items()]
 
 each_module = pytest.mark.parametrize("info", INFOS_AND_NAMES)
@@ -41,11 +43,20 @@ def samples(info, dtype, *, training=True, requires_grad=True):
         call = sample.forward_input
         # torch's sample for Linear with a bias names its input.
         values = [*call.args, *call.kwargs.values()]
-        yield theirs, ours, [value.detach().to(dtype) for value in values], list(call.kwargs)
+        yield theirs, ours, [cast(value, dtype) for value in values], list(call.kwargs)
+
+
+def is_floating(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def cast(value, dtype):
+    """Numbers in another dtype; masks, indices and None as they are."""
+    return value.detach().to(dtype) if is_floating(value) else value
 
 
 def run(module, values, names, *, requires_grad):
-    values = [value.clone().requires_grad_(requires_grad) for value in values]
+    values = [value.clone().requires_grad_(requires_grad) if is_floating(value) else value for value in values]
     module.zero_grad(set_to_none=True)
     positional = values[: len(values) - len(names)]
     named = dict(zip(names, values[len(positional) :], strict=True))
@@ -59,14 +70,14 @@ def run(module, values, names, *, requires_grad):
             .reshape(output.shape)
             .to(output.dtype)
         )
-        results += [value.grad for value in values]
+        results += [value.grad for value in values if is_floating(value)]
         results += [parameter.grad for parameter in module.parameters()]
     results += [buffer.clone() for buffer in module.buffers()]
     return results
 
 
 def test_every_replaced_class_has_samples():
-    assert set(INFOS) == set(REPLACEMENTS)
+    assert set(INFOS) == set(REPLACEMENTS) - WITHOUT_SAMPLES
 
 
 @each_module
@@ -75,7 +86,7 @@ def test_every_replaced_class_has_samples():
 def test_forward_and_gradients(info, dtype, training, no_fallback):
     for theirs, ours, values, names in samples(info, dtype, training=training):
         exact = copy.deepcopy(theirs).double()
-        wide = [value.double() for value in values]
+        wide = [cast(value, torch.float64) for value in values]
         for requires_grad in (True, False):
             with torch.set_grad_enabled(requires_grad):
                 got = run(ours, values, names, requires_grad=requires_grad)
@@ -97,6 +108,9 @@ def test_non_contiguous_inputs(info, dtype):
         # Every second element of a larger tensor, at an odd offset.
         spread = []
         for value in values:
+            if not is_floating(value):
+                spread.append(value)
+                continue
             holder = torch.full((value.numel() * 2 + 1,), torch.nan, dtype=dtype)
             strided = holder[1::2].view(value.shape) if value.dim() < 2 else None
             if strided is None:
@@ -108,7 +122,8 @@ def test_non_contiguous_inputs(info, dtype):
             named = dict(zip(names, spread[len(positional) :], strict=True))
             got = ours(*positional, **named)
             got = got[0] if isinstance(got, tuple) else got
-            truth = run(copy.deepcopy(theirs).double(), [v.double() for v in values], names, requires_grad=False)[0]
+            wide = [cast(value, torch.float64) for value in values]
+            truth = run(copy.deepcopy(theirs).double(), wide, names, requires_grad=False)[0]
             expected = run(theirs, values, names, requires_grad=False)[0]
         assert_as_near_as_torch(got, expected, truth)
 
@@ -174,15 +189,16 @@ def test_gradcheck(info):
             # Away from the corner, where a difference quotient is no derivative.
             values = [value + value.sign() * 0.1 for value in values]
         parameters = list(ours.parameters())
-        leaves = [value.clone().requires_grad_() for value in values]
+        leaves = [value.clone().requires_grad_() for value in values if is_floating(value)]
 
         def call(*arguments, layer=ours, names=names, values=values):
-            count = len(values)
-            inputs = arguments[:count]
+            count = sum(map(is_floating, values))
+            given = iter(arguments[:count])
+            inputs = [next(given) if is_floating(value) else value for value in values]
             state = dict(zip(dict(layer.named_parameters()), arguments[count:], strict=True))
-            positional = inputs[: count - len(names)]
+            positional = inputs[: len(inputs) - len(names)]
             named = dict(zip(names, inputs[len(positional) :], strict=True))
-            return torch.func.functional_call(layer, state, positional, named)
+            return torch.func.functional_call(layer, state, tuple(positional), named)
 
         everything = (*leaves, *parameters)
         assert torch.autograd.gradcheck(call, everything, fast_mode=True)
@@ -229,10 +245,11 @@ def test_moves_and_casts(info):
     for _, ours, values, names in samples(info, torch.float32):
         for dtype in (torch.float64, torch.bfloat16, torch.float32):
             ours.to(dtype)
-            output = run(ours, [value.to(dtype) for value in values], names, requires_grad=False)[0]
+            output = run(ours, [cast(value, dtype) for value in values], names, requires_grad=False)[0]
             assert output.dtype == dtype
         if getattr(ours, "momentum", 0) is None:
             continue  # the average over all batches reads their number, which has no value there
         ours.to("meta")
-        output = run(ours, [value.to("meta") for value in values], names, requires_grad=False)[0]
+        there = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in values]
+        output = run(ours, there, names, requires_grad=False)[0]
         assert output.is_meta

@@ -74,6 +74,18 @@ CALLS = {
     "softmin": [lambda x: F.softmin(x, 1)],
     "relu6": [F.relu6, lambda x: F.relu6(x.clone(), inplace=True)],
     "hardtanh": [torch.nn.ReLU6(), lambda x: F.hardtanh(x, 0, 6.0), F.hardtanh],
+    "dropout": [
+        lambda x: F.dropout(x, 0.0),
+        lambda x: F.dropout(x, training=False),
+        lambda x: torch.dropout(x, 1.0, True),
+        torch.nn.Dropout(1.0),
+    ],
+    "embedding": [
+        lambda x: F.embedding(torch.tensor([4, 0]), x),
+        lambda x: torch.embedding(x, torch.tensor([4, 0])),
+        lambda x: F.embedding(torch.tensor([1]), x, padding_idx=1, sparse=True),
+        lambda x: torch.nn.Embedding.from_pretrained(x)(torch.tensor([3])),
+    ],
     "gelu": [F.gelu, lambda x: F.gelu(x, approximate="tanh")],
     "silu": [F.silu, lambda x: F.silu(x.clone(), inplace=True)],
     "sigmoid": [F.sigmoid, torch.sigmoid, lambda x: x.sigmoid(), torch.nn.Sigmoid()],

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, gemm, models, norm, peers, pool, softmax
+from . import activations, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax
 from .benchmark import (
     Benchmark,
     Problem,
@@ -30,6 +30,8 @@ __all__ = [
     "benchmarks",
     "compare",
     "conv",
+    "dropout",
+    "embedding",
     "gemm",
     "models",
     "norm",

@@ -11,6 +11,8 @@ one fused call.
 from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .dropout import Dropout
+from .embedding import Embedding
 from .linear import Bilinear, Linear
 from .mlp import MLP
 from .pooling import (
@@ -51,6 +53,8 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
+    "Embedding",
     "Linear",
     "LogSoftmax",
     "MaxPool1d",

@@ -205,6 +205,26 @@ bool read_codes(PyObject* object, Tensor& t) {
   return is_plain(object) && read_new(object, t) && t.type > DType::f16;
 }
 
+bool read_integers(PyObject* object, Tensor& t, bool& wide) {
+  DLTensor dl;
+  if (!is_plain(object)) return false;
+  if (read_tensor(object, &dl) != 0) {
+    forget_error();
+    return false;
+  }
+  if (dl.device.type != kCpu || dl.dtype.lanes != 1 || !dl.data || dl.ndim > kMaxDims ||
+      (dl.ndim > 0 && !dl.strides) || dl.dtype.code != kInt ||
+      (dl.dtype.bits != 32 && dl.dtype.bits != 64))
+    return false;
+  for (int d = 0; d < dl.ndim; d++)
+    if (dl.shape[d] <= 0) return false;
+  wide = dl.dtype.bits == 64;
+  t.object = object;
+  t.data = static_cast<char*>(dl.data) + dl.byte_offset;
+  t.dims = dl.ndim, t.shape = dl.shape, t.strides = dl.strides;
+  return true;
+}
+
 bool apart(const Tensor& out) {
   int order[kMaxDims];
   for (int d = 0; d < out.dims; d++) {

@@ -52,6 +52,8 @@ bool read_new(PyObject* object, Tensor& t);
 bool read_codes(PyObject* object, Tensor& t);
 // As `read`, of booleans, whose type is then u8.
 bool read_flags(PyObject* object, Tensor& t);
+// int32 or int64 (`wide`) with elements, of any number of dimensions; `type` is not set.
+bool read_integers(PyObject* object, Tensor& t, bool& wide);
 // True where nothing traces, transforms, casts or was asked for.
 bool quiet();
 bool grad_is_off();
