@@ -88,7 +88,7 @@ def test_replaces_the_class_and_nothing_else():
 
 def test_every_class_of_the_table_goes_there_and_back():
     norms = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (3,))
-    arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5), **norms}
+    arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5), nn.Embedding: (3, 4), **norms}
     arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)

@@ -386,6 +386,26 @@ def test_the_short_way(no_fallback):
     with pytest.raises(IndexError):
         short(torch.tensor([5]), W)
 
+    def gradient(grad, indices, rows=5, padding=-1, by_frequency=False):
+        with torch.no_grad():
+            return cpu.tensor_embedding_backward(ops._empty_gradient, grad, indices, rows, padding, by_frequency)
+
+    grad = torch.randn(2, 3)
+    assert torch.equal(gradient(grad, I), torch.zeros(5, 3).index_add(0, I, grad))
+    assert torch.equal(gradient(grad, I.int(), 5, 2, True)[2], torch.zeros(3))
+    big = gradient(torch.randn(2, 3000), I, 500)
+    assert (big.shape, big[3:].any().item()) == ((500, 3000), False)
+    for bad in (grad.long(), grad[:1], grad[0], grad.t(), torch._neg_view(grad), None):
+        assert gradient(bad, I) is None
+    for indices in (I.float(), I[:1], I[None], None):
+        assert gradient(grad, indices) is None
+    for rest in ((0,), (1 << 40,), (5.0,), (5, None), (5, -1, 0)):
+        assert gradient(grad, I, *rest) is None
+    # While gradients are on, the gradient may be asked for its own.
+    assert cpu.tensor_embedding_backward(ops._empty_gradient, grad, I, 5, -1, False) is None
+    with pytest.raises(IndexError):
+        gradient(grad, I, 2)
+
 
 def test_layer_and_patch(no_fallback):
     theirs = torch.nn.Embedding(9, 4, padding_idx=3)

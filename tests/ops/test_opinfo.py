@@ -130,7 +130,9 @@ def test_samples(name, dtype):
     for sample in samples(name, dtype):
         result, indices = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))
         like = sample.input if dtype in op.supported_dtypes("cpu") else sample.input.float()
-        torchs, expected = values_and_indices(op.op(like, *sample.args, **sample.kwargs))
+        # What scales a table in place would do it again.
+        again = like.clone() if "max_norm" in sample.kwargs else like
+        torchs, expected = values_and_indices(op.op(again, *sample.args, **sample.kwargs))
         assert (indices is None) == (expected is None)
         if indices is not None:
             assert torch.equal(indices, expected)

@@ -10,11 +10,14 @@ from torch.library import opcheck
 import fastnn
 import fastnn.functional as fF
 from fastnn import _cpu, _state
+from fastnn.backends import cpu
+from fastnn.ops import rotary as ops
 
 from .support import FLOATS, assert_within
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 forms = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 ISAS = [name for name in _cpu.available_isas() if not name.startswith("amx")]
 
 
@@ -237,6 +240,46 @@ def test_reference_backend_and_autocast(no_fallback):
         torch.testing.assert_close(fF.rotary_embedding(x, table.cos(), table.sin()), ours)
     with torch.autocast("cpu", torch.bfloat16):
         assert fF.rotary_embedding(x, table.cos(), table.sin()).dtype is torch.float32
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+@forms
+def test_the_short_way(interleaved, monkeypatch, no_fallback):
+    def short(x, cos, sin, *flags):
+        return cpu.tensor_rotary(cpu.empty_like, x, cos, sin, *(flags or (interleaved, False)))
+
+    for shape, tables in (
+        ((5, 6), ((5, 6), (5, 3), (1, 3))),
+        ((2, 5, 6), ((5, 6), (2, 5, 3), (1, 1, 6))),
+        ((2, 3, 5, 6), ((5, 3), (2, 5, 6), (1, 5, 3), (2, 1, 1, 6))),
+        ((2, 2, 3, 5, 6), ((5, 3), (2, 1, 1, 5, 6))),
+        ((2, 3, 511, 128), ((511, 64),)),
+    ):
+        for table in tables:
+            tensors = torch.randn(shape), torch.randn(table), torch.randn(table)
+            leaf = tensors[0].clone().requires_grad_()
+            found = short(*tensors)
+            assert type(short(leaf, *tensors[1:])) is tuple
+            runs = [found]
+            for way in (cpu.tensor_rotary, lambda *_: None):
+                monkeypatch.setattr(ops, "_tensor_rotary", way)
+                y = fF.rotary_embedding(leaf, *tensors[1:], interleaved=interleaved)
+                runs += [y.detach(), torch.autograd.grad(y.sum(), leaf)[0]]
+            assert torch.equal(found, runs[1])
+            assert torch.equal(runs[1], runs[3])
+            assert torch.equal(runs[2], runs[4])
+    x, c = torch.randn(2, 3, 4, 6), torch.randn(4, 6)
+    assert torch.equal(
+        short(x.transpose(1, 2), c[:3], c[:3]).contiguous(), short(x.transpose(1, 2).contiguous(), c[:3], c[:3])
+    )
+    for bad in (
+        *((x.long(), c, c), (x[..., :5], c, c), (x[0, 0, 0], c, c), (x.mT, c, c), (torch._neg_view(x), c, c)),
+        *((x, c[:3], c[:3]), (x, c[:, :4], c[:, :4]), (x, c, c[:, :3]), (x, c.double(), c.double()), (x, c.half(), c)),
+        *((x, c.clone().requires_grad_(), c), (x, c, [1.0]), (x, c.t().contiguous().t(), c), (x, c[0], c[0])),
+        *((x, c.expand(3, 4, 6), c.expand(3, 4, 6)), (x[0, 0], c[None], c[None]), (x[:0], c, c)),
+    ):
+        assert short(*bad) is None
+    assert short(x, c, c, 1, False) is None
 
 
 X, C = torch.randn(2, 3, 5, 6), torch.randn(5, 6)

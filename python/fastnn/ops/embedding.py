@@ -41,7 +41,9 @@ from ._route import (
 
 _torch_embedding = torch.nn.functional.embedding
 _tensor_embedding = cpu.tensor_embedding
+_tensor_embedding_backward = cpu.tensor_embedding_backward
 _empty = kernels.empty_rows
+_empty_gradient = kernels.empty_gradient
 
 #: The kernel of the gradient sorts pairs of 32-bit numbers.
 _MOST = (1 << 32) - 1
@@ -147,6 +149,10 @@ def _check(
 
 def _gradient(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, by_frequency: bool) -> Tensor:
     args = (grad, indices, rows, padding_idx, by_frequency)
+    if not is_dynamo_compiling():
+        found = _tensor_embedding_backward(_empty_gradient, *args)
+        if found is not None:
+            return found
     try:
         if not is_dynamo_compiling() and (rows > _MOST or indices.numel() > _MOST):
             raise Unsupported("more than 2^32 - 1 rows or indices")

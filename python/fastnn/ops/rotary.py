@@ -22,16 +22,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
+from ..backends import cpu
 from ..backends.cpu import embedding as kernels
 from ..backends.reference import embedding as formulas
 from ._op import Op
-from ._route import Unsupported, describe, fall_back, functorch_active, route
+from ._route import Unsupported, describe, fall_back, functorch_active, is_dynamo_compiling, route
+
+_tensor_rotary = cpu.tensor_rotary
+_empty = cpu.empty_like
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """x with the pairs of its last dimension turned by position. See this module for formula, shapes and errors."""
+    if not is_dynamo_compiling():
+        found = _tensor_rotary(_empty, x, cos, sin, interleaved, False)
+        if type(found) is tuple:
+            return _apply_rotary(x, cos, sin, interleaved, False, found)
+        if found is not None:
+            return found
     _check(x, cos, sin, interleaved)
     if cos.dtype not in (x.dtype, torch.float32) or sin.dtype is not cos.dtype or x.dtype is torch.float64:
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
@@ -89,10 +99,38 @@ def _beside(table: Tensor, dims: int) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     args = (x, cos, sin, interleaved, transposed)
+    if not is_dynamo_compiling():
+        found = _tensor_rotary(_empty, *args)
+        if type(found) is tuple:
+            return _apply_rotary(*args, found)
+        if found is not None:
+            return found
+    args = (x, _beside(cos, x.dim()), _beside(sin, x.dim()), interleaved, transposed)
     try:
         return ROTARY(*args)
     except Unsupported as reason:
         return fall_back("rotary_embedding_backward", reason.args[0], _in_torch, *args)
+
+
+class _Rotary(Function):
+    """What the short way has computed, ``found``, made part of the graph; cos and sin have no gradient there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool, found: tuple[Tensor]
+    ) -> Tensor:
+        ctx.interleaved, ctx.transposed = interleaved, transposed
+        ctx.save_for_backward(cos, sin)
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, ctx.interleaved, not ctx.transposed), None, None, None, None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_rotary = super(Function, _Rotary).apply
 
 
 def _to_table(grad: Tensor, table: Tensor, interleaved: bool) -> Tensor:

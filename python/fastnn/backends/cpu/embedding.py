@@ -13,6 +13,10 @@ def empty_rows(indices: Tensor, weight: Tensor) -> Tensor:
     return empty((*indices.shape, weight.shape[1]), weight.dtype)
 
 
+def empty_gradient(grad: Tensor, rows: int) -> Tensor:
+    return empty((rows, grad.shape[-1]), grad.dtype)
+
+
 def _raise() -> None:
     raise IndexError("index out of range in self")
 
