@@ -1,0 +1,78 @@
+"""Embedding, rotary position embedding and dropout on memory that ends, or begins, where nothing may be read."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+
+import pytest
+import torch
+
+from fastnn.backends.cpu import dropout as dropout_kernels
+from fastnn.backends.cpu import embedding as kernels
+
+from .calls import FLOATS
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def walled():
+    """Copies a contiguous tensor to where the page before, or the one behind, cannot be read: a touch ends the process."""
+    maps = []
+
+    def place(x, at_end):
+        size = max(-(-x.nbytes // PAGE), 1) * PAGE
+        start = libc.mmap(None, size + 2 * PAGE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        assert start not in (None, ctypes.c_void_p(-1).value)
+        maps.append((start, size + 2 * PAGE))
+        for wall in (start, start + PAGE + size):
+            assert libc.mprotect(wall, PAGE, 0) == 0
+        begin = start + PAGE + (size - x.nbytes if at_end else 0)
+        memory = (ctypes.c_char * x.nbytes).from_address(begin)
+        return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)
+
+    yield place
+    for start, size in maps:
+        libc.munmap(start, size)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("at_end", [False, True], ids=["begin", "end"])
+def test_nothing_beyond_is_touched(isa, dtype, at_end, walled):
+    for columns in (2, 6, 34, 126, 130):
+        table = walled(torch.randn(5, columns).to(dtype), at_end)
+        indices = walled(torch.tensor([4, 0, 4, 2, 1, 3, 0]), at_end)
+        rows = kernels.embedding(table, indices, -1, False)
+        assert torch.equal(rows, table[indices])
+        grad = walled(rows, at_end)
+        found = kernels.embedding_backward(grad, indices.int(), 5, -1, True)
+        torch.testing.assert_close(found, table, rtol=1e-6, atol=0)
+        for width in (columns, columns // 2):
+            cos, sin = (walled(torch.randn(5, width).to(dtype), at_end) for _ in range(2))
+            for interleaved in (False, True):
+                turned = kernels.rotary(table, cos, sin, interleaved, False)
+                wide = kernels.rotary(table.double(), cos.double(), sin.double(), interleaved, False)
+                torch.testing.assert_close(turned, wide.to(dtype))
+        same = table.clone()
+        dropped = dropout_kernels.dropout(table, torch.tensor(3), 0.5, walled(same, at_end))
+        assert torch.equal(dropped, dropout_kernels.dropout(same, torch.tensor(3), 0.5))
+
+
+def test_the_wall_is_there(walled):
+    """A child that reads one element further dies of it."""
+    x = walled(torch.ones(3), True)
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        ctypes.string_at(x.data_ptr(), 13)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
