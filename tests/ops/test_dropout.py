@@ -209,6 +209,7 @@ def test_export_meta_and_fake(no_fallback):
     x = torch.randn(3, 4)
     program = torch.export.export(model, (x,))
     assert "fastnn.dropout" in str(program.graph)
+    assert sum("rand" in str(node.target) for node in program.graph.nodes) == 1
     assert "fastnn.dropout" not in str(torch.export.export(model.eval(), (x,)).graph)
     meta = fF.dropout(torch.empty(4, 3, device="meta").t())
     assert (meta.device.type, meta.stride()) == ("meta", (1, 3))

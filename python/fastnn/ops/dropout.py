@@ -50,8 +50,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         where = route("dropout", input)
         if where == EAGER and input.numel() == 0:
             return input
-        if seed is None or type(input) not in PLAIN or input.is_meta:
-            seed = _seed_for(input)
+        seed = _seed_for(input, seed)
         p = float(p)
         if inplace:
             return _in_place(input, seed, p, where)
@@ -71,11 +70,13 @@ def _check(input: Any, p: Any, training: Any) -> None:
         raise Unsupported(f"p: expected a number from 0 to 1, got {p!r}")
 
 
-def _seed_for(input: Tensor) -> Tensor:
-    if type(input) in PLAIN and not input.is_meta:
-        return draw_seed()
-    # Of the input's kind: tensors without data do not mix with others outside of their mode.
-    return input.new_empty((), dtype=torch.int64).random_() if not is_dynamo_compiling() else draw_seed(input.device)
+def _seed_for(input: Tensor, seed: Tensor | None) -> Tensor:
+    """The seed that was drawn, or one, of the input's kind: outside of its mode a fake tensor mixes with fake ones alone."""
+    if seed is None or seed.device != input.device:
+        seed = draw_seed(input.device)
+    if is_dynamo_compiling() or (type(seed) in PLAIN) == (type(input) in PLAIN):
+        return seed
+    return input.new_empty((), dtype=torch.int64).random_()
 
 
 def _in_place(input: Tensor, seed: Tensor, p: float, where: str) -> Tensor:
