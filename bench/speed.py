@@ -104,6 +104,10 @@ _DEPTHWISE = (
 )
 
 
+#: B×H×L×D.
+_ATTENTION = ((8, 12, 512, 64), (1, 16, 2048, 64), (1, 16, 4096, 128))
+
+
 def _batches(benchmark: str, layers: tuple[Shape, ...], *batches: int) -> tuple[Work, ...]:
     return tuple((benchmark, (n, *layer)) for n in batches for layer in layers)
 
@@ -257,6 +261,43 @@ ROWS = (
             for layout in ("", "_channels_last")
         ),
         least=2.0,
+    ),
+    Row(
+        "attention",
+        "attention, 8×12×512×64, 1×16×2048×64 and 1×16×4096×128, forward",
+        _each("attention", _ATTENTION),
+        least=1.8,
+    ),
+    Row("attention-causal", "the same, causal", _each("attention_causal", _ATTENTION), least=2.5),
+    Row(
+        "attention-backward",
+        "the same, backward, whole and causal",
+        (*_each("attention_backward", _ATTENTION), *_each("attention_causal_backward", _ATTENTION)),
+        least=1.8,
+    ),
+    Row(
+        "attention-bfloat16",
+        "the same in bfloat16, forward, whole and causal",
+        (*_each("attention", _ATTENTION), *_each("attention_causal", _ATTENTION)),
+        "bfloat16",
+        least=2.0,
+    ),
+    Row(
+        "attention-bfloat16-backward",
+        "the same in bfloat16, backward, whole and causal",
+        (*_each("attention_backward", _ATTENTION), *_each("attention_causal_backward", _ATTENTION)),
+        "bfloat16",
+        least=2.5,
+    ),
+    *(
+        Row(
+            f"attention-decode{suffix}",
+            f"decoding{words}: 32 heads, 8 of keys, a cache of 4,096, batch 1 and 8",
+            _each("attention_decode", ((1, 32, 8, 4096, 128), (8, 32, 8, 4096, 128))),
+            dtype,
+            least=2.0,
+        )
+        for suffix, words, dtype in (("", "", "float32"), ("-bfloat16", " in bfloat16", "bfloat16"))
     ),
     Row(
         "resnet-inference",

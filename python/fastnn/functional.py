@@ -1,6 +1,7 @@
 """``torch.nn.functional`` and the matrix products of ``torch``, to the parameter name, on the kernels of this package."""
 
 from .ops.activation import gelu, relu, relu6, sigmoid, silu, tanh
+from .ops.attention import attention, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.dropout import dropout
@@ -33,6 +34,7 @@ __all__ = [
     "adaptive_max_pool2d",
     "adaptive_max_pool3d",
     "addmm",
+    "attention",
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
@@ -63,6 +65,7 @@ __all__ = [
     "relu",
     "relu6",
     "rotary_embedding",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "softmax",

@@ -12,6 +12,7 @@ import torch
 
 from . import _state
 from .backends import cpu
+from .backends.cpu import attention
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRODUCTS = ("linear", "linear_act", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm")
@@ -19,6 +20,7 @@ _CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for ra
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "sigmoid", "tanh")
 _EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
+_ATTENTION = ("scaled_dot_product_attention", "attention")
 
 
 class Info(dict):
@@ -111,7 +113,7 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
         names = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
         return {
             op: dict.fromkeys(names, "reference")
-            for op in (*_PRODUCTS, *_CONVOLUTIONS, *_ACTIVATIONS, "dropout", *_EMBEDDINGS, *_POOLS)
+            for op in (*_PRODUCTS, *_CONVOLUTIONS, *_ACTIVATIONS, "dropout", *_EMBEDDINGS, *_POOLS, *_ATTENTION)
         }
     ops: dict[str, dict[str, str]] = {}
     products = {_name(dtype): f"cpu: {cpu.gemm_path(dtype)}" for dtype in _FLOATS}
@@ -125,6 +127,8 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
         ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} embedding" for dtype in _FLOATS}, "int8": "torch"}
     for op in _POOLS:
         ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} pool" for dtype in _FLOATS}, "int8": "torch"}
+    for op in _ATTENTION:
+        ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
     return ops
 
 

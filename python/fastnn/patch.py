@@ -109,6 +109,7 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.max_pool1d: functional.max_pool1d,
     torch.max_pool2d: functional.max_pool2d,
     torch.max_pool3d: functional.max_pool3d,
+    F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     F.batch_norm: functional.batch_norm,
     torch.batch_norm: batch_norm,
     F.softmax: functional.softmax,
@@ -194,7 +195,7 @@ class patch(contextlib.ContextDecorator):
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``relu6`` (and ``hardtanh`` from 0 to 6),
     ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
-    ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    ``adaptive_avg_pool2d``, ... in one to three dimensions), ``scaled_dot_product_attention``; ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

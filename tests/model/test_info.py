@@ -21,6 +21,7 @@ def test_is_json_and_readable():
     assert set(found["ops"]) >= {"linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "relu"}
     assert set(found["ops"]) >= {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
     assert found["ops"]["linear"]["float32"].startswith("cpu: ")
+    assert found["ops"]["scaled_dot_product_attention"]["float32"].startswith("cpu: ")
 
 
 def test_one_openmp_runtime():

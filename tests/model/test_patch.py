@@ -56,6 +56,11 @@ CALLS = {
         lambda x: torch.batch_norm(x, x[0], x[1], None, None, True, 0.1, 1e-5, False),
         torch.nn.BatchNorm1d(5),
     ],
+    "scaled_dot_product_attention": [
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.0, True, scale=2.0),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(query=x, key=x, value=x, attn_mask=x > -1),
+    ],
     "relu": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x.clone(), inplace=True)],
     "softmax": [
         lambda x: F.softmax(x, 1),

@@ -80,6 +80,20 @@ CASES = {
         lambda x, w, r: fF.batch_norm_act(x, STATISTICS[0], STATISTICS[1], w, residual=r),
         [(3, 4, 2), (4,), (3, 4, 2)],
     ),
+    "attention": (fF.scaled_dot_product_attention, [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 3), (3, 5)]),
+    "attention causal": (
+        lambda q, k, v: fF.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=-0.7),
+        [(1, 4, 3, 2), (1, 2, 4, 2), (1, 2, 4, 2)],
+    ),
+    "attention of matrices": (fF.scaled_dot_product_attention, [(3, 4), (5, 4), (5, 2)]),
+    "attention of queries that see nothing": (
+        lambda q, k, v: fF.scaled_dot_product_attention(q, k, v, torch.ones(5, 3).tril(-2) > 0),
+        [(2, 5, 4), (2, 3, 4), (2, 3, 4)],
+    ),
+    "attention with a window": (
+        lambda q, k, v, m, s: fF.attention(q, k, v, m, window=(2, 1), alibi_slopes=s, alignment="lower_right"),
+        [(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 1, 5), (2,)],
+    ),
     "relu in place": (lambda x: fF.relu(x * 1, inplace=True), [(3, 4)]),
     "relu6 in place": (lambda x: fF.relu6(x * 4, inplace=True), [(3, 4)]),
     "silu in place": (lambda x: fF.silu(x * 1, inplace=True), [(3, 4)]),

@@ -25,6 +25,7 @@ OURS = {
     "nn.functional.softmin": fF.softmin,
     # The entry has the weight first.
     "nn.functional.embedding": lambda weight, indices, **kwargs: fF.embedding(indices, weight, **kwargs),
+    "nn.functional.scaled_dot_product_attention": fF.scaled_dot_product_attention,
     "nn.functional.relu": fF.relu,
     "nn.functional.relu6": fF.relu6,
     "nn.functional.gelu": fF.gelu,
@@ -74,6 +75,8 @@ def samples(name, dtype, requires_grad=False):
     # Where torch has no kernel for a dtype, its float32 samples rounded.
     there = dtype in ENTRIES[name].supported_dtypes("cpu")
     for sample in ENTRIES[name].sample_inputs("cpu", dtype if there else torch.float32, requires_grad=requires_grad):
+        if sample.kwargs.get("dropout_p"):
+            continue  # what is dropped differs from torch: tests/ops/test_attention.py
         if not there:
             sample.input = sample.input.detach().to(dtype).requires_grad_(requires_grad)
         yield sample
@@ -87,6 +90,8 @@ def magnitude_of(op, sample, exact):
     if "softm" in op.name and exact.numel():
         # The difference from the largest is rounded, and the exponential multiplies that; or it is the result.
         return 1 + exact.abs() if "log" in op.name else exact * (1 + 2 * double(sample.input).abs().amax())
+    if "attention" in op.name:
+        return magnitude_of_attention(*double((sample.input, *sample.args), True), dtype=sample.input.dtype)
     if op.name == "nn.functional.batch_norm":
         return magnitude_of_batch_norm(double(sample.input), *double(sample.args), **sample.kwargs)
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
@@ -95,6 +100,13 @@ def magnitude_of(op, sample, exact):
 def dense(gradient):
     """An embedding's may be sparse."""
     return gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense()
+
+
+def magnitude_of_attention(q, k, v, dtype):
+    """Of the values, and what the roundings of the scores and of 16-bit probabilities do."""
+    score = (q @ k.mT).amax() / q.shape[-1] ** 0.5
+    coarse = {torch.bfloat16: 2**12, torch.float16: 2**9}.get(dtype, 0)
+    return v.amax((-2, -1), keepdim=True) * (1 + score + coarse)
 
 
 def values_and_indices(result):
@@ -176,6 +188,9 @@ def test_gradients_of_samples(name, dtype):
             assert g.shape == e.shape
             assert g.dtype == dtype
             scale = e.abs().max().item() if e.numel() else 0
+            if "attention" in name and dtype in (torch.bfloat16, torch.float16):
+                # The result that the derivative is taken at is rounded, beside keys and values up to 9.
+                scale += 10
             torch.testing.assert_close(g.double(), e, rtol=loose, atol=loose * max(scale, 1))
 
 
@@ -240,6 +255,9 @@ def test_signatures():
             divisor_override=None,
         )
         pools.adaptive_max_pool2d(input=image, output_size=1, return_indices=False)
+    fF.scaled_dot_product_attention(
+        query=x, key=x, value=x, attn_mask=None, dropout_p=0.0, is_causal=True, scale=None, enable_gqa=False
+    )
     fF.bilinear(input1=x, input2=x, weight=torch.randn(2, 3, 3), bias=None)
     fF.gelu(input=x, approximate="tanh")
     fastnn.matmul(input=x, other=w.t(), out=None)

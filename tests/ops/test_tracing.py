@@ -75,6 +75,24 @@ OPCHECKS = {
             *(randn(4, dtype=torch.float64), randn(4, dtype=torch.float64).exp(), randn(3, 4, 5), True, 1e-5, True),
         ),
     ),
+    "attention": lambda g: (
+        op("attention"),
+        (*(randn(2, n, 3, 4, grad=g) for n in (4, 2, 2)), None, None, 0.5, None, 0, 0, 0.0, None, True),
+    ),
+    "attention masked": lambda g: (
+        op("attention"),
+        (
+            *(randn(1, 4, 2, 3, grad=g).transpose(1, 2) for _ in range(3)),
+            *(randn(1, 1, 4, 1, grad=g), torch.rand(1, 2), 0.5, -1, 2, 1, 0.5, torch.tensor(3), False),
+        ),
+    ),
+    "attention_backward": lambda g: (
+        op("attention_backward"),
+        (
+            *(randn(2, n, 3, 4, grad=g) for n in (4, 4, 2, 2)),
+            *(randn(2, 1, 3, 3, grad=g), None, randn(2, 4, 3, 4), randn(2, 4, 3), 0.5, None, 1, 0, 0.0, None, True),
+        ),
+    ),
     "matmul": lambda g: (op("matmul"), (randn(3, 4, grad=g), randn(4, 5, grad=g))),
     "matmul batch": lambda g: (op("matmul"), (randn(2, 1, 3, 4, grad=g), randn(3, 4, 5, grad=g))),
     "matmul folded": lambda g: (op("matmul"), (randn(2, 3, 4, grad=g), randn(4, 5, grad=g))),

@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax
+from . import activations, attention, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax
 from .benchmark import (
     Benchmark,
     Problem,
@@ -26,6 +26,7 @@ __all__ = [
     "Timing",
     "WrongResult",
     "activations",
+    "attention",
     "benchmark",
     "benchmarks",
     "compare",

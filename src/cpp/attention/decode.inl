@@ -18,6 +18,10 @@ struct Wider<double> {
 // Lines are asked for so many bytes ahead: rows are read several at a time, which the hardware does
 // not take for one long read.
 constexpr int64_t kAheadBytes = 4096;
+// Rows that are one and the same, expanded, have nothing ahead.
+FASTNN_INLINE int64_t elements_ahead(int64_t row, int64_t size) {
+  return row ? (kAheadBytes / (row * size) + 1) * row : 0;
+}
 
 // Sum f of the sums that `add_across` gives is that of the vector with this number.
 constexpr int across_index(int f) { return 4 * (f % 4) + f / 4; }
@@ -58,7 +62,7 @@ static void score_rows(const DecodeBlock& b) {
   constexpr int W = V::width, KEYS = kSums / ROWS;
   const auto* q = static_cast<const T*>(b.rows);
   auto* scores = static_cast<T*>(b.scores);
-  const int64_t ahead = (kAheadBytes / (b.from_row * int64_t(sizeof(Src))) + 1) * b.from_row;
+  const int64_t ahead = elements_ahead(b.from_row, sizeof(Src));
   for (int64_t j = 0; j < b.keys; j += KEYS) {
     const Src* key[KEYS];
 #pragma GCC unroll 16
@@ -121,7 +125,7 @@ static void weigh_rows(const DecodeBlock& b) {
   constexpr int64_t kRows = 32;
   auto* to = static_cast<T*>(b.rows);
   const auto* scores = static_cast<const T*>(b.scores);
-  const int64_t ahead = (kAheadBytes / (b.from_row * int64_t(sizeof(Src))) + 1) * b.from_row;
+  const int64_t ahead = elements_ahead(b.from_row, sizeof(Src));
   auto strip = [&](int64_t j0, int64_t j1, int64_t e, auto vectors,
                    int last) __attribute__((always_inline)) {
     constexpr int N = decltype(vectors)::value;

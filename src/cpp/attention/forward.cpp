@@ -202,7 +202,9 @@ class Forward {
         for (int i = 0; i < count; i++)
           to[query + i] = sum[lane + i] == 0
                               ? std::numeric_limits<T>::infinity()
-                              : T(max[lane + i] * 0x1.62e42fefa39efp-1) + std::log(sum[lane + i]);
+                              // Rounded once: the backward's probabilities err as much as this.
+                              : T(double(max[lane + i]) * 0x1.62e42fefa39efp-1 +
+                                  std::log(double(sum[lane + i])));
       });
     }
 

@@ -70,6 +70,26 @@ FASTNN_INLINE void put_pair(uint32_t* to, VecF32 low, VecF32 high) {
   }
 }
 #endif
+// Scores of which rounding the largest leaves so much that it has an exponential of its own, or
+// that are beyond the range in base 2, are better brought there first.
+template <class V>
+FASTNN_INLINE bool any_far(V largest, V by) {
+  using T = typename V::T;
+  const V none = V::set1(-T(__builtin_inf()));
+  const V far = select(lt(V::set1(T(1 << 20)), abs(largest * by)), V::set1(1), V::zero());
+  return reduce_add(select(eq(largest, none), V::zero(), far)) > 0;
+}
+template <class V>
+FASTNN_INLINE V in_base_2(V s) {
+  using T = typename V::T;
+  constexpr T infinity = T(__builtin_inf()),
+              most = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+  const V far = s * V::set1(T(0x1.71547652b82fep+0));
+  // A NaN stays one.
+  const V near = min(V::set1(most), max(V::set1(-most), far));
+  return select(lt(abs(s), V::set1(infinity)), near, far);
+}
+
 template <class V, bool Pairs>
 static bool probabilities_of(const ScoreBlock& b) {
   using T = typename V::T;
@@ -101,7 +121,14 @@ static bool probabilities_of(const ScoreBlock& b) {
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) look(j + c, c);
     for (; j < b.keys; j++) look(j, 0);
-    const V found = max(max(largest[0], largest[1]), max(largest[2], largest[3])) * by;
+    const V score = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+    V found = score * by, multiply = by;
+    if (any_far(score, by)) {
+      const V first = plain ? scale : V::set1(1);
+      for (j = 0; j < b.keys; j++)
+        in_base_2(V::load(scores + j * b.lanes) * first).store(scores + j * b.lanes);
+      found = in_base_2(score * first), multiply = V::set1(1);
+    }
     const V before = V::load(max_of + l);
     const V now = max(before, found);
     // A query that has seen nothing yet: every exponential is to be 0, and no difference NaN.
@@ -112,7 +139,7 @@ static bool probabilities_of(const ScoreBlock& b) {
     V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     const V less = neg(base);
     auto raise = [&](int64_t j, int chain) __attribute__((always_inline)) {
-      const V p = exp2_of<Pairs>(fma(V::load(scores + j * b.lanes), by, less));
+      const V p = exp2_of<Pairs>(fma(V::load(scores + j * b.lanes), multiply, less));
       if (!Pairs) p.store(scores + j * b.lanes);
       sums[chain] = sums[chain] + p;
       return p;
@@ -154,7 +181,8 @@ static void gradients(const GradientBlock& b) {
     for (int64_t j = 0; j < b.keys; j++) {
       const V s = V::load(scores + j * b.lanes);
       const V x = b.bias ? fma(s, scale, V::load(bias + j * b.lanes)) + less : fma(s, scale, less);
-      const V p = exp_of(x);
+      // Not above 1, however log_sum was rounded; a NaN stays one.
+      const V p = exp_of(min(V::zero(), x));
       p.store(scores + j * b.lanes);
       (p * (V::load(products + j * b.lanes) - delta)).store(products + j * b.lanes);
     }

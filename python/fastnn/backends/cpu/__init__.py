@@ -62,6 +62,7 @@ tensor_activation_backward = _cpu.tensor_activation_backward
 tensor_convolution = _cpu.tensor_convolution
 tensor_convolution_gradients = _cpu.tensor_convolution_gradients
 tensor_inverted_residual = _cpu.tensor_inverted_residual
+tensor_attention = _cpu.tensor_attention
 tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 tensor_dropout = _cpu.tensor_dropout
@@ -102,7 +103,7 @@ if hasattr(Tensor, "__dlpack_c_exchange_api__"):
 def supports(op: str, *tensors: Tensor | None) -> str | None:
     """None when the kernels can run ``op`` on these tensors, else the reason why not, for people.
 
-    ``op`` is "gemm" (and all that is made of it), "activation", or "int_mm".
+    ``op`` is "gemm" (and all that is made of it), "activation", "int_mm", or "attention", whose masks are booleans.
     """
     for tensor in tensors:
         if tensor is None:
@@ -115,7 +116,7 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
         if tensor.device.type not in ("cpu", "meta"):
             return f"a tensor on {tensor.device.type}, for which no backend is built"
         table = DTYPE if op == "int_mm" else FLOAT
-        if tensor.dtype not in table:
+        if tensor.dtype not in table and not (op == "attention" and tensor.dtype is torch.bool):
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
