@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from . import _state, nn
 from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
+from .nn.linear import NonDynamicallyQuantizableLinear
+from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Predicate = Callable[[str, torch.nn.Module], bool]
@@ -56,6 +58,13 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Softmax2d: nn.Softmax2d,
     torch.nn.Softmin: nn.Softmin,
     torch.nn.LogSoftmax: nn.LogSoftmax,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.modules.linear.NonDynamicallyQuantizableLinear: NonDynamicallyQuantizableLinear,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
 }
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.
@@ -64,6 +73,7 @@ REPLACEMENTS_BY_NAME: dict[
     tuple[Callable[[torch.nn.Module], bool], Callable[[type[torch.nn.Module]], type[torch.nn.Module]]],
 ] = {
     "Conv1D": (is_conv1d, conv1d_class),
+    **dict.fromkeys(NAMED_ACTIVATIONS, (is_named_activation, named_activation_class)),
 }
 
 #: Blocks of fastnn alone, and the torch class that holds the same layers.
@@ -80,6 +90,16 @@ _STRUCTURAL = (
     torch.nn.ModuleList,
     torch.nn.ModuleDict,
     torch.nn.modules.dropout._DropoutNd,
+)
+
+
+# Made of layers with names, which they call; a forward that a subclass gives one of them is its own affair.
+_AROUND_OTHERS = (
+    torch.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerDecoder,
+    torch.nn.Transformer,
 )
 
 
@@ -169,7 +189,7 @@ def convert(
     A module is replaced by giving it another class, so that its parameters, buffers, hooks, ``state_dict`` and
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
     Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
-    ``Conv1D``. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
+    ``Conv1D`` and activations. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
     :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:
@@ -326,8 +346,13 @@ def _why_kept(module: torch.nn.Module) -> str:
         return "fully_shard gave it a class of its own; convert before sharding" if base else ""
     if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")):
         return "quantized module" if "quantized" in kind.__module__ else "module of torch.ao"
-    if kind is torch.nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "MultiheadAttention reads its weight and never calls it"
+    if isinstance(module, _AROUND_OTHERS):
+        if kind.forward in (torch.nn.TransformerEncoder.forward, torch.nn.TransformerEncoderLayer.forward):
+            return (
+                f"subclass of torch.nn.{base.__name__}: in eval mode without gradients torch runs its layers as one call of its"
+                " own, or on nested tensors"
+            )
+        return ""
     if base is not None:
         forward = "with a forward of its own" if kind.forward is not base.forward else "(only exact types are replaced)"
         return f"subclass of torch.nn.{base.__name__} {forward}"
@@ -394,9 +419,6 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
         return Row(name, _class_name(kind), "available", f"fastnn.nn.{target.__name__}", "", own)
     if reason:
         return Row(name, _class_name(kind), "kept", "", reason, own)
-    if isinstance(module, torch.nn.TransformerEncoderLayer):
-        reason = "in eval mode without gradients torch runs the whole layer as one call of its own and calls no child"
-        return Row(name, _class_name(kind), "note", "", reason, own)
     return None
 
 

@@ -8,6 +8,7 @@ from .ops.dropout import dropout
 from .ops.embedding import embedding
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.linear import linear, linear_act
+from .ops.multi_head_attention import multi_head_attention_forward
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -61,6 +62,7 @@ __all__ = [
     "max_pool2d",
     "max_pool3d",
     "mm",
+    "multi_head_attention_forward",
     "mv",
     "relu",
     "relu6",

@@ -82,6 +82,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
 PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: functional.linear,
     F.bilinear: functional.bilinear,
+    F.multi_head_attention_forward: functional.multi_head_attention_forward,
     F.conv1d: functional.conv1d,
     F.conv2d: functional.conv2d,
     F.conv3d: functional.conv3d,
@@ -192,7 +193,7 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``multi_head_attention_forward``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``relu6`` (and ``hardtanh`` from 0 to 6),
     ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
     ``adaptive_avg_pool2d``, ... in one to three dimensions), ``scaled_dot_product_attention``; ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the

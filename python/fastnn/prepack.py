@@ -47,7 +47,7 @@ def prepack_(model: Model) -> Model:
     reasons: set[str] = set()
     for layer in layers:
         layer.__dict__.pop("_packed_weight", None)
-        weight = layer._parameters.get("weight")
+        weight = layer._parameters.get(layer.packed_parameter)
         reason = why_not(weight) if weight is not None else "its weight is computed at each call"
         if reason is None:
             layer.__dict__["_packed_weight"] = PackedWeight(weight, transposed=layer.weight_is_transposed)

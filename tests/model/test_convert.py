@@ -90,6 +90,11 @@ def test_every_class_of_the_table_goes_there_and_back():
     norms = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (3,))
     arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5), nn.Embedding: (3, 4), **norms}
     arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
+    arguments |= {nn.MultiheadAttention: (4, 2), nn.modules.linear.NonDynamicallyQuantizableLinear: (3, 4)}
+    arguments |= {kind: (4, 2, 4) for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)}
+    arguments |= {nn.Transformer: (4, 2, 1, 1, 4)}
+    arguments |= {nn.TransformerEncoder: (nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)}
+    arguments |= {nn.TransformerDecoder: (nn.TransformerDecoderLayer(4, 2, 4), 1)}
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
         layer = original(*arguments.get(original, (2,) if "Pool" in original.__name__ else ()))
@@ -179,9 +184,9 @@ REASONS = {
     "no such layer": (lambda: nn.PReLU(), "fastnn has no PReLU"),
     "synchronized": (lambda: nn.SyncBatchNorm(3), "fastnn has no SyncBatchNorm"),
     "complex": (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64 parameters"),
-    "attention's projection": (
-        lambda: nn.MultiheadAttention(4, 2).out_proj,
-        "MultiheadAttention reads its weight",
+    "encoder layer of a subclass": (
+        lambda: type("MyLayer", (nn.TransformerEncoderLayer,), {})(4, 2, 4),
+        "torch runs its layers as one call",
     ),
 }
 
@@ -286,20 +291,32 @@ def test_report_counts_what_fell_back():
     assert "runs on torch: complex64 parameters" in str(report)
 
 
-def test_transformer_layer_has_a_note_about_its_fast_path():
+def test_a_transformer_layer_runs_as_fastnn_where_torch_has_a_fast_path():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     x = torch.randn(2, 3, 8)
     model.eval()
     with torch.no_grad():
         expected = model(x)
+    assert fastnn.report(model).rows[0].status == "available"
     fastnn.convert(model)
     rows = {row.name: row for row in fastnn.report(model).rows}
-    assert rows["(model)"].status == "note"
-    assert "one call of its own" in rows["(model)"].reason
+    assert rows["(model)"].replacement == "fastnn.nn.TransformerEncoderLayer"
+    assert rows["self_attn.out_proj"].status == "replaced"
     assert rows["linear1"].status == "replaced"
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_layer_around_others_with_a_forward_of_its_own_needs_no_replacing():
+    class Mine(nn.TransformerEncoderLayer):
+        def forward(self, src):
+            return self.linear2(self.linear1(src))
+
+    model = fastnn.convert(Mine(8, 2, 16))
+    assert type(model) is Mine
+    assert all(row.name != "(model)" for row in fastnn.report(model).rows)
+    assert isinstance(model.linear1, fastnn.nn.Linear)
 
 
 def test_a_shared_module_is_replaced_once_and_reported_with_all_its_names():

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
+import statistics
 import warnings
 
 import pytest
 import torch
-from torch.testing._internal.common_modules import module_db
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.testing._internal.common_modules import (
+    FunctionInput,
+    ModuleInfo,
+    ModuleInput,
+    module_db,
+    module_inputs_torch_nn_Linear,
+    module_inputs_torch_nn_TransformerDecoderLayer,
+)
 
 import fastnn
+from fastnn.convert import _AROUND_OTHERS as AROUND_OTHERS
 from fastnn.convert import REPLACEMENTS
+from fastnn.testing.errors import relative_error, roundoff
 
 from .closeness import assert_as_near_as_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INFOS = {info.module_cls: info for info in module_db if info.module_cls in REPLACEMENTS}
+
+
+def decoder_inputs(module_info, device, dtype, requires_grad, training, **kwargs):
+    """Samples of a stack, which torch has none of: those of its layers."""
+    inputs = module_inputs_torch_nn_TransformerDecoderLayer(None, device, dtype, requires_grad, training)
+    for layer in inputs:
+        build = layer.constructor_input
+        made = torch.nn.TransformerDecoderLayer(*build.args, **build.kwargs, device=device, dtype=dtype)
+        yield ModuleInput(constructor_input=FunctionInput(made, 2), forward_input=layer.forward_input)
+
+
+EXTRA = [
+    ModuleInfo(torch.nn.TransformerDecoder, module_inputs_func=decoder_inputs),
+    ModuleInfo(NonDynamicallyQuantizableLinear, module_inputs_func=module_inputs_torch_nn_Linear),
+]
+INFOS = {info.module_cls: info for info in [*module_db, *EXTRA] if info.module_cls in REPLACEMENTS}
 #: Layers that torch has no samples for: what dropout gives is random (tests/ops/test_dropout.py).
 WITHOUT_SAMPLES = {torch.nn.Dropout}
 INFOS_AND_NAMES = [pytest.param(info, id=cls.__name__) for cls, info in INFOS.items()]
+
+#: Some of these go through a dozen roundings, a few of which cancel: the gradient of a key's bias is 0.
+DEEP = (torch.nn.MultiheadAttention, *AROUND_OTHERS)
 
 each_module = pytest.mark.parametrize("info", INFOS_AND_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -33,15 +63,19 @@ def samples(info, dtype, *, training=True, requires_grad=True):
     if info.module_cls is torch.nn.AvgPool3d and dtype.itemsize == 2:
         return  # torch has no kernel to compare with; test_opinfo.py compares with float64
     made = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    for sample in info.module_inputs_func(
-        info, device="cpu", dtype=made, requires_grad=requires_grad, training=training
-    ):
+    found = list(
+        info.module_inputs_func(info, device="cpu", dtype=made, requires_grad=requires_grad, training=training)
+    )
+    # Of the dozens that transformers have every n-th: n is odd, so that all values of every argument are among them.
+    for sample in found[:: len(found) // 8 | 1 if info.module_cls in DEEP else 1]:
         build = sample.constructor_input
         theirs = info.module_cls(*build.args, **build.kwargs).to(dtype).train(training)
-        ours = REPLACEMENTS[info.module_cls](*build.args, **build.kwargs).to(dtype).train(training)
+        # A stack of layers gets fastnn's.
+        args = [fastnn.convert(copy.deepcopy(a)) if isinstance(a, torch.nn.Module) else a for a in build.args]
+        ours = REPLACEMENTS[info.module_cls](*args, **build.kwargs).to(dtype).train(training)
         ours.load_state_dict(theirs.state_dict())
         call = sample.forward_input
-        # torch's sample for Linear with a bias names its input.
+        # torch's sample for Linear with a bias names its input, and masks have names.
         values = [*call.args, *call.kwargs.values()]
         yield theirs, ours, [cast(value, dtype) for value in values], list(call.kwargs)
 
@@ -61,8 +95,8 @@ def run(module, values, names, *, requires_grad):
     positional = values[: len(values) - len(names)]
     named = dict(zip(names, values[len(positional) :], strict=True))
     output = module(*positional, **named)
-    # A pool may give the indices of its maxima too.
-    results = list(output) if isinstance(output, tuple) else [output]
+    # A pool may give the indices of its maxima too, attention its weights.
+    results = [result for result in output if result is not None] if isinstance(output, tuple) else [output]
     output = results[0]
     if requires_grad:
         output.backward(
@@ -84,6 +118,8 @@ def test_every_replaced_class_has_samples():
 @each_dtype
 @each_mode
 def test_forward_and_gradients(info, dtype, training, no_fallback):
+    deep = info.module_cls in DEEP
+    errors = []
     for theirs, ours, values, names in samples(info, dtype, training=training):
         exact = copy.deepcopy(theirs).double()
         wide = [cast(value, torch.float64) for value in values]
@@ -98,7 +134,14 @@ def test_forward_and_gradients(info, dtype, training, no_fallback):
                 if not one.is_floating_point():
                     assert torch.equal(one, other)
                     continue
-                assert_as_near_as_torch(one, other, reference)
+                if not (deep and dtype.itemsize == 2):
+                    assert_as_near_as_torch(one, other, reference, roundoffs=64.0 if deep else 4.0)
+                errors.append((relative_error(one, reference), relative_error(other, reference)))
+    if deep and dtype != torch.float64:
+        # One result of a dozen roundings may be far off by chance, in torch as here (where a relu's input is rounded to the
+        # other side of 0, a gradient is another one); half of all are not.
+        ours_median, torchs_median = (statistics.median(which) for which in zip(*errors, strict=True))
+        assert ours_median <= 1.5 * torchs_median + 0.25 * roundoff(dtype)
 
 
 @each_module
@@ -132,7 +175,7 @@ def test_non_contiguous_inputs(info, dtype):
 @each_dtype
 def test_factory_arguments(info, dtype):
     for theirs, _, _, _ in samples(info, dtype):
-        if not list(theirs.parameters()):
+        if not list(theirs.parameters()) or "dtype" not in inspect.signature(info.module_cls).parameters:
             continue
         build = next(
             iter(info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True))

@@ -106,6 +106,10 @@ CALLS = {
     "baddbmm": [lambda x: torch.baddbmm(x, x[None], x[None]), lambda x: x[None].baddbmm(x[None], x[None])],
     "mv": [lambda x: torch.mv(x, x[0]), lambda x: x.mv(x[0])],
 }
+CALLS["multi_head_attention_forward"] = [
+    lambda x: torch.nn.MultiheadAttention(5, 1)(x, x, x),
+    lambda x: torch.nn.MultiheadAttention(5, 1, batch_first=True).eval()(x[None], x[None], x[None], need_weights=False),
+]
 CALLS["conv2d"].append(lambda x: torch.nn.Conv2d(1, 2, 3, padding=1)(x[None]))
 CALLS["conv1d"].append(lambda x: torch.conv1d(x, x[:, :, None], bias=x[0]))
 CALLS |= {

@@ -9,6 +9,7 @@ one fused call.
 """
 
 from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .dropout import Dropout
@@ -30,6 +31,13 @@ from .pooling import (
     MaxPool3d,
 )
 from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GELU",
@@ -60,6 +68,7 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "MultiheadAttention",
     "ReLU",
     "ReLU6",
     "SiLU",
@@ -68,4 +77,9 @@ __all__ = [
     "Softmax2d",
     "Softmin",
     "Tanh",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

@@ -20,6 +20,9 @@ class PackableWeight:
     # A class attribute, so that a layer which was never prepacked carries nothing and the look-up stays cheap.
     _packed_weight = None
 
+    #: The name of the parameter that is packed.
+    packed_parameter = "weight"
+
     #: False for a weight of shape (out, in), as torch.nn.Linear has it.
     weight_is_transposed = False
 
@@ -77,6 +80,13 @@ class Linear(PackableWeight, torch.nn.Linear):
             if output is not None:
                 return output
         return functional.linear_act(input, weight, bias, activation)
+
+
+class NonDynamicallyQuantizableLinear(Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The ``out_proj`` of :class:`torch.nn.MultiheadAttention`, a linear layer with a name of its own.
+
+    As in torch, the attention reads its weight and bias and does not call it, so that hooks on it see nothing.
+    """
 
 
 class Bilinear(torch.nn.Bilinear):

@@ -88,12 +88,7 @@ class MLP(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         layers = list(self._modules.values())
-        fusing = not (
-            _torch_module._global_forward_hooks
-            or _torch_module._global_forward_pre_hooks
-            or _torch_module._global_backward_hooks
-            or _torch_module._global_backward_pre_hooks
-        )
+        fusing = not _any_global_hook()
         position = 0
         while position < len(layers):
             layer = layers[position]
@@ -107,6 +102,16 @@ class MLP(torch.nn.Sequential):
                     continue
             input = layer(input)
         return input
+
+
+def _any_global_hook() -> bool:
+    """Whether somebody watches every module."""
+    return bool(
+        _torch_module._global_forward_hooks
+        or _torch_module._global_forward_pre_hooks
+        or _torch_module._global_backward_hooks
+        or _torch_module._global_backward_pre_hooks
+    )
 
 
 def _unwatched(module: torch.nn.Module) -> bool:
