@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from . import _state, nn
 from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
-from .nn.linear import NonDynamicallyQuantizableLinear
 from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -59,7 +58,7 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Softmin: nn.Softmin,
     torch.nn.LogSoftmax: nn.LogSoftmax,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
-    torch.nn.modules.linear.NonDynamicallyQuantizableLinear: NonDynamicallyQuantizableLinear,
+    torch.nn.modules.linear.NonDynamicallyQuantizableLinear: nn.NonDynamicallyQuantizableLinear,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
     torch.nn.TransformerEncoder: nn.TransformerEncoder,

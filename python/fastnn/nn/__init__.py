@@ -14,7 +14,7 @@ from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .dropout import Dropout
 from .embedding import Embedding
-from .linear import Bilinear, Linear
+from .linear import Bilinear, Linear, NonDynamicallyQuantizableLinear
 from .mlp import MLP
 from .pooling import (
     AdaptiveAvgPool1d,
@@ -69,6 +69,7 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "MultiheadAttention",
+    "NonDynamicallyQuantizableLinear",
     "ReLU",
     "ReLU6",
     "SiLU",

@@ -11,6 +11,7 @@ activations that the caller hands over stay as they are.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,7 @@ from torch.nn import functional as F
 from .. import _state, functional
 from .activation import activation_name
 from .attention import MultiheadAttention
-from .dropout import Dropout
-from .linear import Linear, NonDynamicallyQuantizableLinear
+from .linear import Linear
 from .mlp import _any_global_hook, _unwatched
 
 
@@ -232,18 +232,6 @@ class Transformer(torch.nn.Transformer):
                 _take_over(part)
 
 
-#: What the constructors make, and what takes its place.
-_FAST: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.Linear: Linear,
-    torch.nn.Dropout: Dropout,
-    torch.nn.modules.linear.NonDynamicallyQuantizableLinear: NonDynamicallyQuantizableLinear,
-    torch.nn.MultiheadAttention: MultiheadAttention,
-    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
-    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
-    torch.nn.TransformerEncoder: TransformerEncoder,
-    torch.nn.TransformerDecoder: TransformerDecoder,
-}
-
 #: Functions that take the place of an activation, and the names under which linear_act knows them.
 _ACTIVATIONS: tuple[tuple[Callable[[Tensor], Tensor], str], ...] = (
     (F.relu, "relu"),
@@ -257,9 +245,10 @@ _ACTIVATIONS: tuple[tuple[Callable[[Tensor], Tensor], str], ...] = (
 
 
 def _take_over(module: torch.nn.Module) -> None:
-    """Gives what torch's constructor has made fastnn's classes, as :func:`fastnn.convert` would."""
-    fast = _FAST.get(type(module))
-    if fast is not None:
+    """Gives what torch's constructor has made fastnn's classes of the same names, as :func:`fastnn.convert` would."""
+    kind = type(module)
+    fast = getattr(sys.modules[__package__], kind.__name__, None)
+    if kind.__module__.startswith("torch.nn.modules.") and fast is not None and issubclass(fast, kind):
         module.__class__ = fast
     for name, child in module.named_children():
         if name != "activation":  # the caller's
