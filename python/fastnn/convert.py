@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from . import _state, nn
 from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
+from .nn.dot_product_attention import dot_product_attention_class, is_dot_product_attention
 from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -73,6 +74,8 @@ REPLACEMENTS_BY_NAME: dict[
 ] = {
     "Conv1D": (is_conv1d, conv1d_class),
     **dict.fromkeys(NAMED_ACTIVATIONS, (is_named_activation, named_activation_class)),
+    # What `revert` makes of nn.DotProductAttention.
+    "TorchDotProductAttention": (is_dot_product_attention, dot_product_attention_class),
 }
 
 #: Blocks of fastnn alone, and the torch class that holds the same layers.

@@ -51,10 +51,10 @@ class AlexNet(torch.nn.Module):
         # The identity at 224×224; it lets images of other sizes through.
         self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = torch.nn.Sequential(
-            torch.nn.Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Linear(256 * 6 * 6, 4096),
             nn.ReLU(inplace=True),
-            torch.nn.Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
             nn.Linear(4096, num_classes),

@@ -113,7 +113,7 @@ class MobileNetV2(torch.nn.Module):
                 channels = output
         self.features.append(_conv_norm_relu6(channels, self.last_channel, 1, norm_layer=norm))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.classifier = torch.nn.Sequential(torch.nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
+        self.classifier = torch.nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
 
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d):

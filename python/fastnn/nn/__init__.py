@@ -12,6 +12,7 @@ from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .dot_product_attention import DotProductAttention
 from .dropout import Dropout
 from .embedding import Embedding
 from .linear import Bilinear, Linear, NonDynamicallyQuantizableLinear
@@ -61,6 +62,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "DotProductAttention",
     "Dropout",
     "Embedding",
     "Linear",

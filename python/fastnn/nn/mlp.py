@@ -87,21 +87,29 @@ class MLP(torch.nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
-        layers = list(self._modules.values())
-        fusing = not _any_global_hook()
-        position = 0
-        while position < len(layers):
-            layer = layers[position]
-            position += 1
-            if fusing and position < len(layers) and type(layer) is Linear and _unwatched(layer):
-                following = layers[position]
-                name = activation_name(following)
-                if name is not None and _unwatched(following):
-                    input = layer.forward_act(input, name)
-                    position += 1
-                    continue
-            input = layer(input)
-        return input
+        return run_layers(self, input)
+
+
+def run_layers(layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: Tensor) -> Tensor:
+    """Calls one layer after the other; each linear layer and the activation after it are one fused call, as in :class:`MLP`.
+
+    ``layers`` may be a :class:`torch.nn.Sequential` itself.
+    """
+    fusing = not _any_global_hook()
+    layers = list(layers._modules.values()) if isinstance(layers, torch.nn.Sequential) else layers
+    position = 0
+    while position < len(layers):
+        layer = layers[position]
+        position += 1
+        if fusing and position < len(layers) and type(layer) is Linear and _unwatched(layer):
+            following = layers[position]
+            name = activation_name(following)
+            if name is not None and _unwatched(following):
+                input = layer.forward_act(input, name)
+                position += 1
+                continue
+        input = layer(input)
+    return input
 
 
 def _any_global_hook() -> bool:

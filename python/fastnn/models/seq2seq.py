@@ -1,0 +1,192 @@
+"""The encoder-decoder transformer, from one sequence of tokens to another.
+
+Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762: sinusoidal positions (section 3.5), embeddings
+times √features (3.4), norms after the sums. Arguments and ``state_dict`` keys (``transformer.encoder.layers.0...``,
+``generator.weight``, ``src_tok_emb.embedding.weight``, ``tgt_tok_emb.embedding.weight``,
+``positional_encoding.pos_embedding``) are those of PyTorch's tutorial on translation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import nn
+
+
+class PositionalEncoding(torch.nn.Module):
+    """Adds sin(t / 10000^(2i/d)) and cos(t / 10000^(2i/d)) to features 2i and 2i + 1 of the token at t.
+
+    Shapes: input and output ``(N, L, emb_size)``.
+    """
+
+    def __init__(self, emb_size: int, dropout: float, maxlen: int = 5000) -> None:
+        super().__init__()
+        rates = torch.exp(torch.arange(0, emb_size, 2) * (-math.log(10000.0) / emb_size))
+        angles = torch.arange(maxlen)[:, None] * rates
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :emb_size]
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("pos_embedding", table[:, None].contiguous())
+
+    def forward(self, token_embedding: Tensor) -> Tensor:
+        return self.dropout(token_embedding + self.pos_embedding[: token_embedding.shape[1], 0])
+
+
+class TokenEmbedding(torch.nn.Module):
+    """The embedding, times √emb_size."""
+
+    def __init__(self, vocab_size: int, emb_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, emb_size)
+        self.scale = math.sqrt(emb_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens) * self.scale
+
+
+class Seq2SeqTransformer(torch.nn.Module):
+    """Embeddings and positions of both sequences, ``nn.Transformer``, a linear layer to logits.
+
+    Shapes: ``src (N, S)`` and ``tgt (N, T)``, integers; output ``(N, T, tgt_vocab_size)``: at t the logits of target token
+    t + 1, from the whole source and target tokens up to t.
+
+    Args:
+        num_encoder_layers, num_decoder_layers: how many of each.
+        emb_size: features of a token.
+        nhead: heads of each attention; they share the features.
+        src_vocab_size, tgt_vocab_size: how many tokens each language has.
+        dim_feedforward: features between the two linear layers of a layer's perceptron.
+        dropout: probability with which embeddings, attention weights and the results of the sublayers are dropped.
+        maxlen: the longest sequence.
+        activation: of that perceptron, "relu" or "gelu" or a function.
+        norm_first: norms before the sublayers instead of after the sums.
+
+    Raises:
+        ValueError: of a call, a sequence is longer than ``maxlen``.
+
+    Example::
+
+        model = fastnn.models.Seq2SeqTransformer(2, 2, 64, 4, src_vocab_size=30, tgt_vocab_size=20)
+        src, tgt = torch.randint(30, (8, 12)), torch.randint(20, (8, 10))
+        logits = model(src, tgt[:, :-1])  # (8, 9, 20)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tgt[:, 1:].flatten())
+        translated = model.eval().greedy_decode(src, 10, start_symbol=1, end_symbol=2)
+    """
+
+    def __init__(
+        self,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        emb_size: int,
+        nhead: int,
+        src_vocab_size: int,
+        tgt_vocab_size: int,
+        dim_feedforward: int = 512,
+        dropout: float = 0.1,
+        maxlen: int = 5000,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        norm_first: bool = False,
+    ) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            emb_size, nhead, dim_feedforward, dropout, activation, batch_first=True, norm_first=norm_first
+        )
+        norm = torch.nn.LayerNorm(emb_size)
+        self.transformer = nn.Transformer(
+            d_model=emb_size,
+            nhead=nhead,
+            num_decoder_layers=num_decoder_layers,
+            dim_feedforward=dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            # Padding stays in its place: nested tensors would warn that they are a prototype.
+            custom_encoder=nn.TransformerEncoder(layer, num_encoder_layers, norm, enable_nested_tensor=False),
+            batch_first=True,
+            norm_first=norm_first,
+        )
+        self.generator = nn.Linear(emb_size, tgt_vocab_size)
+        self.src_tok_emb = TokenEmbedding(src_vocab_size, emb_size)
+        self.tgt_tok_emb = TokenEmbedding(tgt_vocab_size, emb_size)
+        self.positional_encoding = PositionalEncoding(emb_size, dropout, maxlen)
+        self.maxlen = maxlen
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_padding_mask: Tensor | None = None,
+        tgt_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The logits.
+
+        Args:
+            src, tgt: the tokens of both sequences.
+            src_padding_mask, tgt_padding_mask: ``(N, S)`` and ``(N, T)``, booleans, true for tokens that none looks at.
+        """
+        memory = self.encode(src, src_padding_mask)
+        return self.generator(self.decode(tgt, memory, src_padding_mask, tgt_padding_mask))
+
+    def encode(self, src: Tensor, src_padding_mask: Tensor | None = None) -> Tensor:
+        """What the decoder looks at: ``(N, S, emb_size)``."""
+        self._check("src", src)
+        x = self.positional_encoding(self.src_tok_emb(src))
+        return self.transformer.encoder(x, src_key_padding_mask=src_padding_mask)
+
+    def decode(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        src_padding_mask: Tensor | None = None,
+        tgt_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder's features ``(N, T, emb_size)``, which :attr:`generator` makes logits of."""
+        self._check("tgt", tgt)
+        length = tgt.shape[1]
+        x = self.positional_encoding(self.tgt_tok_emb(tgt))
+        later = torch.ones(length, length, dtype=torch.bool, device=tgt.device).triu(1)
+        return self.transformer.decoder(
+            x,
+            memory,
+            tgt_mask=later,
+            tgt_is_causal=True,
+            tgt_key_padding_mask=tgt_padding_mask,
+            memory_key_padding_mask=src_padding_mask,
+        )
+
+    def _check(self, name: str, tokens: Tensor) -> None:
+        if tokens.shape[1] > self.maxlen:
+            raise ValueError(
+                f"Seq2SeqTransformer: {name} must have at most {self.maxlen} tokens, got {tokens.shape[1]}"
+            )
+
+    @torch.no_grad()
+    def greedy_decode(
+        self,
+        src: Tensor,
+        max_len: int,
+        start_symbol: int,
+        end_symbol: int | None = None,
+        src_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The likeliest next token, again and again: ``(N, T)`` with the start symbol in front, T at most ``max_len``.
+
+        It ends when every row has the end symbol; after its own a row has nothing but end symbols. Call it in eval mode, or
+        dropout disturbs the predictions.
+        """
+        memory = self.encode(src, src_padding_mask)
+        found = torch.full((src.shape[0], 1), start_symbol, dtype=torch.long, device=src.device)
+        ended = torch.zeros(src.shape[0], dtype=torch.bool, device=src.device)
+        while found.shape[1] < max_len and not ended.all():
+            features = self.decode(found, memory, src_padding_mask)
+            chosen = self.generator(features[:, -1]).argmax(-1)
+            if end_symbol is not None:
+                chosen = chosen.masked_fill(ended, end_symbol)
+                ended = chosen == end_symbol
+            found = torch.cat([found, chosen[:, None]], dim=1)
+        return found
