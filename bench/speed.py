@@ -331,6 +331,38 @@ ROWS = (
         "bfloat16",
         least=1.4,
     ),
+    Row(
+        "transformer-inference",
+        "BERT-base (128 tokens) and ViT-B/16, inference, batch 1 and 8",
+        _each("bert_base_inference", ((1, 128), (8, 128))) + _each("vit_b_16_inference", ((1, 224), (8, 224))),
+        least=1.4,
+    ),
+    Row(
+        "transformer-inference-bfloat16",
+        "the same in bfloat16",
+        _each("bert_base_inference", ((1, 128), (8, 128))) + _each("vit_b_16_inference", ((1, 224), (8, 224))),
+        "bfloat16",
+        least=1.0,
+    ),
+    Row(
+        "bert-train",
+        "BERT-base, forward and backward, batch 4, 128 tokens",
+        _each("bert_base_train", ((4, 128),)),
+        least=1.4,
+    ),
+    Row(
+        "bert-train-autocast",
+        "the same under `torch.autocast` in bfloat16",
+        _each("bert_base_train_autocast", ((4, 128),)),
+        "bfloat16",
+        least=1.3,
+    ),
+    Row(
+        "gpt2-writing",
+        "GPT-2-small, a prompt of 256 tokens, then 64 one by one",
+        _each("gpt2_writing", ((256, 64),)),
+        least=1.3,
+    ),
 )
 
 

@@ -131,8 +131,13 @@ def test_peak_memory_of_a_pointwise_layer():
     assert row["met"], row
 
 
-# Trainings are cut short; at full length `train_cnn.py` checks what it reaches.
-SHORT = {"train_cnn": ["--epochs", "2"], "finetune": ["--epochs", "3"]}
+# Trainings are cut short; at full length the examples check what they reach.
+SHORT = {
+    "train_cnn": ["--epochs", "2"],
+    "finetune": ["--epochs", "3"],
+    "char_gpt": ["--steps", "15"],
+    "translate_dates": ["--steps", "15"],
+}
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

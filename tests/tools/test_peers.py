@@ -48,6 +48,40 @@ def test_a_peer_computes_what_torch_computes(model, name, dtype, bound):
         assert (result - expected).float().norm() <= bound * expected.float().norm()
 
 
+class Tagger(torch.nn.Module):
+    """Tokens in, numbers out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 16)
+        self.norm = torch.nn.LayerNorm(16)
+        self.linear = torch.nn.Linear(16, 7)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))[:, None]  # one head
+        return self.linear(torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0])
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["torch.compile", "onnxruntime", "openvino"])
+def test_a_peer_takes_tokens(name, dtype, bound):
+    for package in peers._PACKAGES[name]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    model = Tagger().eval().to(dtype)
+    found = peers.contestants(model, dtype, channels_last=False)
+    assert set(found) == {"torch.compile", "onnxruntime", "openvino"} - set(peers.absent(dtype))
+    if name in peers.absent(dtype):
+        return
+    for _ in range(2):
+        tokens = torch.randint(50, (3, 11))
+        with torch.inference_mode():
+            expected = model(tokens)
+        result = found[name](tokens)
+        assert result.dtype == dtype and result.shape == expected.shape
+        assert (result - expected).float().norm() <= bound * expected.float().norm()
+
+
 def test_a_peer_that_is_missing_is_named(model, monkeypatch):
     for package in ("openvino", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)

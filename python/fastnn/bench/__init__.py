@@ -5,7 +5,7 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, attention, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax
+from . import activations, attention, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax, transformers
 from .benchmark import (
     Benchmark,
     Problem,
@@ -43,4 +43,5 @@ __all__ = [
     "register",
     "run",
     "softmax",
+    "transformers",
 ]

@@ -27,12 +27,13 @@ Call = Callable[[Tensor], Tensor]
 _PACKAGES = {"torch.compile": (), "onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 
 
-def contestants(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Call]:
-    """What computes the model in `torch.inference_mode()`, by name, for contiguous inputs of the dtype.
+def contestants(model: torch.nn.Module, dtype: torch.dtype, *, channels_last: bool = True) -> dict[str, Call]:
+    """What computes the model in `torch.inference_mode()`, by name, for a contiguous input: images of the dtype, or tokens.
 
     Args:
-        model: in eval mode, contiguous, with parameters of the dtype.
+        model: in eval mode, contiguous, with parameters of the dtype, from one tensor to one tensor.
         dtype: float32 or bfloat16.
+        channels_last: whether torch.compile gets the model in that layout as well.
     """
     # What was compiled for other models would otherwise be looked through, and count toward torch's limit for one function.
     torch.compiler.reset()
@@ -40,8 +41,10 @@ def contestants(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Call]:
         "torch.compile": lambda x: _compiled(model, torch.contiguous_format),
         "torch.compile channels_last": lambda x: _compiled(model, torch.channels_last),
         "onnxruntime": lambda x: _onnxruntime(model, x),
-        "openvino": lambda x: _openvino(model, x),
+        "openvino": lambda x: _openvino(model, x, dtype),
     }
+    if not channels_last:
+        del makers["torch.compile channels_last"]
     without = absent(dtype)
     return {name: _at_first_call(make) for name, make in makers.items() if name.split()[0] not in without}
 
@@ -54,7 +57,7 @@ def absent(dtype: torch.dtype) -> dict[str, str]:
         if missing:
             reasons[peer] = f"not installed: {', '.join(missing)}"
         elif peer == "onnxruntime" and dtype == torch.bfloat16:
-            reasons[peer] = "has no bfloat16 convolution for CPUs"
+            reasons[peer] = "has no bfloat16 convolution or matrix product for CPUs"
     return reasons
 
 
@@ -104,19 +107,22 @@ def _onnxruntime(model: torch.nn.Module, example: Tensor) -> Call:
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def _openvino(model: torch.nn.Module, example: Tensor) -> Call:
+def _openvino(model: torch.nn.Module, example: Tensor, dtype: torch.dtype) -> Call:
     # Importing OpenVINO reports that over the network, by this package; it does without where the package is missing.
     sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
     # numpy has no bfloat16: its bits pass as integers.
-    precision, bits = {
+    types = {
         torch.float32: (openvino.Type.f32, torch.float32),
         torch.bfloat16: (openvino.Type.bf16, torch.int16),
-    }[example.dtype]
+        torch.int64: (openvino.Type.i64, torch.int64),
+    }
+    precision, bits = types[example.dtype]
+    result_bits = torch.empty(0, dtype=types[dtype][1]).numpy().dtype
     graph = openvino.convert_model(model, example_input=example, input=list(example.shape))
     options = {
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": types[dtype][0],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
@@ -126,6 +132,6 @@ def _openvino(model: torch.nn.Module, example: Tensor) -> Call:
         array = x.view(bits).numpy()
         request.set_input_tensor(openvino.Tensor(array, list(x.shape), precision))
         request.infer()
-        return torch.from_numpy(request.get_output_tensor().data.view(array.dtype)).view(x.dtype)
+        return torch.from_numpy(request.get_output_tensor().data.view(result_bits)).view(dtype)
 
     return compute
