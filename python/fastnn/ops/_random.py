@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._route import PLAIN, is_dynamo_compiling
+
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """An int64 scalar of 63 random bits, drawn from torch's default generator of the device.
@@ -13,3 +15,12 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     torch.utils.checkpoint, gets it again. Tracers record the draw, not the number; torch.vmap asks for its ``randomness``.
     """
     return torch.randint((1 << 63) - 1, (), dtype=torch.int64, device=device)
+
+
+def seed_for(input: Tensor, seed: Tensor | None = None) -> Tensor:
+    """The seed that was drawn, or one, of the input's kind: outside of its mode a fake tensor mixes with fake ones alone."""
+    if seed is None or seed.device != input.device:
+        seed = draw_seed(input.device)
+    if is_dynamo_compiling() or (type(seed) in PLAIN) == (type(input) in PLAIN):
+        return seed
+    return input.new_empty((), dtype=torch.int64).random_()

@@ -34,6 +34,7 @@ from ..backends import cpu
 from ..backends.cpu import attention as kernels
 from ..backends.reference import attention as formulas
 from ._op import Op
+from ._random import seed_for
 from ._route import (
     EAGER,
     PLAIN,
@@ -345,7 +346,7 @@ def _run(
         mask = _fold_mask(mask, shape)
     if slopes is not None:
         slopes = slopes.detach().to(torch.float32).reshape(-1, query.shape[1])
-    seed = torch.randint(-(2**63), 2**63 - 1, ()) if dropout > 0 else None
+    seed = seed_for(query) if dropout > 0 else None
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     args = (query, key, value, mask, slopes, float(scale), *bounds, shift, float(dropout), seed, like_query)

@@ -25,8 +25,8 @@ from ..backends.cpu import dropout as kernels
 from ..backends.reference import dropout as formulas
 from ._op import Op
 from ._out import has_internal_overlap
-from ._random import draw_seed
-from ._route import EAGER, PLAIN, Unsupported, fall_back, is_dynamo_compiling, route, wants_grad
+from ._random import draw_seed, seed_for
+from ._route import EAGER, Unsupported, fall_back, is_dynamo_compiling, route, wants_grad
 
 _torch_dropout = torch.nn.functional.dropout
 _tensor_dropout = cpu.tensor_dropout
@@ -50,7 +50,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         where = route("dropout", input)
         if where == EAGER and input.numel() == 0:
             return input
-        seed = _seed_for(input, seed)
+        seed = seed_for(input, seed)
         p = float(p)
         if inplace:
             return _in_place(input, seed, p, where)
@@ -68,15 +68,6 @@ def _check(input: Any, p: Any, training: Any) -> None:
         raise Unsupported(f"training: expected a bool, got {type(training).__name__}")
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise Unsupported(f"p: expected a number from 0 to 1, got {p!r}")
-
-
-def _seed_for(input: Tensor, seed: Tensor | None) -> Tensor:
-    """The seed that was drawn, or one, of the input's kind: outside of its mode a fake tensor mixes with fake ones alone."""
-    if seed is None or seed.device != input.device:
-        seed = draw_seed(input.device)
-    if is_dynamo_compiling() or (type(seed) in PLAIN) == (type(input) in PLAIN):
-        return seed
-    return input.new_empty((), dtype=torch.int64).random_()
 
 
 def _in_place(input: Tensor, seed: Tensor, p: float, where: str) -> Tensor:

@@ -5,28 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
-
-
-def _high_and_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The two words of a product of words. int64 wraps around, and its bits are those of the unsigned product."""
-    product = a * b
-    return (product >> 32) & _WORD, product & _WORD
-
-
-def uniform(seed: Tensor, count: int) -> Tensor:
-    """The words 0 to count - 1 of the stream that ``seed`` (int64) begins: Philox 4x32-10 (Salmon et al., Parallel random
-    numbers: as easy as 1, 2, 3, 2011), whose counter numbers blocks of four."""
-    block = torch.arange((count + 3) // 4, device=seed.device)
-    c0, c1 = block & _WORD, block >> 32
-    c2, c3 = torch.zeros_like(block), torch.zeros_like(block)
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        high0, low0 = _high_and_low(0xD2511F53, c0)
-        high1, low1 = _high_and_low(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return torch.stack((c0, c1, c2, c3), -1).reshape(-1)[:count]
+from .dropout import words
 
 
 class Probabilities:
@@ -80,9 +59,8 @@ class Probabilities:
             assert seed is not None
             # Each row begins with a block of its own.
             row = (keys + 3) // 4 * 4
-            words = uniform(seed, scores.numel() // keys * row).view(*scores.shape[:-1], row)[..., :keys]
-            # In 2**-32, as the words are.
-            drops = words < int(dropout * 2**32 + 0.5)
+            found = words(seed, scores.numel() // keys * row).view(*scores.shape[:-1], row)[..., :keys]
+            drops = found < int(dropout * 2**32 + 0.5)
             self.kept = (~drops).to(dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0)
 
     def per_query_head(self, x: Tensor) -> Tensor:
