@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from ..backends import cpu
 from ..backends.cpu import attention as kernels
@@ -87,6 +87,8 @@ def scaled_dot_product_attention(
     """As :func:`torch.nn.functional.scaled_dot_product_attention`. See this module for shapes, dtypes and errors."""
     if not is_dynamo_compiling() and dropout_p == 0:
         found = _tensor_attention(_LIKE_QUERY, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if type(found) is tuple:
+            return _apply_attention(query, key, value, attn_mask, found, is_causal, scale)
         if found is not None:
             return found
     everything = (query, key, value, attn_mask, dropout_p, is_causal)
@@ -427,17 +429,48 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tup
     return query, key, value, mask, slopes, *result, seed
 
 
+class _Attention(Function):
+    """What the short way has computed, ``found``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        found: tuple[Tensor, Tensor],
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        ctx.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        ctx.low, ctx.high, ctx.shift, ctx.dropout = None, 0 if is_causal else None, 0, 0.0
+        mask = mask if mask is None or mask.dim() == 4 else mask[None, None]
+        ctx.save_for_backward(query, key, value, mask, None, *found, None)
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return *_backward(ctx, grad)[:3], None, None, None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_attention = super(Function, _Attention).apply
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     *saved, seed = ctx.saved_tensors
     query, key, value, mask, *_ = saved
     by_mask = mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]
     args = (grad, *saved, ctx.scale, ctx.low, ctx.high, ctx.shift, ctx.dropout, seed, by_mask)
-    if forward_ad._current_level >= 0:
+    if is_straight(grad, query, key, value):
+        found = kernels.attention_backward(*(resolve(x) for x in (grad, query, key, value, mask)), *args[5:])
+    elif forward_ad._current_level >= 0:
         # Forward mode over reverse mode: torch knows how to differentiate the formula.
         found = formulas.attention_backward(*args, dtype=_wide(query.dtype))
     else:
         try:
-            found = ATTENTION_BACKWARD(*args, where=EAGER if is_straight(grad, query, key, value) else None)
+            found = ATTENTION_BACKWARD(*args)
         except Unsupported as reason:
             found = fall_back(
                 "attention_backward",

@@ -1,4 +1,4 @@
-// The short way of attention, where no gradient is wanted: see tensors.cpp.
+// The short way of attention: see tensors.cpp.
 #include <cmath>
 
 #include "attention/attention.hpp"
@@ -32,7 +32,8 @@ bool read_mask(PyObject* object, const Attention& call, AttentionOperand& mask, 
 
 // tensor_attention(like_query, query, key, value, mask, causal, scale, gqa): the result, laid out
 // as `like_query(query)` is where torch's kernel lays it out so, else contiguous. like_query may be
-// None, where it never does.
+// None, where it never does. Where a gradient is wanted, of anything but the mask: a tuple of it
+// and of log sum exp of the scores.
 PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor q, k, v, out;
   bool causal, gqa;
@@ -61,8 +62,10 @@ PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
     call.scale = PyFloat_AS_DOUBLE(args[6]);
   else
     return not_taken();
-  if (!quiet() || wants_grad(args[1], args[2], args[3], masked ? args[4] : args[1]))
-    return not_taken();
+  if (!quiet() || (masked && wants_grad(args[4]))) return not_taken();
+  const bool grad = wants_grad(args[1], args[2], args[3]);
+  // log sum exp is then of another type.
+  if (grad && q.type != DType::f32 && q.type != DType::f64) return not_taken();
   if (PyErr_Occurred()) return not_taken();
 
   const bool like_query = args[0] != Py_None && call.value_size == call.head_size &&
@@ -70,11 +73,19 @@ PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const int64_t shape[4] = {call.batch, call.heads, call.q_length, call.value_size};
   Held result{like_query ? made_by(args[0], q, out) : new_result(q, shape, 4, out)};
   if (!result.object) return not_taken();
+  Held log_sum;
+  if (grad) {
+    Tensor sums;
+    if (!(log_sum.object = new_result(q, shape, 3, sums))) return not_taken();
+    call.log_sum = sums.data;
+  }
   call.q = operand(q), call.k = operand(k), call.v = operand(v), call.out = operand(out);
   if (causal) call.high = 0;
   const double work = 2. * double(call.batch * call.heads * call.q_length) *
                       double(call.k_length * (call.head_size + call.value_size));
-  return run(result.release(), work, [&] { attention(call); });
+  result.object = run(result.release(), work, [&] { attention(call); });
+  if (!grad || !result.object) return result.release();
+  return PyTuple_Pack(2, result.object, log_sum.object);
 }
 
 PyMethodDef functions[] = {
