@@ -182,6 +182,18 @@ ROWS = (
     ),
     Row("softmax-out", "softmax into `out`, the same", _each("softmax_out", ((4096, 4096), (4096, 768))), least=1.0),
     Row(
+        "cross-entropy",
+        "cross entropy of 1,024 × 32,000 and 4,096 × 1,000 logits, forward and backward",
+        _each("cross_entropy", ((1024, 32000), (4096, 1000))),
+        least=1.5,
+    ),
+    Row(
+        "linear-cross-entropy",
+        "linear and cross entropy, vocabulary 32,000, 1,024 tokens of 768, forward and backward",
+        _each("linear_cross_entropy", ((1024, 32000, 768),)),
+        least=1.5,
+    ),
+    Row(
         "conv-forward",
         "convolution, the layers of ResNet-50, AlexNet and MobileNetV2, batch 1 and 8",
         (*_batches("conv2d", _LAYERS, 1, 8), *_batches("conv2d_depthwise", _DEPTHWISE, 1, 8)),

@@ -58,6 +58,7 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Softmax2d: nn.Softmax2d,
     torch.nn.Softmin: nn.Softmin,
     torch.nn.LogSoftmax: nn.LogSoftmax,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
     torch.nn.modules.linear.NonDynamicallyQuantizableLinear: nn.NonDynamicallyQuantizableLinear,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
@@ -66,6 +67,9 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.TransformerDecoder: nn.TransformerDecoder,
     torch.nn.Transformer: nn.Transformer,
 }
+
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    REPLACEMENTS[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 
 #: Classes recognised by name, because their package is not imported: the test, and the maker of the fast class.
 REPLACEMENTS_BY_NAME: dict[

@@ -4,10 +4,12 @@ from .ops.activation import gelu, relu, relu6, sigmoid, silu, tanh
 from .ops.attention import attention, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .ops.cross_entropy import cross_entropy
 from .ops.dropout import dropout
 from .ops.embedding import embedding
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.linear import linear, linear_act
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.multi_head_attention import multi_head_attention_forward
 from .ops.pool import (
     adaptive_avg_pool1d,
@@ -50,12 +52,14 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cross_entropy",
     "dropout",
     "embedding",
     "gelu",
     "int_mm",
     "linear",
     "linear_act",
+    "linear_cross_entropy",
     "log_softmax",
     "matmul",
     "max_pool1d",

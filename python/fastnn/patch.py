@@ -113,6 +113,7 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     F.batch_norm: functional.batch_norm,
     torch.batch_norm: batch_norm,
+    F.cross_entropy: functional.cross_entropy,
     F.softmax: functional.softmax,
     F.softmin: functional.softmin,
     F.log_softmax: functional.log_softmax,
@@ -147,6 +148,9 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.baddbmm: baddbmm,
     torch.Tensor.mv: mv,
 }
+
+if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+    PATCHES[F.linear_cross_entropy] = functional.linear_cross_entropy
 
 _PRODUCTS = (addmm, baddbmm, bmm, matmul, mm, mv)
 # Dictionaries: Dynamo before torch 2.8 does not look for a function in a set.
@@ -195,7 +199,8 @@ class patch(contextlib.ContextDecorator):
 
     These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``multi_head_attention_forward``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
     ``relu6`` (and ``hardtanh`` from 0 to 6),
-    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
+    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``cross_entropy``,
+    ``linear_cross_entropy``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
     ``adaptive_avg_pool2d``, ... in one to three dimensions), ``scaled_dot_product_attention``; ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

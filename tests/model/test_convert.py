@@ -95,6 +95,8 @@ def test_every_class_of_the_table_goes_there_and_back():
     arguments |= {nn.Transformer: (4, 2, 1, 1, 4)}
     arguments |= {nn.TransformerEncoder: (nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)}
     arguments |= {nn.TransformerDecoder: (nn.TransformerDecoderLayer(4, 2, 4), 1)}
+    if hasattr(nn, "LinearCrossEntropyLoss"):
+        arguments[nn.LinearCrossEntropyLoss] = (3, 4)
     for original, fast in REPLACEMENTS.items():
         assert issubclass(fast, original)
         layer = original(*arguments.get(original, (2,) if "Pool" in original.__name__ else ()))

@@ -181,6 +181,7 @@ def test_factory_arguments(info, dtype):
             iter(info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True))
         )
         args, kwargs = build.constructor_input.args, build.constructor_input.kwargs
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "dtype")}
         cls = REPLACEMENTS[info.module_cls]
         assert all(p.dtype == dtype for p in cls(*args, **kwargs, dtype=dtype).parameters())
         assert all(p.is_meta for p in cls(*args, **kwargs, device="meta").parameters())
@@ -203,7 +204,8 @@ def test_repr_pickle_state_dict_and_deepcopy(info):
         ]
         for other in copies:
             assert type(other) is type(ours)
-            assert torch.equal(run(other, values, names, requires_grad=False)[0], expected)
+            result = run(other, values, names, requires_grad=False)[0]
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
         theirs.load_state_dict(ours.state_dict())
         assert list(theirs.state_dict()) == list(ours.state_dict())
 
@@ -244,6 +246,8 @@ def test_gradcheck(info):
             return torch.func.functional_call(layer, state, tuple(positional), named)
 
         everything = (*leaves, *parameters)
+        if isinstance(ours, torch.nn.CrossEntropyLoss) and call(*everything).isnan().any():
+            continue  # the mean of no positions
         assert torch.autograd.gradcheck(call, everything, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, everything, fast_mode=True)
 

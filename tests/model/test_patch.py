@@ -76,6 +76,10 @@ CALLS = {
         lambda x: torch.special.log_softmax(x, 1),
         torch.nn.LogSoftmax(1),
     ],
+    "cross_entropy": [
+        lambda x: F.cross_entropy(x, torch.arange(5)),
+        lambda x: torch.nn.CrossEntropyLoss(label_smoothing=0.1)(x, torch.eye(5)),
+    ],
     "softmin": [lambda x: F.softmin(x, 1)],
     "relu6": [F.relu6, lambda x: F.relu6(x.clone(), inplace=True)],
     "hardtanh": [torch.nn.ReLU6(), lambda x: F.hardtanh(x, 0, 6.0), F.hardtanh],

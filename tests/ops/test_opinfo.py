@@ -11,7 +11,7 @@ from torch.testing._internal.opinfo.core import SampleInput
 import fastnn
 import fastnn.functional as fF
 
-from .support import FLOATS, assert_within, double
+from .support import FLOATS, SUM_UNIT, TORCH, UNIT, assert_within, double
 
 CONVS = [f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)]
 POOLS = [f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)]
@@ -20,6 +20,7 @@ OURS = {
     "nn.functional.linear": fF.linear,
     "nn.functional.bilinear": fF.bilinear,
     "nn.functional.batch_norm": fF.batch_norm,
+    "nn.functional.cross_entropy": fF.cross_entropy,
     "softmax": fF.softmax,
     "log_softmax": fF.log_softmax,
     "nn.functional.softmin": fF.softmin,
@@ -40,6 +41,8 @@ OURS = {
     "mv": fastnn.mv,
     **{f"nn.functional.{name}": getattr(fF, name) for name in CONVS},
 }
+if TORCH >= (2, 13):
+    OURS["nn.functional.linear_cross_entropy"] = fF.linear_cross_entropy
 ELEMENTWISE = (
     "nn.functional.relu",
     "nn.functional.relu6",
@@ -87,6 +90,15 @@ def magnitude_of(op, sample, exact):
         return exact.abs()
     if op.name in ELEMENTWISE:
         return torch.maximum(sample.input.detach().double().abs(), exact.abs())
+    if "cross_entropy" in op.name:
+        # A few times the largest logit and, of a sum or a mean, as much for each position.
+        tensors = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        size = sum(double(t, True).amax() for t in tensors if t.numel()) + 1
+        weight = sample.kwargs.get("weight")
+        largest = 1 if weight is None else double(weight).amax().clamp(min=1)
+        # The linear layer's result is rounded to the dtype, as torch's is.
+        rounded = UNIT[sample.input.dtype] / SUM_UNIT[sample.input.dtype] if "linear" in op.name else 1
+        return (size**2 * largest * rounded * sample.input[..., 0].numel()).expand_as(exact)
     if "softm" in op.name and exact.numel():
         # The difference from the largest is rounded, and the exponential multiplies that; or it is the result.
         return 1 + exact.abs() if "log" in op.name else exact * (1 + 2 * double(sample.input).abs().amax())

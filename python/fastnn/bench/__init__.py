@@ -5,7 +5,21 @@
 A new family of ops adds one file here that registers its benchmarks, and its name to the imports below.
 """
 
-from . import activations, attention, conv, dropout, embedding, gemm, models, norm, peers, pool, softmax, transformers
+from . import (
+    activations,
+    attention,
+    conv,
+    cross_entropy,
+    dropout,
+    embedding,
+    gemm,
+    models,
+    norm,
+    peers,
+    pool,
+    softmax,
+    transformers,
+)
 from .benchmark import (
     Benchmark,
     Problem,
@@ -31,6 +45,7 @@ __all__ = [
     "benchmarks",
     "compare",
     "conv",
+    "cross_entropy",
     "dropout",
     "embedding",
     "gemm",

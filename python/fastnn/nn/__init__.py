@@ -8,10 +8,12 @@ classes goes on working.
 one fused call.
 """
 
+from . import cross_entropy as _losses
 from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .cross_entropy import CrossEntropyLoss
 from .dot_product_attention import DotProductAttention
 from .dropout import Dropout
 from .embedding import Embedding
@@ -62,6 +64,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CrossEntropyLoss",
     "DotProductAttention",
     "Dropout",
     "Embedding",
@@ -86,3 +89,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+if hasattr(_losses, "LinearCrossEntropyLoss"):
+    LinearCrossEntropyLoss = _losses.LinearCrossEntropyLoss
+    __all__ += ["LinearCrossEntropyLoss"]

@@ -125,15 +125,18 @@ struct ColumnSums {
     for (int h = 0; h < 2; h++) rest.total[h] = rest.total[h] + one.total[h];
     return {high, rest.get()};
   }
-  FASTNN_INLINE V logarithm() const {
+  FASTNN_INLINE void store(double* lanes) const {
+    for (int h = 0; h < 2; h++) total[h].store(lanes + h * VecF64::width);
+  }
+  FASTNN_INLINE void logarithms(VecF64 (&logs)[2]) const {
     double lanes[2 * VecF64::width];
+    store(lanes);
+    for (double& x : lanes) x = __builtin_log(x);
+    for (int h = 0; h < 2; h++) logs[h] = VecF64::load(lanes + h * VecF64::width);
+  }
+  FASTNN_INLINE V logarithm() const {
     ColumnSums logs;
-    for (int h = 0; h < 2; h++) {
-      total[h].store(lanes + h * VecF64::width);
-      for (int j = 0; j < VecF64::width; j++)
-        lanes[h * VecF64::width + j] = __builtin_log(lanes[h * VecF64::width + j]);
-      logs.total[h] = VecF64::load(lanes + h * VecF64::width);
-    }
+    logarithms(logs.total);
     return logs.get();
   }
 };
