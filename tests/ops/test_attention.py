@@ -767,3 +767,35 @@ def test_one_graph_from_many_threads(no_fallback):
         found = list(pool.map(work, range(8)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(1, 300), (65, 70), (130, 300)], ids=str)
+def test_batch_invariant(lengths, dtype, no_fallback):
+    """A sequence's bits do not depend on the others in its batch."""
+    length, keys = lengths
+    tensors = make((5, 4, length, 32), (5, 2, keys, 32), (5, 2, keys, 32), (5, 4, length, 32), dtype=dtype)
+
+    def run(part):
+        *args, direction = (x[part].clone() for x in tensors)
+        args = [x.requires_grad_() for x in args]
+        result = ours(*args, enable_gqa=True)
+        return (result, *torch.autograd.grad(result, args, direction))
+
+    with fastnn.batch_invariant():
+        for whole, alone in zip(run(slice(None)), run(slice(2, 3)), strict=True):
+            assert torch.equal(whole[2:3], alone)
+
+
+def test_the_short_way_gives_what_the_long_one_gives(no_fallback):
+    """... which a mask of three dimensions takes: result, layout and gradients."""
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = (x.transpose(1, 2) for x in make((2, 9, 4, 8), (2, 11, 4, 8), (2, 11, 4, 8), dtype=dtype))
+        mask = torch.randn(4, 9, 11, dtype=dtype)
+        found = []
+        for shape in ((1, 4, 9, 11), (4, 9, 11)):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            result = ours(*leaves, attn_mask=mask.view(shape), scale=0.3)
+            found.append((result, *torch.autograd.grad(result.square().sum(), leaves)))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
