@@ -265,6 +265,16 @@ ROWS = (
         least=1.8,
     ),
     Row(
+        "row-norms",
+        "layer norm and rms norm, 4096² and 4096×768, forward and backward, fresh outputs",
+        tuple(
+            work
+            for name in ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward")
+            for work in _each(name, ((4096, 4096), (4096, 768)))
+        ),
+        least=1.5,
+    ),
+    Row(
         "max-pool",
         "max pooling 2×2 and 3×3, stride 2, forward and backward, contiguous and channels-last",
         tuple(

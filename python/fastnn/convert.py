@@ -16,6 +16,7 @@ from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
 from .nn.dot_product_attention import dot_product_attention_class, is_dot_product_attention
 from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
+from .nn.rms_norm import is_named_rms_norm, is_rms_norm, rms_norm_class
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Predicate = Callable[[str, torch.nn.Module], bool]
@@ -66,6 +67,12 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.TransformerEncoder: nn.TransformerEncoder,
     torch.nn.TransformerDecoder: nn.TransformerDecoder,
     torch.nn.Transformer: nn.Transformer,
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.RMSNorm: nn.RMSNorm,
+    torch.nn.GroupNorm: nn.GroupNorm,
+    torch.nn.InstanceNorm1d: nn.InstanceNorm1d,
+    torch.nn.InstanceNorm2d: nn.InstanceNorm2d,
+    torch.nn.InstanceNorm3d: nn.InstanceNorm3d,
 }
 
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # since torch 2.13
@@ -80,6 +87,7 @@ REPLACEMENTS_BY_NAME: dict[
     **dict.fromkeys(NAMED_ACTIVATIONS, (is_named_activation, named_activation_class)),
     # What `revert` makes of nn.DotProductAttention.
     "TorchDotProductAttention": (is_dot_product_attention, dot_product_attention_class),
+    "*RMSNorm": (is_rms_norm, rms_norm_class),  # and T5LayerNorm
 }
 
 #: Blocks of fastnn alone, and the torch class that holds the same layers.
@@ -196,6 +204,7 @@ def convert(
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
     Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
     ``Conv1D`` and activations. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
+    ``Conv1D`` and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
     :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:
@@ -324,9 +333,10 @@ def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str
     if isinstance(module, torch.jit.ScriptModule):
         return None, "TorchScript: its code is compiled already"
     target = REPLACEMENTS.get(kind)
-    if target is None and kind.__name__ in REPLACEMENTS_BY_NAME:
-        matches, make = REPLACEMENTS_BY_NAME[kind.__name__]
-        target = make(kind) if matches(module) else None
+    if target is None:
+        by_name = "*RMSNorm" if is_named_rms_norm(kind) else kind.__name__
+        matches, make = REPLACEMENTS_BY_NAME.get(by_name, (None, None))
+        target = make(kind) if matches and matches(module) else None
     if target is None:
         return None, _why_kept(module)
     if "forward" in module.__dict__:

@@ -8,6 +8,8 @@ from .ops.cross_entropy import cross_entropy
 from .ops.dropout import dropout
 from .ops.embedding import embedding
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
+from .ops.group_norm import group_norm, instance_norm
+from .ops.layer_norm import layer_norm, rms_norm
 from .ops.linear import linear, linear_act
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.multi_head_attention import multi_head_attention_forward
@@ -56,7 +58,10 @@ __all__ = [
     "dropout",
     "embedding",
     "gelu",
+    "group_norm",
+    "instance_norm",
     "int_mm",
+    "layer_norm",
     "linear",
     "linear_act",
     "linear_cross_entropy",
@@ -70,6 +75,7 @@ __all__ = [
     "mv",
     "relu",
     "relu6",
+    "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "sigmoid",

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,45 @@ def embedding(
     return functional.embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
 
 
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """``torch.layer_norm``, which has one argument more."""
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``torch.group_norm``, likewise."""
+    return functional.group_norm(input, num_groups, weight, bias, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """``torch.instance_norm``, whose arguments have another order."""
+    return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``F.hardtanh``, which :class:`torch.nn.ReLU6` calls: with its bounds, and no others, it is relu6."""
     if (min_val, max_val) == (0, 6):
@@ -127,6 +166,14 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.embedding: embedding,
     F.dropout: functional.dropout,
     torch.dropout: dropout,
+    F.layer_norm: functional.layer_norm,
+    torch.layer_norm: layer_norm,
+    F.rms_norm: functional.rms_norm,
+    torch.rms_norm: functional.rms_norm,
+    F.group_norm: functional.group_norm,
+    torch.group_norm: group_norm,
+    F.instance_norm: functional.instance_norm,
+    torch.instance_norm: instance_norm,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -197,11 +244,13 @@ _entered = _Entered()
 class patch(contextlib.ContextDecorator):
     """Inside ``with fastnn.patch():``, torch's functions of the families fastnn knows run fastnn's.
 
-    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``multi_head_attention_forward``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``,
-    ``relu6`` (and ``hardtanh`` from 0 to 6),
-    ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``cross_entropy``,
-    ``linear_cross_entropy``, ``batch_norm``, ``dropout``, ``embedding`` and the pools (``max_pool2d``, ``avg_pool2d``,
-    ``adaptive_avg_pool2d``, ... in one to three dimensions), ``scaled_dot_product_attention``; ``torch.batch_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``, ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``; the
+    These are ``torch.nn.functional`` ``linear``, ``bilinear``, ``multi_head_attention_forward``,
+    ``scaled_dot_product_attention``, ``conv1d`` to ``conv3d`` and their transposes, ``relu``, ``relu6`` (and ``hardtanh``
+    from 0 to 6), ``gelu``, ``silu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``softmin``, ``cross_entropy``,
+    ``linear_cross_entropy``, ``batch_norm``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding`` and the pools
+    (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
+    ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``,
+    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

@@ -12,8 +12,8 @@ def assert_as_near_as_torch(ours, theirs, exact, *, factor=3.0, roundoffs=4.0, w
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     if ours.dtype == torch.float64:
-        # What it is measured against has rounded as often, and 1 - tanh(x)^2 cancels.
-        roundoffs = 1024.0
+        # What it is measured against has rounded as often, and 1 - tanh(x)^2 cancels, as does a nearly constant gradient.
+        roundoffs = 4096.0
     error, torch_error = relative_error(ours, exact), relative_error(theirs, exact)
     bound = max(factor * torch_error, roundoffs * roundoff(theirs.dtype))
     assert error <= bound, f"{what}: relative error {error:.2e}, torch's {torch_error:.2e}"

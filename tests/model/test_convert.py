@@ -88,6 +88,8 @@ def test_replaces_the_class_and_nothing_else():
 
 def test_every_class_of_the_table_goes_there_and_back():
     norms = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (3,))
+    norms |= dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), (3,))
+    norms[nn.GroupNorm] = (1, 2)
     arguments = {nn.Linear: (3, 4), nn.Bilinear: (3, 4, 5), nn.Embedding: (3, 4), **norms}
     arguments |= {kind: (3, 4, 2) for kind in REPLACEMENTS if issubclass(kind, nn.modules.conv._ConvNd)}
     arguments |= {nn.MultiheadAttention: (4, 2), nn.modules.linear.NonDynamicallyQuantizableLinear: (3, 4)}
@@ -171,7 +173,7 @@ REASONS = {
     "override": (lambda: Doubled(3, 3), "with a forward of its own"),
     "lazy": (lambda: nn.LazyLinear(3), "becomes Linear on its first call"),
     "lazy convolution": (lambda: nn.LazyConv2d(3, 3), "becomes Conv2d on its first call"),
-    "lazy norm": (lambda: nn.LazyInstanceNorm1d(), "shape is not known"),
+    "lazy norm": (lambda: nn.LazyInstanceNorm1d(), "becomes InstanceNorm1d on its first call"),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
         "register_parametrization",

@@ -27,6 +27,10 @@ OURS = {
     # The entry has the weight first.
     "nn.functional.embedding": lambda weight, indices, **kwargs: fF.embedding(indices, weight, **kwargs),
     "nn.functional.scaled_dot_product_attention": fF.scaled_dot_product_attention,
+    "nn.functional.layer_norm": fF.layer_norm,
+    "nn.functional.rms_norm": fF.rms_norm,
+    "nn.functional.group_norm": fF.group_norm,
+    "nn.functional.instance_norm": fF.instance_norm,
     "nn.functional.relu": fF.relu,
     "nn.functional.relu6": fF.relu6,
     "nn.functional.gelu": fF.gelu,
@@ -106,6 +110,13 @@ def magnitude_of(op, sample, exact):
         return magnitude_of_attention(*double((sample.input, *sample.args), True), dtype=sample.input.dtype)
     if op.name == "nn.functional.batch_norm":
         return magnitude_of_batch_norm(double(sample.input), *double(sample.args), **sample.kwargs)
+    if op.name == "nn.functional.group_norm":
+        return magnitude_of_groups(double(sample.input), *double(sample.args), **double(sample.kwargs))
+    if op.name == "nn.functional.instance_norm":
+        x, given = double(sample.input), double(sample.kwargs)
+        return magnitude_of_groups(x, x.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+    if op.name in ("nn.functional.layer_norm", "nn.functional.rms_norm"):
+        return magnitude_of_rows(op.name, double(sample.input), *double(sample.args), **double(sample.kwargs))
     return op.op(double(sample.input, True), *double(sample.args, True), **double(sample.kwargs, True))
 
 
@@ -136,6 +147,28 @@ def magnitude_of_batch_norm(x, mean, var, weight, bias, training=False, momentum
     scale = (1 if weight is None else weight.abs()) / (var + eps).sqrt()
     shape = (1, -1, *[1] * (x.dim() - 2))
     size = (x.abs() + mean.abs().view(shape)) * scale.view(shape)
+    return size if bias is None else size + bias.abs().view(shape)
+
+
+def magnitude_of_rows(name, x, shape, weight=None, bias=None, eps=None):
+    """(|x| + |mean|) |weight| / deviation + |bias| of each row."""
+    if not x.numel():
+        return x
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    mean = x.mean(axes, keepdim=True) if name == "nn.functional.layer_norm" else torch.zeros(())
+    eps = eps if eps is not None else torch.finfo(torch.float32).eps if mean.dim() == 0 else 1e-5
+    size = (x.abs() + mean.abs()) / ((x - mean).square().mean(axes, keepdim=True) + eps).sqrt()
+    size = size if weight is None else size * weight.abs()
+    return size if bias is None else size + bias.abs()
+
+
+def magnitude_of_groups(x, groups, weight=None, bias=None, eps=1e-5):
+    if not x.numel():
+        return x
+    rows = x.reshape(x.shape[0], groups, -1)
+    size = magnitude_of_rows("nn.functional.layer_norm", rows, rows.shape[-1:], None, None, eps).reshape(x.shape)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    size = size if weight is None else size * weight.abs().view(shape)
     return size if bias is None else size + bias.abs().view(shape)
 
 

@@ -1,4 +1,5 @@
-"""Batch normalization in training: an input N×C×H×W, contiguous and channels-last for fastnn and for torch."""
+"""Batch normalization in training, an input N×C×H×W, contiguous and channels-last for fastnn and for torch; layer norm and
+rms norm."""
 
 from __future__ import annotations
 
@@ -93,3 +94,54 @@ register(Benchmark("batch_norm_backward", "NxCxHxW", _SHAPES, _backward(_ours, F
 # torch rounds between the two, so that in 16 bits its relu has other zeros.
 _WIDE = (torch.float32, torch.float64)
 register(Benchmark("batch_norm_relu_backward", "NxCxHxW", _SHAPES, _backward(_fused, _then_relu), _WIDE))
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def _call(f: Any, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    if name == "layer_norm":
+        return f.layer_norm(x, weight.shape, weight, bias)
+    return f.rms_norm(x, weight.shape, weight)
+
+
+def _rows(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        def inputs() -> tuple[torch.Tensor, ...]:
+            return tuple(torch.randn(s).to(dtype) for s in (shape, shape[1:], shape[1:]))
+
+        contestants = {
+            "fastnn": lambda *args: _call(fastnn.functional, name, *args),
+            "torch": lambda *args: _call(F, name, *args),
+        }
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return Problem(inputs, contestants, 2.0 * nbytes, unit="B", peak="copy")
+
+    return build
+
+
+def _rows_backward(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        def graphs() -> tuple[dict[str, Any]]:
+            made = {}
+            x, weight, bias, grad = (torch.randn(s).to(dtype) for s in (shape, shape[1:], shape[1:], shape))
+            leaves = tuple(t.requires_grad_() for t in ((x, weight, bias) if name == "layer_norm" else (x, weight)))
+            for contestant, f in (("fastnn", fastnn.functional), ("torch", F)):
+                made[contestant] = (_call(f, name, x, weight, bias), leaves, grad)
+            return (made,)
+
+        def run(graph: dict[str, Any], contestant: str) -> tuple[torch.Tensor, ...]:
+            result, leaves, grad = graph[contestant]
+            return torch.autograd.grad(result, leaves, grad, retain_graph=True)
+
+        contestants = {c: lambda graph, c=c: run(graph, c) for c in ("fastnn", "torch")}
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return Problem(graphs, contestants, 3.0 * nbytes, unit="B", peak="copy")
+
+    return build
+
+
+_ROWS = ((4096, 4096), (4096, 768))
+for _name in ("layer_norm", "rms_norm"):
+    register(Benchmark(_name, "MxN", _ROWS, _rows(_name)))
+    register(Benchmark(f"{_name}_backward", "MxN", _ROWS, _rows_backward(_name)))

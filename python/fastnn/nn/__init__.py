@@ -17,6 +17,8 @@ from .cross_entropy import CrossEntropyLoss
 from .dot_product_attention import DotProductAttention
 from .dropout import Dropout
 from .embedding import Embedding
+from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .layer_norm import LayerNorm, RMSNorm
 from .linear import Bilinear, Linear, NonDynamicallyQuantizableLinear
 from .mlp import MLP
 from .pooling import (
@@ -68,6 +70,11 @@ __all__ = [
     "DotProductAttention",
     "Dropout",
     "Embedding",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "Linear",
     "LogSoftmax",
     "MaxPool1d",
@@ -75,6 +82,7 @@ __all__ = [
     "MaxPool3d",
     "MultiheadAttention",
     "NonDynamicallyQuantizableLinear",
+    "RMSNorm",
     "ReLU",
     "ReLU6",
     "SiLU",

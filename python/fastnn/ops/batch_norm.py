@@ -122,9 +122,9 @@ def _run(
     except Unsupported as reason:
         return fall_back(op, reason.args[0], _in_torch, *everything)
     if training and running_mean is not None:
-        _update(running_mean, mean, momentum)
+        update_running(running_mean, mean, momentum)
         n = input.numel() / input.shape[1]
-        _update(running_var, var * (n / (n - 1)), momentum)
+        update_running(running_var, var * (n / (n - 1)), momentum)
     return out
 
 
@@ -158,29 +158,59 @@ def _check(
     residual: Any,
 ) -> None:
     per_channel = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
-    for name, value in (("input", input), *per_channel, ("residual", residual)):
-        if not isinstance(value, Tensor) and (value is not None or name == "input"):
-            raise Unsupported(f"{name}: expected a Tensor, got {type(value).__name__}")
-        if value is not None and value.is_nested:
-            raise Unsupported(f"{name}: a nested tensor")
+    check_tensors(input, (*per_channel, ("residual", residual)))
     if not isinstance(training, bool):
         raise Unsupported(f"training: expected a bool, got {type(training).__name__}")
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise Unsupported(f"{name}: expected a float, got {type(value).__name__}")
+    check_numbers(momentum=momentum, eps=eps)
     if input.dim() < 2:
         raise Unsupported(f"input: expected (N, C, ...), got {describe('input', input)}")
-    channels = input.shape[1]
     if running_mean is None or running_var is None:
         if running_mean is not running_var:
             raise Unsupported("running_mean, running_var: expected both or neither")
         if not training:
             raise Unsupported("running_mean, running_var: expected tensors where training is False, got None")
+    check_per_channel(input, per_channel)
+    if residual is not None and (
+        residual.shape != input.shape or residual.dtype is not input.dtype or residual.device != input.device
+    ):
+        raise Unsupported(
+            f"residual: expected what input has, got {describe('residual', residual)} for {describe('input', input)}"
+        )
+    if training:
+        if eps <= 0:
+            raise Unsupported(f"eps: expected more than 0 in training, got {eps}")
+        if input.numel() == input.shape[1]:
+            raise Unsupported(
+                f"input: expected more than 1 value a channel in training, got {describe('input', input)}"
+            )
+
+
+Named = tuple[tuple[str, Any], ...]
+
+
+def check_tensors(input: Any, others: Named) -> None:
+    """Raises Unsupported for an input that is no tensor, and for others that are neither tensor nor None."""
+    for name, value in (("input", input), *others):
+        if not isinstance(value, Tensor) and (value is not None or name == "input"):
+            raise Unsupported(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value is not None and value.is_nested:
+            raise Unsupported(f"{name}: a nested tensor")
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Raises Unsupported for what is no number."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise Unsupported(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def check_per_channel(input: Tensor, per_channel: Named) -> None:
+    """Raises Unsupported where what is given for each channel has not the shape, dtype and device that it must have."""
     dtype = input.dtype
     for name, value in per_channel:
         if value is None:
             continue
-        if value.dim() != 1 or value.shape[0] != channels:
+        if value.dim() != 1 or value.shape[0] != input.shape[1]:
             raise Unsupported(f"{name}: expected (C), got {describe(name, value)} for {describe('input', input)}")
         if value.device != input.device:
             raise Unsupported(f"{name}: expected the device of input, {input.device}, got {value.device}")
@@ -192,25 +222,12 @@ def _check(
     for name, value in per_channel:
         if value is not None and value.dtype is not dtype:
             raise Unsupported(f"{name}: expected dtype {dtype} as the others, got {value.dtype}")
-    for name, value in per_channel[:2]:
-        if value is not None and value.requires_grad:
-            raise Unsupported(f"{name}: requires grad, but batch norm has no gradient by it")
-    if residual is not None and (
-        residual.shape != input.shape or residual.dtype is not input.dtype or residual.device != input.device
-    ):
-        raise Unsupported(
-            f"residual: expected what input has, got {describe('residual', residual)} for {describe('input', input)}"
-        )
-    if training:
-        if eps <= 0:
-            raise Unsupported(f"eps: expected more than 0 in training, got {eps}")
-        if input.numel() == channels:
-            raise Unsupported(
-                f"input: expected more than 1 value a channel in training, got {describe('input', input)}"
-            )
+    for name, value in per_channel:
+        if name.startswith("running") and value is not None and value.requires_grad:
+            raise Unsupported(f"{name}: requires grad, but there is no gradient by it")
 
 
-def _update(running: Tensor, statistic: Tensor, momentum: float) -> None:
+def update_running(running: Tensor, statistic: Tensor, momentum: float) -> None:
     """running = (1 - momentum) * running + momentum * statistic, rounded once."""
     level = contextlib.nullcontext()
     if functorch_active() and not is_wrapped(running):

@@ -1,4 +1,5 @@
-"""Batch normalization, in training (by the statistics of the batch) and in evaluation (by given ones)."""
+"""Batch normalization, in training (by the statistics of the batch) and in evaluation (by given ones); layer, rms and group
+normalization."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 
 import fastnn
 
+from ..backends.reference import group_norm as groups
+from ..backends.reference import layer_norm as rows
 from ..backends.reference import norm as formulas
 from .case import Case, Sample, register
 from .inputs import Maker
@@ -124,3 +127,103 @@ register(
         reference=_exact_by_given,
     )
 )
+
+
+# ---- rows: layer norm, rms norm, group norm ------------------------------------------------------------------------
+
+_ROWS = ((1, 2), (3, 17), (5, 33), (67, 40), (2, 3, 127), (3, 2063), (1, 4100))
+
+
+def _of_rows(make: Maker) -> Iterator[Sample]:
+    for shape in _ROWS:
+        n = shape[-1]
+        yield Sample((make(*shape), make(n), make(n)))
+
+
+def _of_rows_without_bias(make: Maker) -> Iterator[Sample]:
+    for shape in _ROWS:
+        yield Sample((make(*shape), make(shape[-1])))
+
+
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, _EPS)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return fastnn.functional.layer_norm(x, weight.shape, weight, bias, _EPS)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, _EPS)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return fastnn.functional.rms_norm(x, weight.shape, weight, _EPS)
+
+
+_GROUPS = 2
+
+
+def _of_groups(make: Maker) -> Iterator[Sample]:
+    for shape in ((2, 4), (3, 6, 11), (2, 4, 127), (3, 10, 7, 9), (1, 2, 67, 71), (2, 4, 5, 3, 4)):
+        yield Sample((make(*shape), make(shape[1]), make(shape[1])))
+
+
+def _group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, _GROUPS, weight, bias, _EPS)
+
+
+def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return fastnn.functional.group_norm(x, _GROUPS, weight, bias, _EPS)
+
+
+def _exact_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return rows.row_norm(x, 1, weight, bias, _EPS, True)
+
+
+def _exact_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rows.row_norm(x, 1, weight, None, _EPS, False)
+
+
+def _exact_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return groups.group_norm(x, _GROUPS, weight, bias, _EPS)[0]
+
+
+def _magnitude_layer_norm(
+    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    scale = (x.var(-1, unbiased=False, keepdim=True) + _EPS).rsqrt()
+    return (x.abs() + x.abs().mean(-1, keepdim=True)) * scale * weight.abs() + bias.abs()
+
+
+def _magnitude_rms_norm(result: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    return result.abs()
+
+
+def _magnitude_group_norm(
+    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    as_rows = x.reshape(x.shape[0], _GROUPS, -1)
+    one = as_rows.new_ones(as_rows.shape[-1])
+    size = _magnitude_layer_norm(result, as_rows, one, 0 * one).reshape(x.shape)
+    return size * _per_channel(weight, x).abs() + _per_channel(bias, x).abs()
+
+
+for _name, _peer, _samples, _magnitude, _reference in (
+    ("layer_norm", _layer_norm, _of_rows, _magnitude_layer_norm, _exact_layer_norm),
+    ("rms_norm", _rms_norm, _of_rows_without_bias, _magnitude_rms_norm, _exact_rms_norm),
+    ("group_norm", _group_norm, _of_groups, _magnitude_group_norm, _exact_group_norm),
+):
+    register(
+        Case(
+            _name,
+            _peer,
+            _samples,
+            _magnitude,
+            lambda *_, **__: _DEPTH,
+            f"fastnn.testing.norm:{_name}",
+            exact=False,
+            product=False,
+            reference=_reference,
+        )
+    )

@@ -38,11 +38,14 @@ PYBIND11_MODULE(_cpu, m) {
   bind_embedding_tensors(m);
   bind_pool(m);
   bind_norm(m);
+  bind_layer_norm(m);
+  bind_group_norm(m);
   bind_allocator(m);
   bind_conv(m);
   bind_tensors(m);
   bind_norm_tensors(m);
   bind_dropout_tensors(m);
+  bind_layer_norm_tensors(m);
   bind_conv_tensors(m);
   bind_watch(m);
   bind_pool_tensors(m);

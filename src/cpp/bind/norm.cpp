@@ -1,7 +1,7 @@
 // Batch normalization for Python.
 #include <pybind11/pybind11.h>
 
-#include "bind/bind.hpp"
+#include "bind/norm.hpp"
 #include "norm/batch_norm.hpp"
 
 namespace py = pybind11;
@@ -9,54 +9,10 @@ using namespace fastnn;
 
 namespace {
 
-struct Arguments {
-  const char* op;
-  DType type;
-  int64_t shape[kMaxNormDims];
-  int dims;
-
-  Arguments(const char* name, py::handle sizes, int dtype) : op(name), type(DType(dtype)) {
-    if (dtype < 0 || dtype >= kNormFloatTypes)
-      bad_argument(op, "dtype", "a floating-point type (0 to 3), got " + std::to_string(dtype));
-    dims = read_tuple(op, "shape", sizes, shape, kMaxNormDims);
-    if (dims < 2) bad_argument(op, "shape", "two dimensions or more");
-    for (int d = 0; d < dims; d++)
-      if (shape[d] < 1) bad_argument(op, "shape", "sizes of 1 or more");
-  }
-
-  // (address, strides), or None where there is none.
-  NormOperand operand(const char* name, py::handle given, int64_t* strides, bool optional = false) {
-    if (optional && given.is_none()) return {};
-    if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != 2)
-      bad_argument(op, name, "an address and strides");
-    const auto pair = py::reinterpret_borrow<py::tuple>(given);
-    if (read_tuple(op, name, pair[1], strides, kMaxNormDims) != dims)
-      bad_argument(op, name, "as many strides as dimensions");
-    return {address(name, pair[0]), strides};
-  }
-
-  // (address, stride, dtype), or None.
-  PerChannel per_channel(const char* name, py::handle given) {
-    if (given.is_none()) return {};
-    if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != 3)
-      bad_argument(op, name, "an address, a stride and a dtype");
-    const auto triple = py::reinterpret_borrow<py::tuple>(given);
-    const int code = triple[2].cast<int>();
-    if (code < 0 || code >= kNormFloatTypes) bad_argument(op, name, "a floating-point type");
-    return {address(name, triple[0]), DType(code), triple[1].cast<int64_t>()};
-  }
-
-  void* address(const char* name, py::handle value) {
-    auto* p = reinterpret_cast<void*>(value.cast<uintptr_t>());
-    if (!p) bad_argument(op, name, "an address");
-    return p;
-  }
-};
-
 void forward(py::handle shape, int dtype, py::handle x, py::handle residual, py::handle out,
              py::handle weight, py::handle bias, py::handle given_mean, py::handle given_var,
              py::handle mean, py::handle var, double eps, bool relu) {
-  Arguments a("batch_norm", shape, dtype);
+  NormArguments a("batch_norm", shape, dtype, 2);
   int64_t strides[3][kMaxNormDims];
   BatchNormForward call;
   call.type = a.type, call.dims = a.dims, call.shape = a.shape;
@@ -80,7 +36,7 @@ void backward(py::handle shape, int dtype, py::handle grad, py::handle x, py::ha
               py::handle grad_x, py::handle grad_residual, py::handle weight, py::handle mean,
               py::handle var, py::handle grad_weight, py::handle grad_bias, bool training,
               double eps) {
-  Arguments a("batch_norm_backward", shape, dtype);
+  NormArguments a("batch_norm_backward", shape, dtype, 2);
   int64_t strides[5][kMaxNormDims];
   BatchNormBackward call;
   call.type = a.type, call.dims = a.dims, call.shape = a.shape;

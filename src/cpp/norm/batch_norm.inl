@@ -2,40 +2,15 @@
 // defines FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "isa/stream.hpp"
 #include "norm/batch_norm.hpp"
+#include "norm/vectors.inl"
 
 namespace fastnn::FASTNN_TARGET {
-
-template <class T>
-struct ComputeIn {
-  using V = VecF32;
-};
-template <>
-struct ComputeIn<double> {
-  using V = VecF64;
-};
-
-static FASTNN_INLINE double to_f64(double x) { return x; }
-template <class T>
-static FASTNN_INLINE double to_f64(T x) {
-  return double(to_f32(x));
-}
 
 template <class T>
 static FASTNN_INLINE T* row_of(const NormBlock& b, int operand, int64_t r, int64_t c) {
   return reinterpret_cast<T*>(b.at[operand]) + r * b.row[operand] + c * b.channel[operand];
 }
 
-// Element i of a row and the `lanes` - 1 after it; the other lanes are 0.
-template <bool dense, class V, class T>
-static FASTNN_INLINE V load_at(const T* p, int64_t stride, int64_t i, int lanes) {
-  if constexpr (dense) {
-    return lanes == V::width ? V::load(p + i) : V::load_partial(p + i, lanes);
-  } else {
-    T gathered[V::width];
-    for (int j = 0; j < lanes; j++) gathered[j] = p[(i + j) * stride];
-    return V::load_partial(gathered, lanes);
-  }
-}
 // The same, and asks for what is `ahead` elements on, for L1 (3) or L2 (2).
 template <bool dense, class V, int cache, class T>
 static FASTNN_INLINE V load_and_fetch(const T* p, int64_t stride, int64_t i, int lanes,

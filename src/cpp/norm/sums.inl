@@ -2,37 +2,6 @@
 // batch_norm.inl.
 namespace fastnn::FASTNN_TARGET {
 
-// 1 in the first lanes, 0 in the others.
-template <class V>
-static FASTNN_INLINE V ones(int lanes) {
-  typename V::T one[V::width];
-  for (int j = 0; j < V::width; j++) one[j] = j < lanes;
-  return V::load(one);
-}
-
-// f(which of four independent sums, element, lanes) for a row of n.
-template <class V, class F>
-static FASTNN_INLINE void for_each_vector(int64_t n, F f) {
-  constexpr int w = V::width;
-  int64_t i = 0;
-  for (; i + 4 * w <= n; i += 4 * w) {
-    f(0, i, w);
-    f(1, i + w, w);
-    f(2, i + 2 * w, w);
-    f(3, i + 3 * w, w);
-  }
-  if (i + 2 * w <= n) {
-    f(0, i, w);
-    f(1, i + w, w);
-    i += 2 * w;
-  }
-  if (i + w <= n) {
-    f(2, i, w);
-    i += w;
-  }
-  if (i < n) f(3, i, int(n - i));
-}
-
 // Statistics are sums of deviations from a value near the mean: squares of the elements themselves
 // would cancel where the mean is far from 0. That value is the mean of an eighth of the block: even
 // if that part is unlike the rest, its distance from the block's mean squared is at most eight
@@ -62,27 +31,6 @@ struct Merge {
     mean = mean + delta * share;
     squares = squares + (sum_squares - sum * off + delta * delta * weight);
   }
-};
-
-// A sum whose terms are vectors of V, in float64.
-template <class V>
-struct Wide;
-template <>
-struct Wide<VecF32> {
-  VecF64 low, high;
-  static FASTNN_INLINE Wide zero() { return {VecF64::zero(), VecF64::zero()}; }
-  FASTNN_INLINE void add(VecF32 v) {
-    low = low + widen_low(v);
-    high = high + widen_high(v);
-  }
-  FASTNN_INLINE double total() const { return reduce_add(low + high); }
-};
-template <>
-struct Wide<VecF64> {
-  VecF64 all;
-  static FASTNN_INLINE Wide zero() { return {VecF64::zero()}; }
-  FASTNN_INLINE void add(VecF64 v) { all = all + v; }
-  FASTNN_INLINE double total() const { return reduce_add(all); }
 };
 
 // A row is added up in four chains, in float32, and these are in float64: terms of both signs may
