@@ -105,9 +105,9 @@ class Block(torch.nn.Module):
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, eps: float) -> None:
         super().__init__()
-        self.ln_1 = torch.nn.LayerNorm(n_embd, eps=eps, bias=bias)
+        self.ln_1 = nn.LayerNorm(n_embd, eps=eps, bias=bias)
         self.attn = CausalSelfAttention(n_embd, n_head, dropout, bias)
-        self.ln_2 = torch.nn.LayerNorm(n_embd, eps=eps, bias=bias)
+        self.ln_2 = nn.LayerNorm(n_embd, eps=eps, bias=bias)
         self.mlp = MLP(n_embd, dropout, bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
@@ -171,7 +171,7 @@ class GPT(torch.nn.Module):
                 "wpe": nn.Embedding(block_size, n_embd),
                 "drop": nn.Dropout(dropout),
                 "h": torch.nn.ModuleList(Block(n_embd, n_head, dropout, bias, layer_norm_eps) for _ in range(n_layer)),
-                "ln_f": torch.nn.LayerNorm(n_embd, eps=layer_norm_eps, bias=bias),
+                "ln_f": nn.LayerNorm(n_embd, eps=layer_norm_eps, bias=bias),
             }
         )
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)

@@ -94,7 +94,7 @@ class Seq2SeqTransformer(torch.nn.Module):
         layer = nn.TransformerEncoderLayer(
             emb_size, nhead, dim_feedforward, dropout, activation, batch_first=True, norm_first=norm_first
         )
-        norm = torch.nn.LayerNorm(emb_size)
+        norm = nn.LayerNorm(emb_size)
         self.transformer = nn.Transformer(
             d_model=emb_size,
             nhead=nhead,

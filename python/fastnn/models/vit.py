@@ -21,7 +21,7 @@ from ..nn.mlp import run_layers
 
 Norm = Callable[[int], torch.nn.Module]
 
-_NORM = partial(torch.nn.LayerNorm, eps=1e-6)
+_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 class ConvStemConfig(NamedTuple):
