@@ -118,6 +118,21 @@ def test_writes_nothing_beside_its_result(isa, dtype):
 
 
 @dtypes
+def test_expanded(isa, dtype):
+    """Operands that repeat along the dimension, or along the positions: one number is all there is of a row."""
+    x, grad = torch.randn(40, 700).to(dtype), torch.randn(40, 1).to(dtype)
+    for dim in (0, 1):
+        for log in (False, True):
+            y = kernels.softmax(x, dim, log)
+            for some in (grad[:1, :1], grad, grad[:1].mT):
+                dense = some.expand(40, 700).contiguous()
+                found = kernels.softmax_backward(some.expand(40, 700), y, dim, log)
+                assert torch.equal(found, kernels.softmax_backward(dense, y, dim, log))
+                repeated = kernels.softmax(some.expand(40, 700), dim, log)
+                assert torch.equal(repeated, kernels.softmax(dense, dim, log))
+
+
+@dtypes
 def test_in_place(isa, dtype):
     for dim in (0, 1):
         for log in (False, True):

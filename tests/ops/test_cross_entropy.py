@@ -34,6 +34,7 @@ def layouts(x):
     order = list(range(x.dim()))[::-1]
     yield x.permute(order).contiguous().permute(order)
     yield torch.stack([torch.full_like(x, torch.nan), x], -1)[..., 1]
+    yield x[..., :1].expand(x.shape)
     if x.dim() > 2:
         yield x.movedim(1, -1).contiguous().movedim(-1, 1)
 

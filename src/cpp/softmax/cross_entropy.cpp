@@ -155,7 +155,7 @@ void for_each_block(const CrossEntropy& call, const double* per_position,
   const int inputs = used;
   if (grad_x) add(*grad_x, item);
   const SoftmaxCall shape{call.type, false, call.dims, call.shape, 1};
-  const Positions all(shape, operands, items, used, number, grad_x ? used - 1 : 0);
+  const Positions all(shape, operands, items, used, number, grad_x ? used - 1 : 0, number);
   const int threads = threads_for(call, double(all.count) * double(all.n));
   const int64_t bytes = all.copies_bytes();
   char* memory = static_cast<char*>(scratch(Scratch::misc, size_t(bytes * threads)));

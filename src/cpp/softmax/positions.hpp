@@ -9,7 +9,6 @@
 
 namespace fastnn {
 
-// An operand that is an array of one number a position has a step of 0.
 struct Positions {
   static constexpr int kMost = 4;  // operands
   int operands;
@@ -31,9 +30,9 @@ struct Positions {
   static constexpr int64_t kCopied = 32;
 
   // Operand `by`'s strides decide the order of the positions, those of `layout` which way the
-  // kernels go.
+  // kernels go. `number` is an operand that has one number a position, if there is one.
   Positions(const SoftmaxCall& call, const SoftmaxOperand* given, const int64_t* items, int used,
-            int by, int layout)
+            int by, int layout, int number = -1)
       : operands(used), n(call.shape[call.dim]) {
     int order[kMaxSoftmaxDims], kept_dims = 0;
     for (int d = 0; d < call.dims; d++) {
@@ -67,7 +66,7 @@ struct Positions {
     columns = n > 1 && step[layout] != 1 && inner > 1 && inner_stride[layout] == 1;
     int64_t bytes = 0;  // of a position
     for (int o = 0; o < used; o++) {
-      direct[o] = step[o] == 0 || (columns ? inner_stride[o] == 1 : n == 1 || step[o] == 1);
+      direct[o] = o == number || (columns ? inner_stride[o] == 1 : n == 1 || step[o] == 1);
       copies = copies || !direct[o];
       bytes += n * item[o];
     }
