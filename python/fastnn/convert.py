@@ -203,8 +203,7 @@ def convert(
     A module is replaced by giving it another class, so that its parameters, buffers, hooks, ``state_dict`` and
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
     Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
-    ``Conv1D`` and activations. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
-    ``Conv1D`` and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
+    ``Conv1D``, activations and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
     :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:

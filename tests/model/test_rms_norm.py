@@ -152,3 +152,28 @@ def test_of_transformers():
     assert [type(layer).__dict__.get("_original_class") for layer in layers] == [llama.LlamaRMSNorm, None]
     for layer, wanted in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer(x), wanted)
+
+
+class WithResidual(torch.nn.Module):
+    """Such as fused norms have: one argument more, and another name."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.rand(size)), 1e-6
+
+    def forward(self, x, residual=None):
+        x = x if residual is None else x + residual
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+WithResidual.__name__ = "FusedRMSNorm"
+
+
+def test_further_arguments_are_the_class_own_business():
+    model = torch.nn.Sequential(WithResidual(8))
+    x, residual = torch.randn(2, 8), torch.randn(2, 8)
+    expected = model[0](x), model[0](x, residual=residual)
+    fastnn.convert(model)
+    for got, wanted in zip((model[0](x=x), model[0](x, residual=residual)), expected, strict=True):
+        assert torch.equal(got, wanted)
+    assert torch.allclose(model[0](x), expected[0])

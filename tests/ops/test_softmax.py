@@ -197,3 +197,16 @@ def test_layers_warn_and_refuse_as_torchs():
     for kind in ("Softmax", "LogSoftmax", "Softmin"):
         with pytest.warns(UserWarning, match="Implicit dimension choice"):
             getattr(fastnn.nn, kind)()(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("op", ("softmax", "log_softmax"))
+def test_one_value_for_the_whole_dimension(op):
+    """Expanded along it, as the gradient of a sum is."""
+    ours, theirs = getattr(fF, op), getattr(F, op)
+    x = torch.randn(5, 1, dtype=torch.float64).expand(5, 37)
+    assert torch.allclose(ours(x, 1), theirs(x, 1))
+    a = torch.randn(4, 37, dtype=torch.float64, requires_grad=True)
+    (by_ours,) = torch.autograd.grad((ours(a, -1) * 1.0).sum(-1), a, torch.arange(4.0, dtype=torch.float64))
+    (by_theirs,) = torch.autograd.grad(theirs(a, -1).sum(-1), a, torch.arange(4.0, dtype=torch.float64))
+    (by_both,) = torch.autograd.grad(ours(a, -1).sum(-1), a, torch.arange(4.0, dtype=torch.float64))
+    assert torch.allclose(by_ours, by_theirs) and torch.allclose(by_both, by_theirs)

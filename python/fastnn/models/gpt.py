@@ -39,6 +39,7 @@ class KVCache:
     def __init__(self, model: GPT, batch: int, capacity: int | None = None) -> None:
         self.capacity = model.block_size if capacity is None else capacity
         self.length = 0
+        self.batch = batch
         weight = model.transformer.wte.weight
         shape = (batch, model.n_head, self.capacity, model.n_embd // model.n_head)
         made = [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2 * model.n_layer)]
@@ -194,6 +195,8 @@ class GPT(torch.nn.Module):
             logits_to_keep: of how many tokens at the end the logits are wanted; 0 stands for all.
         """
         past = 0 if cache is None else cache.length
+        if cache is not None and tokens.shape[0] != cache.batch:
+            raise ValueError(f"GPT: tokens has {tokens.shape[0]} rows, for a cache of {cache.batch}")
         end = past + tokens.shape[1]
         room = self.block_size if cache is None else min(self.block_size, cache.capacity)
         if end > room:

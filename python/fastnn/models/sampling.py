@@ -40,7 +40,9 @@ def probabilities(
         ValueError: ``temperature`` is not above 0, ``top_k`` is below 1, or ``top_p`` is not in (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    # The likeliest becomes 0 first: divided by little, more than one would be infinite.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -177,8 +177,10 @@ class Seq2SeqTransformer(torch.nn.Module):
         """The likeliest next token, again and again: ``(N, T)`` with the start symbol in front, T at most ``max_len``.
 
         It ends when every row has the end symbol; after its own a row has nothing but end symbols. Call it in eval mode, or
-        dropout disturbs the predictions.
+        dropout disturbs the predictions. Raises ValueError for a ``max_len`` below 1.
         """
+        if max_len < 1:
+            raise ValueError(f"greedy_decode: max_len must be at least 1, got {max_len}")
         memory = self.encode(src, src_padding_mask)
         found = torch.full((src.shape[0], 1), start_symbol, dtype=torch.long, device=src.device)
         ended = torch.zeros(src.shape[0], dtype=torch.bool, device=src.device)

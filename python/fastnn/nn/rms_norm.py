@@ -23,12 +23,13 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class _RMSNorm:
     """``x * rsqrt(mean(x²) + eps) * weight``: the half of the fast class that is known beforehand."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.weight
-        if not isinstance(hidden_states, Tensor) or hidden_states.dtype is not weight.dtype:
-            # What comes of two dtypes each of these classes decides for itself.
-            return self._original_class.forward(self, hidden_states)
-        return functional.rms_norm(hidden_states, weight.shape, weight, _eps_of(self))
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        weight, eps = self.weight, _eps_of(self)
+        hidden_states = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(hidden_states, Tensor) or hidden_states.dtype is not weight.dtype or eps is None:
+            # Further arguments, and what comes of two dtypes, each of these classes decides for itself.
+            return self._original_class.forward(self, *args, **kwargs)
+        return functional.rms_norm(hidden_states, weight.shape, weight, eps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so that pickle cannot find it by name; the class under it can be found.

@@ -60,12 +60,13 @@ def cross_entropy(
     options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     try:
         check_options(target, **options)
-        _check(input, target, weight)
+        # Under autocast what is computed is float32, whatever each of the three was.
+        x, target_, weight_ = (_widened(t) if isinstance(t, Tensor) else t for t in (input, target, weight))
+        _check(x, target_, weight_)
         if input.numel() == 0:
             return ask_torch(
                 "cross_entropy", "an input without elements", _torch_cross_entropy, input, target, weight, **options
             )
-        x, target_, weight_ = (_widened(t) for t in (input, target, weight))
         where = route("cross_entropy", x, weight_, target_ if target_.is_floating_point() else None)
         alone = input.dim() == 1
         if alone:
@@ -91,14 +92,15 @@ def check_options(target: Any, ignore_index: Any, reduction: Any, label_smoothin
         raise Unsupported("ignore_index: is not for targets that are probabilities")
 
 
-def check_weight(input: Tensor, classes: Any, weight: Any) -> None:
+def check_weight(input: Tensor, classes: Any, weight: Any, dtype: torch.dtype | None = None) -> None:
+    """``dtype``: that of the weight, the input's by default."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
         raise Unsupported(f"weight: expected a Tensor, got {type(weight).__name__}")
     if weight.dim() != 1 or weight.shape[0] != classes:
         raise Unsupported(f"weight: expected one number a class, got {describe('weight', weight)}")
-    if weight.dtype is not input.dtype or weight.device != input.device:
+    if weight.dtype is not (dtype or input.dtype) or weight.device != input.device:
         raise Unsupported(f"weight: expected dtype and device of the input, got {weight.dtype} on {weight.device}")
     if weight.requires_grad:
         raise Unsupported("weight: requires a gradient")

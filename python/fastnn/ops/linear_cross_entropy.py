@@ -69,13 +69,17 @@ def linear_cross_entropy(
             logits = linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
             logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
             return cross_entropy(logits, target, weight, **choices)
-        _check(*everything)
+        x, w, b = input, linear_weight, linear_bias
+        if all(isinstance(t, Tensor) for t in (x, w)) and (b is None or isinstance(b, Tensor)):
+            x, w, b = autocast(x, w, b)
+        # Under autocast torch's linear gives 16 bits, of which its cross entropy makes float32.
+        wide = is_autocast_enabled("cpu") and isinstance(x, Tensor) and x.dtype in HALF
+        if wide and isinstance(weight, Tensor) and weight.dtype in HALF:
+            weight = weight.float()
+        _check(x, w, b, target, weight, torch.float32 if wide else None)
         if input.numel() == 0 or linear_weight.numel() == 0:
             return ask_torch("linear_cross_entropy", "an input without elements", _in_torch, *everything, **choices)
         where = route("gemm", input, linear_weight, linear_bias, weight)
-        x, w, b = autocast(input, linear_weight, linear_bias)
-        # Under autocast torch's linear gives 16 bits, of which its cross entropy makes float32.
-        wide = is_autocast_enabled("cpu") and x.dtype in HALF
         alone = input.dim() == 1
         if alone:
             x, target = x.unsqueeze(0), target.unsqueeze(0)
@@ -118,7 +122,9 @@ def _in_torch(
     return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, **choices)
 
 
-def _check(input: Any, linear_weight: Any, linear_bias: Any, target: Tensor, weight: Any) -> None:
+def _check(
+    input: Any, linear_weight: Any, linear_bias: Any, target: Tensor, weight: Any, dtype: torch.dtype | None
+) -> None:
     for name, value in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(value, Tensor) and (value is not None or name != "linear_bias"):
             raise Unsupported(f"{name}: expected a Tensor, got {type(value).__name__}")
@@ -136,7 +142,7 @@ def _check(input: Any, linear_weight: Any, linear_bias: Any, target: Tensor, wei
     check_indices(input, target)
     if target.shape != input.shape[:-1] or target.device != input.device:
         raise Unsupported(f"target: expected (N), got {describe('target', target)} for {describe('input', input)}")
-    check_weight(input, linear_weight.shape[0], weight)
+    check_weight(input, linear_weight.shape[0], weight, dtype)
 
 
 # ---- derivatives -------------------------------------------------------------------------------------------------

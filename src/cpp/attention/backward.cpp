@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 
 #include "attention/parts.hpp"
 #include "common/allocator.hpp"
@@ -32,6 +33,15 @@ namespace {
 constexpr int64_t kPanelsTogether = 4;
 // As many pieces of work as that are made by splitting heads, of so many blocks of keys at least.
 constexpr int64_t kPieces = 32, kLeastBlocks = 8;
+
+// Gives a block back with its scope.
+struct Held {
+  explicit Held(const Block& b) : block(b) {}
+  ~Held() {
+    if (block.data) deallocate(block);
+  }
+  const Block& block;
+};
 
 class Backward {
  public:
@@ -56,24 +66,26 @@ class Backward {
   bool run(int threads) {
     const int64_t heads = call_.batch * call_.kv_heads;
     const int64_t queries = call_.batch * call_.heads * call_.q_length * call_.head_size;
+    const Held held(partial_);
     if (splits_ > 1) partial_ = allocate(size_t(splits_ * queries * a_.number()));
     std::atomic<int64_t> next{0};
-    std::atomic<bool> refused{false};
+    std::atomic<bool> refused{false}, out_of_memory{false};
     parallel(threads, [&](int, int) {
-      Part part(*this);
-      if (a_.tiles->enter) a_.tiles->enter();
-      for (int64_t i; (i = next.fetch_add(1)) < heads * splits_;) {
-        const int64_t head = i / splits_, split = i % splits_;
-        part.head(head / call_.kv_heads, head % call_.kv_heads, split);
+      const Entered entered(*a_.tiles);
+      try {
+        Part part(*this);
+        for (int64_t i; (i = next.fetch_add(1)) < heads * splits_;) {
+          const int64_t head = i / splits_, split = i % splits_;
+          part.head(head / call_.kv_heads, head % call_.kv_heads, split);
+        }
+        if (part.refused()) refused = true;
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
       }
-      if (a_.tiles->leave) a_.tiles->leave();
-      if (part.refused()) refused = true;
       scratch_trim();
     });
-    if (splits_ > 1) {
-      if (!refused) add_partial(threads);
-      deallocate(partial_);
-    }
+    if (out_of_memory) throw std::bad_alloc();
+    if (splits_ > 1 && !refused) add_partial(threads);
     return !refused;
   }
 

@@ -133,6 +133,20 @@ struct NumbersAsB {
 };
 NumbersAsB numbers_as_b(const Arithmetic& a, const void* numbers, int64_t keys, char* to);
 
+// A kernel's state on this thread, while it is in scope.
+class Entered {
+ public:
+  explicit Entered(const Kernel& k) : kernel_(k) {
+    if (k.enter) k.enter();
+  }
+  ~Entered() {
+    if (kernel_.leave) kernel_.leave();
+  }
+
+ private:
+  const Kernel& kernel_;
+};
+
 // Parts of one piece of memory, each on lines of its own.
 class Carved {
  public:

@@ -68,11 +68,18 @@ class Decode {
     const int64_t heads = call_.batch * call_.kv_heads;
     std::unique_ptr<T[]> found(new T[size_t(heads * chunks_ * rows_ * result_)]);
     std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
     parallel(threads, [&](int thread, int came) {
-      Carved measured;
-      Memory m = carve(measured);
-      Carved c(static_cast<char*>(scratch(Scratch::misc, size_t(measured.bytes()))));
-      m = carve(c);
+      Memory m{};
+      try {
+        Carved measured;
+        carve(measured);
+        Carved c(static_cast<char*>(scratch(Scratch::misc, size_t(measured.bytes()))));
+        m = carve(c);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+        next = heads * chunks_;
+      }
       int64_t gathered = -1;
       for (int64_t i; (i = next.fetch_add(1)) < heads * chunks_;) {
         const int64_t head = i / chunks_, chunk = i % chunks_;
@@ -81,10 +88,12 @@ class Decode {
         one_chunk(m, head, chunk, found.get() + i * rows_ * result_);
       }
       barrier();
+      if (out_of_memory) return;
       const Range mine = share_of(heads * rows_, 1, thread, came);
       for (int64_t i = mine.begin; i < mine.end; i++) combine(m, found.get(), i / rows_, i % rows_);
       scratch_trim();
     });
+    if (out_of_memory) throw std::bad_alloc();
   }
 
  private:

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "attention/blocks.hpp"
 #include "attention/parts.hpp"
@@ -49,20 +50,24 @@ class Forward {
                                         : std::min(ceil_div(panels_, kPanelsTogether),
                                                    ceil_div(int64_t(8) * threads, heads));
     std::atomic<int64_t> next{0};
-    std::atomic<bool> refused{false};
+    std::atomic<bool> refused{false}, out_of_memory{false};
     parallel(threads, [&](int, int) {
-      Part part(*this);
-      if (a_.tiles->enter) a_.tiles->enter();
-      // The last queries first: where later ones see more keys, they take longest.
-      for (int64_t i; (i = next.fetch_add(1)) < heads * pieces;) {
-        const int64_t head = i % heads, piece = pieces - 1 - i / heads;
-        part.head(head / call_.kv_heads, head % call_.kv_heads, panels_ * piece / pieces,
-                  panels_ * (piece + 1) / pieces);
+      const Entered entered(*a_.tiles);
+      try {
+        Part part(*this);
+        // The last queries first: where later ones see more keys, they take longest.
+        for (int64_t i; (i = next.fetch_add(1)) < heads * pieces;) {
+          const int64_t head = i % heads, piece = pieces - 1 - i / heads;
+          part.head(head / call_.kv_heads, head % call_.kv_heads, panels_ * piece / pieces,
+                    panels_ * (piece + 1) / pieces);
+        }
+        if (part.refused()) refused = true;
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
       }
-      if (a_.tiles->leave) a_.tiles->leave();
-      if (part.refused()) refused = true;
       scratch_trim();
     });
+    if (out_of_memory) throw std::bad_alloc();
     return !refused;
   }
 
