@@ -18,8 +18,9 @@ namespace {
 // Bytes of a chunk's logits: the more rows, the less often are the weight's gradients gone over. A
 // product of fewer rows than kFewest goes slower.
 constexpr int64_t kChunkBytes = 48 << 20, kFewest = 64;
-// Of the part of the weight's gradients that is added up apart.
-constexpr int64_t kPartBytes = 4 << 20;
+// Of the part of the weight that a product goes over at once: packed, all of it would be as large
+// as the logits.
+constexpr int64_t kPartBytes = 8 << 20;
 
 struct Memory {
   Block block;
@@ -49,6 +50,7 @@ class Chunks {
         wide_(int64_t(dtype_size(sums_))) {
     const int64_t most = std::max(kFewest, kChunkBytes / (call.classes * item_));
     rows_ = ceil_div(call.rows, ceil_div(call.rows, most));
+    part_ = std::clamp<int64_t>(kPartBytes / (call.features * wide_), 1, call.classes);
   }
 
   void run() const {
@@ -94,9 +96,24 @@ class Chunks {
     gemm(g);
   }
 
+  // f(first class, classes) for each part of the weight.
+  template <class F>
+  void for_each_part(F f) const {
+    for (int64_t c = 0; c < call_.classes; c += part_) f(c, std::min(part_, call_.classes - c));
+  }
+  Matrix classes_of_weight(int64_t c) const {
+    Matrix m = call_.weight;
+    m.data += c * m.rs * item_;
+    return m;
+  }
+  Matrix columns_of(char* logits, int64_t c) const { return chunk(logits + c * item_); }
+
   void find_logits(char* logits, int64_t first, int64_t rows) const {
-    multiply(rows_of_x(first), transposed(call_.weight), chunk(logits), rows, call_.classes,
-             call_.features, false, call_.bias);
+    for_each_part([&](int64_t c, int64_t classes) {
+      const char* bias = call_.bias ? call_.bias + c * call_.bias_stride * item_ : nullptr;
+      multiply(rows_of_x(first), transposed(classes_of_weight(c)), columns_of(logits, c), rows,
+               classes, call_.features, false, bias);
+    });
   }
 
   void find_losses(char* logits, int64_t first, int64_t rows, double* lse, double* mass) const {
@@ -111,36 +128,37 @@ class Chunks {
                            call_.scale ? call_.scale + first : nullptr);
   }
 
+  // to (m x features) = or += a b, with k as the inner size.
+  void add_product(const Matrix& a, const Matrix& b, void* to, int64_t m, int64_t k,
+                   bool add) const {
+    Matrix c;
+    c.data = static_cast<char*>(to), c.type = sums_, c.rs = call_.features, c.cs = 1;
+    // A product that is computed in parts (AMX) does not add to what it may have to begin anew.
+    const Isa isa = active_isa();
+    const bool apart = (isa == Isa::amx || isa == Isa::amx_emulated) && call_.type != DType::f64;
+    if (!add || !apart) {
+      multiply(a, b, c, m, call_.features, k, add);
+      return;
+    }
+    const Memory product(m * call_.features * wide_);
+    c.data = product.data();
+    multiply(a, b, c, m, call_.features, k, false);
+    add_to<float>(to, product.data(), m * call_.features);
+  }
+
   void by_x(char* logits, int64_t first, int64_t rows) const {
-    Matrix to;
-    to.data = static_cast<char*>(call_.grad_x) + first * call_.features * item_;
-    to.type = call_.type, to.rs = call_.features, to.cs = 1;
-    multiply(chunk(logits), call_.weight, to, rows, call_.features, call_.classes, false);
+    char* to = static_cast<char*>(call_.grad_x) + first * call_.features * wide_;
+    for_each_part([&](int64_t c, int64_t classes) {
+      add_product(columns_of(logits, c), classes_of_weight(c), to, rows, classes, c > 0);
+    });
   }
 
   void by_weight(char* logits, int64_t first, int64_t rows) const {
-    Matrix to;
-    to.data = static_cast<char*>(call_.grad_weight);
-    to.type = sums_, to.rs = call_.features, to.cs = 1;
-    const Matrix from = transposed(chunk(logits)), x = rows_of_x(first);
-    // A product that is computed in parts (AMX) does not add to what it may have to begin anew.
-    const Isa isa = active_isa();
-    const bool in_parts = (isa == Isa::amx || isa == Isa::amx_emulated) && call_.type != DType::f64;
-    if (first == 0 || !in_parts) {
-      multiply(from, x, to, call_.classes, call_.features, rows, first > 0);
-      return;
-    }
-    const int64_t most =
-        std::clamp<int64_t>(kPartBytes / (call_.features * wide_), 1, call_.classes);
-    const Memory part(most * call_.features * wide_);
-    for (int64_t c = 0; c < call_.classes; c += most) {
-      const int64_t classes = std::min(most, call_.classes - c);
-      Matrix some = from, sums = to;
-      some.data += c * some.rs * item_;
-      sums.data = part.data();
-      multiply(some, x, sums, classes, call_.features, rows, false);
-      add_to<float>(to.data + c * call_.features * wide_, part.data(), classes * call_.features);
-    }
+    for_each_part([&](int64_t c, int64_t classes) {
+      char* to = static_cast<char*>(call_.grad_weight) + c * call_.features * wide_;
+      add_product(transposed(columns_of(logits, c)), rows_of_x(first), to, classes, rows,
+                  first > 0);
+    });
   }
 
   void by_bias(char* logits, int64_t first, int64_t rows) const {
@@ -166,7 +184,7 @@ class Chunks {
   const int64_t item_;
   const DType sums_;
   const int64_t wide_;
-  int64_t rows_;
+  int64_t rows_, part_;
 };
 
 }  // namespace

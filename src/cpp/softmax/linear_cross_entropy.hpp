@@ -23,10 +23,9 @@ struct LinearCrossEntropy {
 
   double* loss;                   // one a row
   const double* scale = nullptr;  // of each row's gradient; null: no gradients
-  // What is wanted of the gradients. All are written; contiguous.
-  void* grad_x = nullptr;       // of `type`
-  void* grad_weight = nullptr;  // of the type that is summed in
-  void* grad_bias = nullptr;    // likewise
+  // What is wanted of the gradients. All are written; contiguous, of the type
+  // that is summed in.
+  void *grad_x = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;
 };
 // Throws std::bad_alloc. The indices have been checked.
 void linear_cross_entropy(const LinearCrossEntropy& call);

@@ -118,7 +118,7 @@ def linear_cross_entropy(
     rows, features = input.shape
     classes = linear_weight.shape[0]
     out = torch.empty((rows,) if reduction == "none" else (), dtype=result)
-    by_input = empty((rows, features), dtype) if wanted[0] else None
+    by_input = empty((rows, features), sums) if wanted[0] else None
     by_weight = empty((classes, features), sums) if wanted[1] else None
     by_bias = empty((classes,), sums) if wanted[2] else None
     scale = None if grad is None else grad.to(torch.float64).contiguous()
