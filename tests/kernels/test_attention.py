@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -505,6 +507,35 @@ def test_writes_nothing_beside_its_results(isa):
             assert (base[:32] == 1234.5).all()
             assert (base[-32:] == 1234.5).all()
             assert not (base[32:-32] == 1234.5).any()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory by what Linux tells of it")
+def test_out_of_memory():
+    """Where a thread finds no memory for its keys: a MemoryError, and the next call is right."""
+    program = """
+import resource, torch
+from fastnn import _cpu
+q, k, v = torch.randn(1, 2, 64, 64), *torch.randn(2, 1, 2, 64, 1 << 18).mT
+out = torch.empty(1, 2, 64, 64)
+def call(k, v):
+    operands = ((x.data_ptr(), x.stride()) for x in (q, k, v, out))
+    shape = (1, 2, 2, 64, k.shape[2], 64, 64)
+    _cpu.attention(0, shape, *operands, None, 0.125, None, (None, None), None, None)
+call(k[:, :, :64], v[:, :, :64])  # starts the threads
+memory = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (memory + (16 << 20), most))
+try:
+    call(k, v)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    call(k, v)
+    q, k, v = q.double(), k.double(), v.double()
+    torch.testing.assert_close(out.double(), (q @ k.mT / 8).softmax(-1) @ v, rtol=1e-4, atol=1e-6)
+    print("recovered")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "recovered\n", done.stderr
 
 
 def test_bad_arguments():

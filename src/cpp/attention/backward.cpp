@@ -12,17 +12,13 @@
 // values are sums over all queries in one order. Where heads are split, each part has a gradient of
 // the queries of its own, and these are added at the end in order; how, the shape alone decides.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "attention/parts.hpp"
 #include "common/allocator.hpp"
 #include "common/integers.hpp"
 #include "common/parallel.hpp"
-#include "common/scratch.hpp"
 
 namespace fastnn {
 
@@ -68,25 +64,14 @@ class Backward {
     const int64_t queries = call_.batch * call_.heads * call_.q_length * call_.head_size;
     const Held held(partial_);
     if (splits_ > 1) partial_ = allocate(size_t(splits_ * queries * a_.number()));
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> refused{false}, out_of_memory{false};
-    parallel(threads, [&](int, int) {
-      const Entered entered(*a_.tiles);
-      try {
-        Part part(*this);
-        for (int64_t i; (i = next.fetch_add(1)) < heads * splits_;) {
+    const bool done = run_pieces(
+        a_, threads, heads * splits_, [&] { return Part(*this); },
+        [&](Part& part, int64_t i) {
           const int64_t head = i / splits_, split = i % splits_;
           part.head(head / call_.kv_heads, head % call_.kv_heads, split);
-        }
-        if (part.refused()) refused = true;
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
-      }
-      scratch_trim();
-    });
-    if (out_of_memory) throw std::bad_alloc();
-    if (splits_ > 1 && !refused) add_partial(threads);
-    return !refused;
+        });
+    if (splits_ > 1 && done) add_partial(threads);
+    return done;
   }
 
  private:
@@ -177,11 +162,12 @@ class Backward {
 
   class Part {
    public:
+    unsigned flags_a = 0, flags_b = 0;
+
     explicit Part(const Backward& f) : f_(f), call_(f.call_), a_(f.a_) {
       Carved c(static_cast<char*>(scratch(Scratch::misc, size_t(f.bytes_))));
       m_ = f.carve(c);
     }
-    bool refused() const { return split_refused(flags_a_, flags_b_); }
 
     void head(int64_t batch, int64_t kv_head, int64_t split) {
       batch_ = batch, kv_head_ = kv_head, split_ = split;
@@ -193,11 +179,11 @@ class Backward {
           scratch(Scratch::packed_a, size_t(rows_bytes(a_, blocks, n) + rows_bytes(a_, blocks, nv) +
                                             columns_bytes(a_, blocks, n) + 3 * 64))));
       keys_ = rows_side(a_, blocks, call_.k, batch, kv_head, n, first_, last_,
-                        c.take(rows_bytes(a_, blocks, n)), flags_a_);
+                        c.take(rows_bytes(a_, blocks, n)), flags_a);
       values_ = rows_side(a_, blocks, call_.v, batch, kv_head, nv, first_, last_,
-                          c.take(rows_bytes(a_, blocks, nv)), flags_a_);
+                          c.take(rows_bytes(a_, blocks, nv)), flags_a);
       elements_ = columns_side(a_, blocks, call_.k, batch, kv_head, n, first_, last_,
-                               c.take(columns_bytes(a_, blocks, n)), flags_a_);
+                               c.take(columns_bytes(a_, blocks, n)), flags_a);
       Carved s(static_cast<char*>(
           scratch(Scratch::accumulator, size_t(f_.sums_bytes(0) + f_.sums_bytes(1) + 2 * 64))));
       for (int i = 0; i < 2; i++) {
@@ -275,11 +261,11 @@ class Backward {
       const int64_t all = (end - begin) * lanes;
       std::memset(m_.rows[i] + count * row, 0, size_t((all - count) * row));
       for (int64_t p = 0; p < end - begin; p++)
-        flags_b_ |= k.pack_b(m_.lanes[i] + p * a_.panel_b(n), m_.rows[i] + p * lanes * row, n, 1,
-                             int(lanes), n);
+        flags_b |= k.pack_b(m_.lanes[i] + p * a_.panel_b(n), m_.rows[i] + p * lanes * row, n, 1,
+                            int(lanes), n);
       for (int64_t e = 0; e < n; e += k.nr)
-        flags_b_ |= k.pack_b(m_.across[i] + e / k.nr * f_.across_panel(), m_.rows[i] + e * size, 1,
-                             n, int(std::min<int64_t>(k.nr, n - e)), all);
+        flags_b |= k.pack_b(m_.across[i] + e / k.nr * f_.across_panel(), m_.rows[i] + e * size, 1,
+                            n, int(std::min<int64_t>(k.nr, n - e)), all);
     }
 
     void statistics(const Lanes& lanes, char* log_sum, char* delta) {
@@ -353,7 +339,7 @@ class Backward {
                         size_t((a_.lanes() - lanes.count()) * a_.number()));
       if (call_.grad_scores.data) lanes.store_scores(products, j0, keys, call_.grad_scores);
       const NumbersAsB ds = numbers_as_b(a_, products, keys, m_.packed);
-      flags_b_ |= ds.flags;
+      flags_b |= ds.flags;
       add_columns(a_, elements_, f_.of_elements_, b, ds, a_.lanes(),
                   m_.by_queries + slot * f_.result_bytes());
       as_a(scores, keys, 1, slot);
@@ -366,11 +352,12 @@ class Backward {
       if (a_.packs) {
         const int64_t panel = k.mr * round_up(a_.lanes(), k.k_step) * k.a_bytes;
         for (int64_t j = 0; j < keys; j += k.mr)
-          flags_a_ |=
+          flags_a |=
               a_.pack_numbers_a(to + j / k.mr * panel, numbers + j * a_.lanes() * a_.number(),
                                 a_.lanes(), 1, int(std::min<int64_t>(k.mr, keys - j)), a_.lanes());
       } else if (a_.pairs) {
-        a_.loops->narrow_rows(reinterpret_cast<const float*>(numbers), keys * a_.lanes(), to);
+        const int64_t n = keys * a_.lanes();
+        a_.loops->copy_rows[int(DType::f32)][int(DType::bf16)]({numbers, n, 1, to, n, 1, n});
       }
     }
 
@@ -432,7 +419,6 @@ class Backward {
     int64_t batch_ = 0, kv_head_ = 0, split_ = 0, first_ = 0, last_ = 0;
     Side keys_, values_, elements_;
     char* sums_[2];
-    unsigned flags_a_ = 0, flags_b_ = 0;
   };
 
   const AttentionBackward& call_;

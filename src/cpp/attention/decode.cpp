@@ -17,7 +17,6 @@
 
 #include "attention/decode.hpp"
 #include "attention/parts.hpp"
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
@@ -32,32 +31,13 @@ namespace {
 constexpr int64_t kChunk = 256;
 constexpr int64_t kMostRows = 8;
 
-const DecodeKernels& decode_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_decode();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_decode();
-#endif
-    default:
-      break;
-  }
-  return portable_decode();
-}
-
 template <class T>
 class Decode {
  public:
   explicit Decode(const AttentionForward& call)
       : call_(call),
-        kernels_(decode_kernels()),
+        kernels_(*attention_kernels().decode),
+        copies_(attention_kernels().copy_rows),
         group_(call.heads / call.kv_heads),
         rows_(group_ * call.q_length),
         whole_rows_(rows_ <= 2 ? rows_ : round_up(rows_, 4)),
@@ -124,7 +104,7 @@ class Decode {
     const int64_t n = call_.head_size;
     std::memset(m.queries, 0, size_t(whole_rows_ * n) * sizeof(T));
     for (int64_t g = 0; g < group_; g++)
-      kernels_.widen[int(call_.type)](
+      copies_[int(call_.type)][numbers_](
           {at(call_.q, batch, kv_head * group_ + g, 0), call_.q.strides[2], call_.q.strides[3],
            reinterpret_cast<char*>(m.queries + g * call_.q_length * n), n, call_.q_length, n});
   }
@@ -175,7 +155,7 @@ class Decode {
     const char* from = at(x, batch, head, begin);
     if (!copy) return {from, x.strides[2]};
     const int type = int(call_.type);
-    attention_kernels().copy_rows[type][type]({from, x.strides[2], x.strides[3], copy, n, keys, n});
+    copies_[type][type]({from, x.strides[2], x.strides[3], copy, n, keys, n});
     return {copy, n};
   }
 
@@ -225,7 +205,7 @@ class Decode {
     const AttentionOperand& out = call_.out;
     char* to = at(out, batch, of_head, query);
     auto narrow = [&](const T* from, char* at, int64_t n) {
-      kernels_.narrow[int(call_.type)]({reinterpret_cast<const char*>(from), n, 1, at, n, 1, n});
+      copies_[numbers_][int(call_.type)]({reinterpret_cast<const char*>(from), n, 1, at, n, 1, n});
     };
     const int64_t step = out.strides[3];
     if (step == 1)
@@ -240,6 +220,8 @@ class Decode {
 
   const AttentionForward& call_;
   const DecodeKernels& kernels_;
+  void (*const (&copies_)[4][4])(const RowCopy&);  // by types
+  static constexpr int numbers_ = int(sizeof(T) == 8 ? DType::f64 : DType::f32);
   const int64_t group_, rows_, whole_rows_, chunks_, result_;
 };
 

@@ -25,13 +25,6 @@ struct DecodeKernels {
   void (*soften[2])(void* scores, const void* bias, int64_t keys, double scale, void* max,
                     void* sum);
   void (*bias[2])(const BiasBlock&);  // of one lane
-  // By the call's type: to numbers, and back.
-  void (*widen[4])(const RowCopy&);
-  void (*narrow[4])(const RowCopy&);
 };
-
-const DecodeKernels& portable_decode();
-const DecodeKernels& avx2_decode();
-const DecodeKernels& avx512_decode();
 
 }  // namespace fastnn

@@ -223,7 +223,7 @@ static void soften_row(void* scores_, const void* bias_, int64_t keys, double sc
   T rest = 0;
   for (int64_t j = 0; j < keys; j += W) {
     const int n = int(least(W, keys - j));
-    const V p = exp_of(V::load_partial(scores + j, n) + less);
+    const V p = exp_below(V::load_partial(scores + j, n) + less);
     p.store_partial(scores + j, n);
     if (n == W)
       sum = sum + p;
@@ -255,10 +255,23 @@ static const DecodeKernels decode_table = {
     {weigh_values<float>, weigh_values<double>, weigh_values<bf16>, weigh_values<f16>},
     {soften_row<VecF32>, soften_row<VecF64>},
     {row_bias<VecF32>, row_bias<VecF64>},
-    {copy_rows<float, float>, copy_rows<double, double>, copy_rows<bf16, float>,
-     copy_rows<f16, float>},
-    {copy_rows<float, float>, copy_rows<double, double>, copy_rows<float, bf16>,
-     copy_rows<float, f16>},
+};
+
+static const AttentionKernels attention_table = {
+    {probabilities<VecF32>, probabilities<VecF64>},
+    {gradients<VecF32>, gradients<VecF64>},
+    {make_bias<VecF32>, make_bias<VecF64>},
+    {drop<VecF32>, drop<VecF64>},
+    {multiply<VecF32>, multiply<VecF64>},
+    {scale_columns<VecF32>, scale_columns<VecF64>},
+    pair_keys,
+    {{copy_rows<float, float>, nullptr, copy_rows<float, bf16>, copy_rows<float, f16>},
+     {nullptr, copy_rows<double, double>},
+     {copy_rows<bf16, float>, nullptr, copy_halves<bf16>},
+     {copy_rows<f16, float>, nullptr, nullptr, copy_halves<f16>}},
+    pair_rows,
+    {row_dots<float>, row_dots<double>, row_dots<bf16>, row_dots<f16>},
+    &decode_table,
 };
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -6,17 +6,13 @@
 //       probabilities = exp(scale scores + bias - largest so far)
 //       result = result * factor + V^T probabilities
 //   result / sum
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 
 #include "attention/blocks.hpp"
 #include "attention/parts.hpp"
 #include "common/integers.hpp"
-#include "common/parallel.hpp"
-#include "common/scratch.hpp"
 
 namespace fastnn {
 
@@ -49,26 +45,14 @@ class Forward {
     const int64_t pieces = threads == 1 ? 1
                                         : std::min(ceil_div(panels_, kPanelsTogether),
                                                    ceil_div(int64_t(8) * threads, heads));
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> refused{false}, out_of_memory{false};
-    parallel(threads, [&](int, int) {
-      const Entered entered(*a_.tiles);
-      try {
-        Part part(*this);
-        // The last queries first: where later ones see more keys, they take longest.
-        for (int64_t i; (i = next.fetch_add(1)) < heads * pieces;) {
+    // The last queries first: where later ones see more keys, they take longest.
+    return run_pieces(
+        a_, threads, heads * pieces, [&] { return Part(*this); },
+        [&](Part& part, int64_t i) {
           const int64_t head = i % heads, piece = pieces - 1 - i / heads;
           part.head(head / call_.kv_heads, head % call_.kv_heads, panels_ * piece / pieces,
                     panels_ * (piece + 1) / pieces);
-        }
-        if (part.refused()) refused = true;
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
-      }
-      scratch_trim();
-    });
-    if (out_of_memory) throw std::bad_alloc();
-    return !refused;
+        });
   }
 
  private:
@@ -97,11 +81,12 @@ class Forward {
   // What one thread does.
   class Part {
    public:
+    unsigned flags_a = 0, flags_b = 0;
+
     explicit Part(const Forward& f) : f_(f), call_(f.call_), a_(f.a_) {
       Carved c(static_cast<char*>(scratch(Scratch::misc, size_t(f.bytes_))));
       m_ = f.carve(c);
     }
-    bool refused() const { return split_refused(flags_a_, flags_b_); }
 
     void head(int64_t batch, int64_t kv_head, int64_t begin, int64_t end) {
       // The keys that these panels may see.
@@ -115,10 +100,10 @@ class Forward {
       if (first < last) {
         keys_ = rows_side(a_, f_.blocks_, call_.k, batch, kv_head, call_.head_size, first, last,
                           memory(Scratch::packed_a, rows_bytes(a_, f_.blocks_, call_.head_size)),
-                          flags_a_);
+                          flags_a);
         values_ = columns_side(
             a_, f_.blocks_, call_.v, batch, kv_head, call_.value_size, first, last,
-            memory(Scratch::packed_b, columns_bytes(a_, f_.blocks_, call_.value_size)), flags_a_);
+            memory(Scratch::packed_b, columns_bytes(a_, f_.blocks_, call_.value_size)), flags_a);
       }
       for (; begin < end; begin += kPanelsTogether)
         panels(batch, kv_head, begin, std::min(end, begin + kPanelsTogether), first, last);
@@ -134,7 +119,7 @@ class Forward {
       const int64_t column = a_.lanes() * a_.number(), panel_b = a_.panel_b(call_.head_size);
       for (int64_t p = begin; p < end; p++) {
         const Lanes lanes(call_, a_, batch, kv_head, p * a_.lanes());
-        flags_b_ |=
+        flags_b |=
             lanes.pack(call_.q, call_.head_size, m_.queries + (p - begin) * panel_b, m_.rows);
         start(m_.max + (p - begin) * column, m_.sum + (p - begin) * column);
         std::memset(m_.results + (p - begin) * f_.result_bytes(), 0, size_t(f_.result_bytes()));
@@ -171,7 +156,7 @@ class Forward {
       }
       const NumbersAsB p = in_pairs ? NumbersAsB{m_.packed, (keys + 1) / 2, 0}
                                     : numbers_as_b(a_, m_.scores, keys, m_.packed);
-      flags_b_ |= p.flags;
+      flags_b |= p.flags;
       add_columns(a_, values_, f_.of_values_, b, p, lanes.used(), result);
     }
 
@@ -218,7 +203,6 @@ class Forward {
     const Arithmetic& a_;
     Memory m_;
     Side keys_, values_;
-    unsigned flags_a_ = 0, flags_b_ = 0;
   };
 
   const AttentionForward& call_;

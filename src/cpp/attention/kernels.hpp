@@ -75,6 +75,8 @@ struct RowCopy {
   int64_t rows, n;
 };
 
+struct DecodeKernels;  // decode.hpp
+
 struct AttentionKernels {
   // Indexed by whether numbers are double.
   bool (*probabilities[2])(const ScoreBlock&);  // whether any factor is not 1
@@ -87,14 +89,13 @@ struct AttentionKernels {
   // keys x lanes of float32 to words of two bfloat16, keys 2i and 2i + 1 of a lane together; zeros
   // where the last has no second.
   void (*pair_keys)(const float* from, int64_t keys, int lanes, uint32_t* to);
-  // Numbers of float32 to bfloat16.
-  void (*narrow_rows)(const float* from, int64_t count, void* to);
   // By the types of source and destination; null where there is no such copy.
   void (*copy_rows[4][4])(const RowCopy&);
   // Rows of bfloat16 to words of row 2i and row 2i + 1, `to_row` words a row.
   void (*pair_rows)(const RowCopy&);
   // The sum over n elements of a b, in numbers, of so many rows: `a` and `b` of the call's type.
   void (*row_dots[4])(const RowCopy& a, const RowCopy& b, void* sums);
+  const DecodeKernels* decode;
 };
 
 const AttentionKernels& portable_attention();

@@ -13,21 +13,7 @@ namespace fastnn::FASTNN_TARGET {
 
 FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// exp(x) for x <= 88: 1.03 ulp, and 0 where the result is below the least subnormal, -infinity
-// included.
-FASTNN_INLINE VecF32 exp_of(VecF32 x) {
-  using V = VecF32;
-  x = max(V::set1(-105.0f), x);
-  const V n = round(x * V::set1(0x1.715476p+0f));
-  V r = fma(n, V::set1(-0x1.62e400p-1f), x);  // 15 bits: n * this is exact
-  r = fma(n, V::set1(-0x1.7f7d1cp-20f), r);
-  // (exp(r) - 1 - r) / r^2, |r| <= ln(2)/2: 2^-26 of exp(r)
-  const V q = polynomial(r, 0.5f, 0.1666657699f, 0.04166655462f, 0.008363179053f, 0.001392618359f);
-  return ldexp(fma(r * r, q, r) + V::set1(1.0f), n);
-}
-FASTNN_INLINE VecF64 exp_of(VecF64 x) { return Full::exp(x); }
-
-// 2^x for x <= 127, likewise. Narrow: to 2^-17, for what is then rounded to bfloat16.
+// 2^x for x <= 127, as exp_below. Narrow: to 2^-17, for what is then rounded to bfloat16.
 template <bool Narrow>
 FASTNN_INLINE VecF32 exp2_of(VecF32 x) {
   using V = VecF32;
@@ -182,7 +168,7 @@ static void gradients(const GradientBlock& b) {
       const V s = V::load(scores + j * b.lanes);
       const V x = b.bias ? fma(s, scale, V::load(bias + j * b.lanes)) + less : fma(s, scale, less);
       // Not above 1, however log_sum was rounded; a NaN stays one.
-      const V p = exp_of(min(V::zero(), x));
+      const V p = exp_below(min(V::zero(), x));
       p.store(scores + j * b.lanes);
       (p * (V::load(products + j * b.lanes) - delta)).store(products + j * b.lanes);
     }
@@ -405,13 +391,6 @@ static void pair_keys(const float* from, int64_t keys, int lanes, uint32_t* to) 
                j + 1 < keys ? VecF32::load(from + lanes + l) : VecF32::zero());
 }
 
-static void narrow_rows(const float* from, int64_t count, void* to_) {
-  auto* to = static_cast<bf16*>(to_);
-  int64_t i = 0;
-  for (; i + VecF32::width <= count; i += VecF32::width) VecF32::load(from + i).store(to + i);
-  for (; i < count; i++) from_f32(to[i], from[i]);
-}
-
 template <class From>
 static void row_dots(const RowCopy& a, const RowCopy& b, void* sums_) {
   using C = Copied<From, From>;
@@ -441,22 +420,5 @@ static void row_dots(const RowCopy& a, const RowCopy& b, void* sums_) {
     sums[i] = reduce_add(sum) + rest;
   }
 }
-
-static const AttentionKernels attention_table = {
-    {probabilities<VecF32>, probabilities<VecF64>},
-    {gradients<VecF32>, gradients<VecF64>},
-    {make_bias<VecF32>, make_bias<VecF64>},
-    {drop<VecF32>, drop<VecF64>},
-    {multiply<VecF32>, multiply<VecF64>},
-    {scale_columns<VecF32>, scale_columns<VecF64>},
-    pair_keys,
-    narrow_rows,
-    {{copy_rows<float, float>},
-     {nullptr, copy_rows<double, double>},
-     {copy_rows<bf16, float>, nullptr, copy_halves<bf16>},
-     {copy_rows<f16, float>, nullptr, nullptr, copy_halves<f16>}},
-    pair_rows,
-    {row_dots<float>, row_dots<double>, row_dots<bf16>, row_dots<f16>},
-};
 
 }  // namespace fastnn::FASTNN_TARGET

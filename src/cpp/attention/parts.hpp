@@ -1,8 +1,37 @@
 // The ways of attention, and the two products of which all are made.
 #pragma once
+#include <atomic>
+#include <new>
+
 #include "attention/blocks.hpp"
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
 
 namespace fastnn::attention_parts {
+
+// Calls one(part, i) for each of so many pieces, on any thread; each has a part, made by `make`,
+// with `flags`, what packing noticed in it. False where the tiles cannot represent that, which is
+// decided of all pieces together, since threads may get any of them. Throws std::bad_alloc.
+template <class Make, class One>
+bool run_pieces(const Arithmetic& a, int threads, int64_t pieces, Make make, One one) {
+  std::atomic<int64_t> next{0};
+  std::atomic<unsigned> flags_a{0}, flags_b{0};
+  std::atomic<bool> out_of_memory{false};
+  parallel(threads, [&](int, int) {
+    const Entered entered(*a.tiles);
+    try {
+      auto part = make();
+      for (int64_t i; (i = next.fetch_add(1)) < pieces;) one(part, i);
+      flags_a |= part.flags_a;
+      flags_b |= part.flags_b;
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+    scratch_trim();
+  });
+  if (out_of_memory) throw std::bad_alloc();
+  return !split_refused(flags_a, flags_b);
+}
 
 // False where packing noticed what the tiles cannot represent: the results are to be computed
 // again.

@@ -219,6 +219,26 @@ FASTNN_INLINE V sigmoid(V x) {
   return select(lt(x, V::zero()), e, one) / (one + e);
 }
 
+// exp(x) = 2^n times what is returned, between 1/sqrt(2) and sqrt(2), in float32: 0.9 ulp.
+FASTNN_INLINE VecF32 exp_near_1(VecF32 x, VecF32& n) {
+  using V = VecF32;
+  n = round(x * V::set1(0x1.715476p+0f));
+  V r = fma(n, V::set1(-0x1.62e400p-1f), x);  // 15 bits: n * this is exact
+  r = fma(n, V::set1(-0x1.7f7d1cp-20f), r);
+  // (exp(r) - 1 - r) / r^2, |r| <= ln(2)/2: 2^-32 of exp(r)
+  const V q = polynomial(r, 0.500000001f, 0.166666667f, 0.0416664649f, 0.00833331093f, 0.001393365f,
+                         0.000198909908f);
+  return V::set1(1.0f) + fma(r * r, q, r);
+}
+// exp(x) of what is not above 88, as softmax needs it: subnormal results included, 0 where it is
+// less. NaN stays NaN.
+FASTNN_INLINE VecF32 exp_below(VecF32 x) {
+  VecF32 n;
+  const VecF32 near = exp_near_1(max(VecF32::set1(-105.0f), x), n);  // exp(-105) rounds to 0
+  return ldexp(near, n);
+}
+FASTNN_INLINE VecF64 exp_below(VecF64 x) { return Full::exp(x); }
+
 // numerator / (1 + exp(-x)) in float32: 2.5 ulp. Left of -64 both parts of the fraction are scaled
 // by 2^-64, so that exp(-x) is finite wherever the result is not 0.
 FASTNN_INLINE VecF32 logistic(VecF32 numerator, VecF32 x) {
@@ -228,13 +248,9 @@ FASTNN_INLINE VecF32 logistic(VecF32 numerator, VecF32 x) {
   const V scale = select(far, V::set1(0x1p-64f), one);
   const V shift = select(far, V::set1(-64.0f), V::zero());
   const V y = max(V::set1(-105.0f), min(V::set1(200.0f), neg(x)));  // exp(200) 2^-64 is infinite
-  const V n = round(y * V::set1(0x1.715476p+0f));
-  V r = fma(n, V::set1(-0x1.62e400p-1f), y);  // 15 bits: n * this is exact
-  r = fma(n, V::set1(-0x1.7f7d1cp-20f), r);
-  // (exp(r) - 1 - r) / r^2, |r| <= ln(2)/2: 2^-32 of exp(r)
-  const V q = polynomial(r, 0.500000001f, 0.166666667f, 0.0416664649f, 0.00833331093f, 0.001393365f,
-                         0.000198909908f);
-  const V e = ldexp(one + fma(r * r, q, r), n + shift);
+  V n;
+  const V near = exp_near_1(y, n);
+  const V e = ldexp(near, n + shift);
   return numerator * scale / (scale + e);
 }
 

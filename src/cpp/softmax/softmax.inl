@@ -1,7 +1,7 @@
 // The softmax kernels of one instruction set. Included once by each file in kernels/, which defines
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 #include "isa/stream.hpp"
-#include "softmax/exp.hpp"
+#include "softmax/lanes.hpp"
 #include "softmax/softmax.hpp"
 
 namespace fastnn::FASTNN_TARGET {

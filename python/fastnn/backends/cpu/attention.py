@@ -50,26 +50,10 @@ def _shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     return batch, heads, kv_heads, length, keys, size, value_size
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    low: int | None,
-    high: int | None,
-    shift: int,
-    dropout: float,
-    seed: Tensor | None,
-    like_query: bool,
-) -> tuple[Tensor, Tensor]:
-    """The result, and log sum exp of the scores for the backward."""
+def attention(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The result, and log sum exp of the scores for the backward; arguments as those of :func:`attention_alone`."""
     log_sum = torch.empty(query.shape[:3], dtype=log_sum_dtype(query.dtype))
-    out = _attention(
-        query, key, value, mask, slopes, log_sum.data_ptr(), scale, low, high, shift, dropout, seed, like_query
-    )
-    return out, log_sum
+    return attention_alone(query, *args, log_sum=log_sum), log_sum
 
 
 def attention_alone(
@@ -85,26 +69,9 @@ def attention_alone(
     dropout: float,
     seed: Tensor | None,
     like_query: bool,
+    log_sum: Tensor | None = None,
 ) -> Tensor:
-    """The result, where no gradient is wanted."""
-    return _attention(query, key, value, mask, slopes, None, scale, low, high, shift, dropout, seed, like_query)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    log_sum: int | None,
-    scale: float,
-    low: int | None,
-    high: int | None,
-    shift: int,
-    dropout: float,
-    seed: Tensor | None,
-    like_query: bool,
-) -> Tensor:
+    """The result; log sum exp of the scores goes to ``log_sum``."""
     shape = _shape(query, key, value)
     dtype = query.dtype
     out = empty_like(query) if like_query else empty((*shape[:2], shape[3], shape[6]), dtype)
@@ -115,7 +82,7 @@ def _attention(
         (key.data_ptr(), key.stride()),
         (value.data_ptr(), value.stride()),
         (out.data_ptr(), out.stride()),
-        log_sum,
+        None if log_sum is None else log_sum.data_ptr(),
         scale,
         _mask(mask),
         (low, high),

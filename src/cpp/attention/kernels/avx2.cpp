@@ -5,5 +5,4 @@
 
 namespace fastnn {
 const AttentionKernels& avx2_attention() { return avx2::attention_table; }
-const DecodeKernels& avx2_decode() { return avx2::decode_table; }
 }  // namespace fastnn

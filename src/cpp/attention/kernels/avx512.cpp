@@ -5,5 +5,4 @@
 
 namespace fastnn {
 const AttentionKernels& avx512_attention() { return avx512::attention_table; }
-const DecodeKernels& avx512_decode() { return avx512::decode_table; }
 }  // namespace fastnn

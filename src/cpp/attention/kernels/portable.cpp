@@ -5,5 +5,4 @@
 
 namespace fastnn {
 const AttentionKernels& portable_attention() { return portable::attention_table; }
-const DecodeKernels& portable_decode() { return portable::decode_table; }
 }  // namespace fastnn

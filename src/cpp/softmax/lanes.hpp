@@ -1,4 +1,5 @@
-// exp of what is not above 0, as softmax needs it. Included after isa/vec.hpp's target was chosen.
+// Partial vectors, and maxima and sums of neighbours. Included after isa/vec.hpp's target was
+// chosen.
 #pragma once
 #include "isa/math.hpp"
 
@@ -13,20 +14,6 @@ template <>
 struct Lanes<double> {
   using V = VecF64;
 };
-
-// In float32: 0.9 ulp, subnormal results included. NaN stays NaN.
-FASTNN_INLINE VecF32 exp_below(VecF32 x) {
-  using V = VecF32;
-  x = max(V::set1(-105.0f), x);  // exp(-105) rounds to 0
-  const V n = round(x * V::set1(0x1.715476p+0f));
-  V r = fma(n, V::set1(-0x1.62e400p-1f), x);  // 15 bits: n * this is exact
-  r = fma(n, V::set1(-0x1.7f7d1cp-20f), r);
-  // (exp(r) - 1 - r) / r^2, |r| <= ln(2)/2: 2^-32 of exp(r)
-  const V q = polynomial(r, 0.500000001f, 0.166666667f, 0.0416664649f, 0.00833331093f, 0.001393365f,
-                         0.000198909908f);
-  return ldexp(V::set1(1.0f) + fma(r * r, q, r), n);
-}
-FASTNN_INLINE VecF64 exp_below(VecF64 x) { return Full::exp(x); }
 
 template <class V, class T>
 FASTNN_INLINE V load_lanes(const T* p, int n) {
