@@ -218,8 +218,9 @@ def convert(
             call. It holds in eval mode with gradients off (``torch.no_grad`` or ``torch.inference_mode``); in training, with
             gradients, under autocast or ``torch.compile``, or with a hook on a layer in question, the layers run one by
             one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
-            are kept beside them, and made anew when a parameter's address or version counter has changed or an
-            optimizer has taken a step (writes through ``.data`` or numpy change neither: convert again after them).
+            are kept beside them, made here where the model is in eval mode and else by the first forward, and anew when
+            a parameter's address or version counter has changed or an optimizer has taken a step (writes through
+            ``.data`` or numpy change neither: convert again after them).
             Which layers follow each other is found by ``torch.fx`` in eval mode; where a module's Python cannot be
             followed, its children are tried, and :func:`report` says how many calls were fused. Copies (``deepcopy``,
             pickle, ``torch.save``) are not fused.

@@ -233,6 +233,8 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
         namespace = dict(code.globals)
         exec(code.src, namespace)
         model.__class__ = _fused_class(type(model), namespace["forward"], fused)
+        # Now rather than in the first forward, whose time and memory it would be.
+        model.__class__._plain()
 
 
 def is_fused(kind: type) -> bool:
@@ -267,7 +269,7 @@ def _rewrite(
             continue
         chain = [node]
         norm = module_of(_only_user(node))
-        if type(norm) in _NORMS and norm.running_mean is not None:
+        if type(norm) in _NORMS and norm.running_mean is not None and norm.num_features == conv.out_channels:
             chain.append(_only_user(node))
         else:
             norm = None
@@ -429,6 +431,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         "__doc__": kind.__doc__,
         "_original_class": kind,
         "_fused_calls": fused,
+        "_plain": staticmethod(plain),
     }
     return type(kind.__name__, (kind,), body)
 

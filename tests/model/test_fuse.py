@@ -306,6 +306,26 @@ def test_changes_of_parameters_are_seen():
     assert outputs(model, x.bfloat16()).dtype is torch.bfloat16
 
 
+def test_filters_are_made_at_once_in_eval_mode():
+    def layers(model):
+        return [getattr(call, "layer", None) for call in fused_calls(model)]
+
+    model = fastnn.convert(with_statistics(network()), fuse=True)
+    made = layers(model)
+    assert made and None not in made
+    outputs(model, torch.randn(1, 3, 9, 9))
+    assert all(now is then for now, then in zip(layers(model), made, strict=True))
+    assert set(layers(fastnn.convert(network().train(), fuse=True))) == {None}
+
+
+def test_a_norm_of_other_channels_stays_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4)).eval()
+    fastnn.convert(model, fuse=True)
+    assert not list(fused_calls(model))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        outputs(model, torch.randn(1, 3, 5, 5))
+
+
 def test_revert_report_copies_and_again():
     model = with_statistics(Block())
     fastnn.convert(model, fuse=True)
