@@ -14,9 +14,12 @@ from torch.library import opcheck
 import fastnn
 import fastnn.functional as fF
 from fastnn import _cpu, _state
+from fastnn.backends import cpu
+from fastnn.ops import cross_entropy as ops
 
 from .support import FLOATS, TORCH, assert_within
 
+HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 ISAS = [name for name in _cpu.available_isas() if name != "amx"]
 SHAPES = [(5,), (1, 3), (6, 7), (17, 130), (3, 1500), (70, 2), (2, 5, 4), (3, 21, 40), (2, 3, 4, 5), (1, 300, 3, 3)]
 
@@ -277,6 +280,96 @@ def test_the_same_bits_for_any_number_of_threads(reduction, no_fallback):
         runs.append(found)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_indices_that_change_before_the_backward(no_fallback):
+    """... unseen by torch: nothing is written beyond the gradient."""
+    for size, reduction in ((4, "mean"), (4, "none"), (300, "sum")):
+        x, target = torch.randn(size, 5, requires_grad=True), torch.zeros(size, dtype=torch.int64)
+        loss = fF.cross_entropy(x, target, reduction=reduction).sum()
+        target.data.fill_(10**9)
+        with pytest.raises(IndexError, match="Target 1000000000 is out of bounds"):
+            loss.backward()
+
+
+def test_lazily_negated_operands(no_fallback):
+    for x, target in ((X, torch._neg_view(-T)), (torch._neg_view(X), T), (torch._neg_view(X), torch._neg_view(-P))):
+        leaf = x.detach().requires_grad_()
+        ours, torchs = (f(leaf, target) for f in (fF.cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, torchs)
+        torch.testing.assert_close(torch.autograd.grad(ours, leaf), torch.autograd.grad(torchs, leaf))
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+def test_the_short_way(no_fallback):
+    def short(x, target, weight=None, ignored=-100, reduction="mean", smoothing=0.0):
+        return cpu.tensor_cross_entropy(x, target, weight, ignored, reduction, smoothing)
+
+    def gradient(*args):
+        with torch.no_grad():
+            return cpu.tensor_cross_entropy_backward(*args)
+
+    choices = itertools.cycle(itertools.product(("mean", "sum", "none"), (0.0, 0.3), (False, True)))
+    for dtype in FLOATS:
+        for shape in SHAPES[1:]:
+            for x in layouts((torch.randn(shape) * 3).to(dtype)):
+                reduction, smoothing, weighted = next(choices)
+                target = targets(shape, "int64")
+                ignored = int(target.flatten()[-1]) if target.numel() > 1 else -100
+                weight = torch.rand(shape[1]).to(dtype) if weighted and dtype in FLOATS[:2] else None
+                options = (ignored, reduction, smoothing)
+                leaf = x.detach().requires_grad_()
+                loss, statistics = short(leaf, target, weight, *options)
+                assert not loss.requires_grad
+                assert torch.equal(short(x, target, weight, *options), loss)
+                expected, same = ops.CROSS_ENTROPY(leaf, target, weight, *options, where="eager")
+                assert torch.equal(loss, expected)
+                assert torch.equal(statistics, same)
+                grad = torch.rand_like(loss)
+                found = gradient(grad, statistics, x, target, weight, *options)
+                if reduction == "none" or dtype in FLOATS[2:]:  # numbers of 16 bits are not read
+                    assert found is None
+                else:
+                    assert torch.equal(found, torch.autograd.grad(expected, leaf, grad)[0])
+                    assert found.is_contiguous()
+
+    large = torch.randn(700, 900)
+    labels = torch.randint(900, (700,))
+    assert torch.equal(short(large, labels), ops.CROSS_ENTROPY(large, labels, None, -100, "mean", 0.0)[0])
+    with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+        short(X, T + 2)
+    assert short(X, T, None, 3, "sum") == short(X[:3], T[:3], None, -100, "sum")
+    for x in (X.long(), X[:0], X[0], X.to("meta"), torch._neg_view(X), X.tolist(), None):
+        assert short(x, T) is None
+    for target in (T.int(), T.byte(), P, T[:3], T[:, None], torch.stack([T, T], 1)[:, 0], torch._neg_view(-T), 1, None):
+        assert short(X, target) is None
+    for weight in (torch.rand(4), torch.rand(5).double(), torch.rand(10)[::2], torch.rand(5).requires_grad_(), 1.0):
+        assert short(X, T, weight) is None
+    for ignored, reduction, smoothing in (
+        (True, "mean", 0.0),
+        (2**70, "mean", 0.0),
+        (-100.0, "mean", 0.0),
+        (-100, "average", 0.0),
+        (-100, None, 0.0),
+        (-100, "mean", 1.5),
+        (-100, "mean", float("nan")),
+        (-100, "mean", True),
+    ):
+        assert short(X, T, None, ignored, reduction, smoothing) is None
+    with torch.autocast("cpu"):
+        assert short(X, T) is None
+    with fastnn.backend("reference"):
+        assert short(X, T) is None
+    assert vmap(lambda x: torch.tensor(short(x, T) is None))(X[None]).all()
+
+    statistics = short(X.clone().requires_grad_(), T)[1]
+    one, rest = torch.tensor(1.0), (X, T, None, -100, "mean", 0.0)
+    assert gradient(one, statistics, *rest) is not None
+    assert cpu.tensor_cross_entropy_backward(one, statistics, *rest) is None  # where gradients are on
+    for grad in (torch.ones(4), torch.tensor(1), torch._neg_view(one), one.to("meta"), 1.0, None):
+        assert gradient(grad, statistics, *rest) is None
+    for wrong in (statistics[1:], statistics.float(), None):
+        assert gradient(one, wrong, *rest) is None
 
 
 # ---- fused with the linear layer ---------------------------------------------------------------------------------

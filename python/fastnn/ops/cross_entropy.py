@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.nn import _reduction
 
 from ..backends import cpu
@@ -33,12 +33,15 @@ from ._route import (
     describe,
     fall_back,
     is_autocast_enabled,
+    is_dynamo_compiling,
     route,
 )
 
 F = torch.nn.functional
 
 _torch_cross_entropy = F.cross_entropy
+_tensor_cross_entropy = cpu.tensor_cross_entropy
+_tensor_cross_entropy_backward = cpu.tensor_cross_entropy_backward
 
 
 # ---- the public function -----------------------------------------------------------------------------------------
@@ -57,6 +60,13 @@ def cross_entropy(
     """As :func:`torch.nn.functional.cross_entropy`. See this module for shapes, dtypes and errors."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not is_dynamo_compiling():
+        found = _tensor_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        if type(found) is tuple:
+            options = (ignore_index, reduction, label_smoothing)
+            return _apply_cross_entropy(input, target, weight, found, options)
+        if found is not None:
+            return found
     options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     try:
         check_options(target, **options)
@@ -158,6 +168,32 @@ def _weighted(input: Tensor, target: Tensor, weight: Tensor | None, options: tup
     return formulas.Weighted(input, target, weight, *options, _wide(input.dtype))
 
 
+class _CrossEntropy(Function):
+    """What the short way has computed, ``found``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        found: tuple[Tensor, Tensor],
+        options: tuple[int, str, float],
+    ) -> Tensor:
+        loss, statistics = found
+        ctx.options = options
+        ctx.save_for_backward(input, target, weight, statistics)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, grad)[:5]
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_cross_entropy = super(Function, _CrossEntropy).apply
+
+
 def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
     input, target, weight, *options = args
     ctx.options = tuple(options)
@@ -167,6 +203,10 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> tup
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     input, target, weight, statistics = ctx.saved_tensors
     args = (grad, input, target, weight, statistics, *ctx.options)
+    if not is_dynamo_compiling():
+        found = _tensor_cross_entropy_backward(grad, statistics, input, target, weight, *ctx.options)
+        if found is not None:
+            return found, *(None,) * 5
     by_input = by_target = None
     if ctx.needs_input_grad[0]:
         if forward_ad._current_level >= 0:

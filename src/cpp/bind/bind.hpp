@@ -30,6 +30,7 @@ void bind_watch(pybind11::module_& m);
 void bind_pool_tensors(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
+void bind_cross_entropy_tensors(pybind11::module_& m);
 void bind_softmax_tensors(pybind11::module_& m);
 
 namespace fastnn {

@@ -51,5 +51,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_pool_tensors(m);
   bind_softmax(m);
   bind_cross_entropy(m);
+  bind_cross_entropy_tensors(m);
   bind_softmax_tensors(m);
 }

@@ -205,6 +205,23 @@ bool read_codes(PyObject* object, Tensor& t) {
   return is_plain(object) && read_new(object, t) && t.type > DType::f16;
 }
 
+bool read_number(PyObject* object, double& value) {
+  DLTensor dl;
+  if (!is_plain(object)) return false;
+  if (read_tensor(object, &dl) != 0) {
+    forget_error();
+    return false;
+  }
+  if (dl.device.type != kCpu || dl.ndim != 0 || !dl.data || dl.dtype.lanes != 1 ||
+      dl.dtype.code != kFloat || (dl.dtype.bits != 32 && dl.dtype.bits != 64) ||
+      !gives_of(is_neg, object, Py_False))
+    return false;
+  const char* at = static_cast<const char*>(dl.data) + dl.byte_offset;
+  value = dl.dtype.bits == 64 ? *reinterpret_cast<const double*>(at)
+                              : double(*reinterpret_cast<const float*>(at));
+  return true;
+}
+
 bool read_integers(PyObject* object, Tensor& t, bool& wide) {
   DLTensor dl;
   if (!is_plain(object)) return false;
@@ -214,7 +231,7 @@ bool read_integers(PyObject* object, Tensor& t, bool& wide) {
   }
   if (dl.device.type != kCpu || dl.dtype.lanes != 1 || !dl.data || dl.ndim > kMaxDims ||
       (dl.ndim > 0 && !dl.strides) || dl.dtype.code != kInt ||
-      (dl.dtype.bits != 32 && dl.dtype.bits != 64))
+      (dl.dtype.bits != 32 && dl.dtype.bits != 64) || !gives_of(is_neg, object, Py_False))
     return false;
   for (int d = 0; d < dl.ndim; d++)
     if (dl.shape[d] <= 0) return false;
@@ -257,6 +274,18 @@ PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType t
                   : PyObject_VectorcallMethod(name_new_empty, arguments, size_t(dims) + 1, names);
   for (int d = 0; d < made; d++) Py_DECREF(arguments[d + 1]);
   if (result && !read_new(result, out)) Py_CLEAR(result);
+  return result;
+}
+
+PyObject* new_number(const Tensor& like, char*& data) {
+  PyObject* none = PyTuple_New(0);
+  PyObject* arguments[] = {like.object, none};
+  PyObject* result =
+      none ? PyObject_VectorcallMethod(name_new_empty, arguments, 2, nullptr) : nullptr;
+  Py_XDECREF(none);
+  DLTensor dl;
+  if (result && (read_tensor(result, &dl) != 0 || dl.ndim != 0 || !dl.data)) Py_CLEAR(result);
+  if (result) data = static_cast<char*>(dl.data) + dl.byte_offset;
   return result;
 }
 

@@ -52,6 +52,8 @@ bool read_new(PyObject* object, Tensor& t);
 bool read_codes(PyObject* object, Tensor& t);
 // As `read`, of booleans, whose type is then u8.
 bool read_flags(PyObject* object, Tensor& t);
+// The number in a tensor without dimensions, of float32 or float64.
+bool read_number(PyObject* object, double& value);
 // int32 or int64 (`wide`) with elements, of any number of dimensions; `type` is not set.
 bool read_integers(PyObject* object, Tensor& t, bool& wide);
 // True where nothing traces, transforms, casts or was asked for.
@@ -78,6 +80,8 @@ inline PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, 
 }
 // like.new_empty(n, dtype=torch.float64), or of like's dtype.
 PyObject* new_vector(const Tensor& like, int64_t n, bool wide, Tensor& out);
+// like.new_empty(()), whose number lies at `data`. Null with an error set, or without.
+PyObject* new_number(const Tensor& like, char*& data);
 // A result that `make`, a function of the tensor x, allocates. Null with an error set.
 PyObject* made_by(PyObject* make, const Tensor& x, Tensor& out);
 // A result in (N, C, ...)'s own layout: contiguous, or channels-last where x is; made by `make`
@@ -118,6 +122,8 @@ PyObject* run(PyObject* result, double operations, Work work) {
     PyErr_NoMemory();
   } catch (const std::invalid_argument& e) {
     PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const std::out_of_range& e) {
+    PyErr_SetString(PyExc_IndexError, e.what());
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }

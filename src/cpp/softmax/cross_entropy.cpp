@@ -217,6 +217,9 @@ double reduce_losses(const CrossEntropy& call, const double* loss, double total)
 
 void cross_entropy_backward(const CrossEntropy& call, const double* lse, const double* mass,
                             const double* scale, SoftmaxOperand grad_x) {
+  // Again, as torch does: the indices may have been written since, through memory of another's,
+  // and a gradient is written at them.
+  check_targets(call);
   const Losses losses(call);
   for_each_block(call, lse, &grad_x,
                  [&](const Kernels::Block& block, bool columns, int64_t first, char* out,

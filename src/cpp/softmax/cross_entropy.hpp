@@ -45,7 +45,8 @@ double check_targets(const CrossEntropy& call);
 void cross_entropy(const CrossEntropy& call, double* loss, double* lse, double* mass);
 // The sum of all losses, or their mean.
 double reduce_losses(const CrossEntropy& call, const double* loss, double total);
-// grad_x = scale (mass softmax(x) - q) for the `scale` of each position. It may be x.
+// grad_x = scale (mass softmax(x) - q) for the `scale` of each position. It may be x. Throws as
+// check_targets does.
 void cross_entropy_backward(const CrossEntropy& call, const double* lse, const double* mass,
                             const double* scale, SoftmaxOperand grad_x);
 // Both for a matrix of logits whose rows are neighbours, the gradient in place of the logits: each

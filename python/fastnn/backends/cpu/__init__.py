@@ -73,6 +73,8 @@ tensor_row_norm = _cpu.tensor_row_norm
 tensor_row_norm_backward = _cpu.tensor_row_norm_backward
 tensor_pool = _cpu.tensor_pool
 tensor_pool_backward = _cpu.tensor_pool_backward
+tensor_cross_entropy = _cpu.tensor_cross_entropy
+tensor_cross_entropy_backward = _cpu.tensor_cross_entropy_backward
 tensor_softmax = _cpu.tensor_softmax
 tensor_softmax_backward = _cpu.tensor_softmax_backward
 #: What tensor_product computes.
