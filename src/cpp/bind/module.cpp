@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/bind.hpp"
+#include "bind/tree.hpp"
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_cross_entropy(m);
   bind_cross_entropy_tensors(m);
   bind_softmax_tensors(m);
+  bind_tree_predict(m);
 }
