@@ -1,1 +1,39 @@
-"""Decision trees, forests and boosting on fastnn's kernels, with scikit-learn's names and parameters."""
+"""Decision trees, forests and boosting on fastnn's split kernels, with scikit-learn's names and parameters.
+
+:func:`best_split` needs numpy and torch alone. The estimators are subclasses of scikit-learn's of the same name, and are
+imported when they are asked for: ``pip install fastnn[tree]``.
+"""
+
+import importlib as _importlib
+
+from ._best_split import BestSplit, best_split
+
+# Estimator -> the module that defines it.
+_ESTIMATORS = {
+    "DecisionTreeClassifier": "_decision_tree",
+    "DecisionTreeRegressor": "_decision_tree",
+    "ExtraTreeClassifier": "_decision_tree",
+    "ExtraTreeRegressor": "_decision_tree",
+    "ExtraTreesClassifier": "_forest",
+    "ExtraTreesRegressor": "_forest",
+    "RandomForestClassifier": "_forest",
+    "RandomForestRegressor": "_forest",
+}
+
+
+def __getattr__(name):
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        _importlib.import_module("sklearn")
+    except ImportError as error:
+        raise ImportError(f"fastnn.tree.{name} needs scikit-learn: pip install fastnn[tree]") from error
+    return getattr(_importlib.import_module(f"{__name__}.{_ESTIMATORS[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_ESTIMATORS])
+
+
+__all__ = ["BestSplit", "best_split"]  # noqa: RUF100
+__all__ += sorted(_ESTIMATORS)

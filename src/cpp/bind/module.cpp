@@ -55,4 +55,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_cross_entropy_tensors(m);
   bind_softmax_tensors(m);
   bind_tree_predict(m);
+  bind_tree_exact(m);
 }

@@ -1,0 +1,205 @@
+"""Single trees: scikit-learn's estimators, grown by fastnn's kernels."""
+
+from __future__ import annotations
+
+from math import ceil
+from numbers import Integral
+
+import numpy as np
+import sklearn.tree
+from scipy.sparse import issparse
+from sklearn.base import is_classifier
+from sklearn.tree._classes import BaseDecisionTree
+from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, validate_data
+
+from .. import _state
+from . import _exact
+from ._predict import ClassifierTreeMixin, TreeMixin
+from ._sklearn import tree_of
+
+_CLASSIFICATION = ("gini", "entropy", "log_loss")
+_REGRESSION = ("squared_error", "poisson")
+
+
+class ExactTree(BaseDecisionTree):
+    """Grows ``tree_`` by :mod:`fastnn.tree._exact`. To be inherited after scikit-learn's class, whose ``fit`` calls ``_fit``.
+
+    ``_shared`` (a :class:`Shared`, or None) is what the trees of one forest have in common while it is fitted;
+    ``_threads`` how many threads grow the tree, 0 for torch's number.
+    """
+
+    _shared = None
+    _threads = 0
+
+    def _fit(self, X, y, sample_weight=None, check_input=True, missing_values_in_feature_mask=None):
+        reason = self._why_not(X)
+        if reason is not None:
+            _state.count_fallback(f"tree.{type(self).__name__}", reason)
+            return super()._fit(X, y, sample_weight, check_input, missing_values_in_feature_mask)
+        random_state = check_random_state(self.random_state)
+        if check_input:
+            X, y = self._checked(X, y)
+        n_samples, self.n_features_in_ = X.shape
+        shared = self._shared
+        if shared is None:
+            y, classes, expanded = self._encoded(y)
+        else:
+            y, classes, expanded = shared.encoded(y, self._encoded)
+            self._take_classes(classes, y.shape[1])
+        if len(y) != n_samples:
+            raise ValueError(f"Number of labels={len(y)} does not match number of samples={n_samples}")
+        if sample_weight is not None and shared is None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
+        if expanded is not None:
+            sample_weight = expanded if sample_weight is None else sample_weight * expanded
+        if sample_weight is not None:
+            sample_weight = np.ascontiguousarray(sample_weight, dtype=np.float64)
+        target = _exact.Target(_alias(self.criterion), y, classes, sample_weight)
+        settings = self._settings(n_samples, sample_weight)._replace(monotonic=self._signs(X))
+        settings = settings._replace(seed=random_state.randint(0, 2147483647), threads=self._threads)
+        sorted_columns = _exact.presort(X, self._threads) if shared is None else shared.presort(X, self._threads)
+        grown = _exact.grow(sorted_columns, target, settings)
+        counts = np.ones(self.n_outputs_, dtype=np.intp) if classes is None else classes
+        self.tree_ = tree_of(grown, self.n_features_in_, counts, self.n_outputs_)
+        if classes is not None and self.n_outputs_ == 1:
+            self.n_classes_, self.classes_ = self.n_classes_[0], self.classes_[0]
+        self._prune_tree()
+        return self
+
+    def _why_not(self, X) -> str | None:
+        """Why scikit-learn grows this tree, or None."""
+        if issparse(X):
+            return "a sparse X"
+        if not isinstance(self.splitter, str):
+            return "a Splitter object"
+        if not isinstance(self.criterion, str):
+            return "a Criterion object"
+        if self.criterion not in (_CLASSIFICATION if is_classifier(self) else _REGRESSION):
+            return f"criterion={self.criterion!r}"
+        shape = np.shape(X)
+        if shape and shape[0] >= 2**31 // 65536:
+            # Rows and classes share a key of 32 bits; the classes are not known yet.
+            most = 65536 if is_classifier(self) else 1
+            if shape[0] * most >= 2**32 and shape[0] >= 2**24:
+                return "rows times classes beyond 2^32"
+        return None
+
+    def _checked(self, X, y):
+        """X as float32 and y as it is, with scikit-learn's errors."""
+        X, y = validate_data(
+            self,
+            X,
+            y,
+            validate_separately=(
+                {"dtype": np.float32, "ensure_all_finite": False},
+                {"ensure_2d": False, "dtype": None},
+            ),
+        )
+        self._compute_missing_values_in_feature_mask(X)
+        if self.criterion == "poisson":
+            if np.any(y < 0):
+                raise ValueError("Some value(s) of y are negative which is not allowed for Poisson regression.")
+            if np.sum(y) <= 0:
+                raise ValueError("Sum of y is not positive which is necessary for Poisson regression.")
+        return X, y
+
+    def _encoded(self, y):
+        """y as float64 (rows, outputs), the number of classes of each output or None, and the rows' class weights or None."""
+        y = np.atleast_1d(y)
+        if y.ndim == 1:
+            y = np.reshape(y, (-1, 1))
+        self.n_outputs_ = y.shape[1]
+        if not is_classifier(self):
+            return np.ascontiguousarray(y, dtype=np.float64), None, None
+        check_classification_targets(y)
+        expanded = None if self.class_weight is None else compute_sample_weight(self.class_weight, y)
+        codes = np.empty(y.shape, dtype=np.float64)
+        self.classes_ = []
+        for k in range(self.n_outputs_):
+            values, codes[:, k] = np.unique(y[:, k], return_inverse=True)
+            self.classes_.append(values)
+        self.n_classes_ = np.array([len(values) for values in self.classes_], dtype=np.intp)
+        return codes, self.n_classes_, expanded
+
+    def _take_classes(self, classes, n_outputs: int):
+        """What :meth:`_encoded` sets, where a forest has asked for it once."""
+        self.n_outputs_ = n_outputs
+        if classes is not None:
+            # A forest's trees are grown on codes.
+            self.n_classes_ = classes
+            self.classes_ = [np.arange(n, dtype=np.float64) for n in classes]
+
+    def _settings(self, n_samples: int, sample_weight) -> _exact.Settings:
+        columns = self.n_features_in_
+        least = self.min_samples_leaf
+        if not isinstance(least, Integral):
+            least = ceil(least * n_samples)
+        split = self.min_samples_split
+        if not isinstance(split, Integral):
+            split = max(2, ceil(split * n_samples))
+        most = self.max_features
+        if most == "sqrt":
+            most = max(1, int(np.sqrt(columns)))
+        elif most == "log2":
+            most = max(1, int(np.log2(columns)))
+        elif most is None:
+            most = columns
+        elif not isinstance(most, Integral):
+            most = max(1, int(most * columns)) if most > 0.0 else 0
+        self.max_features_ = most
+        weight = n_samples if sample_weight is None else np.sum(sample_weight)
+        return _exact.Settings(
+            random_splitter=self.splitter == "random",
+            max_features=int(most),
+            max_depth=np.iinfo(np.int32).max if self.max_depth is None else int(self.max_depth),
+            min_samples_split=int(max(split, 2 * least)),
+            min_samples_leaf=int(least),
+            max_leaf_nodes=-1 if self.max_leaf_nodes is None else int(self.max_leaf_nodes),
+            min_weight_leaf=float(self.min_weight_fraction_leaf * weight),
+            min_impurity_decrease=float(self.min_impurity_decrease),
+            monotonic=None,
+            seed=1,
+            threads=0,
+        )
+
+    def _signs(self, X) -> np.ndarray | None:
+        """The monotonic constraints, of the probability of the first class in classification."""
+        if self.monotonic_cst is None:
+            return None
+        if self.n_outputs_ > 1:
+            raise ValueError("Monotonicity constraints are not supported with multiple outputs.")
+        signs = np.asarray(self.monotonic_cst)
+        if signs.shape[0] != X.shape[1]:
+            raise ValueError(
+                f"monotonic_cst has shape {signs.shape[0]} but the input data X has {X.shape[1]} features."
+            )
+        if not np.all(np.isin(signs, (-1, 0, 1))):
+            raise ValueError(f"monotonic_cst must be None or an array-like of -1, 0 or 1, but got {np.unique(signs)}")
+        signs = np.ascontiguousarray(signs, dtype=np.int8)
+        if not is_classifier(self):
+            return signs
+        if self.n_classes_[0] > 2:
+            raise ValueError("Monotonicity constraints are not supported with multiclass classification")
+        return -signs
+
+
+def _alias(criterion: str) -> str:
+    return "entropy" if criterion == "log_loss" else criterion
+
+
+class DecisionTreeClassifier(ClassifierTreeMixin, sklearn.tree.DecisionTreeClassifier, ExactTree):
+    __doc__ = sklearn.tree.DecisionTreeClassifier.__doc__
+
+
+class DecisionTreeRegressor(TreeMixin, sklearn.tree.DecisionTreeRegressor, ExactTree):
+    __doc__ = sklearn.tree.DecisionTreeRegressor.__doc__
+
+
+class ExtraTreeClassifier(ClassifierTreeMixin, sklearn.tree.ExtraTreeClassifier, ExactTree):
+    __doc__ = sklearn.tree.ExtraTreeClassifier.__doc__
+
+
+class ExtraTreeRegressor(TreeMixin, sklearn.tree.ExtraTreeRegressor, ExactTree):
+    __doc__ = sklearn.tree.ExtraTreeRegressor.__doc__

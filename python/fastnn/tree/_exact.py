@@ -1,0 +1,74 @@
+"""The exact search's kernels on numpy arrays: columns sorted once, trees grown from them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import _cpu
+
+CRITERIA = {"gini": 0, "entropy": 1, "log_loss": 1, "squared_error": 2, "poisson": 3}
+
+
+def presort(X: np.ndarray, threads: int = 0) -> _cpu.TreePresort:
+    """The columns of a float32 matrix of any strides, sorted."""
+    if X.strides[0] % 4 or X.strides[1] % 4 or not X.flags.aligned:
+        X = np.ascontiguousarray(X)
+    rows, columns = X.shape
+    return _cpu.TreePresort(X.ctypes.data, rows, columns, X.strides[0] // 4, X.strides[1] // 4, threads)
+
+
+class Target(NamedTuple):
+    """What is predicted: float64 ``y`` (rows, outputs), codes 0, 1, ... in classification, and float64 weights."""
+
+    criterion: str
+    y: np.ndarray
+    classes: np.ndarray | None
+    weights: np.ndarray | None
+
+    @property
+    def most_classes(self) -> int:
+        return 1 if self.classes is None else int(self.classes.max())
+
+    def arguments(self) -> tuple:
+        return (
+            CRITERIA[self.criterion],
+            self.y.shape[1],
+            0 if self.classes is None else self.classes.ctypes.data,
+            self.most_classes,
+            self.y.ctypes.data,
+            0 if self.weights is None else self.weights.ctypes.data,
+        )
+
+
+class Settings(NamedTuple):
+    """The parameters of a tree, as numbers. ``max_leaf_nodes`` of -1 grows depth first; 0 threads are torch's."""
+
+    random_splitter: bool
+    max_features: int
+    max_depth: int
+    min_samples_split: int
+    min_samples_leaf: int
+    max_leaf_nodes: int
+    min_weight_leaf: float
+    min_impurity_decrease: float
+    monotonic: np.ndarray | None
+    seed: int
+    threads: int
+
+
+def fits(target: Target) -> bool:
+    """Whether rows and classes fit into the kernels' 32-bit keys."""
+    classes = target.most_classes if target.y.shape[1] == 1 else 1
+    bits = max(1, (classes - 1).bit_length()) if classes <= 65536 else 1
+    return target.y.shape[0] < 2 ** min(31, 32 - bits) - 1
+
+
+def grow(sorted_columns: _cpu.TreePresort, target: Target, settings: Settings) -> _cpu.ExactTree:
+    monotonic = settings.monotonic
+    return _cpu.tree_grow_exact(
+        sorted_columns,
+        target.arguments(),
+        tuple(settings._replace(monotonic=0 if monotonic is None else monotonic.ctypes.data)),
+    )

@@ -1,0 +1,128 @@
+// The exact search of splits for Python: presorted columns, trees, the best split of each column.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+
+#include "bind/bind.hpp"
+#include "bind/tree.hpp"
+#include "common/parallel.hpp"
+#include "tree/exact.hpp"
+
+namespace py = pybind11;
+using namespace fastnn;
+
+namespace {
+
+template <class T>
+T* address(const char* op, const char* name, uintptr_t p, bool null_allowed = false) {
+  if (!p && !null_allowed) bad_argument(op, name, "an address");
+  return reinterpret_cast<T*>(p);
+}
+
+int threads_argument(int threads) { return threads > 0 ? threads : max_threads(); }
+
+// (criterion, outputs, classes, most_classes, y, weights)
+TreeTarget target_argument(const char* op, const py::tuple& given, int64_t rows) {
+  if (given.size() != 6) bad_argument(op, "target", "six entries");
+  const int criterion = given[0].cast<int>();
+  if (criterion < 0 || criterion > int(TreeCriterion::poisson))
+    bad_argument(op, "criterion", "a code from 0 to 3, got " + std::to_string(criterion));
+  TreeTarget t{TreeCriterion(criterion), given[1].cast<int64_t>(), nullptr, nullptr, nullptr,
+               given[3].cast<int64_t>()};
+  if (t.outputs < 1) bad_argument(op, "outputs", "1 or more");
+  if (t.most_classes < 1) bad_argument(op, "most_classes", "1 or more");
+  t.classes = address<int64_t>(op, "classes", given[2].cast<uintptr_t>(), !t.classification());
+  t.y = address<double>(op, "y", given[4].cast<uintptr_t>());
+  t.weights = address<double>(op, "weights", given[5].cast<uintptr_t>(), true);
+  if (t.classification()) {
+    for (int64_t k = 0; k < t.outputs; k++)
+      if (t.classes[k] < 1 || t.classes[k] > t.most_classes)
+        bad_argument(op, "classes", "from 1 to most_classes");
+    for (int64_t i = 0; i < rows * t.outputs; i++)
+      if (!(t.y[i] >= 0 && t.y[i] < double(t.classes[i % t.outputs])))
+        bad_argument(op, "y", "codes of classes");
+  }
+  if (!fits_exact(t, rows)) bad_argument(op, "rows", "rows times classes below 2^32");
+  return t;
+}
+
+std::unique_ptr<Presort> presort(uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride,
+                                 int64_t column_stride, int threads) {
+  if (rows < 0 || columns < 0) bad_argument("tree_presort", "shape", "sizes of 0 or more");
+  if (rows > INT32_MAX) bad_argument("tree_presort", "rows", "less than 2^31");
+  const FloatMatrix m{address<float>("tree_presort", "x", x, rows * columns == 0), rows, columns,
+                      row_stride, column_stride};
+  py::gil_scoped_release release;
+  return std::make_unique<Presort>(m, threads_argument(threads));
+}
+
+std::unique_ptr<ExactTree> grow(const Presort& sorted, const py::tuple& given,
+                                const py::tuple& settings) {
+  const char* op = "tree_grow_exact";
+  const TreeTarget target = target_argument(op, given, sorted.rows);
+  if (settings.size() != 11) bad_argument(op, "settings", "eleven entries");
+  if (sorted.rows < 1 || sorted.columns < 1) bad_argument(op, "x", "rows and columns");
+  ExactSettings s;
+  s.random_splitter = settings[0].cast<bool>();
+  s.max_features = settings[1].cast<int64_t>();
+  s.max_depth = settings[2].cast<int64_t>();
+  s.min_samples_split = settings[3].cast<int64_t>();
+  s.min_samples_leaf = settings[4].cast<int64_t>();
+  s.max_leaf_nodes = settings[5].cast<int64_t>();
+  s.min_weight_leaf = settings[6].cast<double>();
+  s.min_impurity_decrease = settings[7].cast<double>();
+  s.monotonic = address<int8_t>(op, "monotonic", settings[8].cast<uintptr_t>(), true);
+  s.seed = settings[9].cast<uint32_t>();
+  s.threads = threads_argument(settings[10].cast<int>());
+  if (s.min_samples_leaf < 1) bad_argument(op, "min_samples_leaf", "1 or more");
+  py::gil_scoped_release release;
+  return std::make_unique<ExactTree>(grow_exact(sorted, target, s));
+}
+
+// Nodes of 64 bytes each, and values, to where there is room for them.
+void copy_tree(const ExactTree& tree, uintptr_t nodes, uintptr_t values) {
+  std::memcpy(address<void>("copy_to", "nodes", nodes), tree.nodes.data(),
+              tree.nodes.size() * sizeof(TreeNode));
+  std::memcpy(address<void>("copy_to", "values", values), tree.values.data(),
+              tree.values.size() * sizeof(double));
+}
+
+// The impurity of all rows, and of each column a tuple: threshold, impurity after the split,
+// improvement, rows that go left (0: no split), whether NaN goes left.
+py::tuple splits(const Presort& sorted, const py::tuple& given, int threads) {
+  const TreeTarget target = target_argument("tree_best_splits", given, sorted.rows);
+  BestSplits found;
+  {
+    py::gil_scoped_release release;
+    found = best_splits(sorted, target, threads_argument(threads));
+  }
+  py::list columns;
+  for (const ColumnSplit& s : found.columns)
+    columns.append(
+        py::make_tuple(s.threshold, s.impurity, s.improvement, s.left, s.missing_go_left));
+  return py::make_tuple(found.impurity, columns);
+}
+
+}  // namespace
+
+void bind_tree_exact(py::module_& m) {
+  py::class_<Presort>(m, "TreePresort", "Columns of float32, each sorted once, with their rows.")
+      .def(py::init(&presort), py::arg("x"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_stride"), py::arg("column_stride"), py::arg("threads") = 0)
+      .def_readonly("rows", &Presort::rows)
+      .def_readonly("columns", &Presort::columns)
+      .def_readonly("missing", &Presort::missing)
+      .def("copy_to", [](const Presort& p, uintptr_t values, uintptr_t order) {
+        const size_t bytes = size_t(p.rows * p.columns) * 4;
+        std::memcpy(address<void>("copy_to", "values", values), p.values, bytes);
+        std::memcpy(address<void>("copy_to", "order", order), p.order, bytes);
+      });
+  py::class_<ExactTree>(m, "ExactTree", "A grown tree: nodes in scikit-learn's layout, and values.")
+      .def_property_readonly("count", [](const ExactTree& t) { return t.nodes.size(); })
+      .def_readonly("max_depth", &ExactTree::max_depth)
+      .def("copy_to", &copy_tree);
+  m.def("tree_grow_exact", &grow, py::arg("presort"), py::arg("target"), py::arg("settings"));
+  m.def("tree_best_splits", &splits, py::arg("presort"), py::arg("target"), py::arg("threads") = 0);
+}

@@ -1,0 +1,119 @@
+// A radix sort, least significant digit first: stable, and its time does not depend on the values.
+#include "tree/presort.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "common/parallel.hpp"
+
+namespace fastnn {
+namespace {
+
+// Unsigned integers in the order of the floats.
+inline uint32_t key_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0xffffffffu;
+  if (bits == 0x80000000u) bits = 0;
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+}
+
+inline float value_of(uint32_t key) {
+  const uint32_t bits = key ^ (uint32_t(int32_t(~key) >> 31) | 0x80000000u);
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Keys of columns [first, last), a block of rows at a time, so that a cache line of rows that lie
+// together serves all the columns it holds.
+void transpose_keys(const FloatMatrix& x, int64_t first, int64_t last, uint32_t* keys) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t begin = 0; begin < x.rows; begin += kBlock) {
+    const int64_t end = std::min(x.rows, begin + kBlock);
+    for (int64_t f = first; f < last; f++) {
+      const float* from = x.data + f * x.column_stride;
+      uint32_t* to = keys + f * x.rows;
+      for (int64_t r = begin; r < end; r++) to[r] = key_of(from[r * x.row_stride]);
+    }
+  }
+}
+
+template <int kBits>
+struct Digits {
+  static constexpr int kCount = (32 + kBits - 1) / kBits, kValues = 1 << kBits;
+  static uint32_t at(uint32_t key, int digit) {
+    return key >> (digit * kBits) & uint32_t(kValues - 1);
+  }
+};
+
+// Sorts one column whose keys lie where its values shall. `a` and `b` hold n records each.
+template <int kBits>
+int64_t sort_column(int64_t n, uint32_t* keys_and_values, uint32_t* order, uint64_t* a,
+                    uint64_t* b) {
+  using D = Digits<kBits>;
+  uint32_t place[D::kCount][D::kValues];
+  std::memset(place, 0, sizeof place);
+  for (int64_t i = 0; i < n; i++)
+    for (int d = 0; d < D::kCount; d++) place[d][D::at(keys_and_values[i], d)]++;
+  for (int64_t i = 0; i < n; i++) a[i] = uint64_t(keys_and_values[i]) << 32 | uint64_t(i);
+  for (int d = 0; d < D::kCount; d++) {
+    uint32_t* p = place[d];
+    if (p[D::at(keys_and_values[0], d)] == n) continue;  // all the same
+    uint32_t sum = 0;
+    for (int i = 0; i < D::kValues; i++) {
+      const uint32_t count = p[i];
+      p[i] = sum, sum += count;
+    }
+    for (int64_t i = 0; i < n; i++) b[p[D::at(uint32_t(a[i] >> 32), d)]++] = a[i];
+    std::swap(a, b);
+  }
+  auto* values = reinterpret_cast<float*>(keys_and_values);
+  int64_t missing = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t key = uint32_t(a[i] >> 32);
+    missing += key == 0xffffffffu;
+    const float value = value_of(key);
+    std::memcpy(values + i, &value, 4);
+    order[i] = uint32_t(a[i]);
+  }
+  return missing;
+}
+
+}  // namespace
+
+int threads_worth(double elements, double picoseconds, int most) {
+  constexpr double kWorthAThread = 20e6;
+  return int(std::clamp<double>(elements * picoseconds / kWorthAThread, 1, most));
+}
+
+Presort::Presort(const FloatMatrix& x, int threads)
+    : rows(x.rows), columns(x.columns), missing(size_t(x.columns)) {
+  const int64_t all = rows * columns;
+  memory = Memory(size_t(all) * 8);
+  values = memory.as<float>();
+  order = reinterpret_cast<uint32_t*>(values + all);
+  if (!all) return;
+  auto* keys = reinterpret_cast<uint32_t*>(values);
+  threads = std::min<int>(threads_worth(double(all), 10000, threads), int(columns));
+  constexpr int64_t kTogether = 16;  // columns in a cache line
+  const int64_t group =
+      x.row_stride == 1 ? 1 : std::clamp<int64_t>(columns / threads, 1, kTogether);
+  const Memory records(size_t(rows) * 16 * size_t(threads));
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int thread, int) {
+    uint64_t* a = records.as<uint64_t>() + thread * rows * 2;
+    for (int64_t f; (f = next.fetch_add(group)) < columns;) {
+      const int64_t last = std::min(columns, f + group);
+      transpose_keys(x, f, last, keys);
+      for (int64_t c = f; c < last; c++)
+        missing[size_t(c)] =
+            (rows < 8192 ? sort_column<8> : sort_column<11>)(rows, keys + c * rows,
+                                                             order + c * rows, a, a + rows);
+    }
+  });
+}
+
+}  // namespace fastnn

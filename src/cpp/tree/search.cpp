@@ -1,0 +1,213 @@
+#include "tree/search.hpp"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/cpu_features.hpp"
+
+namespace fastnn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Counts up to this have squares whose sums are exact in 53 bits.
+constexpr double kMostCounted = double(1 << 26);
+
+bool apart(float low, float high) { return high > low + kFeatureThreshold; }
+
+}  // namespace
+
+const TreeKernels& tree_kernels() {
+  switch (active_isa()) {
+    case Isa::portable:
+      break;
+#ifdef FASTNN_HAS_AVX2
+    case Isa::avx2:
+      return avx2_tree();
+#endif
+#ifdef FASTNN_HAS_AVX512
+    case Isa::avx512:
+    case Isa::amx:
+    case Isa::amx_emulated:
+      return avx512_tree();
+#endif
+    default:
+      break;
+  }
+  return portable_tree();
+}
+
+SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), way_(Way::general) {
+  bool whole = true;
+  double total = target.weights ? 0 : double(rows);
+  if (target.weights) {
+    for (int64_t r = 0; r < rows; r++) {
+      const double w = target.weights[r];
+      total += w;
+      whole = whole && w >= 0 && w <= kMostCounted && w == double(int64_t(w));
+    }
+    whole = whole && total <= kMostCounted;
+  } else {
+    whole = total <= kMostCounted;
+  }
+  if (target.classification() && target.outputs == 1 && target.classes[0] <= 65536) {
+    const int64_t classes = target.classes[0];
+    while (int64_t(1) << shift_ < classes) shift_++;
+    if (shift_ == 0) shift_ = 1;
+    codes_.resize(size_t(rows));
+    for (int64_t r = 0; r < rows; r++) codes_[size_t(r)] = uint16_t(target.y[r]);
+    if (target.criterion == TreeCriterion::gini && whole) {
+      way_ = classes == 2 && !target.weights ? Way::two_classes : Way::many_classes;
+      if (target.weights) {
+        whole_weights_.resize(size_t(rows));
+        for (int64_t r = 0; r < rows; r++) whole_weights_[size_t(r)] = int32_t(target.weights[r]);
+      }
+    }
+  } else if (target.criterion == TreeCriterion::squared_error && target.outputs == 1) {
+    way_ = Way::one_target;
+  }
+  fits_ = rows < int64_t(1) << (32 - shift_);
+}
+
+SplitSearch::Work SplitSearch::work() const {
+  Work w;
+  w.left.resize(size_t(t_.sums()));
+  w.right.resize(size_t(t_.sums()));
+  w.counts.resize(size_t(2 * t_.most_classes + 2));
+  return w;
+}
+
+void SplitSearch::add_rows(const Candidate& c, const SortedSlice& s, int64_t begin, int64_t end,
+                           double* sums) const {
+  if (way_ == Way::two_classes) {
+    double ones = 0;
+    for (int64_t i = begin; i < end; i++) {
+      int64_t at = i;
+      if (c.missing_left) at = i < c.missing ? s.n - c.missing + i : i - c.missing;
+      ones += double(s.keys[at] & 1);
+    }
+    sums[0] += double(end - begin);
+    sums[3] += ones;
+    sums[2] += double(end - begin) - ones;
+    return;
+  }
+  for (int64_t i = begin; i < end; i++) t_.add(sums, c.row(s, i, shift_));
+}
+
+// A split before value j is found: better ones replace what was found before.
+void SplitSearch::consider(const SortedSlice& s, int64_t j, double proxy, bool missing_left,
+                           Candidate& best) const {
+  if (!(proxy > best.proxy)) return;
+  const int64_t present = s.n - s.missing;
+  best.proxy = proxy;
+  best.left = j + (missing_left ? s.missing : 0);
+  best.missing_left = missing_left;
+  best.told_missing_left = s.missing ? missing_left : best.left > s.n - best.left;
+  // NaN <= infinity is false: all but NaN go left.
+  best.threshold =
+      j == present ? kInfinity : double(s.values[j - 1]) / 2.0 + double(s.values[j]) / 2.0;
+}
+
+// Of the sums in `w`, after `right` was computed from `sums` and `left`.
+bool SplitSearch::allowed(const double* sums, const NodeLimits& limits, Work& w) const {
+  for (size_t i = 0; i < w.left.size(); i++) w.right[i] = sums[i] - w.left[i];
+  if (limits.monotonic) {
+    const double l = w.left[2] / w.left[0], r = w.right[2] / w.right[0];
+    if (!(l >= limits.lower && r >= limits.lower && l <= limits.upper && r <= limits.upper &&
+          (l - r) * limits.monotonic <= 0))
+      return false;
+  }
+  return !(w.left[0] < limits.min_weight_leaf || w.right[0] < limits.min_weight_leaf);
+}
+
+void SplitSearch::best_general(const SortedSlice& s, const double* sums, const NodeLimits& limits,
+                               Work& w, bool missing_left, Candidate& best) const {
+  const int64_t present = s.n - s.missing, first = missing_left ? s.missing : 0;
+  // The last candidate puts NaN alone on the right.
+  const int64_t last = !missing_left && s.missing ? present : present - 1;
+  Candidate order{};
+  order.missing = s.missing, order.missing_left = missing_left;
+  std::fill(w.left.begin(), w.left.end(), 0.0);
+  int64_t at = 0;
+  for (int64_t j = 1; j <= last; j++) {
+    if (j < present && !apart(s.values[j - 1], s.values[j])) continue;
+    const int64_t left = first + j, right = s.n - left;
+    if (left < limits.min_samples_leaf || right < limits.min_samples_leaf) continue;
+    // As scikit-learn sums: from the nearer end.
+    if (left - at <= right) {
+      for (; at < left; at++) t_.add(w.left.data(), order.row(s, at, shift_));
+    } else {
+      std::copy(sums, sums + t_.sums(), w.left.begin());
+      for (int64_t i = s.n - 1; i >= left; i--) t_.subtract(w.left.data(), order.row(s, i, shift_));
+      at = left;
+    }
+    if (!allowed(sums, limits, w)) continue;
+    consider(s, j, proxy_of(t_, w.left.data(), w.right.data()), missing_left, best);
+  }
+}
+
+void SplitSearch::best_fast(const SortedSlice& s, const double* sums, const NodeLimits& limits,
+                            Work& w, bool missing_left, Candidate& best) const {
+  const TreeKernels& kernels = tree_kernels();
+  const int64_t present = s.n - s.missing, first = missing_left ? s.missing : 0;
+  std::fill(w.left.begin(), w.left.end(), 0.0);
+  if (missing_left)
+    for (int64_t i = present; i < s.n; i++) t_.add(w.left.data(), s.keys[i] >> shift_);
+  SplitRange range{
+      s.values, s.keys, present, first, limits.min_samples_leaf, s.n - limits.min_samples_leaf};
+  BestCandidate found;
+  if (way_ == Way::two_classes) {
+    const int64_t least = std::max(
+        range.least, int64_t(std::ceil(std::min(limits.min_weight_leaf, double(s.n) + 1))));
+    range.least = least, range.most = s.n - least;
+    found = kernels.two_classes({range, s.n, int64_t(sums[3]), int64_t(w.left[3])});
+  } else if (way_ == Way::many_classes) {
+    ManyClasses m{range,
+                  shift_,
+                  whole_weights_.empty() ? nullptr : whole_weights_.data(),
+                  int64_t(sums[0]),
+                  int64_t(w.left[0]),
+                  w.counts.data(),
+                  w.counts.data() + t_.most_classes,
+                  0,
+                  0,
+                  limits.min_weight_leaf};
+    for (int64_t c = 0; c < t_.most_classes; c++) {
+      m.left[c] = int64_t(w.left[size_t(2 + c)]);
+      m.right[c] = int64_t(sums[2 + c]) - m.left[c];
+      m.square_left += m.left[c] * m.left[c], m.square_right += m.right[c] * m.right[c];
+    }
+    found = kernels.many_classes(m);
+  } else {
+    found = kernels.one_target({range, shift_, t_.y, t_.weights, sums[0], sums[2], w.left[0],
+                                w.left[2], limits.min_weight_leaf});
+  }
+  if (found.j) consider(s, found.j, found.proxy, missing_left, best);
+  if (!missing_left && s.missing && present >= limits.min_samples_leaf &&
+      s.missing >= limits.min_samples_leaf) {
+    std::fill(w.left.begin(), w.left.end(), 0.0);
+    for (int64_t i = 0; i < present; i++) t_.add(w.left.data(), s.keys[i] >> shift_);
+    if (allowed(sums, limits, w))
+      consider(s, present, proxy_of(t_, w.left.data(), w.right.data()), false, best);
+  }
+}
+
+Candidate SplitSearch::best(const SortedSlice& s, const double* sums, const NodeLimits& limits,
+                            Work& w) const {
+  Candidate best{};
+  best.proxy = -kInfinity;
+  best.missing = s.missing;
+  const int64_t present = s.n - s.missing;
+  best.constant = present == 0 || (!s.missing && !apart(s.values[0], s.values[present - 1]));
+  if (best.constant) return best;
+  const bool general = way_ == Way::general || limits.monotonic;
+  for (int pass = 0; pass < (s.missing ? 2 : 1); pass++) {
+    if (general)
+      best_general(s, sums, limits, w, pass == 1, best);
+    else
+      best_fast(s, sums, limits, w, pass == 1, best);
+  }
+  return best;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,88 @@
+// The best split of one feature in one node, from its values in ascending order.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "tree/criteria.hpp"
+#include "tree/kernels.hpp"
+
+namespace fastnn {
+
+const TreeKernels& tree_kernels();
+
+// A node's part of a sorted column: NaN last.
+struct SortedSlice {
+  const float* values;
+  const uint32_t* keys;
+  int64_t n, missing;
+};
+
+// A split of a node by one feature.
+struct Candidate {
+  double proxy, threshold;
+  int64_t left;            // rows that go left; 0: no split was found
+  int64_t missing;         // NaN among the node's values
+  bool constant;           // no split is possible
+  bool missing_left;       // NaN goes left
+  bool told_missing_left;  // what the node says of NaN, which it may never have seen
+
+  // The row number i of the node, those that go left first.
+  uint32_t row(const SortedSlice& s, int64_t i, int shift) const {
+    if (missing_left) i = i < missing ? s.n - missing + i : i - missing;
+    return s.keys[i] >> shift;
+  }
+};
+
+// What a split must satisfy in the node at hand.
+struct NodeLimits {
+  int64_t min_samples_leaf = 1;
+  double min_weight_leaf = 0;
+  int monotonic = 0;  // of this feature
+  double lower = 0, upper = 0;
+};
+
+// The targets in the form that the loops want, and which of them is used.
+class SplitSearch {
+ public:
+  explicit SplitSearch(const TreeTarget& target, int64_t rows);
+
+  // False where rows and classes do not fit into a key together.
+  bool fits() const { return fits_; }
+  int shift() const { return shift_; }
+  uint32_t key(uint32_t row) const {
+    return row << shift_ | (codes_.empty() ? 0 : uint32_t(codes_[row]));
+  }
+
+  // Sums of one thread at a time.
+  struct Work {
+    std::vector<double> left, right;
+    std::vector<int64_t> counts;
+  };
+  Work work() const;
+
+  // The first of the best splits. `sums` are the node's.
+  Candidate best(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w) const;
+  // The split at `left` rows with NaN on a side; its proxy, or false where it is not allowed.
+  bool allowed(const double* sums, const NodeLimits& limits, Work& w) const;
+  // Adds the rows of candidates [begin, end) to the sums.
+  void add_rows(const Candidate& c, const SortedSlice& s, int64_t begin, int64_t end,
+                double* sums) const;
+
+ private:
+  void best_fast(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w,
+                 bool missing_left, Candidate& best) const;
+  void best_general(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w,
+                    bool missing_left, Candidate& best) const;
+  void consider(const SortedSlice& s, int64_t j, double proxy, bool missing_left,
+                Candidate& best) const;
+
+  enum class Way { two_classes, many_classes, one_target, general };
+  const TreeTarget& t_;
+  Way way_;
+  int shift_ = 0;
+  bool fits_;
+  std::vector<uint16_t> codes_;         // of each row, for one output of classes
+  std::vector<int32_t> whole_weights_;  // of each row, where all are whole
+};
+
+}  // namespace fastnn
