@@ -8,7 +8,7 @@ import importlib as _importlib
 
 from ._best_split import BestSplit, best_split
 
-# Estimator -> the module that defines it.
+# Name -> the module that defines it.
 _ESTIMATORS = {
     "DecisionTreeClassifier": "_decision_tree",
     "DecisionTreeRegressor": "_decision_tree",
@@ -16,8 +16,11 @@ _ESTIMATORS = {
     "ExtraTreeRegressor": "_decision_tree",
     "ExtraTreesClassifier": "_forest",
     "ExtraTreesRegressor": "_forest",
+    "HistGradientBoostingClassifier": "_hist_gradient_boosting",
+    "HistGradientBoostingRegressor": "_hist_gradient_boosting",
     "RandomForestClassifier": "_forest",
     "RandomForestRegressor": "_forest",
+    "local_fit": "_distributed",
 }
 
 

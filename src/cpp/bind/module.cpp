@@ -56,4 +56,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_softmax_tensors(m);
   bind_tree_predict(m);
   bind_tree_exact(m);
+  bind_tree_hist(m);
 }

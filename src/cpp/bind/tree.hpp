@@ -4,3 +4,4 @@
 
 void bind_tree_predict(pybind11::module_& m);
 void bind_tree_exact(pybind11::module_& m);
+void bind_tree_hist(pybind11::module_& m);

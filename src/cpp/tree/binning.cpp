@@ -1,0 +1,266 @@
+#include "tree/binning.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "common/cpu_features.hpp"
+#include "common/parallel.hpp"
+
+namespace fastnn {
+
+const BinningKernels& binning_kernels() {
+  switch (active_isa()) {
+    case Isa::portable:
+      break;
+#ifdef FASTNN_HAS_AVX2
+    case Isa::avx2:
+      return avx2_binning();
+#endif
+#ifdef FASTNN_HAS_AVX512
+    case Isa::avx512:
+    case Isa::amx:
+    case Isa::amx_emulated:
+      return avx512_binning();
+#endif
+    default:
+      break;
+  }
+  return portable_binning();
+}
+
+void make_bin_table(const double* edges, int count, bool categorical, int missing,
+                    BinTable& table) {
+  table.edges = edges;
+  table.count = count;
+  table.categorical = categorical;
+  table.missing = uint8_t(missing);
+  table.in_float64 = false;
+  for (int i = 0; i < count; i++) table.in_float64 |= std::isnan(edges[i]);
+  table.tree[0] = INFINITY;  // no node
+  for (int level = 0; level < 8; level++)
+    for (int j = 0; j < 1 << level; j++) {
+      const int i = (2 * j + 1) * (128 >> level) - 1;
+      table.tree[(1 << level) + j] = i < count ? float(edges[i]) : INFINITY;
+    }
+}
+
+namespace {
+
+constexpr int kRows = BinningKernels::kRows, kColumns = BinningKernels::kColumns;
+
+int worth_threads(double nanoseconds) {
+  return int(std::clamp<double>(nanoseconds / 20e3, 1, max_threads()));
+}
+
+// The distinct values of a column, while there are few.
+class FewValues {
+ public:
+  explicit FewValues(int most) : most_(most) { std::fill_n(used_, kSlots, false); }
+  // False once there are more than `most`.
+  bool add(double value) {
+    if (value == 0) value = 0;  // not -0
+    uint64_t bits;
+    std::memcpy(&bits, &value, 8);
+    for (uint64_t slot = bits * 0x9e3779b97f4a7c15u >> 54;; slot = (slot + 1) % kSlots) {
+      if (!used_[slot]) {
+        if (count_ == most_) return false;
+        used_[slot] = true;
+        values_[slot] = value;
+        list_[count_++] = value;
+        return true;
+      }
+      if (values_[slot] == value) return true;
+    }
+  }
+  double* list() { return list_; }
+  int count() const { return count_; }
+
+ private:
+  static constexpr int kSlots = 1024;
+  int most_, count_ = 0;
+  bool used_[kSlots];
+  double values_[kSlots], list_[kMostBins];
+};
+
+// Working memory of one thread.
+struct Work {
+  std::vector<double> sorted;
+  std::vector<uint8_t> bins;
+};
+
+// Puts the elements of the given ascending ranks into their places, without sorting the others:
+// values are shared out among bins first, and only what is within a bin is compared.
+void place_ranks(const BinningKernels& k, double* v, int64_t n, const std::vector<int64_t>& ranks,
+                 Work& work) {
+  constexpr int64_t kFew = 4096;
+  if (n <= kFew) {
+    std::sort(v, v + n);
+    return;
+  }
+  double some[kFew], edges[kMostBins];
+  for (int64_t i = 0; i < kFew; i++) some[i] = v[i * n / kFew];
+  std::sort(some, some + kFew);
+  int count = 0;
+  for (int i = 1; i < kMostBins; i++) {
+    const double edge = some[i * kFew / kMostBins];
+    if (!count || edge > edges[count - 1]) edges[count++] = edge;
+  }
+  BinTable table;
+  make_bin_table(edges, count, false, kMostBins - 1, table);
+  work.bins.resize(size_t(n));
+  work.sorted.resize(size_t(n));
+  int64_t begin[kMostBins + 1] = {}, next[kMostBins];
+  float floats[kRows];
+  for (int64_t i = 0; i < n; i += kRows) {
+    const int some_rows = int(std::min<int64_t>(kRows, n - i));
+    k.floats({v + i, false, some_rows, 1, 1, some_rows}, 0, some_rows, 0, 1, floats);
+    k.search(table, floats, v + i, false, 1, some_rows, work.bins.data() + i);
+  }
+  for (int64_t i = 0; i < n; i++) begin[work.bins[size_t(i)] + 1]++;
+  for (int b = 0; b < kMostBins; b++) begin[b + 1] += begin[b];
+  std::copy_n(begin, kMostBins, next);
+  for (int64_t i = 0; i < n; i++) work.sorted[size_t(next[work.bins[size_t(i)]]++)] = v[i];
+  std::copy_n(work.sorted.data(), n, v);
+  int bin = 0;
+  int64_t from = 0;  // what is before has its place
+  for (const int64_t rank : ranks) {
+    if (rank < from) continue;  // the same once more
+    while (rank >= begin[bin + 1]) bin++;
+    from = std::max(from, begin[bin]);
+    double* end = v + begin[bin + 1];
+    if (rank == from)
+      std::iter_swap(v + rank, std::min_element(v + rank, end));
+    else
+      std::nth_element(v + from, v + rank, end);
+    from = rank + 1;
+  }
+}
+
+// Returns how many edges there are.
+int edges_of_column(const BinningKernels& k, const BinEdgesCall& call, double* v, int64_t n,
+                    double* edges, Work& work) {
+  constexpr double kAlmostInfinite = 1e300;
+  n = std::remove_if(v, v + n, [](double x) { return std::isnan(x); }) - v;
+  FewValues few(call.max_bins);
+  int64_t i = 0;
+  while (i < n && few.add(v[i])) i++;
+  int count = 0;
+  if (i == n) {
+    double* list = few.list();
+    std::sort(list, list + few.count());
+    for (int j = 0; j + 1 < few.count(); j++) edges[count++] = (list[j] + list[j + 1]) / 2;
+  } else {
+    count = call.max_bins - 1;
+    std::vector<int64_t> ranks;
+    std::vector<double> gamma;
+    for (int q = 0; q < count; q++) {
+      const double virtual_rank = double(n) * call.quantiles[q] - 1;
+      int64_t before = int64_t(std::floor(virtual_rank)), after = before + 1;
+      gamma.push_back(virtual_rank == double(before) ? 0.5 : 1.0);
+      if (virtual_rank >= double(n - 1)) before = after = n - 1;
+      if (virtual_rank < 0) before = after = 0;
+      ranks.push_back(before), ranks.push_back(after);
+    }
+    place_ranks(k, v, n, ranks, work);
+    for (int q = 0; q < count; q++) {
+      const double a = v[ranks[size_t(2 * q)]], b = v[ranks[size_t(2 * q + 1)]];
+      edges[q] = b - (b - a) * (1 - gamma[size_t(q)]);
+    }
+  }
+  // Between infinities there is NaN: once, at the end.
+  const int numbers =
+      int(std::remove_if(edges, edges + count, [](double x) { return std::isnan(x); }) - edges);
+  const bool nan = numbers < count;
+  std::sort(edges, edges + numbers);
+  count = int(std::unique(edges, edges + numbers) - edges);
+  for (int j = 0; j < count; j++)
+    if (edges[j] > kAlmostInfinite) edges[j] = kAlmostInfinite;
+  if (nan) edges[count++] = NAN;
+  return count;
+}
+
+template <class T>
+void copy_columns(const BinEdgesCall& call, int64_t begin, int64_t end, const int64_t* columns,
+                  int64_t count, double* out) {
+  constexpr int64_t kAhead = 16;
+  const BinValues& x = call.x;
+  const T* data = static_cast<const T*>(x.data);
+  for (int64_t i = begin; i < end; i++) {
+    if (call.sample && i + kAhead < end) {
+      const char* next = (const char*)(data + call.sample[i + kAhead] * x.row_step);
+      if (x.column_step == 1)
+        for (int64_t b = columns[0] * int64_t(sizeof(T));
+             b <= columns[count - 1] * int64_t(sizeof(T)); b += 64)
+          __builtin_prefetch(next + b);
+    }
+    const T* row = data + (call.sample ? call.sample[i] : i) * x.row_step;
+    for (int64_t c = 0; c < count; c++) out[c * call.samples + i] = row[columns[c] * x.column_step];
+  }
+}
+
+}  // namespace
+
+void find_bin_edges(const BinEdgesCall& call) {
+  const BinningKernels& k = binning_kernels();
+  std::vector<int64_t> columns;
+  for (int64_t c = 0; c < call.x.columns; c++) {
+    call.counts[c] = 0;
+    if (!call.skip || !call.skip[c]) columns.push_back(c);
+  }
+  // So many columns at a time that their copies take some 64 MB.
+  const int64_t together =
+      std::clamp<int64_t>((64 << 20) / 8 / std::max<int64_t>(call.samples, 1), 4, 64);
+  std::vector<double> copies(size_t(together * call.samples));
+  std::atomic<bool> out_of_memory{false};
+  for (size_t first = 0; first < columns.size(); first += size_t(together)) {
+    const int64_t count = std::min<int64_t>(together, int64_t(columns.size() - first));
+    std::atomic<int64_t> next{0};
+    parallel(worth_threads(double(count) * double(call.samples) * 5), [&](int thread, int threads) {
+      const Range r = share_of(call.samples, 64, thread, threads);
+      const auto copy = call.x.f32 ? copy_columns<float> : copy_columns<double>;
+      copy(call, r.begin, r.end, columns.data() + first, count, copies.data());
+      if (threads > 1) barrier();
+      try {
+        Work work;
+        for (int64_t c; (c = next.fetch_add(1)) < count;) {
+          const int64_t column = columns[first + size_t(c)];
+          call.counts[column] =
+              edges_of_column(k, call, copies.data() + c * call.samples, call.samples,
+                              call.edges + column * (call.max_bins - 1), work);
+        }
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+      }
+    });
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+void bin_columns(const BinValues& x, const BinTable* tables, uint8_t* out, int64_t out_step) {
+  const BinningKernels& k = binning_kernels();
+  const int64_t blocks = (x.rows + kRows - 1) / kRows;
+  parallel(worth_threads(double(x.rows) * double(x.columns) * 1), [&](int thread, int threads) {
+    const Range r = share_of(blocks, 1, thread, threads);
+    alignas(64) float floats[kColumns * kRows];
+    for (int64_t block = r.begin; block < r.end; block++) {
+      const int64_t row = block * kRows;
+      const int rows = int(std::min<int64_t>(kRows, x.rows - row));
+      for (int64_t column = 0; column < x.columns; column += kColumns) {
+        const int columns = int(std::min<int64_t>(kColumns, x.columns - column));
+        k.floats(x, row, rows, column, columns, floats);
+        for (int c = 0; c < columns; c++) {
+          const int64_t at = row * x.row_step + (column + c) * x.column_step;
+          k.search(tables[column + c], floats + c * kRows,
+                   static_cast<const char*>(x.data) + at * (x.f32 ? 4 : 8), x.f32, x.row_step, rows,
+                   out + (column + c) * out_step + row);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fastnn

@@ -1,0 +1,598 @@
+#include "tree/grow.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "common/allocator.hpp"
+#include "common/cpu_features.hpp"
+#include "common/integers.hpp"
+#include "common/parallel.hpp"
+
+namespace fastnn {
+
+const HistogramKernels& histogram_kernels() {
+  switch (active_isa()) {
+    case Isa::portable:
+      break;
+#ifdef FASTNN_HAS_AVX2
+    case Isa::avx2:
+      return avx2_histogram();
+#endif
+#ifdef FASTNN_HAS_AVX512
+    case Isa::avx512:
+    case Isa::amx:
+    case Isa::amx_emulated:
+      return avx512_histogram();
+#endif
+    default:
+      break;
+  }
+  return portable_histogram();
+}
+
+namespace {
+
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
+// Rows that one thread divides at a time: by the number of rows alone.
+constexpr int64_t kPart = 1 << 16;
+
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes) : block_(allocate(std::max<size_t>(bytes, 64))) {}
+  Memory(Memory&& other) noexcept : block_(std::exchange(other.block_, Block{})) {}
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
+  }
+  ~Memory() {
+    if (block_.data) deallocate(block_);
+  }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(block_.data);
+  }
+
+ private:
+  Block block_{};
+};
+
+// Threads that so many nanoseconds of work are worth.
+int worth_threads(double nanoseconds) {
+  return int(std::clamp<double>(nanoseconds / 15e3, 1, max_threads()));
+}
+
+// Runs one(i) for i < count, in any order, on the threads that the work is worth.
+template <class F>
+void for_each_part(int64_t count, double nanoseconds, F one) {
+  const int threads = int(std::min<int64_t>(worth_threads(nanoseconds), count));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) one(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int, int) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) one(i);
+  });
+}
+
+int bits_of(int64_t n) { return 64 - __builtin_clzll(uint64_t(std::max<int64_t>(n, 1))); }
+
+// The unit in which `largest` has `bits` bits.
+double unit_of(double largest, int bits) {
+  if (largest == 0) return 1;
+  int exponent;
+  std::frexp(largest, &exponent);  // largest < 2^exponent
+  return std::ldexp(1.0, exponent - bits);
+}
+
+// A float64 holds a sum of 53 bits exactly, a row's integer has 31 and a sign, and a pair of int64
+// holds the gradient in one, hessian and count in the other.
+SumFormat format_of(const GrowSettings& s) {
+  SumFormat f;
+  f.count_bits = bits_of(s.all_rows);
+  const int narrow = std::min(30, 62 - 2 * f.count_bits);
+  constexpr int kEnough = 23;  // a float32 has no more
+  f.wide = !s.constant_hessian || narrow < kEnough;
+  const int wide = std::min(30, 53 - f.count_bits);
+  f.gradient_unit = unit_of(s.largest_gradient, f.wide ? wide : narrow);
+  f.hessian_unit = unit_of(s.constant_hessian ? 1 : s.largest_hessian, std::max(1, narrow));
+  return f;
+}
+
+// A range of features whose histograms are made together.
+struct Tile {
+  int begin, end;  // multiples of 4, counted through the groups' padding
+};
+
+struct Leaf {
+  SplitNode node;
+  int depth = 0;
+  int64_t begin = 0, end = 0;
+  int interaction = 0;
+  std::shared_ptr<std::vector<uint32_t>> allowed;  // null: all
+  FeatureSplit split{-1, 0, 0, 0, 0, false, {}};
+  int feature = -1;
+  bool leaf = false, evaluated = false;
+  int histogram = -1;
+  int left = -1, right = -1;
+};
+
+}  // namespace
+
+struct Grower::State {
+  int64_t rows;
+  const uint8_t* columns;
+  int64_t step;
+  std::vector<FeatureBins> features;
+  std::vector<int> slot;  // of a feature, in the groups' order with padding
+  PackedBins packed{};
+  Memory packed_memory, integers, partition_memory, left_memory, right_memory;
+  uint32_t* partition = nullptr;
+  std::vector<Tile> tiles;
+  int slots = 0;
+  std::vector<Memory> histograms;
+  std::vector<int> free_histograms;
+
+  // Of the tree that grows:
+  SumFormat format{};
+  size_t histogram_bytes = 0;
+  std::vector<Leaf> leaves;
+  std::vector<int> heap;
+  GrowSettings settings;
+  GrowHooks* hooks = nullptr;
+  std::vector<FeatureSplit> found[2];
+  bool bounded = false;    // some feature is monotonic
+  bool any_order = false;  // which leaf is split next changes nothing
+
+  int64_t* histogram(int h) { return histograms[size_t(h)].as<int64_t>(); }
+  int take_histogram() {
+    if (free_histograms.empty()) {
+      histograms.emplace_back(histogram_bytes);
+      return int(histograms.size()) - 1;
+    }
+    const int h = free_histograms.back();
+    free_histograms.pop_back();
+    return h;
+  }
+  void give_histogram(Leaf& leaf) {
+    if (leaf.histogram >= 0) free_histograms.push_back(leaf.histogram);
+    leaf.histogram = -1;
+  }
+  int64_t* sums_of(int h, int feature) {
+    return histogram(h) + int64_t(slot[size_t(feature)]) * kMostBins * format.words();
+  }
+
+  void pack();
+  // The histogram of a tile over the partition's rows [begin, end).
+  void add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums);
+  void add_all(int64_t begin, int64_t end, int h);
+  void choose(Leaf& leaf, std::vector<uint8_t>& chosen);
+  void evaluate(int first, int count, int parent_histogram, int small);
+  int64_t divide(const Leaf& leaf);
+  void split_next(int at);
+  bool before(int a, int b) const {
+    return leaves[size_t(a)].split.gain > leaves[size_t(b)].split.gain;
+  }
+  void push(int leaf);
+  int pop();
+};
+
+Grower::Grower(const uint8_t* columns, int64_t step, int64_t rows,
+               std::vector<FeatureBins> features)
+    : state_(std::make_unique<State>()) {
+  State& s = *state_;
+  s.rows = rows, s.columns = columns, s.step = step, s.features = std::move(features);
+  s.pack();
+  s.integers = Memory(size_t(rows) * 8);
+  for (Memory* m : {&s.partition_memory, &s.left_memory, &s.right_memory}) {
+    const int64_t parts = (rows + kPart - 1) / kPart;
+    *m = Memory(size_t(rows + 16 * (parts + 1)) * 4);
+  }
+  s.partition = s.partition_memory.as<uint32_t>();
+}
+Grower::~Grower() = default;
+bool Grower::has_missing(int feature) const {
+  return state_->features[size_t(feature)].has_missing;
+}
+void Grower::set_has_missing(int feature, bool missing) {
+  state_->features[size_t(feature)].has_missing = missing;
+}
+const uint32_t* Grower::partition() const { return state_->partition; }
+
+// Rows of bytes, for histograms; and which features have missing values.
+void Grower::State::pack() {
+  const BinningKernels& k = binning_kernels();
+  const int n = int(features.size());
+  packed.rows = rows, packed.features = n;
+  packed.groups = (n + PackedBins::kGroup - 1) / PackedBins::kGroup;
+  const int in_group = (n + packed.groups - 1) / packed.groups;
+  packed.width = int(round_up(in_group, 4));
+  slots = packed.groups * packed.width;
+  packed_memory = Memory(size_t(rows) * size_t(slots) + 64);
+  packed.data = packed_memory.as<uint8_t>();
+  slot.resize(size_t(n));
+  for (int f = 0; f < n; f++) slot[size_t(f)] = f / in_group * packed.width + f % in_group;
+  constexpr int64_t kBlock = 4096;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  std::vector<std::atomic<bool>> missing(static_cast<size_t>(n));
+  for_each_part(blocks, double(rows) * n * 0.5, [&](int64_t block) {
+    const int64_t begin = block * kBlock, count = std::min(kBlock, rows - begin);
+    for (int g = 0; g < packed.groups; g++) {
+      const int first = g * in_group, some = std::min(in_group, n - first);
+      uint8_t* to = const_cast<uint8_t*>(packed.group(g)) + begin * packed.width;
+      if (some < packed.width)
+        for (int64_t r = 0; r < count; r++)
+          std::fill(to + r * packed.width + some, to + (r + 1) * packed.width, uint8_t(0));
+      k.rows_of_bytes(columns + first * step + begin, step, count, some, to, packed.width);
+    }
+    for (int f = 0; f < n; f++) {
+      const uint8_t *column = columns + f * step + begin, m = uint8_t(features[size_t(f)].missing);
+      if (!missing[size_t(f)].load(std::memory_order_relaxed) &&
+          std::find(column, column + count, m) != column + count)
+        missing[size_t(f)].store(true, std::memory_order_relaxed);
+    }
+  });
+  for (int f = 0; f < n; f++) features[size_t(f)].has_missing = missing[size_t(f)];
+  // Tiles of equal size, within a group.
+  constexpr int kTile = 16;
+  for (int g = 0; g < packed.groups; g++) {
+    const int parts = int((packed.width + kTile - 1) / kTile);
+    for (int p = 0; p < parts; p++) {
+      const int quads = packed.width / 4;
+      tiles.push_back({g * packed.width + quads * p / parts * 4,
+                       g * packed.width + quads * (p + 1) / parts * 4});
+    }
+  }
+}
+
+void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) {
+  const int words = format.words();
+  sums += int64_t(tile.begin) * kMostBins * words;
+  std::fill(sums, sums + int64_t(tile.end - tile.begin) * kMostBins * words, int64_t(0));
+  HistogramKernels::Rows r;
+  const int g = tile.begin / packed.width;
+  r.bins = packed.group(g) + tile.begin % packed.width;
+  r.width = packed.width, r.features = tile.end - tile.begin;
+  r.integers = integers.as<int32_t>();
+  const bool all = end - begin == rows;
+  r.index = all ? nullptr : partition + begin;
+  r.first = 0, r.count = end - begin;
+  r.sums = sums;
+  histogram_kernels().add(format, r);
+}
+
+// Which features a node may be split by.
+void Grower::State::choose(Leaf& leaf, std::vector<uint8_t>& chosen) {
+  const int n = leaf.allowed ? int(leaf.allowed->size()) : int(features.size());
+  std::vector<uint8_t> mask(size_t(n), 1);
+  if (hooks->subsamples()) hooks->subsample(n, mask.data());
+  chosen.assign(features.size(), 0);
+  for (int i = 0; i < n; i++)
+    chosen[leaf.allowed ? (*leaf.allowed)[size_t(i)] : size_t(i)] = mask[size_t(i)];
+}
+
+// The best splits of one node (the root) or of two children, of which `small` has fewer rows: its
+// histogram is made from them, the other's from what is left of the parent's.
+void Grower::State::evaluate(int first, int count, int parent_histogram, int small) {
+  const HistogramKernels& k = histogram_kernels();
+  Leaf* children[2] = {&leaves[size_t(first)], count > 1 ? &leaves[size_t(first) + 1] : nullptr};
+  Leaf& few = *children[small];
+  const int large = 1 - small;
+  const int few_histogram = take_histogram();
+  few.histogram = few_histogram;
+  if (count > 1) children[large]->histogram = parent_histogram;
+  std::vector<uint8_t> chosen[2];
+  const double add_cost = double(few.end - few.begin) * slots * 1.0;
+  const double scan_cost = double(features.size()) * count * 400;
+  const bool is_root = count == 1;
+  auto make = [&](const Tile& tile) {
+    add_tile(tile, few.begin, few.end, histogram(few_histogram));
+  };
+  if (hooks->distributed() || is_root) {
+    for_each_part(int64_t(tiles.size()), add_cost, [&](int64_t t) { make(tiles[size_t(t)]); });
+    if (hooks->distributed())
+      hooks->reduce(histogram(few_histogram), int64_t(slots) * kMostBins * format.words());
+  }
+  if (is_root) {
+    // Any feature's histogram sums up to the node.
+    const int f = few.allowed ? int((*few.allowed)[0]) : 0;
+    const int64_t* sums = sums_of(few_histogram, f);
+    int64_t gradient = 0, hessian = 0;
+    const int bits = format.count_bits;
+    for (int b = 0; b < kMostBins; b++) {
+      if (format.wide)
+        gradient += sums[2 * b], hessian += sums[2 * b + 1] >> bits;
+      else
+        gradient += sums[b] >> bits;
+    }
+    few.node.gradient = double(gradient) * format.gradient_unit;
+    few.node.hessian =
+        settings.constant_hessian ? double(few.node.count) : double(hessian) * format.hessian_unit;
+    if (few.node.count < 2 * settings.rules.min_samples ||
+        few.node.hessian < settings.rules.min_hessian) {
+      few.leaf = true;
+      give_histogram(few);
+      return;
+    }
+  }
+  for (int c = 0; c < count; c++)
+    if (!children[c]->leaf) choose(*children[c], chosen[c]), found[c].resize(features.size());
+  const bool made = hooks->distributed() || is_root;
+  const int in_group = int((features.size() + size_t(packed.groups) - 1) / size_t(packed.groups));
+  for_each_part(int64_t(tiles.size()), (made ? 0 : add_cost) + scan_cost, [&](int64_t t) {
+    const Tile& tile = tiles[size_t(t)];
+    if (!made) make(tile);
+    const int g = tile.begin / packed.width;
+    for (int s = tile.begin; s < tile.end; s++) {
+      const int in = s % packed.width, f = g * in_group + in;
+      if (in >= in_group || f >= int(features.size())) continue;
+      const FeatureBins& feature = features[size_t(f)];
+      const int64_t* sums[2] = {};
+      sums[small] = sums_of(few_histogram, f);
+      if (count > 1 && !children[large]->leaf) {
+        int64_t* rest = sums_of(parent_histogram, f);
+        k.subtract(format, feature, rest, sums[small]);
+        sums[large] = rest;
+      }
+      for (int c = 0; c < count; c++)
+        if (!children[c]->leaf && chosen[c][size_t(f)])
+          k.split(format, settings.rules, children[c]->node, feature, sums[c], found[c][size_t(f)]);
+    }
+  });
+  for (int c = 0; c < count; c++) {
+    Leaf& child = *children[c];
+    if (child.leaf) {
+      give_histogram(child);
+      continue;
+    }
+    child.evaluated = true;
+    const int n = child.allowed ? int(child.allowed->size()) : int(features.size());
+    for (int i = 0; i < n; i++) {
+      const int f = child.allowed ? int((*child.allowed)[size_t(i)]) : i;
+      if (chosen[c][size_t(f)] && found[c][size_t(f)].gain > child.split.gain)
+        child.split = found[c][size_t(f)], child.feature = f;
+    }
+    if (child.split.gain <= 0) {
+      child.leaf = true;
+      give_histogram(child);
+    } else {
+      push(first + c);
+    }
+  }
+}
+
+// Rows of a leaf, divided between its children: first those on the left. Returns how many.
+int64_t Grower::State::divide(const Leaf& leaf) {
+  const HistogramKernels& k = histogram_kernels();
+  const FeatureBins& feature = features[size_t(leaf.feature)];
+  uint32_t set[8] = {};
+  if (feature.categorical) {
+    std::copy_n(leaf.split.left, 8, set);
+  } else {
+    for (int b = 0; b <= leaf.split.bin; b++) set[b / 32] |= 1u << b % 32;
+    // The missing ones may lie in reach of the last bin.
+    set[feature.missing / 32] &= ~(1u << feature.missing % 32);
+    if (leaf.split.missing_left) set[feature.missing / 32] |= 1u << feature.missing % 32;
+  }
+  const uint8_t* column = columns + leaf.feature * step;
+  const int64_t n = leaf.end - leaf.begin, parts = (n + kPart - 1) / kPart;
+  uint32_t* rows_of_leaf = partition + leaf.begin;
+  const bool all = n == rows;
+  uint32_t *left = left_memory.as<uint32_t>(), *right = right_memory.as<uint32_t>();
+  std::vector<int64_t> counts(size_t(parts), 0);
+  for_each_part(parts, double(n) * 1.0, [&](int64_t p) {
+    const int64_t begin = p * kPart, count = std::min(kPart, n - begin), at = begin + 16 * p;
+    counts[size_t(p)] = k.part(column, set, all ? nullptr : rows_of_leaf + begin, uint32_t(begin),
+                               count, left + at, right + at);
+  });
+  int64_t on_left = 0;
+  for (const int64_t c : counts) on_left += c;
+  std::vector<int64_t> left_at(size_t(parts), 0), right_at(size_t(parts), on_left);
+  for (int64_t p = 1; p < parts; p++) {
+    left_at[size_t(p)] = left_at[size_t(p) - 1] + counts[size_t(p) - 1];
+    right_at[size_t(p)] = right_at[size_t(p) - 1] + kPart - counts[size_t(p) - 1];
+  }
+  for_each_part(parts, double(n) * 0.5, [&](int64_t p) {
+    const int64_t begin = p * kPart, count = std::min(kPart, n - begin), at = begin + 16 * p;
+    std::copy_n(left + at, counts[size_t(p)], rows_of_leaf + left_at[size_t(p)]);
+    std::copy_n(right + at, count - counts[size_t(p)], rows_of_leaf + right_at[size_t(p)]);
+  });
+  return on_left;
+}
+
+// Python's heapq, to the order of what is equal: which of two equal gains is split first decides
+// where leaves are counted.
+void Grower::State::push(int leaf) {
+  heap.push_back(leaf);
+  if (any_order) return;
+  size_t at = heap.size() - 1;
+  while (at > 0) {
+    const size_t parent = (at - 1) / 2;
+    if (!before(leaf, heap[parent])) break;
+    heap[at] = heap[parent];
+    at = parent;
+  }
+  heap[at] = leaf;
+}
+int Grower::State::pop() {
+  const int last = heap.back();
+  heap.pop_back();
+  if (heap.empty() || any_order) return last;
+  const int top = heap[0];
+  size_t at = 0, child = 1;
+  while (child < heap.size()) {
+    if (child + 1 < heap.size() && !before(heap[child], heap[child + 1])) child++;
+    heap[at] = heap[child];
+    at = child;
+    child = 2 * at + 1;
+  }
+  heap[at] = last;
+  while (at > 0) {
+    const size_t parent = (at - 1) / 2;
+    if (!before(last, heap[parent])) break;
+    heap[at] = heap[parent];
+    at = parent;
+  }
+  heap[at] = last;
+  return top;
+}
+
+void Grower::State::split_next(int at) {
+  const int64_t on_left = divide(leaves[size_t(at)]);
+  const int first = int(leaves.size());
+  leaves.resize(leaves.size() + 2);
+  Leaf &leaf = leaves[size_t(at)], &left = leaves[size_t(first)],
+       &right = leaves[size_t(first) + 1];
+  const FeatureBins& feature = features[size_t(leaf.feature)];
+  const SplitNode& node = leaf.node;
+  const double l2 = settings.rules.l2;
+  auto value = [&](double gradient, double hessian) {
+    const double v = -gradient / (hessian + l2 + 1e-15);
+    return v < node.lower ? node.lower : v > node.upper ? node.upper : v;
+  };
+  left.node = {leaf.split.count_left,
+               leaf.split.gradient_left,
+               leaf.split.hessian_left,
+               value(leaf.split.gradient_left, leaf.split.hessian_left),
+               -kInfinite,
+               kInfinite};
+  const double gradient = node.gradient - left.node.gradient;
+  const double hessian = node.hessian - left.node.hessian;
+  right.node = {node.count - left.node.count, gradient,   hessian,
+                value(gradient, hessian),     -kInfinite, kInfinite};
+  left.begin = leaf.begin, left.end = right.begin = leaf.begin + on_left, right.end = leaf.end;
+  left.depth = right.depth = leaf.depth + 1;
+  leaf.left = first, leaf.right = first + 1;
+  if (hooks->interacts()) {
+    auto allowed = std::make_shared<std::vector<uint32_t>>();
+    left.interaction = right.interaction =
+        hooks->interact(leaf.interaction, leaf.feature, *allowed);
+    left.allowed = right.allowed = allowed;
+  }
+  // Where no value was missing, those at prediction go where most went.
+  if (!feature.has_missing) leaf.split.missing_left = left.node.count > right.node.count;
+
+  const int leaf_count = (int(leaves.size()) + 1) / 2;  // each split adds one
+  if (settings.max_leaves && leaf_count == settings.max_leaves) {
+    left.leaf = right.leaf = true;
+    for (const int h : heap) {
+      leaves[size_t(h)].leaf = true;
+      give_histogram(leaves[size_t(h)]);
+    }
+    heap.clear();
+    give_histogram(leaf);
+    return;
+  }
+  if (settings.max_depth && left.depth == settings.max_depth) left.leaf = right.leaf = true;
+  if (left.node.count < 2 * settings.rules.min_samples) left.leaf = true;
+  if (right.node.count < 2 * settings.rules.min_samples) right.leaf = true;
+  if (bounded) {
+    double lower[2] = {node.lower, node.lower}, upper[2] = {node.upper, node.upper};
+    if (feature.monotonic) {
+      const double middle = (left.node.value + right.node.value) / 2;
+      const int below = feature.monotonic > 0 ? 0 : 1;
+      upper[below] = middle, lower[1 - below] = middle;
+    }
+    left.node.lower = lower[0], left.node.upper = upper[0];
+    right.node.lower = lower[1], right.node.upper = upper[1];
+  }
+  if (left.leaf && right.leaf) {
+    give_histogram(leaf);
+    return;
+  }
+  const int parent_histogram = std::exchange(leaf.histogram, -1);
+  const int small = left.node.count < right.node.count ? 0 : 1;
+  evaluate(first, 2, parent_histogram, small);
+}
+
+std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
+                                    const GrowSettings& settings, GrowHooks& hooks) {
+  State& s = *state_;
+  s.settings = settings;
+  s.hooks = &hooks;
+  const SumFormat format = format_of(settings);
+  const size_t bytes = size_t(s.slots) * kMostBins * 8 * size_t(format.words());
+  if (bytes != s.histogram_bytes) s.histograms.clear();
+  s.histogram_bytes = bytes;
+  s.format = format;
+  s.free_histograms.clear();
+  for (size_t h = 0; h < s.histograms.size(); h++) s.free_histograms.push_back(int(h));
+  s.bounded = false;
+  for (const FeatureBins& f : s.features) s.bounded |= f.monotonic != 0;
+  // Then the last one found, whose histogram is still in the caches.
+  s.any_order = !settings.max_leaves && !hooks.subsamples();
+  s.leaves.clear();
+  s.heap.clear();
+
+  std::vector<float> ones;
+  constexpr int64_t kBlock = 1 << 14;
+  if (!hessian && format.wide) ones.assign(size_t(kBlock), 1.0f);
+  for_each_part((s.rows + kBlock - 1) / kBlock, double(s.rows), [&](int64_t b) {
+    const int64_t begin = b * kBlock, n = std::min(kBlock, s.rows - begin);
+    histogram_kernels().integers(format, gradient + begin, hessian ? hessian + begin : ones.data(),
+                                 n, s.integers.as<int32_t>() + begin * format.words());
+  });
+
+  s.leaves.resize(1);
+  Leaf& root = s.leaves[0];
+  root.node = {settings.all_rows, 0, 0, 0, -kInfinite, kInfinite};
+  root.end = s.rows;
+  if (!settings.allowed.empty())
+    root.allowed = std::make_shared<std::vector<uint32_t>>(settings.allowed);
+  s.evaluate(0, 1, -1, 0);
+  if (s.leaves[0].leaf)
+    for (int64_t i = 0; i < s.rows; i++) s.partition[i] = uint32_t(i);
+  while (!s.heap.empty()) s.split_next(s.pop());
+
+  // In the order of a walk.
+  std::vector<GrownNode> tree;
+  struct Visit {
+    int leaf, parent;
+    bool right;
+  };
+  std::vector<Visit> stack{{0, -1, false}};
+  while (!stack.empty()) {
+    const Visit v = stack.back();
+    stack.pop_back();
+    const Leaf& leaf = s.leaves[size_t(v.leaf)];
+    const int at = int(tree.size());
+    if (v.parent >= 0) (v.right ? tree[size_t(v.parent)].right : tree[size_t(v.parent)].left) = at;
+    GrownNode n{};
+    n.value = leaf.leaf ? leaf.node.value * settings.shrinkage : leaf.node.value;
+    n.gain = leaf.evaluated ? leaf.split.gain : -1;
+    n.gradient = leaf.node.gradient, n.hessian = leaf.node.hessian;
+    n.count = leaf.node.count;
+    n.begin = leaf.begin, n.end = leaf.end;
+    n.depth = leaf.depth;
+    n.leaf = leaf.leaf;
+    if (!leaf.leaf) {
+      n.feature = leaf.feature, n.bin = leaf.split.bin;
+      n.missing_left = leaf.split.missing_left;
+      n.categorical = s.features[size_t(leaf.feature)].categorical;
+      std::copy_n(leaf.split.left, 8, n.set);
+      stack.push_back({leaf.right, at, true});
+      stack.push_back({leaf.left, at, false});
+    }
+    tree.push_back(n);
+  }
+  return tree;
+}
+
+void Grower::add_values(const std::vector<GrownNode>& tree, const double* values,
+                        double* prediction) const {
+  const State& s = *state_;
+  for_each_part(int64_t(tree.size()), double(s.rows) * 2, [&](int64_t i) {
+    const GrownNode& n = tree[size_t(i)];
+    if (!n.leaf) return;
+    for (int64_t r = n.begin; r < n.end; r++) prediction[s.partition[r]] += values[i];
+  });
+}
+
+float largest_magnitude(const float* x, int64_t n) { return histogram_kernels().largest(x, n); }
+
+}  // namespace fastnn

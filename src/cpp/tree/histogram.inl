@@ -1,0 +1,326 @@
+// The kernels of histograms. Included once by each file in kernels/, which defines FASTNN_TARGET;
+// see isa/vec.hpp for why nothing here may be shared between targets.
+#include "isa/vec.hpp"
+#include "tree/histogram.hpp"
+
+namespace fastnn::FASTNN_TARGET {
+
+static float largest(const float* x, int64_t n) {
+  constexpr int w = VecF32::width;
+  VecF32 most = VecF32::zero(), sum = VecF32::zero();
+  for (int64_t i = 0; i < n; i += w) {
+    const VecF32 v = n - i >= w ? VecF32::load(x + i) : VecF32::load_partial(x + i, int(n - i));
+    most = max(abs(v), most);
+    sum = sum + (v - v);  // NaN of NaN and of infinity
+  }
+  float out = 0, m[w], s[w];
+  most.store(m), sum.store(s);
+  for (int i = 0; i < w; i++) {
+    if (s[i] != s[i]) return s[i];
+    if (m[i] > out) out = m[i];
+  }
+  return out;
+}
+
+// Rounded to the nearest integer, ties to even, |x| < 2^31: the low bits of x + 1.5 2^52.
+FASTNN_INLINE int32_t to_integer(double x) {
+  return int32_t(uint32_t(bit_cast<uint64_t>(x + 6755399441055744.0)));
+}
+
+static void integers(const SumFormat& format, const float* gradient, const float* hessian,
+                     int64_t n, int32_t* out) {
+  const double g = 1 / format.gradient_unit, h = 1 / format.hessian_unit;
+  if (!format.wide)
+    for (int64_t i = 0; i < n; i++) out[i] = to_integer(gradient[i] * g);
+  else
+    for (int64_t i = 0; i < n; i++) {
+      out[2 * i] = to_integer(gradient[i] * g);
+      out[2 * i + 1] = to_integer(hessian[i] * h);
+    }
+}
+
+typedef int64_t Pair __attribute__((vector_size(16)));
+
+template <bool wide>
+struct Sums;
+template <>
+struct Sums<true> {
+  using T = Pair;
+  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
+    return T{integers[2 * row], (int64_t(integers[2 * row + 1]) << bits) + 1};
+  }
+};
+template <>
+struct Sums<false> {
+  using T = int64_t;
+  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
+    return (int64_t(integers[row]) << bits) + 1;
+  }
+};
+
+template <bool wide, bool indexed>
+static void add_rows(const HistogramKernels::Rows& rows, int bits) {
+  using T = typename Sums<wide>::T;
+  constexpr int kAhead = 16;
+  T* sums = reinterpret_cast<T*>(rows.sums);
+  const int quads = rows.features / 4;
+  for (int64_t i = 0; i < rows.count; i++) {
+    const int64_t row = indexed ? rows.index[i] : rows.first + i;
+    if (indexed && i + kAhead < rows.count) {
+      const int64_t next = rows.index[i + kAhead];
+      __builtin_prefetch(rows.bins + next * rows.width);
+      __builtin_prefetch(rows.integers + next * (wide ? 2 : 1));
+    }
+    const T add = Sums<wide>::of(rows.integers, row, bits);
+    const uint8_t* bins = rows.bins + row * rows.width;
+    T* s = sums;
+    for (int q = 0; q < quads; q++, s += 4 * kMostBins, bins += 4) {
+      uint32_t four;
+      __builtin_memcpy(&four, bins, 4);
+      s[four & 255] += add;
+      s[kMostBins + (four >> 8 & 255)] += add;
+      s[2 * kMostBins + (four >> 16 & 255)] += add;
+      s[3 * kMostBins + (four >> 24)] += add;
+    }
+  }
+}
+static void add(const SumFormat& format, const HistogramKernels::Rows& rows) {
+  const int bits = format.count_bits;
+  if (format.wide)
+    rows.index ? add_rows<true, true>(rows, bits) : add_rows<true, false>(rows, bits);
+  else
+    rows.index ? add_rows<false, true>(rows, bits) : add_rows<false, false>(rows, bits);
+}
+
+static void subtract(const SumFormat& format, const FeatureBins& feature, int64_t* parent,
+                     const int64_t* child) {
+  const int words = format.wide ? 2 : 1, n = feature.bins * words;
+  for (int i = 0; i < n; i++) parent[i] -= child[i];
+  for (int i = feature.missing * words; i < (feature.missing + 1) * words; i++)
+    parent[i] -= child[i];
+}
+
+// Sums of the rows on the left of a split.
+struct LeftSums {
+  int64_t gradient, hessian, count;  // the hessian in its own unit; with hessians of 1, the count
+};
+struct SumReader {
+  int words, bits;
+  int64_t count_mask;
+  double gradient_unit, hessian_unit;
+  explicit SumReader(const SumFormat& f)
+      : words(f.wide ? 2 : 1),
+        bits(f.count_bits),
+        count_mask((int64_t(1) << f.count_bits) - 1),
+        gradient_unit(f.gradient_unit),
+        hessian_unit(f.wide ? f.hessian_unit : 1) {}
+  FASTNN_INLINE void add(const int64_t* sums, int bin, LeftSums& to) const {
+    if (words == 2) {
+      const int64_t second = sums[2 * bin + 1];
+      to.gradient += sums[2 * bin];
+      to.hessian += second >> bits;
+      to.count += second & count_mask;
+    } else {
+      const int64_t word = sums[bin];
+      to.gradient += word >> bits;
+      to.hessian += word & count_mask;
+      to.count += word & count_mask;
+    }
+  }
+};
+
+// A node's value: Equation 5 of Chen and Guestrin, XGBoost (2016).
+FASTNN_INLINE double value_of(double gradient, double hessian, double lower, double upper,
+                              double l2) {
+  const double value = -gradient / (hessian + l2 + 1e-15);
+  return value < lower ? lower : value > upper ? upper : value;
+}
+
+struct Candidate {
+  double gradient, hessian, gain;
+  int64_t count;
+};
+
+struct OneByOne {
+  const SplitRules& rules;
+  const SplitNode& node;
+  int monotonic;
+  double loss;  // of the node itself
+
+  // Whether this is a split at all; `gain` of it.
+  FASTNN_INLINE bool gain_of(Candidate& c) const {
+    const double gradient_right = node.gradient - c.gradient;
+    const double hessian_right = node.hessian - c.hessian;
+    if (c.count < rules.min_samples || node.count - c.count < rules.min_samples ||
+        c.hessian < rules.min_hessian || hessian_right < rules.min_hessian)
+      return false;
+    const double left = value_of(c.gradient, c.hessian, node.lower, node.upper, rules.l2);
+    const double right = value_of(gradient_right, hessian_right, node.lower, node.upper, rules.l2);
+    if ((monotonic > 0 && left > right) || (monotonic < 0 && left < right)) return false;
+    c.gain = loss - c.gradient * left - gradient_right * right;
+    return c.gain > rules.min_gain;
+  }
+  FASTNN_INLINE void take(const Candidate& c, int bin, bool missing_left,
+                          FeatureSplit& best) const {
+    best.gain = c.gain;
+    best.gradient_left = c.gradient;
+    best.hessian_left = c.hessian;
+    best.count_left = c.count;
+    best.bin = bin;
+    best.missing_left = missing_left;
+  }
+};
+
+// Bins are looked at in vectors. What is equal goes to the first of them, or where missing values
+// go left to the last, as in a search from the right.
+static void split_ordered(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
+                          const FeatureBins& feature, const int64_t* sums, FeatureSplit& best) {
+  using V = VecF64;
+  constexpr int w = V::width;
+  const SumReader reader(format);
+  const OneByOne one{rules, node, feature.monotonic, node.gradient * node.value};
+  const V all_g = V::set1(node.gradient), all_h = V::set1(node.hessian),
+          all_n = V::set1(double(node.count));
+  const V l2 = V::set1(rules.l2), tiny = V::set1(1e-15), loss = V::set1(one.loss);
+  const V lower = V::set1(node.lower), upper = V::set1(node.upper);
+  const V min_n = V::set1(double(rules.min_samples)), min_h = V::set1(rules.min_hessian);
+  const V none = V::set1(-1);
+  for (int pass = 0; pass < 1 + feature.has_missing; pass++) {
+    const int end = feature.bins - 1 + (feature.has_missing && pass == 0);
+    LeftSums left{0, 0, 0};
+    if (pass) reader.add(sums, feature.missing, left);
+    double top = best.gain > rules.min_gain ? best.gain : rules.min_gain;
+    int top_bin = -1;
+    for (int bin = 0; bin < end; bin += w) {
+      double g[w], h[w], n[w];
+      const int64_t count_before = left.count;
+      const int some = end - bin < w ? end - bin : w;
+      for (int i = 0; i < some; i++) {
+        reader.add(sums, bin + i, left);
+        g[i] = double(left.gradient), h[i] = double(left.hessian), n[i] = double(left.count);
+      }
+      if (left.count < rules.min_samples) continue;
+      if (!pass && left.count == count_before) continue;  // nothing new
+      if (node.count - count_before < rules.min_samples) break;
+      for (int i = some; i < w; i++) g[i] = h[i] = n[i] = 0;
+      const V gl = V::load(g) * V::set1(reader.gradient_unit);
+      const V hl = V::load(h) * V::set1(reader.hessian_unit), nl = V::load(n);
+      const V gr = all_g - gl, hr = all_h - hl, nr = all_n - nl;
+      V vl = neg(gl) / (hl + l2 + tiny), vr = neg(gr) / (hr + l2 + tiny);
+      vl = select(lt(vl, lower), lower, select(lt(upper, vl), upper, vl));
+      vr = select(lt(vr, lower), lower, select(lt(upper, vr), upper, vr));
+      V gain = loss - gl * vl - gr * vr;
+      gain = select(lt(nl, min_n), none, gain);
+      gain = select(lt(nr, min_n), none, gain);
+      gain = select(lt(hl, min_h), none, gain);
+      gain = select(lt(hr, min_h), none, gain);
+      if (feature.monotonic > 0) gain = select(lt(vr, vl), none, gain);
+      if (feature.monotonic < 0) gain = select(lt(vl, vr), none, gain);
+      double gains[w];
+      gain.store(gains);
+      for (int i = 0; i < some; i++)
+        if (gains[i] > top || (pass && top_bin >= 0 && gains[i] == top))
+          top = gains[i], top_bin = bin + i;
+    }
+    if (top_bin < 0) continue;
+    LeftSums at{0, 0, 0};
+    if (pass) reader.add(sums, feature.missing, at);
+    for (int bin = 0; bin <= top_bin; bin++) reader.add(sums, bin, at);
+    one.take({double(at.gradient) * reader.gradient_unit, double(at.hessian) * reader.hessian_unit,
+              top, at.count},
+             top_bin, pass, best);
+  }
+}
+
+// Categories in the order of gradient / hessian, then as numbers, from both ends to the middle.
+static void split_categories(const SumFormat& format, const SplitRules& rules,
+                             const SplitNode& node, const FeatureBins& feature, const int64_t* sums,
+                             FeatureSplit& best) {
+  constexpr double kMinSupport = 10;
+  const SumReader reader(format);
+  const OneByOne one{rules, node, feature.monotonic, node.gradient * node.value};
+  const double support = double(node.count) / node.hessian;
+  int order[kMostBins], used = 0;
+  double key[kMostBins];
+  for (int i = 0; i < feature.bins + feature.has_missing; i++) {
+    const int bin = i < feature.bins ? i : feature.missing;
+    LeftSums s{0, 0, 0};
+    reader.add(sums, bin, s);
+    const double hessian = double(s.hessian) * reader.hessian_unit;
+    if (!(hessian * support >= kMinSupport)) continue;
+    const double k = double(s.gradient) * reader.gradient_unit / (hessian + kMinSupport);
+    int at = used++;  // stable
+    for (; at > 0 && key[at - 1] > k; at--) key[at] = key[at - 1], order[at] = order[at - 1];
+    key[at] = k, order[at] = bin;
+  }
+  if (used <= 1) return;
+  int threshold = -1, direction = 0;
+  for (int step = 1; step >= -1; step -= 2) {
+    const int middle = (used + 1) / 2 - (step < 0);
+    LeftSums left{0, 0, 0};
+    for (int i = 0; i < middle; i++) {
+      const int at = step > 0 ? i : used - 1 - i;
+      reader.add(sums, order[at], left);
+      Candidate c{double(left.gradient) * reader.gradient_unit,
+                  double(left.hessian) * reader.hessian_unit, 0, left.count};
+      if (one.gain_of(c) && c.gain > best.gain) {
+        one.take(c, 0, false, best);
+        threshold = at, direction = step;
+      }
+    }
+  }
+  if (threshold < 0) return;
+  for (int i = direction > 0 ? 0 : threshold; i < (direction > 0 ? threshold + 1 : used); i++)
+    best.left[order[i] / 32] |= 1u << order[i] % 32;
+  best.missing_left =
+      feature.has_missing && (best.left[feature.missing / 32] >> feature.missing % 32 & 1);
+}
+
+static void split(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
+                  const FeatureBins& feature, const int64_t* sums, FeatureSplit& best) {
+  best = {-1, 0, 0, 0, 0, false, {}};
+  (feature.categorical ? split_categories : split_ordered)(format, rules, node, feature, sums,
+                                                           best);
+}
+
+static int64_t part(const uint8_t* column, const uint32_t* set, const uint32_t* index,
+                    uint32_t first, int64_t count, uint32_t* left, uint32_t* right) {
+  int64_t l = 0, i = 0;
+#if FASTNN_TARGET_ID == 2
+  const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)set));
+  const __m512i low5 = _mm512_set1_epi32(31), byte = _mm512_set1_epi32(255);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i row =
+      _mm512_add_epi32(_mm512_set1_epi32(int(first)),
+                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (; i + 16 <= count; i += 16) {
+    __m512i bin;
+    if (index) {
+      row = _mm512_loadu_si512(index + i);
+      // Reads three bytes beyond the row's: columns have room for them.
+      bin = _mm512_and_si512(_mm512_i32gather_epi32(row, column, 1), byte);
+    } else {
+      bin = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(column + first + i)));
+    }
+    const __m512i word = _mm512_permutexvar_epi32(_mm512_srli_epi32(bin, 5), words);
+    const __mmask16 goes_left =
+        _mm512_test_epi32_mask(_mm512_srlv_epi32(word, _mm512_and_si512(bin, low5)), one);
+    _mm512_storeu_si512(left + l, _mm512_maskz_compress_epi32(goes_left, row));
+    _mm512_storeu_si512(right + (i - l), _mm512_maskz_compress_epi32(__mmask16(~goes_left), row));
+    l += __builtin_popcount(goes_left);
+    if (!index) row = _mm512_add_epi32(row, _mm512_set1_epi32(16));
+  }
+#endif
+  for (; i < count; i++) {
+    const uint32_t row = index ? index[i] : first + uint32_t(i);
+    const uint32_t bin = column[row];
+    left[l] = row;
+    right[i - l] = row;
+    l += set[bin >> 5] >> (bin & 31) & 1;
+  }
+  return l;
+}
+
+static const HistogramKernels histogram_table = {largest, integers, add, subtract, split, part};
+
+}  // namespace fastnn::FASTNN_TARGET
