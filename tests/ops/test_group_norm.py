@@ -9,9 +9,12 @@ from torch.library import opcheck
 import fastnn
 import fastnn.functional as fF
 from fastnn import _cpu
+from fastnn.backends import cpu
+from fastnn.ops import group_norm as ops
 
 from .support import FLOATS
 
+HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 ISAS = [name for name in _cpu.available_isas() if not name.startswith("amx")]
 EPS = {torch.float32: 4e-6, torch.float64: 4e-14, torch.bfloat16: 8e-2, torch.float16: 8e-3}
 
@@ -285,3 +288,91 @@ def test_patch_and_convert():
     model.eval()
     ours = model(x)
     torch.testing.assert_close(ours, fastnn.revert(model)(x))
+
+
+def both_ways(monkeypatch, function, leaves, direction):
+    """Result and gradients by the short way and by the long one; whether each took the ways that it should."""
+    found = []
+    for way in ("short", "long"):
+        with monkeypatch.context() as patched:
+            if way == "long":
+                patched.setattr(ops, "_tensor_group_norm", lambda *_: None)
+                patched.setattr(ops, "_tensor_group_norm_backward", lambda *_: None)
+            y = function()
+            found.append((y, *torch.autograd.grad(y, leaves, direction)))
+    return found
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+def test_the_short_way_gives_what_the_long_one_gives(monkeypatch, no_fallback):
+    for dtype in FLOATS:
+        for x in layouts():
+            x = x.to(dtype).requires_grad_()
+            half = dtype in (torch.bfloat16, torch.float16)
+            for given in (dtype, torch.float32) if half else (dtype,):
+                weight, bias = (
+                    torch.randn(12).to(given)[::2].requires_grad_(),
+                    torch.randn(6).to(given).requires_grad_(),
+                )
+                direction = torch.randn(x.shape).to(dtype)
+                for groups in (2, 6, None):
+                    for w, b in ((None, None), (weight, None), (weight, bias)):
+
+                        def call(x=x, groups=groups, w=w, b=b):
+                            if groups is None:
+                                return fF.instance_norm(x, weight=w, bias=b)
+                            return fF.group_norm(x, groups, w, b)
+
+                        leaves = [t for t in (x, w, b) if t is not None]
+                        short, long = both_ways(monkeypatch, call, leaves, direction)
+                        for one, other in zip(short, long, strict=True):
+                            assert torch.equal(one, other)
+                            assert one.stride() == other.stride()
+                        with torch.no_grad():
+                            assert torch.equal(call(), long[0])
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+def test_what_the_short_way_takes():
+    def short(x, groups=2, weight=None, bias=None, eps=1e-5):
+        return cpu.tensor_group_norm(ops._empty, x, groups, weight, bias, eps)
+
+    x, weight = torch.randn(2, 6, 5), torch.randn(6)
+    assert torch.equal(short(x), fF.group_norm(x, 2))
+    assert type(short(x.clone().requires_grad_())) is tuple
+    assert type(short(x, 2, weight.clone().requires_grad_())) is tuple
+    for bad in (x.long(), x[0, 0], x[:0], x.to("meta"), torch._neg_view(x), [1.0], None):
+        assert short(bad) is None
+    for groups in (0, -1, 4, 7, 2**70, True, 2.0, "2"):
+        assert short(x, groups) is None
+    for bad in (torch.randn(5), torch.randn(1, 6), weight.double(), weight.bfloat16(), torch._neg_view(weight), 1.0):
+        assert short(x, 2, bad) is None
+        assert short(x, 2, weight, bad) is None
+    assert short(x, 2, None, None, 1) is None
+    assert short(torch.randn(1, 6, 1), 6) is None  # one value a group
+    assert short(torch.randn(2, 6, 1), 6) is not None
+    assert short(torch.randn(2, 6, 1), None) is None  # ... a channel
+    assert short(x.transpose(0, 1), None) is None  # whose result would not be contiguous
+    with fastnn.backend("reference"):
+        assert short(x) is None
+
+    _, mean, var = short(x.clone().requires_grad_())
+
+    def gradient(grad=x, x=x, groups=2, weight=None, mean=mean, var=var, eps=1e-5, by_bias=False):
+        with torch.no_grad():
+            return cpu.tensor_group_norm_backward(ops._empty, grad, x, groups, weight, mean, var, eps, by_bias)
+
+    assert gradient()[1:] == (None, None)
+    assert cpu.tensor_group_norm_backward(ops._empty, x, x, 2, None, mean, var, 1e-5, False) is None
+    for bad in (
+        dict(grad=x[:, :, :4]),
+        dict(grad=x.double()),
+        dict(groups=3),
+        dict(weight=torch.randn(5)),
+        dict(by_bias=True),  # of which dtype?
+        dict(mean=mean.float()),
+        dict(var=var[:1]),
+        dict(mean=mean.t().contiguous().t()),
+        dict(eps=1),
+    ):
+        assert gradient(**bad) is None

@@ -16,21 +16,26 @@ for wrong sizes, dtypes and devices, and for channels that the groups do not div
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
+from ..backends import cpu
 from ..backends.cpu import group_norm as kernels
 from ..backends.cpu import norm as batch_kernels
 from ..backends.reference import group_norm as formulas
 from ._op import Op
-from ._route import Unsupported, ask_torch, describe, fall_back, route
+from ._route import Unsupported, ask_torch, describe, fall_back, is_dynamo_compiling, route
 from .batch_norm import BATCH_NORM, check_numbers, check_per_channel, check_tensors, update_running
 
 _torch_group_norm = torch.nn.functional.group_norm
 _torch_instance_norm = torch.nn.functional.instance_norm
+_tensor_group_norm = cpu.tensor_group_norm
+_tensor_group_norm_backward = cpu.tensor_group_norm_backward
+_empty = batch_kernels.empty_result
 
 
 # ---- the public functions ----------------------------------------------------------------------------------------
@@ -44,6 +49,25 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As :func:`torch.nn.functional.group_norm`. See this module for shapes, dtypes and errors."""
+    if not is_dynamo_compiling():
+        found = _tensor_group_norm(_empty, input, num_groups, weight, bias, eps)
+        if type(found) is tuple:
+            return _apply_group_norm(input, weight, bias, found, num_groups, eps)
+        if found is not None:
+            return found
+    return group_norm_or(_torch_group_norm, input, num_groups, weight, bias, eps)
+
+
+def group_norm_or(
+    in_torch: Callable[..., Tensor],
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """What the kernels do not take ``in_torch``, a function of the same arguments, answers: torch.group_norm and
+    torch.nn.functional.group_norm check them differently."""
     everything = (input, num_groups, weight, bias, eps)
     try:
         per_channel = (("weight", weight), ("bias", bias))
@@ -59,11 +83,11 @@ def group_norm(
             raise Unsupported(f"input: expected more than 1 value a group, got {describe('input', input)}")
         check_per_channel(input, per_channel)
         if input.numel() == 0:
-            return ask_torch("group_norm", "an input without elements", _torch_group_norm, *everything)
+            return ask_torch("group_norm", "an input without elements", in_torch, *everything)
         where = route("group_norm", input, weight, bias)
         return GROUP_NORM(input, num_groups, weight, bias, float(eps), where=where)[0]
     except Unsupported as reason:
-        return fall_back("group_norm", reason.args[0], _torch_group_norm, *everything)
+        return fall_back("group_norm", reason.args[0], in_torch, *everything)
 
 
 def instance_norm(
@@ -77,6 +101,29 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As :func:`torch.nn.functional.instance_norm`. See this module for shapes, dtypes and errors."""
+    if running_mean is None and running_var is None and use_input_stats is True and not is_dynamo_compiling():
+        found = _tensor_group_norm(_empty, input, None, weight, bias, eps)
+        if type(found) is tuple:
+            return _apply_group_norm(input, weight, bias, found, input.shape[1], eps)
+        if found is not None:
+            return found
+    return instance_norm_or(
+        _torch_instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def instance_norm_or(
+    in_torch: Callable[..., Tensor],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """As :func:`group_norm_or`."""
     everything = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     try:
         per_channel = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
@@ -90,7 +137,7 @@ def instance_norm(
             raise Unsupported("running_mean, running_var: expected both, or neither with use_input_stats")
         check_per_channel(input, per_channel)
         if input.numel() == 0:
-            return ask_torch("instance_norm", "an input without elements", _torch_instance_norm, *everything)
+            return ask_torch("instance_norm", "an input without elements", in_torch, *everything)
         images, channels = input.shape[:2]
         n = input.numel() // (images * channels)
         if use_input_stats and n == 1:
@@ -103,7 +150,7 @@ def instance_norm(
             return BATCH_NORM(input, running_mean, running_var, weight, bias, None, float(eps), False, where=where)[0]
         out, mean, var = GROUP_NORM(input, channels, weight, bias, float(eps), where=where)
     except Unsupported as reason:
-        return fall_back("instance_norm", reason.args[0], _torch_instance_norm, *everything)
+        return fall_back("instance_norm", reason.args[0], in_torch, *everything)
     if running_mean is not None:
         update_running(running_mean, mean.mean(0), momentum)
         update_running(running_var, var.mean(0) * (n / (n - 1)), momentum)
@@ -129,8 +176,44 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, ...]) -> tuple[
     return input, weight, *result[1:]
 
 
+class _GroupNorm(Function):
+    """What the short way has computed, ``found``, made part of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        found: tuple[Tensor, Tensor, Tensor],
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        out, mean, var = found
+        ctx.groups, ctx.eps = groups, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(input, weight, mean, var)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        by_input, _, by_weight, by_bias, _ = _backward(ctx, grad)
+        return by_input, by_weight, by_bias, None, None, None
+
+
+# Function.apply asks for transforms, of which the short way knows that there are none.
+_apply_group_norm = super(Function, _GroupNorm).apply
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     input, weight, mean, var = ctx.saved_tensors
+    if not is_dynamo_compiling():
+        found = _tensor_group_norm_backward(
+            _empty, grad, input, ctx.groups, weight, mean, var, ctx.eps, ctx.bias_dtype is not None
+        )
+        if found is not None:
+            by_input, by_weight, by_bias = found
+            return by_input, None, by_weight, by_bias, None
     args = (grad, input, ctx.groups, weight, mean, var, ctx.eps)
 
     def in_torch() -> tuple[Tensor, ...]:

@@ -2,50 +2,13 @@
 #include <memory>
 #include <utility>
 
-#include "bind/tensors.hpp"
-#include "norm/batch_norm.hpp"
+#include "bind/norm_tensors.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
 using namespace fastnn::tensors;
 
 namespace {
-
-// One number a channel, or None: all of them in the input's dtype, or, beside one of 16 bits, all
-// in float32.
-class Channels {
- public:
-  explicit Channels(const Tensor& x) : x_(x), type_(x.type) {}
-  bool take(PyObject* object, PerChannel& to) {
-    to = {};
-    if (object == Py_None) return true;
-    Tensor t;
-    if (!read(object, t) || t.dims != 1 || t.shape[0] != x_.shape[1]) return false;
-    const bool half = x_.type == DType::bf16 || x_.type == DType::f16;
-    if (t.type != x_.type && !(half && t.type == DType::f32)) return false;
-    if (taken_ && t.type != type_) return false;
-    taken_ = true, type_ = t.type;
-    to = {t.data, t.type, t.strides[0]};
-    return true;
-  }
-
- private:
-  const Tensor& x_;
-  DType type_;
-  bool taken_ = false;
-};
-
-bool number(PyObject* object, double& value) {
-  if (!PyFloat_CheckExact(object)) return false;
-  value = PyFloat_AS_DOUBLE(object);
-  return true;
-}
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dims != b.dims || a.type != b.type) return false;
-  for (int d = 0; d < a.dims; d++)
-    if (a.shape[d] != b.shape[d]) return false;
-  return true;
-}
 
 // tensor_batch_norm(empty_result, input, running_mean, running_var, weight, bias, residual,
 // training, momentum, eps, relu): the result, or (result, mean, var) where a gradient is wanted. In
@@ -177,5 +140,6 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_norm_tensors(py::module_& m) {
+  bind_group_norm_tensors(m);
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
