@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import nn
+from .. import functional, nn
+from ..nn.mlp import _any_global_hook, _unwatched
+from .heads import join_heads, split_heads
 
 
 class PositionalEncoding(torch.nn.Module):
@@ -31,8 +33,10 @@ class PositionalEncoding(torch.nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("pos_embedding", table[:, None].contiguous())
 
-    def forward(self, token_embedding: Tensor) -> Tensor:
-        return self.dropout(token_embedding + self.pos_embedding[: token_embedding.shape[1], 0])
+    def forward(self, token_embedding: Tensor, start: int = 0) -> Tensor:
+        """``start``: the place of the first token."""
+        end = start + token_embedding.shape[1]
+        return self.dropout(token_embedding + self.pos_embedding[start:end, 0])
 
 
 class TokenEmbedding(torch.nn.Module):
@@ -45,6 +49,58 @@ class TokenEmbedding(torch.nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens) * self.scale
+
+
+class _LayerCache:
+    """What a decoder layer keeps between tokens: keys and values of the memory, and of the target so far."""
+
+    def __init__(self, layer: nn.TransformerDecoderLayer, memory: Tensor, capacity: int) -> None:
+        attention = layer.multihead_attn
+        size = attention.embed_dim
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        both = functional.linear(memory, weight[size:], None if bias is None else bias[size:])
+        self.memory = [split_heads(part, attention.num_heads) for part in both.chunk(2, dim=-1)]
+        self.capacity = capacity
+        self.target: list[Tensor] = []
+
+    def append(self, at: int, *added: Tensor) -> list[Tensor]:
+        """Writes the key and the value of the token at this place; all up to there, ``(N, heads, at + 1, d)``."""
+        if not self.target:
+            n, heads, _, size = added[0].shape
+            self.target = [x.new_empty((n, heads, self.capacity, size)) for x in added]
+        for kept, x in zip(self.target, added, strict=True):
+            kept[:, :, at : at + 1] = x
+        return [kept[:, :, : at + 1] for kept in self.target]
+
+
+def _next_features(
+    layer: nn.TransformerDecoderLayer, x: Tensor, cache: _LayerCache, at: int, mask: Tensor | None
+) -> Tensor:
+    """What the layer makes of the one token at this place, ``(N, 1, emb_size)``, without dropout."""
+
+    def attend_target(x: Tensor) -> Tensor:
+        attention = layer.self_attn
+        projected = functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = (split_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1))
+        found = functional.scaled_dot_product_attention(query, *cache.append(at, key, value))
+        return attention.out_proj(join_heads(found))
+
+    def attend_memory(x: Tensor) -> Tensor:
+        attention = layer.multihead_attn
+        size, bias = attention.embed_dim, attention.in_proj_bias
+        query = functional.linear(x, attention.in_proj_weight[:size], None if bias is None else bias[:size])
+        found = functional.scaled_dot_product_attention(
+            split_heads(query, attention.num_heads), *cache.memory, attn_mask=mask
+        )
+        return attention.out_proj(join_heads(found))
+
+    if layer.norm_first:
+        x = x + attend_target(layer.norm1(x))
+        x = x + attend_memory(layer.norm2(x))
+        return x + layer._ff_block(layer.norm3(x))
+    x = layer.norm1(x + attend_target(x))
+    x = layer.norm2(x + attend_memory(x))
+    return layer.norm3(x + layer._ff_block(x))
 
 
 class Seq2SeqTransformer(torch.nn.Module):
@@ -173,22 +229,63 @@ class Seq2SeqTransformer(torch.nn.Module):
         start_symbol: int,
         end_symbol: int | None = None,
         src_padding_mask: Tensor | None = None,
+        *,
+        use_cache: bool = True,
     ) -> Tensor:
         """The likeliest next token, again and again: ``(N, T)`` with the start symbol in front, T at most ``max_len``.
 
         It ends when every row has the end symbol; after its own a row has nothing but end symbols. Call it in eval mode, or
-        dropout disturbs the predictions. Raises ValueError for a ``max_len`` below 1.
+        dropout disturbs the predictions. Raises ValueError for a ``max_len`` below 1, and where it is reached with more
+        tokens than ``maxlen``.
+
+        use_cache: keep the decoder's keys and values, so that a token costs a pass over itself alone. Without it, in
+        training mode, and where a layer of the decoder has hooks or is not fastnn's, each token costs a pass over all.
         """
         if max_len < 1:
             raise ValueError(f"greedy_decode: max_len must be at least 1, got {max_len}")
         memory = self.encode(src, src_padding_mask)
         found = torch.full((src.shape[0], 1), start_symbol, dtype=torch.long, device=src.device)
         ended = torch.zeros(src.shape[0], dtype=torch.bool, device=src.device)
+        caches = None
+        if use_cache and max_len > 1 and self._keeps_keys():
+            layers = self.transformer.decoder.layers
+            caches = [_LayerCache(layer, memory, min(max_len - 1, self.maxlen)) for layer in layers]
         while found.shape[1] < max_len and not ended.all():
-            features = self.decode(found, memory, src_padding_mask)
+            if caches is None:
+                features = self.decode(found, memory, src_padding_mask)
+            else:
+                features = self._decode_last(found, caches, src_padding_mask)
             chosen = self.generator(features[:, -1]).argmax(-1)
             if end_symbol is not None:
                 chosen = chosen.masked_fill(ended, end_symbol)
                 ended = chosen == end_symbol
             found = torch.cat([found, chosen[:, None]], dim=1)
         return found
+
+    def _decode_last(self, tgt: Tensor, caches: list[_LayerCache], src_padding_mask: Tensor | None) -> Tensor:
+        """:meth:`decode`'s features of the last token of ``tgt``, of which the caches know all others."""
+        self._check("tgt", tgt)
+        at = tgt.shape[1] - 1
+        x = self.positional_encoding(self.tgt_tok_emb(tgt[:, at:]), at)
+        mask = src_padding_mask
+        if mask is not None:
+            mask = (mask.logical_not() if mask.dtype is torch.bool else mask)[:, None, None]
+        decoder = self.transformer.decoder
+        for layer, cache in zip(decoder.layers, caches, strict=True):
+            x = _next_features(layer, x, cache, at, mask)
+        return x if decoder.norm is None else decoder.norm(x)
+
+    def _keeps_keys(self) -> bool:
+        """Whether the decoder's layers are as they were made, so that going around their calls changes nothing."""
+        decoder = self.transformer.decoder
+        return (
+            type(decoder) is nn.TransformerDecoder
+            and not _any_global_hook()
+            and all(
+                type(layer) is nn.TransformerDecoderLayer
+                and type(layer.self_attn) is type(layer.multihead_attn) is nn.MultiheadAttention
+                and all("in_proj_weight" in part._parameters for part in (layer.self_attn, layer.multihead_attn))
+                for layer in decoder.layers
+            )
+            and all(_unwatched(module) and not module.training for module in decoder.modules())
+        )
