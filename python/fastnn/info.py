@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Mapping
@@ -15,12 +16,34 @@ from .backends import cpu
 from .backends.cpu import attention
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PRODUCTS = ("linear", "linear_act", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm")
+_PRODUCTS = (
+    "linear",
+    "linear_act",
+    "bilinear",
+    "matmul",
+    "mm",
+    "bmm",
+    "mv",
+    "addmm",
+    "baddbmm",
+    "linear_cross_entropy",
+)
 _CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "sigmoid", "tanh")
 _EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
-_ATTENTION = ("scaled_dot_product_attention", "attention")
+_ATTENTION = ("scaled_dot_product_attention", "attention", "multi_head_attention_forward")
+_SOFTMAX = ("softmax", "log_softmax", "softmin", "cross_entropy")
+_NORMS = ("batch_norm", "batch_norm_act", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+#: Family -> its ops, where a family has one kernel an instruction set, for every dtype.
+_FAMILIES = {
+    "elementwise": _ACTIVATIONS,
+    "dropout": ("dropout",),
+    "embedding": _EMBEDDINGS,
+    "pool": _POOLS,
+    "norm": _NORMS,
+    "softmax": _SOFTMAX,
+}
 
 
 class Info(dict):
@@ -111,22 +134,16 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     """Op -> dtype -> what runs it."""
     if backend == "reference":
         names = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
-        return {
-            op: dict.fromkeys(names, "reference")
-            for op in (*_PRODUCTS, *_CONVOLUTIONS, *_ACTIVATIONS, "dropout", *_EMBEDDINGS, *_POOLS, *_ATTENTION)
-        }
+        every = (*_PRODUCTS, *_CONVOLUTIONS, *itertools.chain.from_iterable(_FAMILIES.values()), *_ATTENTION)
+        return {op: dict.fromkeys(names, "reference") for op in every}
     ops: dict[str, dict[str, str]] = {}
     products = {_name(dtype): f"cpu: {cpu.gemm_path(dtype)}" for dtype in _FLOATS}
     for op in (*_PRODUCTS, *_CONVOLUTIONS):
         ops[op] = {**products, "int8": "torch"}
     ops["int_mm"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.gemm_path(torch.int8)}"}
-    for op in _ACTIVATIONS:
-        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} elementwise" for dtype in _FLOATS}, "int8": "torch"}
-    ops["dropout"] = {**{_name(dtype): f"cpu: {cpu.isa()} dropout" for dtype in _FLOATS}, "int8": "torch"}
-    for op in _EMBEDDINGS:
-        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} embedding" for dtype in _FLOATS}, "int8": "torch"}
-    for op in _POOLS:
-        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} pool" for dtype in _FLOATS}, "int8": "torch"}
+    for family, members in _FAMILIES.items():
+        for op in members:
+            ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} {family}" for dtype in _FLOATS}, "int8": "torch"}
     for op in _ATTENTION:
         ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
     return ops

@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import _state, functional
+from .ops._route import ask_torch
+from .ops.batch_norm import batch_norm_or
 from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
+from .ops.group_norm import group_norm_or, instance_norm_or
 
 
 def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,8 +43,12 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """``torch.batch_norm``, whose arguments have another order."""
-    return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    """``torch.batch_norm``, whose arguments have another order, and which takes one value a channel too."""
+
+    def in_torch(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        return torch.batch_norm(x, weight, bias, mean, var, *rest, cudnn_enabled)
+
+    return batch_norm_or(in_torch, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -55,7 +62,9 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, *, ou
 
 
 def dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    """``torch.dropout``, whose arguments have another name and no defaults."""
+    """``torch.dropout``, whose arguments have another name and no defaults, and whose errors have another type."""
+    if not 0 <= p <= 1:
+        return ask_torch("dropout", f"p: expected a number from 0 to 1, got {p!r}", torch.dropout, input, p, train)
     return functional.dropout(input, p, train)
 
 
@@ -66,8 +75,8 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``torch.embedding``, whose arguments have another order and where a negative padding is none."""
-    padding = padding_idx if padding_idx >= 0 else None
+    """``torch.embedding``, whose arguments have another order and where a padding that is no row is none."""
+    padding = padding_idx if weight.dim() > 0 and 0 <= padding_idx < weight.shape[0] else None
     return functional.embedding(indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
 
 
@@ -91,8 +100,12 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """``torch.group_norm``, likewise."""
-    return functional.group_norm(input, num_groups, weight, bias, eps)
+    """``torch.group_norm``, likewise, and which takes one value a group too."""
+
+    def in_torch(*everything: Any) -> Tensor:
+        return torch.group_norm(*everything, cudnn_enabled)
+
+    return group_norm_or(in_torch, input, num_groups, weight, bias, eps)
 
 
 def instance_norm(
@@ -106,8 +119,12 @@ def instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """``torch.instance_norm``, whose arguments have another order."""
-    return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    """``torch.instance_norm``, whose arguments have another order, and which takes one value a channel too."""
+
+    def in_torch(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        return torch.instance_norm(x, weight, bias, mean, var, *rest, cudnn_enabled)
+
+    return instance_norm_or(in_torch, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:

@@ -24,6 +24,14 @@ def test_is_json_and_readable():
     assert found["ops"]["scaled_dot_product_attention"]["float32"].startswith("cpu: ")
 
 
+def test_lists_every_op():
+    listed = fastnn.info()["ops"]
+    assert set(listed) == set(fastnn.functional.__all__)
+    assert all(set(dtypes) == {"float32", "float64", "bfloat16", "float16", "int8"} for dtypes in listed.values())
+    with fastnn.backend("reference"):
+        assert set(fastnn.info()["ops"]) == set(fastnn.functional.__all__) - {"int_mm"}
+
+
 def test_one_openmp_runtime():
     assert len(openmp_runtimes()) == 1
     assert fastnn.info()["openmp"] == openmp_runtimes()

@@ -17,6 +17,7 @@ from torch import nn
 
 import fastnn
 from fastnn import models
+from fastnn.models import seq2seq
 from fastnn.testing.errors import relative_error
 
 from . import transformer_twins as twins
@@ -667,6 +668,11 @@ def test_logits_to_keep(gpt, keep):
         torch.testing.assert_close(gpt(found, logits_to_keep=keep), gpt(found)[:, -keep:], rtol=1e-12, atol=1e-12)
 
 
+def test_logits_to_keep_that_is_negative(gpt):
+    with pytest.raises(ValueError, match="logits_to_keep must not be negative, got -3"):
+        gpt(tokens(2, 9, 37), logits_to_keep=-3)
+
+
 @pytest.mark.parametrize("sampling", [dict(do_sample=False), dict(), dict(top_k=4, top_p=0.8, temperature=1.3)])
 def test_generate_with_cache_is_generate_without(gpt, sampling):
     """Past block_size as well, where the window moves."""
@@ -825,6 +831,61 @@ def test_seq2seq_ends():
         assert set(row[stop:]) <= {end}
     alone = ours.greedy_decode(src[:1], 12, start_symbol=1, end_symbol=end)
     assert alone.shape[1] == free[0].tolist().index(end, 1) + 1
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_seq2seq_decodes_with_a_cache_as_without(norm_first, padded, monkeypatch):
+    model = models.Seq2SeqTransformer(**{**SEQ2SEQ, "norm_first": norm_first}).double().eval()
+    src, padding = tokens(4, 9, 23), None
+    if padded:
+        padding = torch.arange(9) >= torch.tensor([9, 5, 1, 7])[:, None]
+    options = dict(start_symbol=1, src_padding_mask=padding)
+    expected = model.greedy_decode(src, 14, **options, use_cache=False)
+    passes = []
+    monkeypatch.setattr(model, "decode", lambda *_: passes.append(1))
+    assert torch.equal(model.greedy_decode(src, 14, **options), expected)
+    assert torch.equal(model.greedy_decode(src, 14, **options, end_symbol=99), expected)
+    assert torch.equal(model.greedy_decode(src, 1, **options), torch.ones(4, 1, dtype=torch.long))
+    assert not passes
+    with torch.no_grad():  # not the tokens alone
+        memory = model.encode(src, padding)
+        caches = [seq2seq._LayerCache(layer, memory, 13) for layer in model.transformer.decoder.layers]
+        monkeypatch.undo()
+        for length in range(1, 14):
+            last = model._decode_last(expected[:, :length], caches, padding)
+            whole = model.decode(expected[:, :length], memory, padding)
+            torch.testing.assert_close(last, whole[:, -1:], rtol=1e-12, atol=1e-12)
+
+
+def test_seq2seq_goes_around_no_layer_that_somebody_looks_at():
+    model = models.Seq2SeqTransformer(**SEQ2SEQ).double().eval()
+    src = tokens(2, 9, 23)
+    expected = model.greedy_decode(src, 8, start_symbol=1)
+    seen = []
+    hook = model.transformer.decoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model.greedy_decode(src, 8, start_symbol=1), expected)
+    assert len(seen) == 7
+    hook.remove()
+
+    class Doubled(torch.nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            seen.append(2)
+            found, weights = super().forward(*args, **kwargs)
+            return 2 * found, weights
+
+    model.transformer.decoder.layers[0].self_attn.__class__ = Doubled
+    model.greedy_decode(src, 8, start_symbol=1)
+    assert seen.count(2) == 7
+
+
+def test_seq2seq_decodes_no_further_than_it_has_places():
+    model = models.Seq2SeqTransformer(**{**SEQ2SEQ, "maxlen": 10}).eval()
+    src = tokens(2, 9, 23)
+    assert model.greedy_decode(src, 11, start_symbol=1).shape == (2, 11)
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="tgt must have at most 10 tokens, got 11"):
+            model.greedy_decode(src, 12, start_symbol=1, use_cache=use_cache)
 
 
 def test_seq2seq_is_causal_in_the_target():

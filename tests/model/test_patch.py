@@ -148,6 +148,57 @@ def test_sends_torchs_functions_to_fastnn(name, calls, no_fallback):
         del calls[:]
 
 
+ONE_VALUE = torch.randn(1, 4, 1)
+MATRIX, WHERE = torch.randn(5, 3), torch.tensor([1, 4])
+INSTANCE = (None, None, None, None, True, 0.1, 1e-5, False)
+#: Calls that torch.X and F.X do not answer alike.
+CHECKED_LESS = {
+    "group norm of one value a group": lambda: torch.group_norm(ONE_VALUE, 4),
+    "group norm of a vector": lambda: torch.group_norm(ONE_VALUE[0, :, 0], 1),
+    "group norm with no groups": lambda: torch.group_norm(ONE_VALUE, 0),
+    "instance norm of one value a channel": lambda: torch.instance_norm(ONE_VALUE, *INSTANCE),
+    "instance norm of a matrix": lambda: torch.instance_norm(ONE_VALUE[:, :, 0], *INSTANCE),
+    "instance norm of a vector": lambda: torch.instance_norm(ONE_VALUE[0, :, 0], *INSTANCE),
+    "batch norm of one value a channel": lambda: torch.batch_norm(ONE_VALUE, *INSTANCE),
+    "batch norm of a vector": lambda: torch.batch_norm(ONE_VALUE[0, :, 0], *INSTANCE),
+    "dropout with a p of 2": lambda: torch.dropout(MATRIX, 2, True),
+    "dropout with a p of 2.0 in eval": lambda: torch.dropout(MATRIX, 2.0, False),
+    "dropout with a negative p": lambda: torch.dropout(MATRIX, p=-0.5, train=True),
+    "dropout with a p that is NaN": lambda: torch.dropout(MATRIX, float("nan"), True),
+    "embedding with a padding beyond": lambda: torch.embedding(MATRIX, WHERE, 99),
+    "embedding with a padding before": lambda: torch.embedding(MATRIX, WHERE, -7),
+    "embedding with a padding that is no row": lambda: torch.embedding(MATRIX, WHERE, -2),
+    "embedding in a vector": lambda: torch.embedding(MATRIX[0], WHERE),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED_LESS)
+def test_checks_what_torchs_own_function_checks(name, calls):
+    def answer():
+        try:
+            return CHECKED_LESS[name]()
+        except Exception as error:
+            return type(error)
+
+    expected = answer()
+    with fastnn.patch():
+        found = answer()
+    assert len(calls) == 1
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected)
+    else:
+        assert found is expected
+
+
+def test_a_padding_that_is_no_row_has_its_gradient():
+    for padding in (-7, -1, 4, 99):
+        weight = MATRIX.clone().requires_grad_()
+        expected = torch.autograd.grad(torch.embedding(weight, WHERE, padding).sum(), weight)
+        with fastnn.patch():
+            found = torch.autograd.grad(torch.embedding(weight, WHERE, padding).sum(), weight)
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradients_go_through(calls):
     x = square().requires_grad_()
     with fastnn.patch():

@@ -85,6 +85,18 @@ class GatedRMSNorm(nn.Module):
         return x * gate
 
 
+class ScaledRMSNorm(nn.Module):
+    """One weight for rows of any length."""
+
+    def __init__(self, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
 class DerivedRMSNorm(LlamaRMSNorm):
     pass
 
@@ -131,6 +143,14 @@ def test_left_alone(kind):
     assert type(model[0]) is kind
     with pytest.raises(fastnn.ConversionError):
         fastnn.convert(model, strict=True)
+
+
+def test_one_weight_for_rows_of_any_length_is_left_alone():
+    model = nn.Sequential(ScaledRMSNorm())
+    fastnn.convert(model)
+    assert type(model[0]) is ScaledRMSNorm
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(model(x), nn.functional.rms_norm(x, (24,), eps=1e-6))
 
 
 def test_two_dtypes_stay_the_classes_own():

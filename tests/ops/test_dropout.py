@@ -299,6 +299,58 @@ def test_what_goes_to_torch_is_counted():
     _state.reset_fallbacks()
 
 
+def drawn(function, *args, **kwargs):
+    """Where the generator stands afterwards: nothing else is told apart by it."""
+    torch.manual_seed(5)
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        assert type(error) is not AssertionError
+    return torch.get_rng_state()
+
+
+def test_draws_nothing_where_torch_draws_nothing():
+    """... and what torch draws, where the answer is torch's."""
+    x, nothing = torch.randn(4, 6), torch.empty(0, 3)
+    untouched = drawn(torch.ones, 1)
+    for arguments in (
+        (x, 0.0),
+        (x, 1.0),
+        (x, 1),
+        (x, 1.0, True, True),
+        (x, 0.5, False),
+        (nothing, 0.5),
+        (nothing.clone().requires_grad_(), 0.5),
+        (nothing, 0.5, True, True),
+        (x, 2.0),
+        (x, "0.5"),
+        ([1.0], 0.5),
+    ):
+        assert torch.equal(drawn(fF.dropout, *arguments), untouched)
+        assert torch.equal(drawn(F.dropout, *arguments), untouched)
+    for arguments in (
+        (torch.ones(5, dtype=torch.int64), 0.5),
+        (torch.ones(5, dtype=torch.complex64), 0.5),
+        (torch.nested.nested_tensor([torch.ones(20), torch.ones(30)]), 0.5),
+        (x[:, :1].expand(4, 6), 0.5, True, True),
+        (x.clone().requires_grad_(), 0.5, True, True),
+    ):
+        assert torch.equal(drawn(fF.dropout, *arguments), drawn(F.dropout, *arguments))
+    assert not torch.equal(drawn(fF.dropout, x, 0.5), untouched)
+    q = torch.randn(1, 2, 3, 4)
+    for dropout in (0.0, 1.0):
+        for function in (fF, F):
+            call = function.scaled_dot_product_attention
+            assert torch.equal(drawn(call, q, q, q, dropout_p=dropout), untouched)
+            assert torch.equal(drawn(call, q[:0], q[:0], q[:0], dropout_p=0.5), untouched)
+
+
+def test_of_everything_asks_vmap_for_no_randomness():
+    x = torch.randn(3, 4)
+    result = torch.vmap(lambda row: fF.dropout(row, 1.0), randomness="error")(x)
+    assert torch.equal(result, torch.vmap(lambda row: F.dropout(row, 1.0), randomness="error")(x))
+
+
 @pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
 def test_the_short_way(monkeypatch, no_fallback):
     def short(x, p=0.5):
@@ -309,7 +361,23 @@ def test_the_short_way(monkeypatch, no_fallback):
         found = short(view)
         assert torch.equal(found, formulas.dropout(view, torch.tensor(3), 0.5))
         assert found.stride() == torch.empty_like(view).stride()
-    assert type(short(x.clone().requires_grad_())) is tuple
+    result, seed = short(x.clone().requires_grad_())
+    assert seed == 3
+    assert not result.requires_grad
+    seeds = []
+
+    def draw():
+        seeds.append(torch.randint(1 << 62, ()))
+        return seeds[-1]
+
+    result, seed = cpu.tensor_dropout(cpu.empty_like, x.clone().requires_grad_(), draw, 0.5)
+    assert seed is seeds[0]
+    assert torch.equal(result, formulas.dropout(x, seed, 0.5))
+    assert cpu.tensor_dropout(cpu.empty_like, x.long(), draw, 0.5) is None
+    assert len(seeds) == 1  # none for what is not taken
+    assert cpu.tensor_dropout(cpu.empty_like, x, lambda: 3, 0.5) is None
+    with pytest.raises(ZeroDivisionError):
+        cpu.tensor_dropout(cpu.empty_like, x, lambda: 1 // 0, 0.5)
     for bad in ([1.0], x.long(), x[:0], torch.tensor(1.0), torch._neg_view(x), x.to("meta"), None):
         assert short(bad) is None
     for p in (1, -0.1, 1.1, math.nan, "x"):

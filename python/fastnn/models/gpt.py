@@ -192,8 +192,13 @@ class GPT(torch.nn.Module):
         Args:
             tokens: with a cache, those after the ones that are in it.
             cache: keeps these tokens' keys and values. A call under which gradients are recorded cannot use one.
-            logits_to_keep: of how many tokens at the end the logits are wanted; 0 stands for all.
+            logits_to_keep: of how many tokens at the end the logits are wanted; 0, or more than there are, stands for all.
+
+        Raises ValueError for a negative ``logits_to_keep``, for more tokens than there is room for, and for other rows than
+        the cache has.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"GPT: logits_to_keep must not be negative, got {logits_to_keep}")
         past = 0 if cache is None else cache.length
         if cache is not None and tokens.shape[0] != cache.batch:
             raise ValueError(f"GPT: tokens has {tokens.shape[0]} rows, for a cache of {cache.batch}")

@@ -74,8 +74,10 @@ def is_rms_norm(module: torch.nn.Module) -> bool:
         return False
     if set(module._parameters) != {"weight"} or module._modules or module._buffers:
         return False
-    if weight.dim() != 1 or weight.numel() == 0 or weight.is_meta or weight.dtype not in _FLOATS:
+    if weight.dim() != 1 or weight.is_meta or weight.dtype not in _FLOATS:
         return False
+    if weight.numel() < 2:
+        return False  # one number may be that of rows of any length
     # A weight of its own: that of the module may be all ones, which would not tell weight from 1.
     generator = torch.Generator().manual_seed(0)
     columns = torch.rand(weight.numel(), generator=generator) + 0.5

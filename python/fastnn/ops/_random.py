@@ -17,10 +17,17 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     return torch.randint((1 << 63) - 1, (), dtype=torch.int64, device=device)
 
 
-def seed_for(input: Tensor, seed: Tensor | None = None) -> Tensor:
-    """The seed that was drawn, or one, of the input's kind: outside of its mode a fake tensor mixes with fake ones alone."""
-    if seed is None or seed.device != input.device:
-        seed = draw_seed(input.device)
+def no_seed() -> Tensor:
+    """For masks that no number decides. torch draws none for these either."""
+    return torch.zeros((), dtype=torch.int64)
+
+
+def seed_for(input: Tensor, p: float) -> Tensor:
+    """A seed for dropout with probability ``p``, of the input's kind: outside of its mode a fake tensor mixes with fake
+    ones alone."""
+    if p == 1:
+        return input.new_zeros((), dtype=torch.int64)
+    seed = draw_seed(input.device)
     if is_dynamo_compiling() or (type(seed) in PLAIN) == (type(input) in PLAIN):
         return seed
     return input.new_empty((), dtype=torch.int64).random_()

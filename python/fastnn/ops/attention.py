@@ -348,7 +348,7 @@ def _run(
         mask = _fold_mask(mask, shape)
     if slopes is not None:
         slopes = slopes.detach().to(torch.float32).reshape(-1, query.shape[1])
-    seed = seed_for(query) if dropout > 0 else None
+    seed = seed_for(query, dropout) if dropout > 0 else None
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     args = (query, key, value, mask, slopes, float(scale), *bounds, shift, float(dropout), seed, like_query)

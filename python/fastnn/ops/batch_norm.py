@@ -16,6 +16,7 @@ for what is no tensor or number.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ def batch_norm(
     return _run("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, False, None)
 
 
+def batch_norm_or(in_torch: Callable[..., Tensor], *everything: Any) -> Tensor:
+    """batch_norm with all of its arguments. What the kernels do not take ``in_torch``, a function of the same, answers:
+    torch.batch_norm and torch.nn.functional.batch_norm check them differently."""
+
+    def answer(*everything: Any) -> Tensor:
+        return in_torch(*everything[:-2])
+
+    return _run("batch_norm", *everything, False, None, answer)
+
+
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -102,6 +113,7 @@ def _run(
     eps: float,
     relu: bool,
     residual: Tensor | None,
+    in_torch: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     if not is_dynamo_compiling():
         found = _tensor_batch_norm(
@@ -115,12 +127,12 @@ def _run(
     try:
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
         if input.numel() == 0:
-            return ask_torch(op, "an input without elements", _in_torch, *everything)
+            return ask_torch(op, "an input without elements", in_torch or _in_torch, *everything)
         where = route("batch_norm", input, running_mean, running_var, weight, bias, residual)
         given = (None, None) if training else (running_mean, running_var)
         out, mean, var = BATCH_NORM(input, *given, weight, bias, residual, eps, relu, where=where)
     except Unsupported as reason:
-        return fall_back(op, reason.args[0], _in_torch, *everything)
+        return fall_back(op, reason.args[0], in_torch or _in_torch, *everything)
     if training and running_mean is not None:
         update_running(running_mean, mean, momentum)
         n = input.numel() / input.shape[1]

@@ -3,8 +3,9 @@
 Formula: out[e] = input[e] / (1 - p) where element e is kept, else 0 · input[e], which keeps NaN and makes it of an
 infinity, as torch's product with a mask does. Element e, the index in row-major order, is kept where word e % 4 of
 Philox4x32-10 (Salmon et al., SC 2011) with the counter e / 4 and the key ``seed`` is at least round(p · 2³²). The seed is
-drawn from torch's default generator, once a call, so that torch.manual_seed and torch.utils.checkpoint repeat the mask. It
-depends on nothing else: not on threads, instruction sets or strides. The numbers are not those that torch would draw.
+drawn from torch's default generator, once a call, so that torch.manual_seed and torch.utils.checkpoint repeat the mask;
+where torch draws nothing (p is 0 or 1, or there is no element) neither is a seed. The mask depends on nothing else: not on
+threads, instruction sets or strides. The numbers are not those that torch would draw.
 
 input in float32, float64, bfloat16 or float16, of any shape and strides; the result has its shape and dtype, and the
 strides of torch.empty_like. It is computed in float32 (float64 for float64) and rounded once. Other dtypes go to torch.
@@ -25,8 +26,8 @@ from ..backends.cpu import dropout as kernels
 from ..backends.reference import dropout as formulas
 from ._op import Op
 from ._out import has_internal_overlap
-from ._random import draw_seed, seed_for
-from ._route import EAGER, Unsupported, fall_back, is_dynamo_compiling, route, wants_grad
+from ._random import draw_seed, no_seed, seed_for
+from ._route import EAGER, LIBRARY, Unsupported, fall_back, is_dynamo_compiling, route, wants_grad
 
 _torch_dropout = torch.nn.functional.dropout
 _tensor_dropout = cpu.tensor_dropout
@@ -35,12 +36,10 @@ _empty = cpu.empty_like
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """As :func:`torch.nn.functional.dropout`. See this module for the formula, shapes, dtypes and errors."""
-    seed = None
     if training is True and not inplace and type(p) is float and 0 < p <= 1 and not is_dynamo_compiling():
-        seed = draw_seed()
-        found = _tensor_dropout(_empty, input, seed, p)
+        found = _tensor_dropout(_empty, input, draw_seed if p < 1 else no_seed, p)
         if type(found) is tuple:
-            return _apply_dropout(input, seed, p, found)
+            return _apply_dropout(input, p, found)
         if found is not None:
             return found
     try:
@@ -48,13 +47,12 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         if not training or p == 0:
             return input
         where = route("dropout", input)
-        if where == EAGER and input.numel() == 0:
+        # In a traced graph sizes may be symbols.
+        if where != LIBRARY and input.numel() == 0:
             return input
-        seed = seed_for(input, seed)
-        p = float(p)
         if inplace:
-            return _in_place(input, seed, p, where)
-        return DROPOUT(input, seed, p, where=where)
+            return _in_place(input, float(p), where)
+        return DROPOUT(input, seed_for(input, p), float(p), where=where)
     except Unsupported as reason:
         return fall_back("dropout", reason.args[0], _torch_dropout, input, p, training, inplace)
 
@@ -70,18 +68,20 @@ def _check(input: Any, p: Any, training: Any) -> None:
         raise Unsupported(f"p: expected a number from 0 to 1, got {p!r}")
 
 
-def _in_place(input: Tensor, seed: Tensor, p: float, where: str) -> Tensor:
+def _in_place(input: Tensor, p: float, where: str) -> Tensor:
     if where != EAGER:
-        return input.copy_(DROPOUT(input, seed, p, where=where))
+        return input.copy_(DROPOUT(input, seed_for(input, p), p, where=where))
     if has_internal_overlap(input):
         raise Unsupported("input: more than one of its elements refers to one memory location")
     if input.is_inference() and not torch.is_inference_mode_enabled():
         raise Unsupported("input: an inference tensor, changed in place outside of inference mode")
+    differentiates = wants_grad(input)
+    if differentiates and input.is_leaf:
+        raise Unsupported("input: a leaf that requires grad, changed in place")
+    seed = seed_for(input, p)
     if input.is_neg():
         return input.copy_(DROPOUT(input, seed, p, where=where))
-    if wants_grad(input):
-        if input.is_leaf:
-            raise Unsupported("input: a leaf that requires grad, changed in place")
+    if differentiates:
         return _InPlaceDropout.apply(input, seed, p)
     kernels.dropout(input, seed, p, input)
     if not input.is_inference():
@@ -97,7 +97,7 @@ def masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if not is_dynamo_compiling():
         found = _tensor_dropout(_empty, x, seed, p)
         if type(found) is tuple:
-            return _apply_dropout(x, seed, p, found)
+            return _apply_dropout(x, p, found)
         if found is not None:
             return found
     try:
@@ -107,17 +107,18 @@ def masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 class _Dropout(Function):
-    """What the short way has computed, ``found``, made part of the graph."""
+    """What the short way has computed, the result and the seed in ``found``, made part of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, seed: Tensor, p: float, found: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, input: Tensor, p: float, found: tuple[Tensor, Tensor]) -> Tensor:
         # Nobody else holds the seed: it needs no protection from changes.
-        ctx.seed, ctx.p = seed, p
-        return found[0]
+        result, ctx.seed = found
+        ctx.p = p
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return masked(grad, ctx.seed, ctx.p), None, None, None
+        return masked(grad, ctx.seed, ctx.p), None, None
 
 
 # Function.apply asks for transforms, of which the short way knows that there are none.
