@@ -108,7 +108,8 @@ py::tuple splits(const Presort& sorted, const py::tuple& given, int threads) {
 }  // namespace
 
 void bind_tree_exact(py::module_& m) {
-  py::class_<Presort>(m, "TreePresort", "Columns of float32, each sorted once, with their rows.")
+  py::class_<Presort>(m, "TreePresort", py::module_local(),
+                      "Columns of float32, each sorted once, with their rows.")
       .def(py::init(&presort), py::arg("x"), py::arg("rows"), py::arg("columns"),
            py::arg("row_stride"), py::arg("column_stride"), py::arg("threads") = 0)
       .def_readonly("rows", &Presort::rows)
@@ -119,7 +120,8 @@ void bind_tree_exact(py::module_& m) {
         std::memcpy(address<void>("copy_to", "values", values), p.values, bytes);
         std::memcpy(address<void>("copy_to", "order", order), p.order, bytes);
       });
-  py::class_<ExactTree>(m, "ExactTree", "A grown tree: nodes in scikit-learn's layout, and values.")
+  py::class_<ExactTree>(m, "ExactTree", py::module_local(),
+                        "A grown tree: nodes in scikit-learn's layout, and values.")
       .def_property_readonly("count", [](const ExactTree& t) { return t.nodes.size(); })
       .def_readonly("max_depth", &ExactTree::max_depth)
       .def("copy_to", &copy_tree);

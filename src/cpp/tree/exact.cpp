@@ -73,6 +73,7 @@ class Grower {
         rest_(size_t(target.sums())),
         sums_(size_t(target.sums())) {
     for (size_t f = 0; f < features_.size(); f++) features_[f] = int64_t(f);
+    by_rows_ = s_.random_splitter || s_.max_features * 2 <= sorted.columns;
     load();
   }
 
@@ -94,15 +95,19 @@ class Grower {
       n_ += w != 0.0;
       total_weight_ += w;
     }
-    const size_t all = size_t(n_) * size_t(sorted_.columns);
     threads_ = threads_worth(double(sorted_.rows) * double(sorted_.columns), 2000, s_.threads);
+    for (int i = 0; i < (by_rows_ ? 1 : s_.threads); i++) work_.push_back(search_.work());
+    if (by_rows_) {
+      load_rows();
+      return;
+    }
+    const size_t all = size_t(n_) * size_t(sorted_.columns);
     memory_ = Memory((all + size_t(n_) * size_t(s_.threads)) * 8);
     values_ = memory_.as<float>();
     keys_ = reinterpret_cast<uint32_t*>(values_ + all);
     spare_values_ = reinterpret_cast<float*>(keys_ + all);
     spare_keys_ = reinterpret_cast<uint32_t*>(spare_values_ + n_ * s_.threads);
     side_.assign(size_t(sorted_.rows / 32 + 1), 0);
-    for (int i = 0; i < s_.threads; i++) work_.push_back(search_.work());
     std::vector<uint32_t> key_of(size_t(sorted_.rows));
     for (int64_t r = 0; r < sorted_.rows; r++)
       key_of[size_t(r)] = t_.weight(r) != 0.0 ? search_.key(uint32_t(r)) : kDropped;
@@ -128,12 +133,53 @@ class Grower {
     });
   }
 
+  void load_rows() {
+    constexpr int64_t kRoom = 16;
+    const int64_t words = sorted_.rows / 64 + 1;
+    ranks_ = &sorted_.ranks(threads_);
+    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(3 * n_ + 2 * kRoom + sorted_.rows) * 4);
+    bits_ = memory_.as<uint64_t>();
+    std::memset(bits_, 0, size_t(words) * 8);
+    records_ = bits_ + words;
+    keys_ = reinterpret_cast<uint32_t*>(records_ + 2 * n_);
+    values_ = reinterpret_cast<float*>(keys_ + n_);
+    spare_keys_ = reinterpret_cast<uint32_t*>(values_ + n_ + kRoom);
+    key_of_ = spare_keys_ + n_ + kRoom;
+    int64_t kept = 0;
+    for (int64_t r = 0; r < sorted_.rows; r++) {
+      key_of_[r] = search_.key(uint32_t(r));
+      if (t_.weight(r) != 0.0) keys_[kept++] = key_of_[r];
+    }
+  }
+
+  // The node's part of a column, in order. By rows, until the next one is asked for.
   SortedSlice slice(int64_t f, int64_t start, int64_t end) const {
+    if (by_rows_) {
+      const int64_t column = f * sorted_.rows;
+      tree_kernels().sort_node({ranks_of(f, end - start), sorted_.order + column,
+                                sorted_.values + column, sorted_.rows, key_of_, keys_ + start,
+                                end - start, search_.shift(), bits_, records_, values_,
+                                spare_keys_});
+      SortedSlice s{values_, spare_keys_, end - start, 0};
+      count_missing(f, s);
+      return s;
+    }
     SortedSlice s{values_ + f * n_ + start, keys_ + f * n_ + start, end - start, 0};
+    count_missing(f, s);
+    return s;
+  }
+
+  // Few rows of many read a cache line each, which holds their other columns as well.
+  ColumnRanks ranks_of(int64_t f, int64_t rows) const {
+    if (ranks_->by_row && rows * 16 < sorted_.rows)
+      return {&ranks_->by_row[f].rank, 2 * sorted_.columns};
+    return {ranks_->by_column + f * sorted_.rows, 1};
+  }
+
+  void count_missing(int64_t f, SortedSlice& s) const {
     if (sorted_.missing[size_t(f)])
       while (s.missing < s.n && s.values[s.n - 1 - s.missing] != s.values[s.n - 1 - s.missing])
         s.missing++;
-    return s;
   }
 
   NodeLimits limits(int64_t f, const Frame& node) const {
@@ -153,31 +199,73 @@ class Grower {
            impurity <= kEpsilon;
   }
 
-  // A random threshold between the least and the largest value.
-  Candidate random_candidate(const SortedSlice& s, const double* sums, const NodeLimits& limits,
-                             bool constant) {
-    Candidate c{};
-    c.proxy = -kInfinity, c.missing = s.missing, c.constant = constant;
-    const int64_t present = s.n - s.missing;
-    c.threshold = draws_.uniform(s.values[0], s.values[present - 1]);
-    if (s.missing) c.missing_left = draws_.integer(0, 2) != 0;
-    if (c.threshold == s.values[present - 1]) c.threshold = s.values[0];
-    int64_t low = 0, high = present;  // values up to `low` go left
+  // The node's ranks in a column.
+  struct Ranks {
+    uint32_t least, most;  // of those that are not missing
+    int64_t missing;
+    bool constant;
+  };
+  Ranks ranks_in(int64_t f, int64_t start, int64_t end) const {
+    const ColumnRanks ranks = ranks_of(f, end - start);
+    const uint32_t first_missing = first_missing_rank(f);
+    const int shift = search_.shift();
+    auto* of_node = reinterpret_cast<uint32_t*>(values_);
+    Ranks r{0xffffffffu, 0, 0, false};
+    for (int64_t i = start; i < end; i++) {
+      const uint32_t place = ranks.rank[int64_t(keys_[i] >> shift) * ranks.stride];
+      of_node[i - start] = place;
+      r.least = std::min(r.least, place);
+      r.most = std::max(r.most, place < first_missing ? place : 0);
+      r.missing += place >= first_missing;
+    }
+    const float* values = sorted_.values + f * sorted_.rows;
+    r.constant = r.missing == end - start ||
+                 (!r.missing && !(values[r.most] > values[r.least] + kFeatureThreshold));
+    return r;
+  }
+
+  uint32_t first_missing_rank(int64_t f) const {
+    return uint32_t(sorted_.rows - sorted_.missing[size_t(f)]);
+  }
+
+  // Ranks below this are of values <= threshold.
+  uint32_t rank_behind(int64_t f, double threshold) const {
+    const float* values = sorted_.values + f * sorted_.rows;
+    uint32_t low = 0, high = first_missing_rank(f);
     while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (s.values[middle] <= c.threshold)
+      const uint32_t middle = (low + high) / 2;
+      if (double(values[middle]) <= threshold)
         low = middle + 1;
       else
         high = middle;
     }
-    const int64_t left = low + (c.missing_left ? s.missing : 0);
-    if (left < s_.min_samples_leaf || s.n - left < s_.min_samples_leaf) return c;
+    return low;
+  }
+
+  // A random threshold between the least and the largest value, after ranks_in.
+  Candidate random_candidate(int64_t f, const Ranks& r, const Frame& node, const double* sums) {
+    Candidate c{};
+    c.proxy = -kInfinity, c.missing = r.missing;
+    const float* values = sorted_.values + f * sorted_.rows;
+    c.threshold = draws_.uniform(values[r.least], values[r.most]);
+    if (r.missing) c.missing_left = draws_.integer(0, 2) != 0;
+    if (c.threshold == values[r.most]) c.threshold = values[r.least];
+    const uint32_t below = rank_behind(f, c.threshold);
+    const uint32_t from = c.missing_left ? first_missing_rank(f) : 0xffffffffu;
+    const auto* of_node = reinterpret_cast<const uint32_t*>(values_);
+    const int64_t n = node.end - node.start;
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i++) {
+      spare_keys_[left] = keys_[node.start + i];
+      left += (of_node[i] < below) | (of_node[i] >= from);
+    }
+    if (left < s_.min_samples_leaf || n - left < s_.min_samples_leaf) return c;
     SplitSearch::Work& w = work_[0];
     std::fill(w.left.begin(), w.left.end(), 0.0);
-    search_.add_rows(c, s, 0, left, w.left.data());
-    if (!search_.allowed(sums, limits, w)) return c;
+    search_.add_rows({}, {nullptr, spare_keys_, n, 0}, 0, left, w.left.data());
+    if (!search_.allowed(sums, limits(f, node), w)) return c;
     c.proxy = proxy_of(t_, w.left.data(), w.right.data());
-    c.told_missing_left = s.missing ? c.missing_left : left > s.n - left;
+    c.told_missing_left = r.missing ? c.missing_left : left > n - left;
     c.left = left;
     return c;
   }
@@ -188,7 +276,7 @@ class Grower {
     const int64_t columns = sorted_.columns, known = node.constants;
     int64_t undrawn = columns, visited = 0, found = 0, drawn = 0, all_constant = known;
     const int64_t rows = node.end - node.start;
-    const int threads = s_.max_features >= columns && !s_.random_splitter ? threads_for(rows) : 1;
+    const int threads = s_.max_features >= columns && !by_rows_ ? threads_for(rows) : 1;
     if (threads > 1) {
       std::atomic<int64_t> next{known};
       parallel(threads, [&](int thread, int) {
@@ -213,17 +301,16 @@ class Grower {
       }
       at += found;
       const int64_t f = features_[size_t(at)];
-      Candidate c;
+      Candidate c{};
+      Ranks ranks{};
       if (threads > 1) {
         c = candidates_[size_t(f)];
       } else {
-        const SortedSlice s = slice(f, node.start, node.end);
         if (s_.random_splitter) {
-          const int64_t present = s.n - s.missing;
-          c.constant = present == 0 ||
-                       (!s.missing && !(s.values[present - 1] > s.values[0] + kFeatureThreshold));
+          ranks = ranks_in(f, node.start, node.end);
+          c.constant = ranks.constant;
         } else {
-          c = search_.best(s, sums, limits(f, node), work_[0]);
+          c = search_.best(slice(f, node.start, node.end), sums, limits(f, node), work_[0]);
         }
       }
       if (c.constant) {
@@ -233,8 +320,7 @@ class Grower {
       }
       undrawn--;
       std::swap(features_[size_t(undrawn)], features_[size_t(at)]);
-      if (s_.random_splitter)
-        c = random_candidate(slice(f, node.start, node.end), sums, limits(f, node), false);
+      if (s_.random_splitter) c = random_candidate(f, ranks, node, sums);
       if (c.left && c.proxy > best.proxy) best = c, best_feature = f;
     }
     // Siblings and children go on from the same constants in the same order.
@@ -248,16 +334,27 @@ class Grower {
     return true;
   }
 
-  // Sums and impurities of both sides.
+  // Sums and impurities of both sides. By rows, the node's are divided on the way.
   void judge(const Frame& node, const double* sums, Split& split) {
-    const SortedSlice s = slice(split.feature, node.start, node.end);
+    SortedSlice s;
+    Candidate c = split.of;
+    if (by_rows_) {
+      const int64_t f = split.feature;
+      tree_kernels().partition_rows(keys_ + node.start, node.end - node.start, search_.shift(),
+                                    ranks_of(f, node.end - node.start), rank_behind(f, c.threshold),
+                                    c.missing_left ? first_missing_rank(f) : 0xffffffffu,
+                                    spare_keys_);
+      s = {nullptr, keys_ + node.start, node.end - node.start, 0};
+      c.missing_left = false, c.missing = 0;
+    } else {
+      s = slice(split.feature, node.start, node.end);
+    }
     std::fill(left_sums_.begin(), left_sums_.end(), 0.0);
     std::fill(right_sums_.begin(), right_sums_.end(), 0.0);
-    search_.add_rows(split.of, s, 0, split.of.left, left_sums_.data());
-    search_.add_rows(split.of, s, split.of.left, s.n, right_sums_.data());
+    search_.add_rows(c, s, 0, c.left, left_sums_.data());
+    search_.add_rows(c, s, c.left, s.n, right_sums_.data());
     for (size_t i = 0; i < rest_.size(); i++) rest_[i] = sums[i] - left_sums_[i];
     if (t_.criterion == TreeCriterion::poisson) {
-      const Candidate& c = split.of;
       split.impurity_left = poisson_loss(t_, left_sums_.data(), c.left,
                                          [&](int64_t i) { return c.row(s, i, search_.shift()); });
       split.impurity_right = poisson_loss(t_, rest_.data(), s.n - c.left, [&](int64_t i) {
@@ -275,6 +372,7 @@ class Grower {
 
   // Moves every column's part of the node. Constant features need no order any more.
   void divide(int64_t start, int64_t end, int64_t constants, const Candidate& c, int64_t feature) {
+    if (by_rows_) return;
     const SortedSlice s = slice(feature, start, end);
     const int shift = search_.shift();
     const bool mark_left = c.left <= s.n - c.left;
@@ -483,6 +581,11 @@ class Grower {
   Memory memory_;
   float *values_ = nullptr, *spare_values_ = nullptr;
   uint32_t *keys_ = nullptr, *spare_keys_ = nullptr;
+  // By rows:
+  bool by_rows_ = false;
+  const Presort::Ranks* ranks_ = nullptr;
+  uint64_t *bits_ = nullptr, *records_ = nullptr;
+  uint32_t* key_of_ = nullptr;
   std::vector<uint32_t> side_;  // a bit a row; 0 but while a node is divided
   std::vector<SplitSearch::Work> work_;
   std::vector<int64_t> features_, constant_;

@@ -1,6 +1,7 @@
 // The loops of the exact search over sorted values, for each instruction set.
 //
-// A key is what lies beside a value: row << shift | class, in 32 bits.
+// A key is what lies beside a value, in 32 bits: the row above, then the row's whole weight (no
+// bits where all are 1), and its class below.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -27,18 +28,20 @@ struct BestCandidate {
   int64_t j;
 };
 
-// Two classes, each row counted once.
+// Two classes, in the lowest bit of a key; weights whole and below 2^24 together.
 struct TwoClasses {
   SplitRange range;
-  int64_t total, ones;  // all rows of the node, and those of class 1
-  int64_t first_ones;   // of what stands left from the start
+  int weight_bits;
+  int64_t total, ones;               // weight of all rows of the node, and of class 1
+  int64_t first_weight, first_ones;  // of what stands left from the start
+  double least_weight;
 };
 
-// Any number of classes, whole weights (null: 1 each).
+// Any number of classes, whole weights.
 struct ManyClasses {
   SplitRange range;
-  int shift;
-  const int32_t* weights;             // by row
+  int class_bits, weight_bits, classes;
+  const int32_t* weights;             // by row, where keys have no room for them; or null
   int64_t total;                      // weight of all rows of the node
   int64_t first_weight;               // of what stands left from the start
   int64_t *left, *right;              // weights of each class at the start; changed
@@ -56,12 +59,41 @@ struct OneTarget {
   double least_weight;
 };
 
+// The ranks of a column: row r's value is the rank[r * stride]th of its values. Where the stride is
+// not 1, the value itself lies behind the rank.
+struct ColumnRanks {
+  const uint32_t* rank;
+  int64_t stride;
+};
+
+// Rows of a node in the order of a column that was sorted once: order[rank of row r] is r.
+struct NodeSort {
+  ColumnRanks ranks;
+  const uint32_t* order;
+  const float* values;     // of the column, in order
+  int64_t rows;            // of the column
+  const uint32_t* key_of;  // by row
+  const uint32_t* keys;    // n of the node, in any order
+  int64_t n;
+  int shift;          // of the row in a key
+  uint64_t* bits;     // a bit a rank: all 0 before and after
+  uint64_t* records;  // room for 2 n
+  // The result, with room for 16 more.
+  float* sorted_values;
+  uint32_t* sorted_keys;
+};
+
 struct TreeKernels {
   // Moves what goes left (its row's bit in `side` differs from `flip`) to the front and the rest
   // behind it; each side keeps its order. `spare` has room for n values and n keys. Returns how
   // many went left.
   int64_t (*partition)(float* values, uint32_t* keys, int64_t n, int shift, const uint32_t* side,
                        uint32_t flip, float* spare_values, uint32_t* spare_keys);
+  // As partition, of keys without values: left where the row's rank is < below or >= from. `spare`
+  // has room for n. Returns how many went left.
+  int64_t (*partition_rows)(uint32_t* keys, int64_t n, int shift, ColumnRanks ranks, uint32_t below,
+                            uint32_t from, uint32_t* spare);
+  void (*sort_node)(const NodeSort&);
   BestCandidate (*two_classes)(const TwoClasses&);
   BestCandidate (*many_classes)(const ManyClasses&);
   BestCandidate (*one_target)(const OneTarget&);

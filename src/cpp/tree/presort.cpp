@@ -116,4 +116,39 @@ Presort::Presort(const FloatMatrix& x, int threads)
   });
 }
 
+const Presort::Ranks& Presort::ranks(int threads) const {
+  std::call_once(ranked_, [&] {
+    const int64_t all = rows * columns;
+    const bool both = all < int64_t(1) << 27;
+    Ranks r;
+    r.memory = Memory(size_t(all) * (both ? 12 : 4));
+    Entry* by_row = both ? r.memory.as<Entry>() : nullptr;
+    uint32_t* by_column =
+        both ? reinterpret_cast<uint32_t*>(by_row + all) : r.memory.as<uint32_t>();
+    r.by_column = by_column, r.by_row = by_row;
+    const int most = int(std::max<int64_t>(columns, 1));
+    threads = std::min<int>(threads_worth(double(all), 4000, threads), most);
+    std::atomic<int64_t> next{0}, next_block{0};
+    constexpr int64_t kBlock = 64;
+    parallel(threads, [&](int, int) {
+      for (int64_t f; (f = next.fetch_add(1)) < columns;) {
+        const uint32_t* of = order + f * rows;
+        uint32_t* to = by_column + f * rows;
+        for (int64_t i = 0; i < rows; i++) to[of[i]] = uint32_t(i);
+      }
+    });
+    if (both)
+      parallel(threads, [&](int, int) {
+        for (int64_t block; (block = next_block.fetch_add(kBlock)) < rows;)
+          for (int64_t f = 0; f < columns; f++)
+            for (int64_t i = block; i < std::min(rows, block + kBlock); i++) {
+              const uint32_t rank = by_column[f * rows + i];
+              by_row[i * columns + f] = {rank, values[f * rows + rank]};
+            }
+      });
+    ranks_ = std::move(r);
+  });
+  return ranks_;
+}
+
 }  // namespace fastnn

@@ -1,6 +1,7 @@
 // Columns of float32, each sorted once: what every exact search of splits starts from.
 #pragma once
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "common/allocator.hpp"
@@ -47,6 +48,25 @@ struct Presort {
 
   // At most 2^31 - 1 rows. Throws std::bad_alloc.
   Presort(const FloatMatrix& x, int threads);
+
+  // The other way round: row r of column f is number by_column[f * rows + r] in its order.
+  // by_row[r * columns + f] holds that with its value, for nodes of few rows (null where it would
+  // be too large).
+  struct Entry {
+    uint32_t rank;
+    float value;
+  };
+  struct Ranks {
+    Memory memory;
+    const uint32_t* by_column = nullptr;
+    const Entry* by_row = nullptr;
+  };
+  // Made when it is first asked for; any thread may ask.
+  const Ranks& ranks(int threads) const;
+
+ private:
+  mutable std::once_flag ranked_;
+  mutable Ranks ranks_;
 };
 
 // Threads that are worth their start for `elements` that cost `picoseconds` each.

@@ -39,11 +39,12 @@ const TreeKernels& tree_kernels() {
 
 SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), way_(Way::general) {
   bool whole = true;
-  double total = target.weights ? 0 : double(rows);
+  double total = target.weights ? 0 : double(rows), largest = 1;
   if (target.weights) {
     for (int64_t r = 0; r < rows; r++) {
       const double w = target.weights[r];
       total += w;
+      largest = std::max(largest, w);
       whole = whole && w >= 0 && w <= kMostCounted && w == double(int64_t(w));
     }
     whole = whole && total <= kMostCounted;
@@ -52,21 +53,30 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), w
   }
   if (target.classification() && target.outputs == 1 && target.classes[0] <= 65536) {
     const int64_t classes = target.classes[0];
-    while (int64_t(1) << shift_ < classes) shift_++;
-    if (shift_ == 0) shift_ = 1;
+    while (int64_t(1) << class_bits_ < classes) class_bits_++;
+    if (class_bits_ == 0) class_bits_ = 1;
     codes_.resize(size_t(rows));
     for (int64_t r = 0; r < rows; r++) codes_[size_t(r)] = uint16_t(target.y[r]);
     if (target.criterion == TreeCriterion::gini && whole) {
-      way_ = classes == 2 && !target.weights ? Way::two_classes : Way::many_classes;
+      way_ = Way::many_classes;
+      int bits = 0;
       if (target.weights) {
-        whole_weights_.resize(size_t(rows));
-        for (int64_t r = 0; r < rows; r++) whole_weights_[size_t(r)] = int32_t(target.weights[r]);
+        while (int64_t(1) << bits <= int64_t(largest)) bits++;
+        // The largest key is no row's: it stands for those that are dropped.
+        if (rows < (int64_t(1) << std::max(0, 32 - class_bits_ - bits)) - 1) {
+          weight_bits_ = bits;
+        } else {
+          whole_weights_.resize(size_t(rows));
+          for (int64_t r = 0; r < rows; r++) whole_weights_[size_t(r)] = int32_t(target.weights[r]);
+        }
       }
+      if (classes == 2 && total < double(1 << 24) && whole_weights_.empty())
+        way_ = Way::two_classes;
     }
+    shift_ = class_bits_ + weight_bits_;
   } else if (target.criterion == TreeCriterion::squared_error && target.outputs == 1) {
     way_ = Way::one_target;
   }
-  fits_ = rows < int64_t(1) << (32 - shift_);
 }
 
 SplitSearch::Work SplitSearch::work() const {
@@ -80,15 +90,29 @@ SplitSearch::Work SplitSearch::work() const {
 void SplitSearch::add_rows(const Candidate& c, const SortedSlice& s, int64_t begin, int64_t end,
                            double* sums) const {
   if (way_ == Way::two_classes) {
-    double ones = 0;
+    int64_t ones = 0, all = 0;
+    const uint32_t mask = (1u << weight_bits_) - 1;
     for (int64_t i = begin; i < end; i++) {
       int64_t at = i;
       if (c.missing_left) at = i < c.missing ? s.n - c.missing + i : i - c.missing;
-      ones += double(s.keys[at] & 1);
+      const uint32_t key = s.keys[at], w = weight_bits_ ? key >> 1 & mask : 1;
+      all += w, ones += key & 1 ? w : 0;
     }
-    sums[0] += double(end - begin);
-    sums[3] += ones;
-    sums[2] += double(end - begin) - ones;
+    sums[0] += double(all);
+    sums[3] += double(ones);
+    sums[2] += double(all - ones);
+    return;
+  }
+  if (way_ == Way::many_classes && whole_weights_.empty()) {
+    const uint32_t classes = (1u << class_bits_) - 1, weights = (1u << weight_bits_) - 1;
+    for (int64_t i = begin; i < end; i++) {
+      int64_t at = i;
+      if (c.missing_left) at = i < c.missing ? s.n - c.missing + i : i - c.missing;
+      const uint32_t key = s.keys[at];
+      const double w = weight_bits_ ? double(key >> class_bits_ & weights) : 1.0;
+      sums[2 + (key & classes)] += w;
+      sums[0] += w;
+    }
     return;
   }
   for (int64_t i = begin; i < end; i++) t_.add(sums, c.row(s, i, shift_));
@@ -157,13 +181,13 @@ void SplitSearch::best_fast(const SortedSlice& s, const double* sums, const Node
       s.values, s.keys, present, first, limits.min_samples_leaf, s.n - limits.min_samples_leaf};
   BestCandidate found;
   if (way_ == Way::two_classes) {
-    const int64_t least = std::max(
-        range.least, int64_t(std::ceil(std::min(limits.min_weight_leaf, double(s.n) + 1))));
-    range.least = least, range.most = s.n - least;
-    found = kernels.two_classes({range, s.n, int64_t(sums[3]), int64_t(w.left[3])});
+    found = kernels.two_classes({range, weight_bits_, int64_t(sums[0]), int64_t(sums[3]),
+                                 int64_t(w.left[0]), int64_t(w.left[3]), limits.min_weight_leaf});
   } else if (way_ == Way::many_classes) {
     ManyClasses m{range,
-                  shift_,
+                  class_bits_,
+                  weight_bits_,
+                  int(t_.most_classes),
                   whole_weights_.empty() ? nullptr : whole_weights_.data(),
                   int64_t(sums[0]),
                   int64_t(w.left[0]),

@@ -46,11 +46,11 @@ class SplitSearch {
  public:
   explicit SplitSearch(const TreeTarget& target, int64_t rows);
 
-  // False where rows and classes do not fit into a key together.
-  bool fits() const { return fits_; }
   int shift() const { return shift_; }
   uint32_t key(uint32_t row) const {
-    return row << shift_ | (codes_.empty() ? 0 : uint32_t(codes_[row]));
+    uint32_t low = codes_.empty() ? 0 : uint32_t(codes_[row]);
+    if (weight_bits_) low |= uint32_t(t_.weights[row]) << class_bits_;
+    return row << shift_ | low;
   }
 
   // Sums of one thread at a time.
@@ -79,8 +79,7 @@ class SplitSearch {
   enum class Way { two_classes, many_classes, one_target, general };
   const TreeTarget& t_;
   Way way_;
-  int shift_ = 0;
-  bool fits_;
+  int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
   std::vector<uint16_t> codes_;         // of each row, for one output of classes
   std::vector<int32_t> whole_weights_;  // of each row, where all are whole
 };
