@@ -12,7 +12,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
 
 import fastnn.tree
-from fastnn import _state
+from fastnn import _cpu, _state
 
 from .compare import assert_same
 
@@ -153,3 +153,20 @@ def test_a_criterion_of_scikit_learn_is_counted():
     both("RandomForestRegressor", x, y, criterion="absolute_error", n_estimators=3)
     assert _state.fallbacks() == {("tree.DecisionTreeRegressor", "criterion='absolute_error'"): 3}
     _state.reset_fallbacks()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 255, 256, 257, 1000, 70001])
+def test_draws_are_those_of_numpy(seed, rows):
+    assert _cpu.tree_first_draw(seed, 2**31 - 1) == np.random.RandomState(seed).randint(0, 2**31 - 1)
+    for draws in (0, 1, rows, 2 * rows):
+        counts = np.full(rows, -1.0)
+        _cpu.tree_bootstrap(seed, rows, draws, counts.ctypes.data)
+        expected = np.bincount(np.random.RandomState(seed).randint(0, rows, draws), minlength=rows)
+        np.testing.assert_array_equal(counts, expected)
+
+
+def test_progress(capsys):
+    x, y = data(60)
+    fastnn.tree.RandomForestClassifier(5, verbose=1).fit(x, y)
+    assert "5/5" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from .. import _state
+from .. import _cpu, _state
 from . import _exact
 from ._predict import ClassifierTreeMixin, TreeMixin
 from ._sklearn import tree_of
@@ -38,7 +38,7 @@ class ExactTree(BaseDecisionTree):
         if reason is not None:
             _state.count_fallback(f"tree.{type(self).__name__}", reason)
             return super()._fit(X, y, sample_weight, check_input, missing_values_in_feature_mask)
-        random_state = check_random_state(self.random_state)
+        seed = self._seed()
         if check_input:
             X, y = self._checked(X, y)
         n_samples, self.n_features_in_ = X.shape
@@ -57,8 +57,15 @@ class ExactTree(BaseDecisionTree):
         if sample_weight is not None:
             sample_weight = np.ascontiguousarray(sample_weight, dtype=np.float64)
         target = _exact.Target(_alias(self.criterion), y, classes, sample_weight)
-        settings = self._settings(n_samples, sample_weight)._replace(monotonic=self._signs(X))
-        settings = settings._replace(seed=random_state.randint(0, 2147483647), threads=self._threads)
+        if shared is None or shared.settings is None:
+            settings = self._settings(n_samples, sample_weight)._replace(
+                monotonic=self._signs(X), threads=self._threads
+            )
+            if shared is not None and not self.min_weight_fraction_leaf:
+                shared.settings = settings, self.max_features_
+        else:
+            settings, self.max_features_ = shared.settings
+        settings = settings._replace(seed=seed)
         sorted_columns = _exact.presort(X, self._threads) if shared is None else shared.presort(X, self._threads)
         grown = _exact.grow(sorted_columns, target, settings)
         counts = np.ones(self.n_outputs_, dtype=np.intp) if classes is None else classes
@@ -67,6 +74,13 @@ class ExactTree(BaseDecisionTree):
             self.n_classes_, self.classes_ = self.n_classes_[0], self.classes_[0]
         self._prune_tree()
         return self
+
+    def _seed(self) -> int:
+        """What scikit-learn's splitter draws as the seed of its own draws."""
+        state, below = self.random_state, 2**31 - 1
+        if type(state) is int and 0 <= state < 2**32:
+            return _cpu.tree_first_draw(state, below)
+        return check_random_state(state).randint(0, below)
 
     def _why_not(self, X) -> str | None:
         """Why scikit-learn grows this tree, or None."""

@@ -17,6 +17,7 @@ from ._decision_tree import (
     ExtraTreeRegressor,
 )
 from ._predict import ClassifierForestMixin, RegressorForestMixin
+from ._sklearn import fit_forest
 
 
 class Shared:
@@ -27,6 +28,7 @@ class Shared:
         self._presort = None
         self._encoded = None
         self.template = None
+        self.settings = None
 
     def presort(self, X, threads: int):
         with self._lock:
@@ -66,7 +68,7 @@ class ExactForest:
         """As scikit-learn's."""
         self._shared = Shared()
         try:
-            return super().fit(X, y, sample_weight)
+            return fit_forest(self, X, y, sample_weight)
         finally:
             del self._shared
             for tree in getattr(self, "estimators_", ()):

@@ -8,6 +8,7 @@
 #include "bind/bind.hpp"
 #include "bind/tree.hpp"
 #include "common/parallel.hpp"
+#include "tree/bootstrap.hpp"
 #include "tree/exact.hpp"
 
 namespace py = pybind11;
@@ -105,6 +106,19 @@ py::tuple splits(const Presort& sorted, const py::tuple& given, int threads) {
   return py::make_tuple(found.impurity, columns);
 }
 
+int64_t draw(uint32_t seed, int64_t below) {
+  if (below < 2 || below > int64_t(1) << 32) bad_argument("tree_first_draw", "below", "2 to 2^32");
+  return first_draw(seed, below);
+}
+
+void counts(uint32_t seed, int64_t rows, int64_t draws, uintptr_t out) {
+  if (rows < 1 || rows >= int64_t(1) << 32) bad_argument("tree_bootstrap", "rows", "1 to 2^32 - 1");
+  if (draws < 0) bad_argument("tree_bootstrap", "draws", "0 or more");
+  auto* to = address<double>("tree_bootstrap", "out", out);
+  py::gil_scoped_release release;
+  bootstrap_counts(seed, rows, draws, to);
+}
+
 }  // namespace
 
 void bind_tree_exact(py::module_& m) {
@@ -126,5 +140,8 @@ void bind_tree_exact(py::module_& m) {
       .def_readonly("max_depth", &ExactTree::max_depth)
       .def("copy_to", &copy_tree);
   m.def("tree_grow_exact", &grow, py::arg("presort"), py::arg("target"), py::arg("settings"));
+  m.def("tree_first_draw", &draw, py::arg("seed"), py::arg("below"));
+  m.def("tree_bootstrap", &counts, py::arg("seed"), py::arg("rows"), py::arg("draws"),
+        py::arg("out"));
   m.def("tree_best_splits", &splits, py::arg("presort"), py::arg("target"), py::arg("threads") = 0);
 }
