@@ -38,9 +38,9 @@ class ExactTree(BaseDecisionTree):
         if reason is not None:
             _state.count_fallback(f"tree.{type(self).__name__}", reason)
             return super()._fit(X, y, sample_weight, check_input, missing_values_in_feature_mask)
-        seed = self._seed()
         if check_input:
             X, y = self._checked(X, y)
+        labels, given_weight = y, sample_weight
         n_samples, self.n_features_in_ = X.shape
         shared = self._shared
         if shared is None:
@@ -57,6 +57,10 @@ class ExactTree(BaseDecisionTree):
         if sample_weight is not None:
             sample_weight = np.ascontiguousarray(sample_weight, dtype=np.float64)
         target = _exact.Target(_alias(self.criterion), y, classes, sample_weight)
+        if not _exact.fits(target):
+            _state.count_fallback(f"tree.{type(self).__name__}", "rows times classes beyond 2^32")
+            mask = self._compute_missing_values_in_feature_mask(X)
+            return super()._fit(X, labels, given_weight, False, mask)
         if shared is None or shared.settings is None:
             settings = self._settings(n_samples, sample_weight)._replace(
                 monotonic=self._signs(X), threads=self._threads
@@ -65,7 +69,7 @@ class ExactTree(BaseDecisionTree):
                 shared.settings = settings, self.max_features_
         else:
             settings, self.max_features_ = shared.settings
-        settings = settings._replace(seed=seed)
+        settings = settings._replace(seed=self._seed())
         sorted_columns = _exact.presort(X, self._threads) if shared is None else shared.presort(X, self._threads)
         grown = _exact.grow(sorted_columns, target, settings)
         counts = np.ones(self.n_outputs_, dtype=np.intp) if classes is None else classes
@@ -92,12 +96,6 @@ class ExactTree(BaseDecisionTree):
             return "a Criterion object"
         if self.criterion not in (_CLASSIFICATION if is_classifier(self) else _REGRESSION):
             return f"criterion={self.criterion!r}"
-        shape = np.shape(X)
-        if shape and shape[0] >= 2**31 // 65536:
-            # Rows and classes share a key of 32 bits; the classes are not known yet.
-            most = 65536 if is_classifier(self) else 1
-            if shape[0] * most >= 2**32 and shape[0] >= 2**24:
-                return "rows times classes beyond 2^32"
         return None
 
     def _checked(self, X, y):
