@@ -10,17 +10,24 @@ from ._best_split import BestSplit, best_split
 
 # Name -> the module that defines it.
 _ESTIMATORS = {
+    "AdaBoostClassifier": "_adaboost",
+    "CascadeClassifier": "_cascade",
     "DecisionTreeClassifier": "_decision_tree",
     "DecisionTreeRegressor": "_decision_tree",
     "ExtraTreeClassifier": "_decision_tree",
     "ExtraTreeRegressor": "_decision_tree",
     "ExtraTreesClassifier": "_forest",
     "ExtraTreesRegressor": "_forest",
+    "GradientBoostingClassifier": "_gradient_boosting",
+    "GradientBoostingRegressor": "_gradient_boosting",
     "HistGradientBoostingClassifier": "_hist_gradient_boosting",
     "HistGradientBoostingRegressor": "_hist_gradient_boosting",
     "RandomForestClassifier": "_forest",
     "RandomForestRegressor": "_forest",
+    "Stage": "_cascade",
+    "StageReport": "_cascade",
     "local_fit": "_distributed",
+    "plot": "_predict",
 }
 
 

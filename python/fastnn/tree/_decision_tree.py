@@ -26,7 +26,7 @@ _REGRESSION = ("squared_error", "poisson")
 class ExactTree(BaseDecisionTree):
     """Grows ``tree_`` by :mod:`fastnn.tree._exact`. To be inherited after scikit-learn's class, whose ``fit`` calls ``_fit``.
 
-    ``_shared`` (a :class:`Shared`, or None) is what the trees of one forest have in common while it is fitted;
+    ``_shared`` (a :class:`Shared`, or None) is what the trees of one ensemble have in common while it is fitted;
     ``_threads`` how many threads grow the tree, 0 for torch's number.
     """
 
@@ -43,14 +43,15 @@ class ExactTree(BaseDecisionTree):
         labels, given_weight = y, sample_weight
         n_samples, self.n_features_in_ = X.shape
         shared = self._shared
-        if shared is None:
+        encodes = shared is not None and shared.encodes
+        if not encodes:
             y, classes, expanded = self._encoded(y)
         else:
             y, classes, expanded = shared.encoded(y, self._encoded)
             self._take_classes(classes, y.shape[1])
         if len(y) != n_samples:
             raise ValueError(f"Number of labels={len(y)} does not match number of samples={n_samples}")
-        if sample_weight is not None and shared is None:
+        if sample_weight is not None and not encodes:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
         if expanded is not None:
             sample_weight = expanded if sample_weight is None else sample_weight * expanded

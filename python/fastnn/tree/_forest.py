@@ -23,6 +23,9 @@ from ._sklearn import fit_forest
 class Shared:
     """What the trees of one forest have in common while they are grown."""
 
+    #: Whether y is encoded once for all trees, which then know codes in place of classes.
+    encodes = True
+
     def __init__(self):
         self._lock = threading.Lock()
         self._presort = None

@@ -24,7 +24,17 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .. import _cpu
 from ._tensors import TensorMixin
 
-__all__ = ["NODE", "Forest", "ForestMixin", "NotFinite", "TreeMixin", "cached_forest", "leaf_paths", "through_forest"]
+__all__ = [
+    "NODE",
+    "Forest",
+    "ForestMixin",
+    "NotFinite",
+    "TreeMixin",
+    "cached_forest",
+    "leaf_paths",
+    "plot",
+    "through_forest",
+]
 
 #: The fields that a tree's records have; scikit-learn's own have more. `missing_go_to_left` and `category` may lack.
 NODE = np.dtype(
@@ -406,3 +416,11 @@ class RegressorForestMixin(ForestMixin):
         if values is None:
             return super().predict(X)
         return values[:, 0] if self.n_outputs_ == 1 else values
+
+
+def plot(estimator: Any, *args: Any, **options: Any) -> Any:
+    """Draws a tree with matplotlib: that of a decision tree, the first of an ensemble (or `tree=`, in gradient boosting `stage=`
+    and `output=`). Options and result are those of `sklearn.tree.plot_tree`. TypeError for what is not made of trees."""
+    if not isinstance(estimator, SklearnMixin) or not hasattr(estimator, "plot"):
+        raise TypeError(f"{type(estimator).__name__} has no trees to plot")
+    return estimator.plot(*args, **options)
