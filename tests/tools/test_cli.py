@@ -137,6 +137,7 @@ SHORT = {
     "finetune": ["--epochs", "3"],
     "char_gpt": ["--steps", "15"],
     "translate_dates": ["--steps", "15"],
+    "cascade": ["--png", os.devnull],
 }
 
 
