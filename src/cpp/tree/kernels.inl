@@ -487,24 +487,33 @@ FASTNN_INLINE int64_t weight_in(const ManyClasses& s, uint32_t key) {
 }
 
 // Few candidates among many equal values: only weights are kept up, and squared for a candidate.
+// Squares of sums up to this stay below 2^31.
+constexpr int64_t kMostSquared = 46340;
+constexpr int kMostFew = 64;  // classes
+
 static BestCandidate many_classes_few_borders(const ManyClasses& s, Bounds b) {
   const SplitRange& r = s.range;
   BestCandidate best{kNone, 0};
+  alignas(64) int32_t left_of[kMostFew] = {}, all_of[kMostFew] = {};
+  const int vectors = (s.classes + 15) / 16;
+  for (int c = 0; c < s.classes; c++)
+    left_of[c] = int32_t(s.left[c]), all_of[c] = int32_t(s.left[c] + s.right[c]);
   const uint32_t mask = (1u << s.class_bits) - 1;
   const double total = double(s.total);
   int64_t left = s.first_weight;
   for (int64_t j = 1; j <= b.last; j++) {
     const uint32_t key = r.keys[j - 1];
-    const int64_t w = weight_in(s, key);
-    s.left[key & mask] += w, left += w;
+    const int32_t w = int32_t(weight_in(s, key));
+    left_of[key & mask] += w, left += w;
     if (j < b.first || !(r.values[j] > r.values[j - 1] + kFeatureThreshold)) continue;
     const double nl = double(left), nr = total - nl;
     if (nl < s.least_weight || nr < s.least_weight) continue;
-    int64_t sl = 0, sr = 0;
-    for (int c = 0; c < s.classes; c++) {
-      const int64_t l = s.left[c], o = s.right[c] - l;
-      sl += l * l, sr += o * o;
-    }
+    int32_t sl = 0, sr = 0;
+    for (int v = 0; v < vectors; v++)
+      for (int c = 16 * v; c < 16 * v + 16; c++) {
+        const int32_t l = left_of[c], o = all_of[c] - l;
+        sl += l * l, sr += o * o;
+      }
     const double gl = 1.0 - double(sl) / (nl * nl), gr = 1.0 - double(sr) / (nr * nr);
     const double proxy = -nr * gr - nl * gl;
     if (proxy > best.proxy) best = {proxy, j};
@@ -517,15 +526,13 @@ static BestCandidate many_classes(const ManyClasses& s) {
   const Bounds b = bounds_of(r);
   BestCandidate best{kNone, 0};
   if (b.first > b.last) return best;
-  int borders = 0;
+  int64_t borders = 0;
   for (int64_t j = b.first; j <= b.last; j++)
     borders += r.values[j] > r.values[j - 1] + kFeatureThreshold;
   if (borders == 0) return best;
-  if (int64_t(borders) * (s.classes + 12) < 4 * r.n) {
-    // From here `right` is what both sides have.
-    for (int c = 0; c < s.classes; c++) s.right[c] += s.left[c];
+  if (s.classes <= kMostFew && s.total <= kMostSquared &&
+      borders * (4 + (s.classes + 15) / 16 * 4) < 2 * r.n)
     return many_classes_few_borders(s, b);
-  }
   const uint32_t classes = (1u << s.class_bits) - 1;
   int64_t left = s.first_weight, sl = s.square_left, sr = s.square_right;
   const double total = double(s.total);
