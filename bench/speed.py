@@ -385,6 +385,55 @@ ROWS = (
         _each("gpt2_writing", ((256, 64),)),
         least=1.3,
     ),
+    Row(
+        "exact-tree",
+        "exact tree of depth 8, 100,000×20 and 10,000×500, one thread and two",
+        _each("exact_tree", ((100_000, 20, 8, 1), (100_000, 20, 8, 2), (10_000, 500, 8, 1), (10_000, 500, 8, 2))),
+        least=12,
+    ),
+    Row(
+        "exact-tree-large",
+        "exact tree of depth 8, 1,000,000×20, one thread and two",
+        _each("exact_tree", ((1_000_000, 20, 8, 1), (1_000_000, 20, 8, 2))),
+        least=12,
+    ),
+    Row(
+        "exact-tree-full",
+        "exact tree of full depth, 100,000×20 and 10,000×500, one thread and two",
+        _each(
+            "exact_tree",
+            ((100_000, 20, 1000, 1), (100_000, 20, 1000, 2), (10_000, 500, 1000, 1), (10_000, 500, 1000, 2)),
+        ),
+        least=10,
+    ),
+    Row(
+        "exact-tree-full-large",
+        "exact tree of full depth, 1,000,000×20, one thread and two",
+        _each("exact_tree", ((1_000_000, 20, 1000, 1), (1_000_000, 20, 1000, 2))),
+        least=10,
+    ),
+    Row(
+        "forest",
+        "forest of 100 trees of depth 8, 100,000×20, one job and two",
+        _each("forest", ((100_000, 20, 100, 8, 1), (100_000, 20, 100, 8, 2))),
+        least=2,
+    ),
+    Row(
+        "forest-full",
+        "forest of 10 trees of full depth, 100,000×20, one job and two",
+        _each("forest", ((100_000, 20, 10, 1000, 1), (100_000, 20, 10, 1000, 2))),
+        least=12,
+    ),
+    Row(
+        "trees-small",
+        "digits and breast cancer, single tree and forest of 100, one thread and two",
+        tuple(
+            (name, (threads,))
+            for name in ("digits_tree", "digits_forest", "breast_cancer_tree", "breast_cancer_forest")
+            for threads in (1, 2)
+        ),
+        least=5,
+    ),
 )
 
 

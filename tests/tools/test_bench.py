@@ -174,6 +174,13 @@ def test_unknown_names():
         bench.run("matmul", dtypes=[torch.int8])
 
 
+SMALL_TREES = {
+    "exact_tree": (400, 5, 3, 1),
+    "forest": (400, 8, 3, 1000, 1),
+    **dict.fromkeys(("digits_tree", "digits_forest", "breast_cancer_tree", "breast_cancer_forest"), (1,)),
+}
+
+
 @pytest.mark.parametrize("name", sorted(bench.benchmarks()))
 def test_every_benchmark_runs_at_a_small_shape(name):
     the = bench.benchmark(name)
@@ -181,9 +188,11 @@ def test_every_benchmark_runs_at_a_small_shape(name):
     shape = tuple(32 if len(axes) < 5 else 4 for _ in axes)
     if name.startswith(("bert", "gpt2", "vit")):
         shape = (2, 16)
+    shape = SMALL_TREES.get(name, shape)
+    against = "scikit-learn" if name in SMALL_TREES else "torch"
     for dtype in the.dtypes:
         # Compiling whole models for the other peers takes minutes; test_peers.py does it for a small one.
-        (result,) = bench.run(the, [shape], [dtype], against="torch", seconds=0.01)
+        (result,) = bench.run(the, [shape], [dtype], against=against, seconds=0.01)
         assert result.rate > 0
 
 

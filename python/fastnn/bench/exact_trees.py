@@ -1,0 +1,161 @@
+"""Trees and forests by exact search: scikit-learn's own, node for node, and forests beside those of histogram libraries.
+
+THREADS are torch's for single trees (scikit-learn grows a tree on one), and jobs for forests. A DEPTH of 1000 is no limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastnn
+
+from .benchmark import Benchmark, Problem, register
+
+_NO_LIMIT = 1000
+
+
+@functools.lru_cache(maxsize=2)
+def _data(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import make_classification
+
+    x, y = make_classification(rows, columns, random_state=0)
+    return x.astype(np.float32), y
+
+
+def _with_threads(threads: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return call(*args)
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
+def _nodes(estimator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that a tree decides by."""
+    tree = estimator.tree_
+    return torch.from_numpy(tree.feature.copy()), torch.from_numpy(tree.threshold.copy())
+
+
+def _tree(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    import sklearn.tree
+
+    rows, columns, depth, threads = shape
+    parameters = {"max_depth": None if depth == _NO_LIMIT else depth, "random_state": 0}
+
+    def of(module: Any) -> Callable[..., Any]:
+        return lambda x, y: _nodes(module.DecisionTreeClassifier(**parameters).fit(x, y))
+
+    contestants = {"fastnn": _with_threads(threads, of(fastnn.tree)), "scikit-learn": of(sklearn.tree)}
+    return Problem(lambda: _data(rows, columns), contestants, 4.0 * rows * columns, unit="B", peak="copy")
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _forest(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    """The result is the accuracy on rows of the fit: the peers' trees are others."""
+    import sklearn.ensemble
+
+    rows, columns, trees, depth, threads = shape
+    limit = None if depth == _NO_LIMIT else depth
+    parameters = {"n_estimators": trees, "max_depth": limit, "random_state": 0, "n_jobs": threads}
+    makers: dict[str, Callable[[], Any]] = {"fastnn": lambda: fastnn.tree.RandomForestClassifier(**parameters)}
+    absent = {}
+    if limit is None:
+        makers["scikit-learn"] = lambda: sklearn.ensemble.RandomForestClassifier(**parameters)
+    else:
+        # The fast ones alone: scikit-learn takes ten times as long.
+        if _installed("scikit-learn-intelex"):
+            ensemble = importlib.import_module("sklearnex.ensemble")
+            makers["scikit-learn-intelex"] = lambda: ensemble.RandomForestClassifier(**parameters)
+        else:
+            absent["scikit-learn-intelex"] = "not installed"
+        if _installed("xgboost"):
+            xgboost = importlib.import_module("xgboost")
+            share = int(np.sqrt(columns)) / columns
+            makers["XGBoost"] = lambda: xgboost.XGBRFClassifier(
+                n_estimators=trees, max_depth=depth, colsample_bynode=share, random_state=0, n_jobs=threads
+            )
+        else:
+            absent["XGBoost"] = "not installed"
+
+    def fit(make: Callable[[], Any]) -> Callable[..., Any]:
+        def call(x: np.ndarray, y: np.ndarray) -> torch.Tensor:
+            found = make().fit(x, y).predict(x[:2000])
+            return torch.tensor([float((found == y[:2000]).mean())], dtype=torch.float64)
+
+        return _with_threads(threads, call)
+
+    return Problem(
+        lambda: _data(rows, columns),
+        {name: fit(make) for name, make in makers.items()},
+        4.0 * rows * columns * trees,
+        unit="B",
+        peak="copy",
+        absent=absent,
+        tolerance=0.03,
+    )
+
+
+def _small(load: str, name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        from sklearn import datasets, ensemble, tree
+
+        x, y = getattr(datasets, load)(return_X_y=True)
+        theirs = getattr(ensemble if "Forest" in name else tree, name)
+        ours = getattr(fastnn.tree, name)
+        (threads,) = shape
+
+        def fit(kind: Any) -> Callable[..., Any]:
+            def call(x: np.ndarray, y: np.ndarray) -> torch.Tensor:
+                estimator = kind(random_state=0).fit(x, y)
+                return torch.from_numpy(estimator.feature_importances_)
+
+            return _with_threads(threads, call)
+
+        contestants = {"fastnn": fit(ours), "scikit-learn": fit(theirs)}
+        return Problem(lambda: (x, y), contestants, float(x.nbytes), unit="B", peak="copy")
+
+    return build
+
+
+_FLOAT32 = (torch.float32,)
+_A, _B, _C = (100_000, 20), (1_000_000, 20), (10_000, 500)
+register(
+    Benchmark(
+        "exact_tree",
+        "ROWSxCOLUMNSxDEPTHxTHREADS",
+        tuple((*size, depth, threads) for size in (_A, _C) for depth in (8, _NO_LIMIT) for threads in (1, 2)),
+        _tree,
+        _FLOAT32,
+    )
+)
+register(
+    Benchmark(
+        "forest",
+        "ROWSxCOLUMNSxTREESxDEPTHxTHREADS",
+        ((*_A, 100, 8, 1), (*_A, 100, 8, 2), (*_A, 10, _NO_LIMIT, 1), (*_A, 10, _NO_LIMIT, 2)),
+        _forest,
+        _FLOAT32,
+    )
+)
+for _load in ("digits", "breast_cancer"):
+    for _kind in ("DecisionTreeClassifier", "RandomForestClassifier"):
+        _what = "tree" if _kind.startswith("Decision") else "forest"
+        register(Benchmark(f"{_load}_{_what}", "THREADS", ((1,), (2,)), _small(f"load_{_load}", _kind), _FLOAT32))
