@@ -41,9 +41,13 @@ TreeTarget target_argument(const char* op, const py::tuple& given, int64_t rows)
     for (int64_t k = 0; k < t.outputs; k++)
       if (t.classes[k] < 1 || t.classes[k] > t.most_classes)
         bad_argument(op, "classes", "from 1 to most_classes");
-    for (int64_t i = 0; i < rows * t.outputs; i++)
-      if (!(t.y[i] >= 0 && t.y[i] < double(t.classes[i % t.outputs])))
-        bad_argument(op, "y", "codes of classes");
+    bool good = true;
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t k = 0; k < t.outputs; k++) {
+        const double y = t.y[i * t.outputs + k];
+        good = good & (y >= 0) & (y < double(t.classes[k]));
+      }
+    if (!good) bad_argument(op, "y", "codes of classes");
   }
   if (!fits_exact(t, rows)) bad_argument(op, "rows", "rows times classes below 2^32");
   return t;

@@ -171,7 +171,7 @@ class Grower {
 
   // Few rows of many read a cache line each, which holds their other columns as well.
   ColumnRanks ranks_of(int64_t f, int64_t rows) const {
-    if (ranks_->by_row && rows * 16 < sorted_.rows)
+    if (ranks_->by_row && rows * kDenseShare < sorted_.rows)
       return {&ranks_->by_row[f].rank, 2 * sorted_.columns};
     return {ranks_->by_column + f * sorted_.rows, 1};
   }
@@ -453,8 +453,11 @@ class Grower {
 
   Frame root() {
     std::fill(sums_.begin(), sums_.end(), 0.0);
-    for (int64_t r = 0; r < sorted_.rows; r++)
-      if (t_.weight(r) != 0.0) t_.add(sums_.data(), r);
+    if (by_rows_)
+      search_.add_rows({}, {nullptr, keys_, n_, 0}, 0, n_, sums_.data());
+    else
+      for (int64_t r = 0; r < sorted_.rows; r++)
+        if (t_.weight(r) != 0.0) t_.add(sums_.data(), r);
     Frame node{0, n_, 0, kUndefined, false, 0, 0, -kInfinity, kInfinity};
     if (t_.criterion == TreeCriterion::poisson) {
       std::vector<int64_t> rows;

@@ -66,6 +66,9 @@ struct ColumnRanks {
   int64_t stride;
 };
 
+// A node of this share of the column's rows or more is read off a set of bits.
+constexpr int64_t kDenseShare = 32;
+
 // Rows of a node in the order of a column that was sorted once: order[rank of row r] is r.
 struct NodeSort {
   ColumnRanks ranks;

@@ -299,7 +299,7 @@ static void sorted_handful(const NodeSort& s) {
   }
 }
 
-// A sixteenth of the column's ranks or more: all words are read, 16 ranks at a time.
+// All words are read, 16 ranks at a time.
 static void sorted_of_dense(const NodeSort& s) {
   int64_t to = 0;
   for (int64_t word = 0; word * 64 < s.rows; word++) {
@@ -308,6 +308,7 @@ static void sorted_of_dense(const NodeSort& s) {
     s.bits[word] = 0;
     for (int part = 0; part < 4; part++) {
       const __mmask16 mask = __mmask16(bits >> (16 * part));
+      if (!mask) continue;
       const int64_t at = word * 64 + 16 * part;
       const __m512i row =
           _mm512_maskz_compress_epi32(mask, _mm512_maskz_loadu_epi32(mask, s.order + at));
@@ -465,7 +466,7 @@ static void sort_node(const NodeSort& s) {
     sorted_handful(s);
     return;
   }
-  if (s.n * 16 >= s.rows) {
+  if (s.n * kDenseShare >= s.rows) {
     for (int64_t i = 0; i < s.n; i++) {
       const uint32_t rank = rank_of(s.ranks, s.keys[i], s.shift);
       s.bits[rank >> 6] |= uint64_t(1) << (rank & 63);
