@@ -434,6 +434,30 @@ ROWS = (
         ),
         least=5,
     ),
+    Row(
+        "binning",
+        "binning of 1,000,000×20 numbers, one thread and two",
+        _each("binning", ((1_000_000, 20, 1), (1_000_000, 20, 2))),
+        "float64",
+        least=8.0,
+    ),
+    *(
+        Row(
+            f"{row}{suffix}",
+            f"{words}, {tables}, one thread and two",
+            _each(benchmark, tuple((*shape, threads) for threads in (1, 2) for shape in shapes)),
+            "float64",
+            least=least,
+        )
+        for row, benchmark, words, least in (
+            ("histogram-tree", "histogram_tree", "histogram tree of depth 8 with its binning", 4.0),
+            ("boosting", "boosting", "100 boosted trees of depth 6", 1.3),
+        )
+        for suffix, tables, shapes in (
+            ("", "100,000×20 and 10,000×500", ((100_000, 20), (10_000, 500))),
+            ("-large", "1,000,000×20", ((1_000_000, 20),)),
+        )
+    ),
 )
 
 

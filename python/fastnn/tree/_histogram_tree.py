@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -146,8 +147,6 @@ class HistogramGrower:
 
     def leaf_of_rows(self, nodes: np.ndarray) -> np.ndarray:
         """The node of the last tree that each row of this process ends in."""
-        import ctypes
-
         memory = (ctypes.c_uint32 * self.rows).from_address(self._grower.partition())
         partition = np.frombuffer(memory, dtype=np.uint32)
         out = np.empty(self.rows, dtype=np.int32)

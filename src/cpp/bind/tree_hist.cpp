@@ -109,7 +109,7 @@ class PythonGrower {
                uintptr_t bins, uintptr_t categorical, uintptr_t monotonic)
       : rows_(rows), features_(features) {
     const char* op = "HistogramGrower";
-    if (rows < 0 || rows >= int64_t(UINT32_MAX) - 64) bad_argument(op, "rows", "0 to 2^32 - 65");
+    if (rows < 0 || rows >= int64_t(INT32_MAX)) bad_argument(op, "rows", "0 to 2^31 - 2");
     if (features < 1) bad_argument(op, "features", "1 or more");
     if (step < rows) bad_argument(op, "step", "at least the rows");
     if (missing < 1 || missing >= kMostBins) bad_argument(op, "missing", "1 to 255");

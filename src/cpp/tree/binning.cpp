@@ -9,6 +9,7 @@
 
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
+#include "tree/memory.hpp"
 
 namespace fastnn {
 
@@ -88,57 +89,134 @@ class FewValues {
 
 // Working memory of one thread.
 struct Work {
-  std::vector<double> sorted;
-  std::vector<uint8_t> bins;
+  Memory memory, bins;
+  double *sorted, *below[2], *others[2];
+  explicit Work(int64_t n) : memory(size_t(n + 16) * 8 * 5), bins(size_t(n)) {
+    sorted = memory.as<double>();
+    for (int i = 0; i < 2; i++) {
+      below[i] = sorted + (1 + 2 * i) * (n + 16);
+      others[i] = sorted + (2 + 2 * i) * (n + 16);
+    }
+  }
 };
 
-// Puts the elements of the given ascending ranks into their places, without sorting the others:
-// values are shared out among bins first, and only what is within a bin is compared.
-void place_ranks(const BinningKernels& k, double* v, int64_t n, const std::vector<int64_t>& ranks,
-                 Work& work) {
-  constexpr int64_t kFew = 4096;
-  if (n <= kFew) {
-    std::sort(v, v + n);
-    return;
+double median_of(const double* v, int64_t n) {
+  constexpr int kSome = 9;
+  double some[kSome];
+  for (int i = 0; i < kSome; i++) {
+    const double x = v[(2 * i + 1) * n / (2 * kSome)];
+    int at = i;
+    for (; at > 0 && some[at - 1] > x; at--) some[at] = some[at - 1];
+    some[at] = x;
   }
-  double some[kFew], edges[kMostBins];
-  for (int64_t i = 0; i < kFew; i++) some[i] = v[i * n / kFew];
-  std::sort(some, some + kFew);
-  int count = 0;
-  for (int i = 1; i < kMostBins; i++) {
-    const double edge = some[i * kFew / kMostBins];
-    if (!count || edge > edges[count - 1]) edges[count++] = edge;
-  }
-  BinTable table;
-  make_bin_table(edges, count, false, kMostBins - 1, table);
-  work.bins.resize(size_t(n));
-  work.sorted.resize(size_t(n));
-  int64_t begin[kMostBins + 1] = {}, next[kMostBins];
-  float floats[kRows];
-  for (int64_t i = 0; i < n; i += kRows) {
-    const int some_rows = int(std::min<int64_t>(kRows, n - i));
-    k.floats({v + i, false, some_rows, 1, 1, some_rows}, 0, some_rows, 0, 1, floats);
-    k.search(table, floats, v + i, false, 1, some_rows, work.bins.data() + i);
-  }
-  for (int64_t i = 0; i < n; i++) begin[work.bins[size_t(i)] + 1]++;
-  for (int b = 0; b < kMostBins; b++) begin[b + 1] += begin[b];
-  std::copy_n(begin, kMostBins, next);
-  for (int64_t i = 0; i < n; i++) work.sorted[size_t(next[work.bins[size_t(i)]]++)] = v[i];
-  std::copy_n(work.sorted.data(), n, v);
-  int bin = 0;
-  int64_t from = 0;  // what is before has its place
-  for (const int64_t rank : ranks) {
-    if (rank < from) continue;  // the same once more
-    while (rank >= begin[bin + 1]) bin++;
-    from = std::max(from, begin[bin]);
-    double* end = v + begin[bin + 1];
-    if (rank == from)
-      std::iter_swap(v + rank, std::min_element(v + rank, end));
-    else
-      std::nth_element(v + from, v + rank, end);
-    from = rank + 1;
-  }
+  return some[kSome / 2];
 }
+
+// The numbers of two neighbouring ranks; the second is `above` where it is beyond the last.
+struct Neighbours {
+  double first, second;
+};
+Neighbours select(const BinningKernels& k, const double* v, int64_t n, int64_t rank, double above,
+                  Work& work) {
+  constexpr int64_t kFew = 24;
+  for (int round = 0; n > kFew; round++) {
+    // Numbers come from one pair of buffers and go to the other.
+    double *below = work.below[round % 2], *others = work.others[round % 2];
+    if (round > 60) {  // pivots that divide badly, time after time
+      std::copy_n(v, n, below);
+      std::nth_element(below, below + rank, below + n);
+      if (rank + 1 < n) above = *std::min_element(below + rank + 1, below + n);
+      return {below[rank], above};
+    }
+    const double pivot = median_of(v, n);
+    int64_t count = k.divide(v, n, pivot, below, others);
+    if (count == 0) {  // nothing is smaller: those that are equal, and the others
+      if (pivot == INFINITY) return {pivot, rank + 1 < n ? pivot : above};
+      count = k.divide(v, n, std::nextafter(pivot, INFINITY), below, others);
+      if (rank + 1 < count) return {pivot, pivot};
+      if (rank + 1 == count)
+        return {pivot, count < n ? *std::min_element(others, others + (n - count)) : above};
+    }
+    if (rank < count)
+      v = below, n = count, above = pivot;  // the smallest of the others
+    else
+      v = others, n -= count, rank -= count;
+  }
+  double few[kFew];
+  for (int64_t i = 0; i < n; i++) {
+    int64_t at = i;
+    for (; at > 0 && few[at - 1] > v[i]; at--) few[at] = few[at - 1];
+    few[at] = v[i];
+  }
+  return {few[rank], rank + 1 < n ? few[rank + 1] : above};
+}
+
+// Numbers by their ranks, without sorting the others: they are shared out among bins first, and
+// only what is in the same bin is compared. Destroys v.
+class Ranks {
+ public:
+  Ranks(const BinningKernels& k, double* v, int64_t n, Work& work)
+      : k_(k), n_(n), sorted_(v), work_(work) {
+    constexpr int64_t kFew = 1024, kMost = 2048;
+    if (n <= kFew) {
+      std::sort(v, v + n);
+      begin_[kMostBins] = -1;
+      return;
+    }
+    double some[kMost], edges[kMostBins];
+    const int64_t sample = std::clamp<int64_t>(n / 16, kFew / 2, kMost);
+    for (int64_t i = 0; i < sample; i++) some[i] = v[i * n / sample];
+    std::sort(some, some + sample);
+    int count = 0;
+    for (int i = 1; i < kMostBins; i++) {
+      const double edge = some[i * sample / kMostBins];
+      if (!count || edge > edges[count - 1]) edges[count++] = edge;
+    }
+    BinTable table;
+    make_bin_table(edges, count, false, kMostBins - 1, table);
+    uint8_t* bins = work.bins.as<uint8_t>();
+    double* sorted = work.sorted;
+    float floats[kRows];
+    for (int64_t i = 0; i < n; i += kRows) {
+      const int some_rows = int(std::min<int64_t>(kRows, n - i));
+      k.floats({v + i, false, some_rows, 1, 1, some_rows}, 0, some_rows, 0, 1, floats);
+      k.search(table, floats, v + i, false, 1, some_rows, bins + i);
+    }
+    // Four counts, so that equal bins in a row need not wait for each other.
+    int64_t counts[4][kMostBins] = {}, next[kMostBins];
+    for (int64_t i = 0; i < n; i++) counts[i % 4][bins[i]]++;
+    begin_[0] = 0;
+    for (int b = 0; b < kMostBins; b++)
+      begin_[b + 1] = begin_[b] + counts[0][b] + counts[1][b] + counts[2][b] + counts[3][b];
+    std::copy_n(begin_, kMostBins, next);
+    for (int64_t i = 0; i < n; i++) sorted[next[bins[i]]++] = v[i];
+    sorted_ = sorted;
+  }
+
+  // Of this rank and of the next one, which is the same beyond the last. Ranks must not fall from
+  // call to call.
+  Neighbours at(int64_t rank) {
+    if (begin_[kMostBins] < 0) return {sorted_[rank], sorted_[std::min(rank + 1, n_ - 1)]};
+    while (rank >= begin_[bin_ + 1]) bin_++;
+    const int64_t begin = begin_[bin_], end = begin_[bin_ + 1];
+    double above = NAN;
+    if (rank + 1 == end) {
+      int next = bin_ + 1;
+      while (next < kMostBins && begin_[next + 1] == end) next++;
+      if (next < kMostBins)
+        above = *std::min_element(sorted_ + begin_[next], sorted_ + begin_[next + 1]);
+    }
+    const Neighbours found = select(k_, sorted_ + begin, end - begin, rank - begin, above, work_);
+    return rank + 1 < n_ ? found : Neighbours{found.first, found.first};
+  }
+
+ private:
+  const BinningKernels& k_;
+  int64_t n_, begin_[kMostBins + 1];
+  double* sorted_;
+  int bin_ = 0;
+  Work& work_;
+};
 
 // Returns how many edges there are.
 int edges_of_column(const BinningKernels& k, const BinEdgesCall& call, double* v, int64_t n,
@@ -155,20 +233,14 @@ int edges_of_column(const BinningKernels& k, const BinEdgesCall& call, double* v
     for (int j = 0; j + 1 < few.count(); j++) edges[count++] = (list[j] + list[j + 1]) / 2;
   } else {
     count = call.max_bins - 1;
-    std::vector<int64_t> ranks;
-    std::vector<double> gamma;
+    Ranks ranks(k, v, n, work);
     for (int q = 0; q < count; q++) {
       const double virtual_rank = double(n) * call.quantiles[q] - 1;
-      int64_t before = int64_t(std::floor(virtual_rank)), after = before + 1;
-      gamma.push_back(virtual_rank == double(before) ? 0.5 : 1.0);
-      if (virtual_rank >= double(n - 1)) before = after = n - 1;
-      if (virtual_rank < 0) before = after = 0;
-      ranks.push_back(before), ranks.push_back(after);
-    }
-    place_ranks(k, v, n, ranks, work);
-    for (int q = 0; q < count; q++) {
-      const double a = v[ranks[size_t(2 * q)]], b = v[ranks[size_t(2 * q + 1)]];
-      edges[q] = b - (b - a) * (1 - gamma[size_t(q)]);
+      const double before = std::floor(virtual_rank);
+      const double gamma = virtual_rank == before ? 0.5 : 1.0;
+      const int64_t rank = std::clamp<int64_t>(int64_t(before), 0, n - 1);
+      const auto [a, b] = ranks.at(rank);
+      edges[q] = b - (b - a) * (1 - gamma);
     }
   }
   // Between infinities there is NaN: once, at the end.
@@ -214,7 +286,8 @@ void find_bin_edges(const BinEdgesCall& call) {
   // So many columns at a time that their copies take some 64 MB.
   const int64_t together =
       std::clamp<int64_t>((64 << 20) / 8 / std::max<int64_t>(call.samples, 1), 4, 64);
-  std::vector<double> copies(size_t(together * call.samples));
+  const Memory memory(size_t(together * call.samples) * 8);
+  double* copies = memory.as<double>();
   std::atomic<bool> out_of_memory{false};
   for (size_t first = 0; first < columns.size(); first += size_t(together)) {
     const int64_t count = std::min<int64_t>(together, int64_t(columns.size() - first));
@@ -222,15 +295,14 @@ void find_bin_edges(const BinEdgesCall& call) {
     parallel(worth_threads(double(count) * double(call.samples) * 5), [&](int thread, int threads) {
       const Range r = share_of(call.samples, 64, thread, threads);
       const auto copy = call.x.f32 ? copy_columns<float> : copy_columns<double>;
-      copy(call, r.begin, r.end, columns.data() + first, count, copies.data());
+      copy(call, r.begin, r.end, columns.data() + first, count, copies);
       if (threads > 1) barrier();
       try {
-        Work work;
+        Work work(call.samples);
         for (int64_t c; (c = next.fetch_add(1)) < count;) {
           const int64_t column = columns[first + size_t(c)];
-          call.counts[column] =
-              edges_of_column(k, call, copies.data() + c * call.samples, call.samples,
-                              call.edges + column * (call.max_bins - 1), work);
+          call.counts[column] = edges_of_column(k, call, copies + c * call.samples, call.samples,
+                                                call.edges + column * (call.max_bins - 1), work);
         }
       } catch (const std::bad_alloc&) {
         out_of_memory = true;

@@ -56,6 +56,9 @@ struct BinningKernels {
   // Bins of n values of one column, in float32; `exact` holds them as they are, `step` apart.
   void (*search)(const BinTable& table, const float* x, const void* exact, bool f32, int64_t step,
                  int n, uint8_t* out);
+  // Copies numbers below the pivot to one place and the others to another, in their order; both
+  // have room for 8 more than there are. Returns how many were below.
+  int64_t (*divide)(const double* values, int64_t n, double pivot, double* below, double* others);
   // Columns of bytes to rows of bytes: out[r * out_step + c] = columns[c * step + r].
   void (*rows_of_bytes)(const uint8_t* columns, int64_t step, int64_t rows, int count, uint8_t* out,
                         int64_t out_step);

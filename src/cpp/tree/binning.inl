@@ -186,6 +186,28 @@ static void search(const BinTable& table, const float* x, const void* exact, boo
 }
 #endif
 
+static int64_t divide(const double* values, int64_t n, double pivot, double* below,
+                      double* others) {
+  int64_t b = 0, i = 0;
+#if FASTNN_TARGET_ID == 2
+  const __m512d p = _mm512_set1_pd(pivot);
+  for (; i + 8 <= n; i += 8) {
+    const __m512d v = _mm512_loadu_pd(values + i);
+    const __mmask8 is_below = _mm512_cmp_pd_mask(v, p, _CMP_LT_OQ);
+    _mm512_storeu_pd(below + b, _mm512_maskz_compress_pd(is_below, v));
+    _mm512_storeu_pd(others + (i - b), _mm512_maskz_compress_pd(__mmask8(~is_below), v));
+    b += __builtin_popcount(is_below);
+  }
+#endif
+  for (; i < n; i++) {
+    const double v = values[i];
+    below[b] = v;
+    others[i - b] = v;
+    b += v < pivot;
+  }
+  return b;
+}
+
 static void rows_of_bytes(const uint8_t* columns, int64_t step, int64_t rows, int count,
                           uint8_t* out, int64_t out_step) {
   int64_t r = 0;
@@ -221,6 +243,6 @@ static void rows_of_bytes(const uint8_t* columns, int64_t step, int64_t rows, in
     for (int c = 0; c < count; c++) out[r * out_step + c] = columns[c * step + r];
 }
 
-static const BinningKernels binning_table = {floats, search, rows_of_bytes};
+static const BinningKernels binning_table = {floats, search, divide, rows_of_bytes};
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -7,10 +7,10 @@
 #include <new>
 #include <utility>
 
-#include "common/allocator.hpp"
 #include "common/cpu_features.hpp"
 #include "common/integers.hpp"
 #include "common/parallel.hpp"
+#include "tree/memory.hpp"
 
 namespace fastnn {
 
@@ -39,27 +39,6 @@ namespace {
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 // Rows that one thread divides at a time: by the number of rows alone.
 constexpr int64_t kPart = 1 << 16;
-
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(size_t bytes) : block_(allocate(std::max<size_t>(bytes, 64))) {}
-  Memory(Memory&& other) noexcept : block_(std::exchange(other.block_, Block{})) {}
-  Memory& operator=(Memory&& other) noexcept {
-    std::swap(block_, other.block_);
-    return *this;
-  }
-  ~Memory() {
-    if (block_.data) deallocate(block_);
-  }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(block_.data);
-  }
-
- private:
-  Block block_{};
-};
 
 // Threads that so many nanoseconds of work are worth.
 int worth_threads(double nanoseconds) {
@@ -164,7 +143,8 @@ struct Grower::State {
     leaf.histogram = -1;
   }
   int64_t* sums_of(int h, int feature) {
-    return histogram(h) + int64_t(slot[size_t(feature)]) * kMostBins * format.words();
+    return histogram(h) +
+           int64_t(slot[size_t(feature)]) * HistogramKernels::kEntries * format.words();
   }
 
   void pack();
@@ -238,22 +218,23 @@ void Grower::State::pack() {
     }
   });
   for (int f = 0; f < n; f++) features[size_t(f)].has_missing = missing[size_t(f)];
-  // Tiles of equal size, within a group.
-  constexpr int kTile = 16;
-  for (int g = 0; g < packed.groups; g++) {
-    const int parts = int((packed.width + kTile - 1) / kTile);
-    for (int p = 0; p < parts; p++) {
-      const int quads = packed.width / 4;
+  // Tiles of equal size, within a group: few enough features for the caches, and one a thread. No
+  // sum depends on it.
+  constexpr int kTile = 24;
+  const int quads = packed.width / 4;
+  const int parts = std::clamp((max_threads() + packed.groups - 1) / packed.groups,
+                               (packed.width + kTile - 1) / kTile, quads);
+  for (int g = 0; g < packed.groups; g++)
+    for (int p = 0; p < parts; p++)
       tiles.push_back({g * packed.width + quads * p / parts * 4,
                        g * packed.width + quads * (p + 1) / parts * 4});
-    }
-  }
 }
 
 void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) {
   const int words = format.words();
-  sums += int64_t(tile.begin) * kMostBins * words;
-  std::fill(sums, sums + int64_t(tile.end - tile.begin) * kMostBins * words, int64_t(0));
+  sums += int64_t(tile.begin) * HistogramKernels::kEntries * words;
+  std::fill(sums, sums + int64_t(tile.end - tile.begin) * HistogramKernels::kEntries * words,
+            int64_t(0));
   HistogramKernels::Rows r;
   const int g = tile.begin / packed.width;
   r.bins = packed.group(g) + tile.begin % packed.width;
@@ -296,7 +277,8 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
   if (hooks->distributed() || is_root) {
     for_each_part(int64_t(tiles.size()), add_cost, [&](int64_t t) { make(tiles[size_t(t)]); });
     if (hooks->distributed())
-      hooks->reduce(histogram(few_histogram), int64_t(slots) * kMostBins * format.words());
+      hooks->reduce(histogram(few_histogram),
+                    int64_t(slots) * HistogramKernels::kEntries * format.words());
   }
   if (is_root) {
     // Any feature's histogram sums up to the node.
@@ -328,6 +310,7 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
     const Tile& tile = tiles[size_t(t)];
     if (!made) make(tile);
     const int g = tile.begin / packed.width;
+    double enough[2] = {-kInfinite, -kInfinite};  // what a feature of this tile gains
     for (int s = tile.begin; s < tile.end; s++) {
       const int in = s % packed.width, f = g * in_group + in;
       if (in >= in_group || f >= int(features.size())) continue;
@@ -340,8 +323,11 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
         sums[large] = rest;
       }
       for (int c = 0; c < count; c++)
-        if (!children[c]->leaf && chosen[c][size_t(f)])
-          k.split(format, settings.rules, children[c]->node, feature, sums[c], found[c][size_t(f)]);
+        if (!children[c]->leaf && chosen[c][size_t(f)]) {
+          FeatureSplit& best = found[c][size_t(f)];
+          k.split(format, settings.rules, children[c]->node, feature, sums[c], enough[c], best);
+          enough[c] = std::max(enough[c], best.gain);
+        }
     }
   });
   for (int c = 0; c < count; c++) {
@@ -516,7 +502,7 @@ std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
   s.settings = settings;
   s.hooks = &hooks;
   const SumFormat format = format_of(settings);
-  const size_t bytes = size_t(s.slots) * kMostBins * 8 * size_t(format.words());
+  const size_t bytes = size_t(s.slots) * HistogramKernels::kEntries * 8 * size_t(format.words());
   if (bytes != s.histogram_bytes) s.histograms.clear();
   s.histogram_bytes = bytes;
   s.format = format;

@@ -59,13 +59,16 @@ struct FeatureBins {
 };
 
 struct HistogramKernels {
+  // Entries of a feature: more than bins, so that neighbours' equal bins are not 4 KB apart, where
+  // a load waits for a store to the other.
+  static constexpr int kEntries = kMostBins + 4;
   // The largest magnitude; NaN where there is one.
   float (*largest)(const float* x, int64_t n);
   // Integers a row: gradient and, where wide, hessian, next to each other.
   void (*integers)(const SumFormat& format, const float* gradient, const float* hessian, int64_t n,
                    int32_t* out);
   // Adds rows to the histograms of `features` (a multiple of 4) neighbours; rows from `first` on,
-  // or those of an index. A feature's histogram has kMostBins entries.
+  // or those of an index. A feature's histogram has kEntries.
   struct Rows {
     const uint8_t* bins;  // of the first of the features
     int width, features;
@@ -78,8 +81,9 @@ struct HistogramKernels {
   // parent -= child, `bins` entries of a feature and the one for missing values.
   void (*subtract)(const SumFormat& format, const FeatureBins& feature, int64_t* parent,
                    const int64_t* child);
+  // What gains less than `enough`, which another feature does, need not be found.
   void (*split)(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
-                const FeatureBins& feature, const int64_t* sums, FeatureSplit& best);
+                const FeatureBins& feature, const int64_t* sums, double enough, FeatureSplit& best);
   // Rows whose bin is in the set go to `left`, the others to `right`, in their order; both have
   // room for 16 more. Returns how many went left. index: null for first, first + 1, ...
   int64_t (*part)(const uint8_t* column, const uint32_t* set, const uint32_t* index, uint32_t first,

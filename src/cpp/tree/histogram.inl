@@ -74,13 +74,13 @@ static void add_rows(const HistogramKernels::Rows& rows, int bits) {
     const T add = Sums<wide>::of(rows.integers, row, bits);
     const uint8_t* bins = rows.bins + row * rows.width;
     T* s = sums;
-    for (int q = 0; q < quads; q++, s += 4 * kMostBins, bins += 4) {
+    for (int q = 0; q < quads; q++, s += 4 * HistogramKernels::kEntries, bins += 4) {
       uint32_t four;
       __builtin_memcpy(&four, bins, 4);
       s[four & 255] += add;
-      s[kMostBins + (four >> 8 & 255)] += add;
-      s[2 * kMostBins + (four >> 16 & 255)] += add;
-      s[3 * kMostBins + (four >> 24)] += add;
+      s[HistogramKernels::kEntries + (four >> 8 & 255)] += add;
+      s[2 * HistogramKernels::kEntries + (four >> 16 & 255)] += add;
+      s[3 * HistogramKernels::kEntries + (four >> 24)] += add;
     }
   }
 }
@@ -232,6 +232,103 @@ static void split_ordered(const SumFormat& format, const SplitRules& rules, cons
   }
 }
 
+#if FASTNN_TARGET_ID == 2
+// The same for values that nothing bounds. That a split gains more than another,
+//   gl^2 / hl + gr^2 / hr > least,   gl^2 hr + gr^2 hl > least hl hr,
+// is asked without a division; the few that may are computed as the others are.
+template <bool wide>
+static void split_unbounded(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
+                            const FeatureBins& feature, const int64_t* sums, double enough,
+                            FeatureSplit& best) {
+  constexpr double kMargin = 1 + 1e-9;  // many roundings
+  const SumReader reader(format);
+  const OneByOne one{rules, node, 0, node.gradient * node.value};
+  const __m128i bits = _mm_cvtsi32_si128(format.count_bits);
+  const __m512i count_mask = _mm512_set1_epi64(reader.count_mask), zero = _mm512_setzero_si512();
+  const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m512i odd = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), last = _mm512_set1_epi64(7);
+  const __m512d g_unit = _mm512_set1_pd(reader.gradient_unit);
+  const __m512d h_unit = _mm512_set1_pd(reader.hessian_unit);
+  const __m512d all_g = _mm512_set1_pd(node.gradient), all_h = _mm512_set1_pd(node.hessian);
+  const __m512d l2 = _mm512_set1_pd(rules.l2), tiny = _mm512_set1_pd(1e-15);
+  const __m512d min_h = _mm512_set1_pd(rules.min_hessian), none = _mm512_setzero_pd();
+  const __m512i least_n = _mm512_set1_epi64(rules.min_samples);
+  const __m512i most_n = _mm512_set1_epi64(node.count - rules.min_samples);
+  const auto running = [&](__m512i v) __attribute__((always_inline)) {
+    v = _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 7));
+    v = _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 6));
+    return _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 4));
+  };
+  for (int pass = 0; pass < 1 + feature.has_missing; pass++) {
+    const int end = feature.bins - 1 + (feature.has_missing && pass == 0);
+    __m512i carry0 = zero, carry1 = zero;  // the words of the bins before
+    if (pass) {
+      carry0 = _mm512_set1_epi64(sums[feature.missing * (wide ? 2 : 1)]);
+      if (wide) carry1 = _mm512_set1_epi64(sums[feature.missing * 2 + 1]);
+    }
+    double top = best.gain > rules.min_gain ? best.gain : rules.min_gain;
+    int top_bin = -1;
+    Candidate found{0, 0, 0, 0};
+    for (int bin = 0; bin < end; bin += 8) {
+      __m512i word0, word1 = zero;
+      if (wide) {
+        const __m512i a = _mm512_loadu_si512(sums + 2 * bin);
+        const __m512i b = _mm512_loadu_si512(sums + 2 * bin + 8);
+        word1 = _mm512_permutex2var_epi64(a, odd, b);
+        if (!pass && !_mm512_test_epi64_mask(word1, count_mask)) continue;  // nothing new
+        word0 = _mm512_permutex2var_epi64(a, even, b);
+        word1 = _mm512_add_epi64(running(word1), carry1);
+        carry1 = _mm512_permutexvar_epi64(last, word1);
+      } else {
+        word0 = _mm512_loadu_si512(sums + bin);
+        if (!pass && !_mm512_test_epi64_mask(word0, count_mask)) continue;
+      }
+      word0 = _mm512_add_epi64(running(word0), carry0);
+      carry0 = _mm512_permutexvar_epi64(last, word0);
+      const __m512i n = _mm512_and_si512(wide ? word1 : word0, count_mask);
+      const __mmask8 lanes = end - bin >= 8 ? __mmask8(255) : __mmask8((1u << (end - bin)) - 1);
+      __mmask8 valid = _mm512_mask_cmpge_epi64_mask(lanes, n, least_n);
+      valid = _mm512_mask_cmple_epi64_mask(valid, n, most_n);
+      if (!valid) continue;
+      const __m512d gl =
+          _mm512_mul_pd(_mm512_cvtepi64_pd(wide ? word0 : _mm512_sra_epi64(word0, bits)), g_unit);
+      const __m512d hl =
+          _mm512_mul_pd(_mm512_cvtepi64_pd(wide ? _mm512_sra_epi64(word1, bits) : n), h_unit);
+      const __m512d gr = _mm512_sub_pd(all_g, gl), hr = _mm512_sub_pd(all_h, hl);
+      valid = _mm512_mask_cmp_pd_mask(valid, hl, min_h, _CMP_NLT_UQ);
+      valid = _mm512_mask_cmp_pd_mask(valid, hr, min_h, _CMP_NLT_UQ);
+      const __m512d dl = _mm512_add_pd(_mm512_add_pd(hl, l2), tiny);
+      const __m512d dr = _mm512_add_pd(_mm512_add_pd(hr, l2), tiny);
+      const __m512d both = _mm512_mul_pd(dl, dr);
+      const __m512d gains =
+          _mm512_fmadd_pd(_mm512_mul_pd(gl, gl), dr, _mm512_mul_pd(_mm512_mul_pd(gr, gr), dl));
+      const double least = (top > enough ? top : enough) - one.loss;
+      const __mmask8 may =
+          _mm512_mask_cmp_pd_mask(valid, _mm512_mul_pd(gains, _mm512_set1_pd(kMargin)),
+                                  _mm512_mul_pd(_mm512_set1_pd(least), both), _CMP_NLT_UQ) |
+          _mm512_mask_cmp_pd_mask(valid, both, none, _CMP_NGT_UQ);
+      if (!may) continue;
+      const __m512d sign = _mm512_set1_pd(-0.0);
+      const __m512d vl = _mm512_div_pd(_mm512_xor_pd(gl, sign), dl);
+      const __m512d vr = _mm512_div_pd(_mm512_xor_pd(gr, sign), dr);
+      double gain[8], g[8], h[8];
+      int64_t count[8];
+      _mm512_storeu_pd(gain,
+                       _mm512_sub_pd(_mm512_sub_pd(_mm512_set1_pd(one.loss), _mm512_mul_pd(gl, vl)),
+                                     _mm512_mul_pd(gr, vr)));
+      _mm512_storeu_pd(g, gl), _mm512_storeu_pd(h, hl), _mm512_storeu_si512(count, n);
+      for (unsigned rest = may; rest; rest &= rest - 1) {
+        const int i = __builtin_ctz(rest);
+        if (!(gain[i] > top || (pass && top_bin >= 0 && gain[i] == top))) continue;
+        top = gain[i], top_bin = bin + i;
+        found = {g[i], h[i], top, count[i]};
+      }
+    }
+    if (top_bin >= 0) one.take(found, top_bin, pass, best);
+  }
+}
+#endif
+
 // Categories in the order of gradient / hessian, then as numbers, from both ends to the middle.
 static void split_categories(const SumFormat& format, const SplitRules& rules,
                              const SplitNode& node, const FeatureBins& feature, const int64_t* sums,
@@ -277,10 +374,18 @@ static void split_categories(const SumFormat& format, const SplitRules& rules,
 }
 
 static void split(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
-                  const FeatureBins& feature, const int64_t* sums, FeatureSplit& best) {
+                  const FeatureBins& feature, const int64_t* sums, double enough,
+                  FeatureSplit& best) {
   best = {-1, 0, 0, 0, 0, false, {}};
-  (feature.categorical ? split_categories : split_ordered)(format, rules, node, feature, sums,
-                                                           best);
+  if (feature.categorical) return split_categories(format, rules, node, feature, sums, best);
+#if FASTNN_TARGET_ID == 2
+  if (!feature.monotonic && node.lower == -__builtin_inf() && node.upper == __builtin_inf())
+    return (format.wide ? split_unbounded<true>
+                        : split_unbounded<false>)(format, rules, node, feature, sums, enough, best);
+#else
+  (void)enough;
+#endif
+  split_ordered(format, rules, node, feature, sums, best);
 }
 
 static int64_t part(const uint8_t* column, const uint32_t* set, const uint32_t* index,
