@@ -458,6 +458,12 @@ ROWS = (
             ("-large", "1,000,000×20", ((1_000_000, 20),)),
         )
     ),
+    Row(
+        "tree-predict",
+        "prediction by 100 trees of depth 8, 100,000 rows of 20 features, one thread and two",
+        _each("tree_predict", ((100_000, 20, 100, 8, 1), (100_000, 20, 100, 8, 2))),
+        least=1.8,
+    ),
 )
 
 

@@ -177,6 +177,7 @@ def test_unknown_names():
 SMALL_TREES = {
     "exact_tree": (400, 5, 3, 1),
     "forest": (400, 8, 3, 1000, 1),
+    "tree_predict": (300, 5, 3, 3, 1),
     **dict.fromkeys(("binning", "histogram_tree", "boosting"), (500, 13, 1)),
     **dict.fromkeys(("digits_tree", "digits_forest", "breast_cancer_tree", "breast_cancer_forest"), (1,)),
 }

@@ -21,6 +21,7 @@ from . import (
     pool,
     softmax,
     transformers,
+    tree_predict,
 )
 from .benchmark import (
     Benchmark,
@@ -63,4 +64,5 @@ __all__ = [
     "run",
     "softmax",
     "transformers",
+    "tree_predict",
 ]
