@@ -444,7 +444,10 @@ static void add(const double* values, int64_t outputs, const int32_t* leaf, int6
   if (outputs == 2) {
     for (int64_t r = 0; r < rows; r++) {
       const double* from = values + 2 * int64_t(leaf[r]);
-      out[r * out_row] += from[0], out[r * out_row + 1] += from[1];
+      double* to = out + r * out_row;
+      // Read before either is written: as one vector.
+      const double a = to[0] + from[0], b = to[1] + from[1];
+      to[0] = a, to[1] = b;
     }
     return;
   }
