@@ -110,6 +110,7 @@ def _forest(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         peak="copy",
         absent=absent,
         tolerance=0.03,
+        pause=0.2,  # the peers' threads spin for a while when they have done
     )
 
 
