@@ -108,6 +108,10 @@ _DEPTHWISE = (
 _ATTENTION = ((8, 12, 512, 64), (1, 16, 2048, 64), (1, 16, 4096, 128))
 
 
+_HISTOGRAM_TREE = "histogram tree of depth 8 with its binning"
+_BOOSTING = "100 boosted trees of depth 6"
+
+
 def _batches(benchmark: str, layers: tuple[Shape, ...], *batches: int) -> tuple[Work, ...]:
     return tuple((benchmark, (n, *layer)) for n in batches for layer in layers)
 
@@ -443,19 +447,17 @@ ROWS = (
     ),
     *(
         Row(
-            f"{row}{suffix}",
-            f"{words}, {tables}, one thread and two",
+            name,
+            f"{words}, {', '.join(f'{rows:,}×{features}' for rows, features in shapes)}, one thread and two",
             _each(benchmark, tuple((*shape, threads) for threads in (1, 2) for shape in shapes)),
             "float64",
             least=least,
         )
-        for row, benchmark, words, least in (
-            ("histogram-tree", "histogram_tree", "histogram tree of depth 8 with its binning", 4.0),
-            ("boosting", "boosting", "100 boosted trees of depth 6", 1.3),
-        )
-        for suffix, tables, shapes in (
-            ("", "100,000×20 and 10,000×500", ((100_000, 20), (10_000, 500))),
-            ("-large", "1,000,000×20", ((1_000_000, 20),)),
+        for name, benchmark, words, least, shapes in (
+            ("histogram-tree", "histogram_tree", _HISTOGRAM_TREE, 4.0, ((100_000, 20), (10_000, 500))),
+            ("histogram-tree-large", "histogram_tree", _HISTOGRAM_TREE, 4.0, ((1_000_000, 20),)),
+            ("boosting", "boosting", _BOOSTING, 1.3, ((100_000, 20),)),
+            ("boosting-large", "boosting", _BOOSTING, 1.3, ((10_000, 500), (1_000_000, 20))),
         )
     ),
     Row(

@@ -117,7 +117,7 @@ def _checked_once(fit: _Fit, held_out: np.ndarray, truth: np.ndarray) -> Callabl
     return call
 
 
-def _trees(depth: int, trees: int) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+def _trees(depth: int, trees: int, tolerance: float) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         rows, features, threads = shape
         X, y, held_out, truth = _data(rows, features)
@@ -127,8 +127,7 @@ def _trees(depth: int, trees: int) -> Callable[[tuple[int, ...], torch.dtype], P
             for name, fit in _fits(depth, trees, threads).items()
             if name not in absent
         }
-        # Equal accuracy: half a percent.
-        return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak="copy", absent=absent, tolerance=5e-3)
+        return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak="copy", absent=absent, tolerance=tolerance)
 
     return build
 
@@ -171,5 +170,6 @@ def _binning(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
 _FLOAT64 = (torch.float64,)
 _SHAPES = ((100_000, 20, 1), (10_000, 500, 1))
 register(Benchmark("binning", "NxFxT", ((1_000_000, 20, 1),), _binning, _FLOAT64))
-register(Benchmark("histogram_tree", "NxFxT", _SHAPES, _trees(8, 1), _FLOAT64))
-register(Benchmark("boosting", "NxFxT", _SHAPES, _trees(6, 100), _FLOAT64))
+# How far accuracies may be apart. The peers' bins differ, and so do single trees of few rows, by more than many together.
+register(Benchmark("histogram_tree", "NxFxT", _SHAPES, _trees(8, 1, 2e-2), _FLOAT64))
+register(Benchmark("boosting", "NxFxT", _SHAPES, _trees(6, 100, 1e-2), _FLOAT64))
