@@ -13,9 +13,13 @@ from torch.nn.attention.bias import causal_lower_right
 import fastnn
 import fastnn.functional as fF
 from fastnn import _state
+from fastnn.backends import cpu
+from fastnn.backends.cpu import attention as kernels
+from fastnn.ops import attention as ops
 
 from .support import FLOATS, TORCH
 
+HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 ours, torchs = fF.scaled_dot_product_attention, F.scaled_dot_product_attention
 LOOSE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -799,3 +803,61 @@ def test_the_short_way_gives_what_the_long_one_gives(no_fallback):
             found.append((result, *torch.autograd.grad(result.square().sum(), leaves)))
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+def test_the_short_way_of_the_backward(monkeypatch, no_fallback):
+    calls = []
+    kernel = kernels.attention_backward
+    monkeypatch.setattr(kernels, "attention_backward", lambda *args: calls.append(1) or kernel(*args))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for heads, kv_heads, value_size in ((4, 4, 8), (4, 2, 8), (3, 1, 5)):
+            q, k = torch.randn(2, 9, heads, 8, dtype=dtype), torch.randn(2, 11, kv_heads, 8, dtype=dtype)
+            v = torch.randn(2, 11, kv_heads, value_size, dtype=dtype)
+            views = tuple(x.transpose(1, 2) for x in (q, k, v))
+            for tensors in (views, tuple(x.contiguous() for x in views), tuple(x[..., ::2] for x in views)):
+                masks = (None, torch.rand(2, 1, 9, 11) > 0.3, torch.randn(9, 11))
+                for mask, is_causal in (*((m, False) for m in masks), (None, True)):
+                    leaves = [x.detach().requires_grad_() for x in tensors]
+                    options = dict(attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+                    result = ours(*leaves, **options)
+                    for direction in (
+                        torch.randn(result.shape, dtype=dtype),
+                        torch.ones((), dtype=dtype).expand_as(result),
+                    ):
+                        found = torch.autograd.grad(result, leaves, direction, retain_graph=True)
+                        assert not calls
+                        with monkeypatch.context() as patched:
+                            patched.setattr(ops, "_tensor_attention_backward", lambda *_: None)
+                            expected = torch.autograd.grad(result, leaves, direction, retain_graph=True)
+                        assert calls.pop() == 1
+                        for one, other in zip(found, expected, strict=True):
+                            assert torch.equal(one, other)
+                            assert one.stride() == other.stride()
+
+
+@pytest.mark.skipif(not HAS_TABLE, reason="torch before 2.10 has no table")
+def test_what_the_short_way_of_the_backward_takes():
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 6)
+    out, log_sum = kernels.attention(q, k, v, None, None, 0.3, None, None, 0, 0.0, None, False)
+    good = dict(grad=out, query=q, key=k, value=v, mask=None, out=out, log_sum=log_sum, scale=0.3, causal=False)
+
+    def gradients(**changed):
+        with torch.no_grad():
+            return cpu.tensor_attention_backward(cpu.empty_like, *{**good, **changed}.values())
+
+    assert [x.shape for x in gradients()] == [q.shape, k.shape, v.shape]
+    assert cpu.tensor_attention_backward(cpu.empty_like, *good.values()) is None  # where gradients are on
+    bad = [
+        {name: value} for name in ("grad", "query", "key", "value", "out", "log_sum") for value in (None, 1.0, q[:0])
+    ]
+    bad += [{name: good[name].double()} for name in ("grad", "query", "key", "value", "out", "log_sum")]
+    bad += [{name: good[name][:1]} for name in ("grad", "query", "key", "value", "out", "log_sum")]
+    bad += [{name: good[name][..., :-1]} for name in ("grad", "query", "key", "out", "log_sum")]
+    bad += [dict(key=k[:, :1]), dict(value=v[:, :, :-1]), dict(key=k.repeat(1, 2, 1, 1)[:, :3], value=v[:, [0, 1, 1]])]
+    bad += [dict(scale=1), dict(causal=None), dict(mask=torch.randn(9, 10)), dict(mask=torch.randn(3, 9, 11))]
+    bad += [dict(log_sum=log_sum.transpose(0, 1).contiguous().transpose(0, 1)), dict(grad=torch._neg_view(out))]
+    for changed in bad:
+        assert gradients(**changed) is None, changed
+    with fastnn.batch_invariant():
+        assert gradients() is None

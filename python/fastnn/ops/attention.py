@@ -68,6 +68,7 @@ def _keeps_layout() -> bool:
 _KEEPS_LAYOUT = _keeps_layout()
 _LIKE_QUERY = cpu.empty_like if _KEEPS_LAYOUT else None
 _tensor_attention = cpu.tensor_attention
+_tensor_attention_backward = cpu.tensor_attention_backward
 
 
 # ---- the public functions ----------------------------------------------------------------------------------------
@@ -460,8 +461,17 @@ _apply_attention = super(Function, _Attention).apply
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     *saved, seed = ctx.saved_tensors
-    query, key, value, mask, *_ = saved
+    query, key, value, mask, slopes, out, log_sum = saved
     by_mask = mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]
+    if not (is_dynamo_compiling() or by_mask or ctx.dropout or slopes is not None) and (
+        ctx.low is None and ctx.shift == 0 and ctx.high in (None, 0)
+    ):
+        causal = ctx.high is not None
+        found = _tensor_attention_backward(
+            cpu.empty_like, grad, query, key, value, mask, out, log_sum, ctx.scale, causal
+        )
+        if found is not None:
+            return *found, None, *[None] * _OPTIONS
     args = (grad, *saved, ctx.scale, ctx.low, ctx.high, ctx.shift, ctx.dropout, seed, by_mask)
     if is_straight(grad, query, key, value):
         found = kernels.attention_backward(*(resolve(x) for x in (grad, query, key, value, mask)), *args[5:])

@@ -6,7 +6,8 @@ bias with the mean and the biased variance of each row; and input / sqrt(mean(in
 (..., *normalized_shape); weight and bias (*normalized_shape).
 
 input in float32, float64, bfloat16 or float16, any strides; weight and bias in its dtype, or all in float32 beside a 16-bit
-input. The result is contiguous, as torch's; but that of rms norm is channels-last where its input is. A row's sums are in
+input (rms norm of these is torch's before torch 2.8, which made float32 of them). The result is contiguous, as torch's; but
+that of rms norm is channels-last where its input is, and laid out as its input before torch 2.8. A row's sums are in
 float32, in short chains that are added up in float64 (float64 for float64), of deviations from its mean; the gradients of
 weight and bias are sums over blocks of rows in float32, combined in float64 in an order that depends on the shape alone.
 torch.autocast changes nothing here, as in torch on a CPU. Other dtypes and layouts go to torch. Bad input raises what torch
@@ -42,6 +43,13 @@ def _default_eps(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float32).eps if hidden else eps
 
 
+def _promotes() -> bool:
+    """Whether rms norm of 16 bits with a weight in float32 gives float32, as where it is a chain of operations."""
+    ones = torch.ones(1, device="cpu")
+    return kernels.RMS_NORM_IS_A_CHAIN and _torch_rms_norm(ones.bfloat16(), (1,), ones).dtype is torch.float32
+
+
+_PROMOTES = _promotes()
 _EPS = {dtype: _default_eps(dtype) for dtype in cpu.FLOAT}
 _EPS_BY_CODE = tuple(_EPS.values())
 
@@ -148,6 +156,8 @@ def _check(input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, 
             first = name == "weight" or weight is None
             if not first or value.dtype is not torch.float32 or input.dtype not in cpu.HALF:
                 raise Unsupported(f"{name}: expected dtype {dtype}, got {value.dtype} for {describe('input', input)}")
+            if _PROMOTES and not centered:
+                raise Unsupported(f"{name}: {value.dtype} beside {input.dtype}, of which this torch makes float32")
             dtype = torch.float32
 
 

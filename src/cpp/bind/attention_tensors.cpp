@@ -30,6 +30,14 @@ bool read_mask(PyObject* object, const Attention& call, AttentionOperand& mask, 
   return true;
 }
 
+// Whether keys and values fit the call, whose sizes are those of the query, and each other.
+bool takes(const Attention& call, const Tensor& k, const Tensor& v) {
+  constexpr int64_t kMostSize = 512;
+  return k.shape[0] == call.batch && v.shape[0] == call.batch && v.shape[1] == call.kv_heads &&
+         v.shape[2] == call.k_length && k.shape[3] == call.head_size &&
+         call.head_size <= kMostSize && call.value_size <= kMostSize;
+}
+
 // tensor_attention(like_query, query, key, value, mask, causal, scale, gqa): the result, laid out
 // as `like_query(query)` is where torch's kernel lays it out so, else contiguous. like_query may be
 // None, where it never does. Where a gradient is wanted, of anything but the mask: a tuple of it
@@ -47,11 +55,7 @@ PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
   call.batch = q.shape[0], call.heads = q.shape[1], call.kv_heads = k.shape[1];
   call.q_length = q.shape[2], call.k_length = k.shape[2];
   call.head_size = q.shape[3], call.value_size = v.shape[3];
-  constexpr int64_t kMostSize = 512;
-  if (k.shape[0] != call.batch || v.shape[0] != call.batch || v.shape[1] != call.kv_heads ||
-      v.shape[2] != call.k_length || k.shape[3] != call.head_size || call.head_size > kMostSize ||
-      call.value_size > kMostSize)
-    return not_taken();
+  if (!takes(call, k, v)) return not_taken();
   if (gqa ? call.heads % call.kv_heads != 0 : call.heads != call.kv_heads) return not_taken();
   const bool masked = args[4] != Py_None;
   if (masked && (causal || !read_mask(args[4], call, call.mask, call.mask_type)))
@@ -88,8 +92,70 @@ PyObject* tensor_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return PyTuple_Pack(2, result.object, log_sum.object);
 }
 
+// Contiguous, with the strides of new tensors in dimensions of one as well, which empty_like keeps.
+bool is_row_major(const Tensor& x) {
+  int64_t expected = 1;
+  for (int d = x.dims - 1; d >= 0; d--) {
+    if (x.strides[d] != expected) return false;
+    expected *= x.shape[d];
+  }
+  return true;
+}
+
+// tensor_attention_backward(empty_like, grad, query, key, value, mask, out, log_sum, scale,
+// causal): the gradients of query, key and value, laid out as these.
+PyObject* tensor_attention_backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  Tensor grad, q, k, v, out, log_sum;
+  bool causal;
+  if (n != 10 || !readable() || !read(args[1], grad) || !read(args[2], q) || !read(args[3], k) ||
+      !read(args[4], v) || !read(args[6], out) || !read(args[7], log_sum) ||
+      !PyFloat_CheckExact(args[8]) || !flag(args[9], causal))
+    return not_taken();
+  for (const Tensor* t : {&grad, &k, &v, &out})
+    if (t->dims != 4 || t->type != q.type) return not_taken();
+  if (q.dims != 4 || log_sum.dims != 3 || !log_sum.contiguous() ||
+      log_sum.type != (q.type == DType::f64 ? DType::f64 : DType::f32))
+    return not_taken();
+  AttentionBackward call;
+  call.type = q.type;
+  call.batch = q.shape[0], call.heads = q.shape[1], call.kv_heads = k.shape[1];
+  call.q_length = q.shape[2], call.k_length = k.shape[2];
+  call.head_size = q.shape[3], call.value_size = v.shape[3];
+  const int64_t result[4] = {call.batch, call.heads, call.q_length, call.value_size};
+  for (int d = 0; d < 4; d++)
+    if (out.shape[d] != result[d] || grad.shape[d] != result[d] ||
+        (d < 3 && log_sum.shape[d] != result[d]))
+      return not_taken();
+  if (!takes(call, k, v) || call.heads % call.kv_heads != 0) return not_taken();
+  if (args[5] != Py_None && !read_mask(args[5], call, call.mask, call.mask_type))
+    return not_taken();
+  if (!quiet() || !grad_is_off()) return not_taken();
+
+  Held gradients[3];
+  Tensor to[3];
+  const Tensor* inputs[3] = {&q, &k, &v};
+  for (int i = 0; i < 3; i++) {
+    const Tensor& x = *inputs[i];
+    if (is_row_major(x)) gradients[i].object = new_result(x, x.shape, 4, to[i]);
+    if (!gradients[i].object && !PyErr_Occurred()) gradients[i].object = made_by(args[0], x, to[i]);
+    if (!gradients[i].object) return not_taken();
+  }
+  call.q = operand(q), call.k = operand(k), call.v = operand(v), call.out = operand(out);
+  call.grad = operand(grad), call.log_sum = log_sum.data;
+  call.grad_q = operand(to[0]), call.grad_k = operand(to[1]), call.grad_v = operand(to[2]);
+  call.scale = PyFloat_AS_DOUBLE(args[8]);
+  if (causal) call.high = 0;
+  const double work = 5. * double(call.batch * call.heads * call.q_length) *
+                      double(call.k_length * (call.head_size + call.value_size));
+  gradients[0].object = run(gradients[0].release(), work, [&] { attention_backward(call); });
+  if (!gradients[0].object) return nullptr;
+  return PyTuple_Pack(3, gradients[0].object, gradients[1].object, gradients[2].object);
+}
+
 PyMethodDef functions[] = {
     method("tensor_attention", tensor_attention, "Attention; None where not taken."),
+    method("tensor_attention_backward", tensor_attention_backward,
+           "The gradients of query, key and value; None where not taken."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -63,6 +63,7 @@ tensor_convolution = _cpu.tensor_convolution
 tensor_convolution_gradients = _cpu.tensor_convolution_gradients
 tensor_inverted_residual = _cpu.tensor_inverted_residual
 tensor_attention = _cpu.tensor_attention
+tensor_attention_backward = _cpu.tensor_attention_backward
 tensor_batch_norm = _cpu.tensor_batch_norm
 tensor_batch_norm_backward = _cpu.tensor_batch_norm_backward
 tensor_dropout = _cpu.tensor_dropout

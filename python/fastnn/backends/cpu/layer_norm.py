@@ -17,9 +17,18 @@ def empty_contiguous(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype)
 
 
+def _rms_norm_is_a_chain() -> bool:
+    x = torch.ones(2, 2, device="cpu").t()
+    return torch.nn.functional.rms_norm(x, (2,)).stride() == x.stride()
+
+
+#: Before torch 2.8 rms norm was a chain of elementwise operations, whose result is laid out as the input.
+RMS_NORM_IS_A_CHAIN = _rms_norm_is_a_chain()
+
+
 def is_contiguous_result(x: Tensor, centered: bool) -> bool:
     """Whether torch's result is: that of rms norm alone is not, where the input is channels-last."""
-    return centered or suggest_memory_format(x) is torch.contiguous_format
+    return centered or (not RMS_NORM_IS_A_CHAIN and suggest_memory_format(x) is torch.contiguous_format)
 
 
 def _empty_result(x: Tensor, centered: bool) -> Tensor:
