@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+
+from fastnn.tree import HistGradientBoostingRegressor
+from fastnn.tree._distributed import Alone
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 
@@ -31,3 +35,18 @@ def test_two_processes_grow_the_trees_of_one(tmp_path):
     for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output
         assert "trees agree" in output
+
+
+def test_processes_that_would_go_on_from_elsewhere():
+    class Two(Alone):
+        """This process, and one whose model was not fitted before."""
+
+        size = 2
+
+        def each(self, value):
+            return [value, {**value, "iterations and seeds to go on with": None}]
+
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    model = HistGradientBoostingRegressor(max_iter=2, warm_start=True).fit(X, X[:, 0])
+    with pytest.raises(ValueError, match="iterations and seeds to go on with differ: .* None on rank 1"):
+        model._compare(Two(), 3, True, True)

@@ -62,10 +62,6 @@ class Alone:
         """An array with an entry a row, of all processes."""
         return rows
 
-    def own(self, array: np.ndarray) -> np.ndarray:
-        """This process's part of an array with an entry a row of all processes."""
-        return array
-
     def own_positions(self, order: np.ndarray | None) -> np.ndarray | None:
         """Where this process's rows are in `order`, a list of rows; None for all rows as they come."""
         return None
@@ -133,9 +129,6 @@ class Group(Alone):
         dtypes = self.each(rows.dtype)
         dtype = dtypes[0] if len(set(dtypes)) == 1 else np.result_type(*dtypes)
         return np.concatenate(self._gather(np.asarray(rows, dtype=dtype), self.counts))
-
-    def own(self, array: np.ndarray) -> np.ndarray:
-        return array[self.first : self.last]
 
     def own_positions(self, order: np.ndarray | None) -> np.ndarray:
         if order is None:

@@ -33,19 +33,20 @@ class Shared:
         self.template = None
         self.settings = None
 
+    def __reduce__(self):
+        return (type(self), ())  # a worker in another process makes its own
+
     def presort(self, X, threads: int):
         with self._lock:
-            if self._presort is None:
+            if self._presort is None or self._presort[1] is not X:
                 self._presort = (_exact.presort(X, threads), X)
-            assert self._presort[1] is X
             return self._presort[0]
 
     def encoded(self, y, encode):
         """encode(y), once."""
         with self._lock:
-            if self._encoded is None:
+            if self._encoded is None or self._encoded[1] is not y:
                 self._encoded = (encode(y), y)
-            assert self._encoded[1] is y
             return self._encoded[0]
 
 

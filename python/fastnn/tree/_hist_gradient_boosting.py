@@ -73,8 +73,13 @@ class _HistGradientBoosting(SklearnMixin):
         with the same parameters, and all get, bit for bit, the trees of one process that holds all rows, those of rank 0
         first. What depends on every row at once (targets, weights, the sample for the bins' edges; with early stopping
         also the predictions that are scored) is gathered on each process, the values of the features are not.
-        Rows for validation that are given as X_val are the same on each. :func:`fastnn.tree.local_fit` trains on the
-        rows of one process inside a group.
+        Rows for validation that are given as X_val are the same on each, and each has one row to train on at least.
+        :func:`fastnn.tree.local_fit` trains on the rows of one process inside a group.
+
+        Sums of gradients and of hessians are of whole numbers, in units of about 2^-30 of the largest gradient and hessian
+        of the iteration (larger ones from 2^23 and 2^16 rows on, for the sums to stay within 64 bits): that is why they do not
+        depend on the order of the rows. Rows whose gradients or weights are less than 10^-8 of the largest do not count
+        then, where scikit-learn's float32 counts them.
 
         Parameters
         ----------
@@ -204,17 +209,20 @@ class _HistGradientBoosting(SklearnMixin):
 
     def _compare(self, group, features, no_weight, no_validation) -> None:
         """Raises in all processes where they were called otherwise."""
-        parameters = {
-            name: value if isinstance(value, (str, int, float, list, tuple, dict, type(None))) else type(value).__name__
-            for name, value in self.get_params(deep=False).items()
-            if name not in ("random_state", "verbose")
-        }
+        known = (str, int, float, list, tuple, dict, type(None))
+        parameters = {}
+        for name, value in self.get_params(deep=False).items():
+            value = value.item() if isinstance(value, np.generic) else value
+            if name not in ("random_state", "verbose"):
+                parameters[name] = value if isinstance(value, known) else type(value).__name__
+        goes_on = self.warm_start and self._is_fitted()
         facts = {
             "number of features": features,
             "categorical features": None if self.is_categorical_ is None else self.is_categorical_.tolist(),
             "sample_weight=None": no_weight,
             "X_val=None": no_validation,
             "parameters": repr(parameters),
+            "iterations and seeds to go on with": (self.n_iter_, self._random_seed) if goes_on else None,
         }
         all_facts = group.each(facts)
         for rank, theirs in enumerate(all_facts):

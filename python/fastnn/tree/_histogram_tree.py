@@ -124,7 +124,9 @@ class HistogramGrower:
         largest = [_cpu.largest_magnitude(part.ctypes.data, len(part)) for part in parts]
         largest = self.group.largest(np.array(largest, dtype=np.float64)).tolist()
         if any(value != value for value in largest):
-            raise ValueError("The gradients of the loss are not finite: the targets are too large for float32.")
+            raise ValueError(
+                "The gradients of the loss are not finite: the targets, weights or predictions are too large for float32."
+            )
         nodes = self._grower.grow(
             gradient.ctypes.data,
             0 if hessian is None else hessian.ctypes.data,

@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["TensorMixin", "to_numpy"]
 
-_TAKES = ("fit", "partial_fit", "score")
+_TAKES = ("fit", "partial_fit", "score", "decision_path", "cost_complexity_pruning_path")
 _RETURNS = (
     "predict",
     "predict_proba",
