@@ -48,5 +48,5 @@ def test_processes_that_would_go_on_from_elsewhere():
 
     X = np.random.default_rng(0).normal(size=(40, 3))
     model = HistGradientBoostingRegressor(max_iter=2, warm_start=True).fit(X, X[:, 0])
-    with pytest.raises(ValueError, match="iterations and seeds to go on with differ: .* None on rank 1"):
+    with pytest.raises(ValueError, match=r"iterations and seeds to go on with differ: .* None on rank 1"):
         model._compare(Two(), 3, True, True)
