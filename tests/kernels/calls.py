@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from fastnn import _cpu
 
+#: Whether `make sanitize` runs: AddressSanitizer needs memory of its own, and turns a SIGSEGV into an abort.
+UNDER_SANITIZER = "libasan" in os.environ.get("LD_PRELOAD", "")
 DTYPE = {
     torch.float32: 0,
     torch.float64: 1,

@@ -15,7 +15,7 @@ from fastnn import _cpu
 from fastnn.backends.cpu import attention as kernels
 from fastnn.backends.reference import attention as formulas
 
-from .calls import FLOATS
+from .calls import FLOATS, UNDER_SANITIZER
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 wide_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -510,6 +510,7 @@ def test_writes_nothing_beside_its_results(isa):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory by what Linux tells of it")
+@pytest.mark.skipif(UNDER_SANITIZER, reason="AddressSanitizer aborts where memory is limited")
 def test_out_of_memory():
     """Where a thread finds no memory for its keys: a MemoryError, and the next call is right."""
     program = """
