@@ -258,7 +258,11 @@ def _take_over(module: torch.nn.Module) -> None:
 def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``, the activation within the product where nobody looks between them."""
     activation, linear = layer.activation, layer.linear1
-    function = next((name for known, name in _ACTIVATIONS if activation is known), None)
+    function = None
+    for known, named in _ACTIVATIONS:  # Dynamo before torch 2.7 does not know next(..., None)
+        if activation is known:
+            function = named
+            break
     name = function
     if name is None and isinstance(activation, torch.nn.Module) and _unwatched(activation):
         name = activation_name(activation)

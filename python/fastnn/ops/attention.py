@@ -236,10 +236,11 @@ def _check(
             if x is None and name == "attn_mask":
                 continue
             raise Unsupported(f"{name}: expected a Tensor, got {type(x).__name__}")
+        # A mask that answers torch's functions itself, as torch's causal biases do, goes there; before torch 2.7 these
+        # answer no other question.
+        route("attention", x)
         if x.is_nested:
             raise Unsupported(f"{name}: a nested tensor")
-        # A mask that answers torch's functions itself, as torch's causal biases do, goes there.
-        route("attention", x)
     for name, number in (("dropout_p", dropout), ("scale", scale)):
         if not isinstance(number, (int, float)) and not (number is None and name == "scale"):
             raise Unsupported(f"{name}: expected a float, got {type(number).__name__}")
@@ -278,7 +279,8 @@ def _check(
             raise Unsupported(
                 f"attn_mask: expected what broadcasts to {tuple(shape)}, got {describe('attn_mask', mask)}"
             )
-    return bool(query.numel() and key.numel() and value.numel())
+    # Sizes may be symbols, of which Dynamo before torch 2.7 makes no bool.
+    return not (query.numel() == 0 or key.numel() == 0 or value.numel() == 0)
 
 
 def _scores_shape(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> Sequence[int]:
