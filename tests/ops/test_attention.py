@@ -232,7 +232,9 @@ def test_large_results_keep_their_layout(no_fallback):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_no_elements(shapes, is_causal, no_fallback):
     args = make(*shapes, grad=True)
-    result, theirs = ours(*args, is_causal=is_causal), torchs(*args, is_causal=is_causal)
+    # torch 2.9's kernel divides by the number of heads.
+    reference = math_attention if shapes[0][-3:-2] == (0,) else torchs
+    result, theirs = ours(*args, is_causal=is_causal), reference(*args, is_causal=is_causal)
     assert (result.shape, result.requires_grad) == (theirs.shape, True)
     torch.testing.assert_close(result, theirs, equal_nan=True)
     result.sum().backward()

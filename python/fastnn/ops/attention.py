@@ -97,7 +97,7 @@ def scaled_dot_product_attention(
     try:
         has_elements = _check(*everything, scale, enable_gqa)
         if not has_elements:
-            return ask_torch(_NAME, "no elements", _torch_attention, *everything, **options)
+            return ask_torch(_NAME, "no elements", _without_elements, *everything, **options)
         if is_causal and attn_mask is not None:
             raise Unsupported("is_causal: expected False beside an attn_mask, got True")
         bounds = (None, 0 if is_causal else None)
@@ -182,6 +182,14 @@ def _with_alibi(mask: Tensor | None, slopes: Tensor, query: Tensor, key: Tensor,
     return torch.where(mask, bias, -math.inf) if mask.dtype is torch.bool else bias + mask
 
 
+def _without_elements(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """torch's answer. Where there are no heads that of its formula: the kernel of torch 2.9 divides by their number, and
+    ends the process."""
+    if query.dim() > 2 and query.shape[-3] == 0:
+        return torch.ops.aten._scaled_dot_product_attention_math(query, *args, **options)[0]
+    return _torch_attention(query, *args, **options)
+
+
 def _in_torch(
     query: Tensor,
     key: Tensor,
@@ -215,7 +223,8 @@ def _in_torch(
         else:
             mask = mask & visible if mask.dtype is torch.bool else torch.where(visible, mask, -math.inf)
         is_causal = False
-    return _torch_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=gqa)
+    function = _without_elements if tensors else _torch_attention
+    return function(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=gqa)
 
 
 def _check(
