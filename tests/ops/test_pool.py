@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fastnn
@@ -400,6 +400,7 @@ X = torch.randn(2, 3, 8, 8)
 BAD = {
     "kernel larger than the input": (lambda f: f.max_pool2d(X, 9), "kernel_size"),
     "padding": (lambda f: f.max_pool2d(X, 2, padding=2), "padding"),
+    "padding of a wide window": (lambda f: f.max_pool2d(X, 2, 1, padding=2, dilation=3), "padding"),
     "negative padding": (lambda f: f.avg_pool2d(X, 2, padding=-1), "padding"),
     "stride": (lambda f: f.max_pool2d(X, 2, stride=0), "stride"),
     "kernel": (lambda f: f.avg_pool2d(X, 0), "kernel_size"),
@@ -452,6 +453,7 @@ things = st.one_of(numbers, numbers, numbers, st.sampled_from((None, "x", 2.5, T
     arguments=st.lists(things, min_size=1, max_size=4),
     dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.int64, torch.bool)),
 )
+@example("max_pool1d", [1, 3], [2, 1, 2, 3], torch.float32)
 def test_anything(name, shape, arguments, dtype):
     """Whatever the arguments: torch's result, or torch's exception type."""
     x = torch.randint(0, 2, shape).to(dtype)

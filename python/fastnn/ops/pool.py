@@ -216,8 +216,8 @@ def _windows_of(
         if d < 1:
             raise Unsupported("dilation: expected integers above 0")
         reach = d * (k - 1) + 1
-        if p < 0 or p > reach // 2:
-            raise Unsupported("padding: expected at least 0 and at most half of the window that kernel_size makes")
+        if p < 0 or p > k // 2:
+            raise Unsupported("padding: expected at least 0 and at most half of kernel_size")
         if n + 2 * p < reach:
             raise Unsupported("kernel_size: expected a window no larger than the padded input")
         if d > n:

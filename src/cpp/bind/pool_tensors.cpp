@@ -58,7 +58,7 @@ struct Pool {
       PoolAxis& a = call.axis[3 - dims + d];
       a = {in[d], 1, kernel[d], stride[d], padding[d], dilation[d]};
       const int64_t reach = a.dilation * (a.kernel - 1) + 1, room = a.in + 2 * a.padding - reach;
-      if (a.padding > reach / 2 || room < 0 || a.dilation > a.in) return false;
+      if (a.padding > a.kernel / 2 || room < 0 || a.dilation > a.in) return false;
       a.out = (ceil ? room + a.stride - 1 : room) / a.stride + 1;
       // No window begins in the padding on the right.
       if (ceil && (a.out - 1) * a.stride >= a.in + a.padding) a.out--;
