@@ -15,6 +15,12 @@ struct SortedSlice {
   const float* values;
   const uint32_t* keys;
   int64_t n, missing;
+
+  // At most as many as the whole column has.
+  void count_missing(int64_t of_column) {
+    while (of_column && missing < n && values[n - 1 - missing] != values[n - 1 - missing])
+      missing++, of_column--;
+  }
 };
 
 // A split of a node by one feature.

@@ -1,0 +1,177 @@
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "tree/layout.hpp"
+
+namespace fastnn {
+namespace {
+
+class RowLayout final : public Layout {
+ public:
+  RowLayout(const Presort& sorted, const TreeTarget& target, const ExactSettings& settings)
+      : Layout(target, settings, sorted.rows, sorted.columns),
+        sorted_(sorted),
+        ranks_(sorted.ranks(
+            threads_worth(double(sorted.rows) * double(sorted.columns), 2000, settings.threads))),
+        work_(search_.work()) {
+    constexpr int64_t kRoom = 16;
+    const int64_t words = sorted_.rows / 64 + 1;
+    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(3 * n_ + 2 * kRoom + sorted_.rows) * 4);
+    bits_ = memory_.as<uint64_t>();
+    std::memset(bits_, 0, size_t(words) * 8);
+    records_ = bits_ + words;
+    keys_ = reinterpret_cast<uint32_t*>(records_ + 2 * n_);
+    values_ = reinterpret_cast<float*>(keys_ + n_);
+    spare_keys_ = reinterpret_cast<uint32_t*>(values_ + n_ + kRoom);
+    key_of_ = spare_keys_ + n_ + kRoom;
+    int64_t kept = 0;
+    for (int64_t r = 0; r < sorted_.rows; r++) {
+      key_of_[r] = search_.key(uint32_t(r));
+      if (t_.weight(r) != 0.0) keys_[kept++] = key_of_[r];
+    }
+  }
+
+  void sum_up(double* sums) const override {
+    search_.add_rows({}, {nullptr, keys_, n_, 0}, 0, n_, sums);
+  }
+
+  void enter(const GrowingNode&, const double*, const int64_t*, int64_t) override {}
+
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
+    if (!s_.random_splitter) return search_.best(slice(f, node), sums, limits(f, node), work_);
+    const Ranks ranks = ranks_in(f, node);
+    if (!ranks.constant) return random_candidate(f, ranks, node, sums, draws);
+    Candidate none{};
+    none.constant = true;
+    return none;
+  }
+
+  // Divides the node's rows on the way.
+  void sides(const GrowingNode& node, const ChosenSplit& split, double* left,
+             double* right) override {
+    const int64_t f = split.feature;
+    const Candidate& c = split.of;
+    judged_ = keys_ + node.start;
+    tree_kernels().partition_rows(judged_, node.rows(), search_.shift(), ranks_of(f, node.rows()),
+                                  rank_behind(f, c.threshold),
+                                  c.missing_left ? first_missing_rank(f) : kNoRank, spare_keys_);
+    const SortedSlice s{nullptr, judged_, node.rows(), 0};
+    search_.add_rows({}, s, 0, c.left, left);
+    search_.add_rows({}, s, c.left, s.n, right);
+  }
+
+  int64_t row(int64_t i) const override { return judged_[i] >> search_.shift(); }
+
+  void divide(const GrowingNode&, const ChosenSplit&, const int64_t*, int64_t) override {}
+
+ private:
+  // The node's part of a column, in order, until the next one is asked for.
+  SortedSlice slice(int64_t f, const GrowingNode& node) const {
+    const int64_t column = f * sorted_.rows;
+    tree_kernels().sort_node({ranks_of(f, node.rows()), sorted_.order + column,
+                              sorted_.values + column, sorted_.rows, key_of_, keys_ + node.start,
+                              node.rows(), search_.shift(), bits_, records_, values_, spare_keys_});
+    SortedSlice s{values_, spare_keys_, node.rows(), 0};
+    s.count_missing(sorted_.missing[size_t(f)]);
+    return s;
+  }
+
+  // Few rows of many read a cache line each, which holds their other columns as well.
+  ColumnRanks ranks_of(int64_t f, int64_t rows) const {
+    if (ranks_.by_row && rows * kDenseShare < sorted_.rows)
+      return {&ranks_.by_row[f].rank, 2 * columns_};
+    return {ranks_.by_column + f * sorted_.rows, 1};
+  }
+
+  // The node's ranks in a column.
+  struct Ranks {
+    uint32_t least, most;  // of those that are not missing
+    int64_t missing;
+    bool constant;
+  };
+  Ranks ranks_in(int64_t f, const GrowingNode& node) const {
+    const ColumnRanks ranks = ranks_of(f, node.rows());
+    const uint32_t first_missing = first_missing_rank(f);
+    const int shift = search_.shift();
+    auto* of_node = reinterpret_cast<uint32_t*>(values_);
+    Ranks r{kNoRank, 0, 0, false};
+    for (int64_t i = node.start; i < node.end; i++) {
+      const uint32_t place = ranks.rank[int64_t(keys_[i] >> shift) * ranks.stride];
+      of_node[i - node.start] = place;
+      r.least = std::min(r.least, place);
+      r.most = std::max(r.most, place < first_missing ? place : 0);
+      r.missing += place >= first_missing;
+    }
+    const float* values = sorted_.values + f * sorted_.rows;
+    r.constant = r.missing == node.rows() ||
+                 (!r.missing && !(values[r.most] > values[r.least] + kFeatureThreshold));
+    return r;
+  }
+
+  uint32_t first_missing_rank(int64_t f) const {
+    return uint32_t(sorted_.rows - sorted_.missing[size_t(f)]);
+  }
+
+  // Ranks below this are of values <= threshold.
+  uint32_t rank_behind(int64_t f, double threshold) const {
+    const float* values = sorted_.values + f * sorted_.rows;
+    uint32_t low = 0, high = first_missing_rank(f);
+    while (low < high) {
+      const uint32_t middle = (low + high) / 2;
+      if (double(values[middle]) <= threshold)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  // A random threshold between the least and the largest value, after ranks_in.
+  Candidate random_candidate(int64_t f, const Ranks& r, const GrowingNode& node, const double* sums,
+                             Draws& draws) {
+    Candidate c{};
+    c.proxy = -std::numeric_limits<double>::infinity(), c.missing = r.missing;
+    const float* values = sorted_.values + f * sorted_.rows;
+    c.threshold = draws.uniform(values[r.least], values[r.most]);
+    if (r.missing) c.missing_left = draws.integer(0, 2) != 0;
+    if (c.threshold == values[r.most]) c.threshold = values[r.least];
+    const uint32_t below = rank_behind(f, c.threshold);
+    const uint32_t from = c.missing_left ? first_missing_rank(f) : kNoRank;
+    const auto* of_node = reinterpret_cast<const uint32_t*>(values_);
+    const int64_t n = node.rows();
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i++) {
+      spare_keys_[left] = keys_[node.start + i];
+      left += (of_node[i] < below) | (of_node[i] >= from);
+    }
+    if (left < s_.min_samples_leaf || n - left < s_.min_samples_leaf) return c;
+    std::fill(work_.left.begin(), work_.left.end(), 0.0);
+    search_.add_rows({}, {nullptr, spare_keys_, n, 0}, 0, left, work_.left.data());
+    if (!search_.allowed(sums, limits(f, node), work_)) return c;
+    c.proxy = proxy_of(t_, work_.left.data(), work_.right.data());
+    c.told_missing_left = r.missing ? c.missing_left : left > n - left;
+    c.left = left;
+    return c;
+  }
+
+  static constexpr uint32_t kNoRank = 0xffffffffu;
+
+  const Presort& sorted_;
+  const Presort::Ranks& ranks_;
+  Memory memory_;
+  uint64_t *bits_ = nullptr, *records_ = nullptr;
+  float* values_ = nullptr;
+  uint32_t *keys_ = nullptr, *spare_keys_ = nullptr, *key_of_ = nullptr;
+  uint32_t* judged_ = nullptr;
+  SplitSearch::Work work_;
+};
+
+}  // namespace
+
+std::unique_ptr<Layout> row_layout(const Presort& sorted, const TreeTarget& target,
+                                   const ExactSettings& settings) {
+  return std::make_unique<RowLayout>(sorted, target, settings);
+}
+
+}  // namespace fastnn
