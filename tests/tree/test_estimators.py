@@ -15,7 +15,7 @@ import sklearn.ensemble
 import sklearn.tree
 import torch
 from sklearn.base import BaseEstimator, clone, is_classifier
-from sklearn.datasets import make_classification
+from sklearn.datasets import load_breast_cancer, make_classification
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -236,3 +236,11 @@ def test_plot():
         plt.close("all")
     with pytest.raises(TypeError, match="no trees to plot"):
         fastnn.tree.plot(StandardScaler())
+
+
+def test_scikit_learns_exports_are_here_too():
+    model = fastnn.tree.DecisionTreeClassifier(max_depth=2).fit(*load_breast_cancer(return_X_y=True))
+    plain = model.to_sklearn()
+    assert fastnn.tree.export_text(model) == model.export_text() == sklearn.tree.export_text(plain)
+    assert fastnn.tree.export_graphviz(model) == sklearn.tree.export_graphviz(plain)
+    assert fastnn.tree.plot_tree is sklearn.tree.plot_tree

@@ -29,21 +29,25 @@ _ESTIMATORS = {
     "local_fit": "_distributed",
     "plot": "_predict",
 }
+# scikit-learn's own, which read these estimators as they do theirs.
+_EXPORTS = ("export_graphviz", "export_text", "plot_tree")
 
 
 def __getattr__(name):
-    if name not in _ESTIMATORS:
+    if name not in _ESTIMATORS and name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         _importlib.import_module("sklearn")
     except ImportError as error:
         raise ImportError(f"fastnn.tree.{name} needs scikit-learn: pip install fastnn[tree]") from error
+    if name in _EXPORTS:
+        return getattr(_importlib.import_module("sklearn.tree"), name)
     return getattr(_importlib.import_module(f"{__name__}.{_ESTIMATORS[name]}"), name)
 
 
 def __dir__():
-    return sorted([*globals(), *_ESTIMATORS])
+    return sorted([*globals(), *_ESTIMATORS, *_EXPORTS])
 
 
 __all__ = ["BestSplit", "best_split"]  # noqa: RUF100
-__all__ += sorted(_ESTIMATORS)
+__all__ += sorted([*_ESTIMATORS, *_EXPORTS])
