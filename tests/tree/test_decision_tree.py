@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix
+from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
 
 import fastnn
@@ -184,6 +185,49 @@ def test_extra_trees(isa, no_fallback, name, parameters):
     for kind in ("continuous", "equal", "missing"):
         ours, theirs = both(name, values_of(kind, x), y, **parameters)
         assert_same(ours.tree_, theirs.tree_)
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 16, 17, 64, 65])
+@pytest.mark.parametrize("kind", ["few", "one more", "too near", "missing", "heavy"])
+def test_columns_of_few_values(isa, no_fallback, n_classes, kind):
+    """Up to 32 values are counted in place of sorted, in nodes of little weight."""
+    draws = np.random.RandomState(0)
+    x = draws.randint(0, 32, (400, 5)).astype(np.float32) / 4
+    x[:32, 0] = np.arange(32) / 4
+    y = draws.randint(0, n_classes, 400)
+    y[:n_classes] = np.arange(n_classes)
+    weights = draws.randint(0, 3, 400)
+    if kind == "one more":
+        x[40, 0] = 99
+    elif kind == "too near":
+        x[40, 1], x[41, 1] = 0, 5e-8
+    elif kind == "missing":
+        x[40:50, 2] = np.nan
+    elif kind == "heavy":
+        weights = weights * 100 + 1
+    for parameters in ({}, {"max_features": 2}, {"min_samples_leaf": 4, "min_weight_fraction_leaf": 0.02}):
+        for sample_weight in (None, weights):
+            ours, theirs = both("DecisionTreeClassifier", x, y, sample_weight, **parameters)
+            assert_same(ours.tree_, theirs.tree_)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64, np.float64, bool, str])
+def test_classes_of_any_type(dtype):
+    x, y = classes(200, 4, 3)
+    least, most = (np.iinfo(dtype).min, np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else (0, 1)
+    y = np.array([least, most, 1]).astype(dtype)[y] if dtype is str else np.array([least, most, 1], dtype)[y]
+    ours, theirs = both("DecisionTreeClassifier", x, y)
+    assert_same(ours.tree_, theirs.tree_)
+    assert ours.classes_.dtype == theirs.classes_.dtype
+    np.testing.assert_array_equal(ours.classes_, theirs.classes_)
+
+
+def test_parameters_are_checked_whenever_they_change():
+    x, y = classes(60, 3)
+    tree = fastnn.tree.DecisionTreeClassifier(max_depth=2).fit(x, y)
+    for wrong in ({"max_depth": 2.0}, {"max_depth": -1}, {"criterion": "none"}, {"max_features": [1]}):
+        with pytest.raises(ValueError, match=f"The '{next(iter(wrong))}' parameter of DecisionTreeClassifier must be"):
+            clone(tree).set_params(**wrong).fit(x, y)
 
 
 @pytest.mark.parametrize("load", [load_digits, load_breast_cancer])

@@ -8,7 +8,7 @@ from numbers import Integral
 import numpy as np
 import sklearn.tree
 from scipy.sparse import issparse
-from sklearn.base import is_classifier
+from sklearn.base import ClassifierMixin
 from sklearn.tree._classes import BaseDecisionTree
 from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
@@ -17,13 +17,13 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from .. import _cpu, _state
 from . import _exact
 from ._predict import ClassifierTreeMixin, TreeMixin
-from ._sklearn import tree_of
+from ._sklearn import KnownParameters, tree_of
 
 _CLASSIFICATION = ("gini", "entropy", "log_loss")
 _REGRESSION = ("squared_error", "poisson")
 
 
-class ExactTree(BaseDecisionTree):
+class ExactTree(KnownParameters, BaseDecisionTree):
     """Grows ``tree_`` by :mod:`fastnn.tree._exact`. To be inherited after scikit-learn's class, whose ``fit`` calls ``_fit``.
 
     ``_shared`` (a :class:`Shared`, or None) is what the trees of one ensemble have in common while it is fitted;
@@ -77,7 +77,8 @@ class ExactTree(BaseDecisionTree):
         self.tree_ = tree_of(grown, self.n_features_in_, counts, self.n_outputs_)
         if classes is not None and self.n_outputs_ == 1:
             self.n_classes_, self.classes_ = self.n_classes_[0], self.classes_[0]
-        self._prune_tree()
+        if self.ccp_alpha != 0.0:
+            self._prune_tree()
         return self
 
     def _seed(self) -> int:
@@ -95,22 +96,28 @@ class ExactTree(BaseDecisionTree):
             return "a Splitter object"
         if not isinstance(self.criterion, str):
             return "a Criterion object"
-        if self.criterion not in (_CLASSIFICATION if is_classifier(self) else _REGRESSION):
+        if self.criterion not in (_CLASSIFICATION if isinstance(self, ClassifierMixin) else _REGRESSION):
             return f"criterion={self.criterion!r}"
         return None
 
     def _checked(self, X, y):
         """X as float32 and y as it is, with scikit-learn's errors."""
-        X, y = validate_data(
-            self,
-            X,
-            y,
-            validate_separately=(
-                {"dtype": np.float32, "ensure_all_finite": False},
-                {"ensure_2d": False, "dtype": None},
-            ),
-        )
-        self._compute_missing_values_in_feature_mask(X)
+        plain = _plain_arrays(X, y)
+        if plain is not None:
+            X, y = plain
+            self.n_features_in_ = X.shape[1]
+            self.__dict__.pop("feature_names_in_", None)
+        else:
+            X, y = validate_data(
+                self,
+                X,
+                y,
+                validate_separately=(
+                    {"dtype": np.float32, "ensure_all_finite": False},
+                    {"ensure_2d": False, "dtype": None},
+                ),
+            )
+            self._compute_missing_values_in_feature_mask(X)
         if self.criterion == "poisson":
             if np.any(y < 0):
                 raise ValueError("Some value(s) of y are negative which is not allowed for Poisson regression.")
@@ -124,8 +131,15 @@ class ExactTree(BaseDecisionTree):
         if y.ndim == 1:
             y = np.reshape(y, (-1, 1))
         self.n_outputs_ = y.shape[1]
-        if not is_classifier(self):
+        if not isinstance(self, ClassifierMixin):
             return np.ascontiguousarray(y, dtype=np.float64), None, None
+        codes = _codes_of_integers(y)
+        if codes is not None:
+            values, codes = codes
+            self.classes_ = [values]
+            self.n_classes_ = np.array([len(values)], dtype=np.intp)
+            expanded = None if self.class_weight is None else compute_sample_weight(self.class_weight, y)
+            return codes, self.n_classes_, expanded
         check_classification_targets(y)
         expanded = None if self.class_weight is None else compute_sample_weight(self.class_weight, y)
         codes = np.empty(y.shape, dtype=np.float64)
@@ -191,11 +205,52 @@ class ExactTree(BaseDecisionTree):
         if not np.all(np.isin(signs, (-1, 0, 1))):
             raise ValueError(f"monotonic_cst must be None or an array-like of -1, 0 or 1, but got {np.unique(signs)}")
         signs = np.ascontiguousarray(signs, dtype=np.int8)
-        if not is_classifier(self):
+        if not isinstance(self, ClassifierMixin):
             return signs
         if self.n_classes_[0] > 2:
             raise ValueError("Monotonicity constraints are not supported with multiclass classification")
         return -signs
+
+
+def _plain_arrays(X, y):
+    """X as float32 and y, where both are arrays that scikit-learn's checks would pass as they are; else None."""
+    if (
+        type(X) is not np.ndarray
+        or type(y) is not np.ndarray
+        or X.ndim != 2
+        or y.ndim != 1
+        or X.dtype.kind != "f"
+        or y.dtype.kind not in "biuf"
+        or not X.size
+        or not y.size
+    ):
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        X = X.astype(np.float32, copy=False)
+        if not np.isfinite(np.sum(X)) or (y.dtype.kind == "f" and not np.isfinite(np.sum(y))):
+            return None
+    return X, y
+
+
+#: Above as many classes scikit-learn may warn that these are no classes.
+_SURELY_CLASSES = 20
+
+
+def _codes_of_integers(y):
+    """The sorted classes and the codes (rows, 1) of one output of few integers, by counting; else None."""
+    if y.dtype.kind not in "iu" or y.shape[1] != 1 or not len(y):
+        return None
+    y = y[:, 0]
+    least, most = int(y.min()), int(y.max())
+    if most - least >= 256 or max(-least, most) >= 2**62:
+        return None
+    offsets = y.astype(np.int64) - least
+    there = np.bincount(offsets) != 0
+    values = np.flatnonzero(there)
+    if len(values) > _SURELY_CLASSES:
+        return None
+    codes = np.cumsum(there) - 1.0
+    return (values + least).astype(y.dtype), codes[offsets][:, None]
 
 
 def _alias(criterion: str) -> str:

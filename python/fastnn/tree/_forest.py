@@ -17,7 +17,7 @@ from ._decision_tree import (
     ExtraTreeRegressor,
 )
 from ._predict import ClassifierForestMixin, RegressorForestMixin
-from ._sklearn import fit_forest
+from ._sklearn import KnownParameters, fit_forest
 
 
 class Shared:
@@ -50,7 +50,7 @@ class Shared:
             return self._encoded[0]
 
 
-class ExactForest:
+class ExactForest(KnownParameters):
     """Before the class of scikit-learn among the bases; ``_tree`` is the class of the trees."""
 
     _shared = None

@@ -36,13 +36,45 @@ _NODE = np.dtype(
 )
 
 
+_SAME_NODE = _NODE == NODE_DTYPE
+
+
+class KnownParameters:
+    """Before scikit-learn's class among the bases: parameters that were found to be valid once are not checked again."""
+
+    _parameter_names: tuple[str, ...] | None = None
+
+    def _validate_params(self):
+        cls = type(self)
+        names = cls.__dict__.get("_parameter_names")
+        if names is None:
+            names = cls._parameter_names = tuple(cls._get_param_names())
+        values = [getattr(self, name) for name in names]
+        types = tuple(map(type, values))
+        if not _PLAIN.issuperset(types):
+            super()._validate_params()
+            return
+        key = cls, types, tuple(values)
+        if key in _valid:
+            return
+        super()._validate_params()
+        if len(_valid) >= _MOST_VALID:
+            _valid.clear()
+        _valid.add(key)
+
+
+_PLAIN = {type(None), bool, int, float, str}
+_MOST_VALID = 1024
+_valid: set[tuple] = set()
+
+
 def tree_of(grown, n_features: int, n_classes: np.ndarray, n_outputs: int) -> Tree:
     """A scikit-learn ``Tree`` of what the kernels have grown."""
     tree = Tree(n_features, n_classes, n_outputs)
     nodes = np.empty(grown.count, _NODE)
     values = np.empty((grown.count, n_outputs, int(n_classes.max())))
     grown.copy_to(nodes.ctypes.data, values.ctypes.data)
-    if nodes.dtype != NODE_DTYPE:
+    if not _SAME_NODE:
         given, nodes = nodes, np.zeros(grown.count, NODE_DTYPE)
         for name in NODE_DTYPE.names:
             nodes[name] = given[name]

@@ -86,6 +86,34 @@ struct NodeSort {
   uint32_t* sorted_keys;
 };
 
+// A column of few values, by the number of each row's value among them, a byte; 3 bytes are
+// readable behind the last. Counting is all the sorting it takes.
+constexpr int kMostFewValues = 32, kMostFewClasses = 64, kFewTables = 2;
+
+// n keys of a node in any order, of whole weights that are `total` together and at most
+// kMostFewWeight. Tables and `all` hold `lanes` classes, 16 or 64, and begin a cache line.
+struct FewValues {
+  const uint8_t* codes;
+  const uint32_t* keys;
+  int64_t n;
+  int shift, class_bits, weight_bits, lanes;
+  const int32_t* all;  // weight of each class in the node
+  int64_t total;
+  int64_t least, most;  // rows that may go left
+  double least_weight;
+  int32_t* table;  // kFewTables x kMostFewValues x lanes: all 0 before and after
+};
+constexpr int64_t kMostFewWeight = 32767;
+
+// Values up to the number `code` go left, which are `left` rows (0: there is no split); `next` is
+// the following one in the node.
+struct FewBest {
+  double proxy;
+  int64_t left;
+  int code, next;
+  bool constant;
+};
+
 struct TreeKernels {
   // Moves what goes left (its row's bit in `side` differs from `flip`) to the front and the rest
   // behind it; each side keeps its order. `spare` has room for n values and n keys. Returns how
@@ -96,7 +124,11 @@ struct TreeKernels {
   // has room for n. Returns how many went left.
   int64_t (*partition_rows)(uint32_t* keys, int64_t n, int shift, ColumnRanks ranks, uint32_t below,
                             uint32_t from, uint32_t* spare);
+  // As partition_rows; left where the row's code is <= last.
+  int64_t (*partition_codes)(uint32_t* keys, int64_t n, int shift, const uint8_t* codes, int last,
+                             uint32_t* spare);
   void (*sort_node)(const NodeSort&);
+  FewBest (*few_values)(const FewValues&);
   BestCandidate (*two_classes)(const TwoClasses&);
   BestCandidate (*many_classes)(const ManyClasses&);
   BestCandidate (*one_target)(const OneTarget&);

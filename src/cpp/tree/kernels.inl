@@ -271,6 +271,29 @@ static int64_t partition_rows(uint32_t* keys, int64_t n, int shift, ColumnRanks 
   return left;
 }
 
+static int64_t partition_codes(uint32_t* keys, int64_t n, int shift, const uint8_t* codes, int last,
+                               uint32_t* spare) {
+  const __m128i by = _mm_cvtsi32_si128(shift);
+  const __m512i most = _mm512_set1_epi32(last), byte = _mm512_set1_epi32(255);
+  int64_t left = 0, right = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 there = n - i < 16 ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff);
+    const __m512i key = _mm512_maskz_loadu_epi32(there, keys + i);
+    const __m512i code = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there,
+                                                     _mm512_srl_epi32(key, by), codes, 1);
+    const __mmask16 go = _mm512_mask_cmple_epu32_mask(there, _mm512_and_si512(code, byte), most);
+    const __mmask16 stay = there & __mmask16(~go);
+    const int moved = __builtin_popcount(go), stayed = __builtin_popcount(stay);
+    _mm512_mask_storeu_epi32(keys + left, __mmask16((1u << moved) - 1),
+                             _mm512_maskz_compress_epi32(go, key));
+    _mm512_mask_storeu_epi32(spare + right, __mmask16((1u << stayed) - 1),
+                             _mm512_maskz_compress_epi32(stay, key));
+    left += moved, right += stayed;
+  }
+  __builtin_memcpy(keys + left, spare, size_t(right) * 4);
+  return left;
+}
+
 constexpr int64_t kHandful = 64;
 
 // Each row's place is the number of smaller ranks.
@@ -387,6 +410,19 @@ static int64_t partition_rows(uint32_t* keys, int64_t n, int shift, ColumnRanks 
   for (int64_t i = 0; i < n; i++) {
     const uint32_t key = keys[i], place = rank_of(ranks, key, shift);
     const bool go = (place < below) | (place >= from);
+    keys[left] = key, spare[right] = key;
+    left += go, right += !go;
+  }
+  __builtin_memcpy(keys + left, spare, size_t(right) * 4);
+  return left;
+}
+
+static int64_t partition_codes(uint32_t* keys, int64_t n, int shift, const uint8_t* codes, int last,
+                               uint32_t* spare) {
+  int64_t left = 0, right = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t key = keys[i];
+    const bool go = codes[key >> shift] <= last;
     keys[left] = key, spare[right] = key;
     left += go, right += !go;
   }
@@ -561,6 +597,113 @@ static BestCandidate many_classes(const ManyClasses& s) {
   return best;
 }
 
+// 16 classes.
+typedef int32_t Lanes __attribute__((vector_size(64)));
+
+// The sums of three vectors' lanes.
+FASTNN_INLINE void sums_of(Lanes a, Lanes b, Lanes c, int32_t* sums) {
+#if FASTNN_TARGET_ID == 2
+  const __m512i x = (__m512i)a, y = (__m512i)b, z = (__m512i)c, zero = _mm512_setzero_si512();
+  const __m512i xy = _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+  const __m512i z0 =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(z, zero), _mm512_unpackhi_epi32(z, zero));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(xy, z0), _mm512_unpackhi_epi64(xy, z0));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  _mm_storeu_si128((__m128i*)sums,
+                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+#elif FASTNN_TARGET_ID == 1
+  typedef int32_t Half __attribute__((vector_size(32)));
+  union Halves {
+    Lanes whole;
+    Half of[2];
+  };
+  const Halves x{a}, y{b}, z{c};
+  const __m256i first = (__m256i)(x.of[0] + x.of[1]), second = (__m256i)(y.of[0] + y.of[1]);
+  const __m256i third = (__m256i)(z.of[0] + z.of[1]);
+  const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(first, second),
+                                         _mm256_hadd_epi32(third, _mm256_setzero_si256()));
+  _mm_storeu_si128((__m128i*)sums,
+                   _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+#else
+  sums[0] = sums[1] = sums[2] = 0;
+  for (int i = 0; i < 16; i++) sums[0] += a[i], sums[1] += b[i], sums[2] += c[i];
+#endif
+}
+
+// Each cell counts its weight below and its rows above 16 bits. Rows go into the tables by turns: a
+// cell is then seldom asked for before it is written. A bit for each code that is there.
+template <int kLanes, bool kWeighted>
+FASTNN_INLINE uint32_t count_codes(const FewValues& s, int32_t* table) {
+  const int shift = s.shift, class_bits = s.class_bits;
+  const uint32_t classes = (1u << class_bits) - 1, weights = (1u << s.weight_bits) - 1;
+  const uint32_t* keys = s.keys;
+  const uint8_t* codes = s.codes;
+  const int64_t n = s.n;
+  uint32_t there = 0;
+  auto count = [&](int64_t i, int32_t* to) __attribute__((always_inline)) {
+    const uint32_t key = keys[i], code = codes[key >> shift];
+    there |= 1u << code;
+    to[code * kLanes + (key & classes)] +=
+        kWeighted ? int32_t((key >> class_bits & weights) + 65536) : 65537;
+  };
+  int64_t i = 0;
+  for (; i + kFewTables <= n; i += kFewTables)
+    for (int t = 0; t < kFewTables; t++) count(i + t, table + t * kMostFewValues * kLanes);
+  for (; i < n; i++) count(i, table + (i % kFewTables) * kMostFewValues * kLanes);
+  return there;
+}
+
+// Weights of a side are squared class by class, a vector at a time.
+template <int kVectors>
+FASTNN_INLINE FewBest few_values_of(const FewValues& s) {
+  constexpr int kLanes = 16 * kVectors, kTable = kMostFewValues * kLanes;
+  int32_t* table = s.table;
+  const uint32_t there =
+      s.weight_bits ? count_codes<kLanes, true>(s, table) : count_codes<kLanes, false>(s, table);
+  int codes[kMostFewValues], number = 0;
+  for (uint32_t rest = there; rest; rest &= rest - 1) codes[number++] = __builtin_ctz(rest);
+  FewBest best{kNone, 0, 0, 0, number == 1};
+  Lanes left[kVectors] = {};
+  alignas(64) int32_t squares_left[kMostFewValues], squares_right[kMostFewValues];
+  alignas(64) int32_t of_left[kMostFewValues];
+  alignas(64) double proxy[kMostFewValues];
+  for (int k = 0; k < number; k++) {
+    Lanes sl = {}, sr = {}, sum = {};
+    for (int v = 0; v < kVectors; v++) {
+      auto* cells = (Lanes*)(table + codes[k] * kLanes) + v;
+      for (int t = 0; t < kFewTables; t++) {
+        left[v] += cells[t * kTable / 16];
+        cells[t * kTable / 16] = Lanes{};
+      }
+      const Lanes l = left[v] & 65535, o = ((const Lanes*)s.all)[v] - l;
+      sum += left[v], sl += l * l, sr += o * o;
+    }
+    int32_t sums[4];
+    sums_of(sl, sr, sum, sums);
+    squares_left[k] = sums[0], squares_right[k] = sums[1], of_left[k] = sums[2];
+  }
+  const double total = double(s.total);
+  for (int k = 0; k + 1 < number; k++) {
+    const double nl = double(of_left[k] & 65535), nr = total - nl;
+    const double gl = 1.0 - double(squares_left[k]) / (nl * nl);
+    const double gr = 1.0 - double(squares_right[k]) / (nr * nr);
+    const double p = -nr * gr - nl * gl;
+    proxy[k] = (nl < s.least_weight) | (nr < s.least_weight) ? kNone : p;
+  }
+  for (int k = 0; k + 1 < number; k++) {
+    if (!(proxy[k] > best.proxy)) continue;
+    const int64_t rows = of_left[k] >> 16;
+    if (rows >= s.least && rows <= s.most) best = {proxy[k], rows, codes[k], codes[k + 1], false};
+  }
+  return best;
+}
+
+static FewBest few_values(const FewValues& s) {
+  return s.lanes == 16 ? few_values_of<1>(s) : few_values_of<4>(s);
+}
+
 static BestCandidate one_target(const OneTarget& s) {
   const SplitRange& r = s.range;
   const Bounds b = bounds_of(r);
@@ -594,7 +737,7 @@ static BestCandidate one_target(const OneTarget& s) {
   return best;
 }
 
-static const TreeKernels tree_table = {partition,   partition_rows, sort_node,
-                                       two_classes, many_classes,   one_target};
+static const TreeKernels tree_table = {partition,  partition_rows, partition_codes, sort_node,
+                                       few_values, two_classes,    many_classes,    one_target};
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -82,6 +82,81 @@ int64_t sort_column(int64_t n, uint32_t* keys_and_values, uint32_t* order, uint6
   return missing;
 }
 
+// Numbers of the different keys of a column, in the order in which they are met.
+class FewKeys {
+ public:
+  FewKeys() { std::memset(number_, kNone, sizeof number_); }
+  // kMostFewValues when there are too many.
+  int number(uint32_t key) {
+    for (uint32_t at = key * 0x9e3779b1u >> 25;; at = (at + 1) & 127) {
+      const int found = number_[at];
+      if (found == kNone) {
+        if (count_ == kMostFewValues) return kMostFewValues;
+        key_[at] = key, number_[at] = uint8_t(count_);
+        keys_[count_] = key;
+        return count_++;
+      }
+      if (key_[at] == key) return found;
+    }
+  }
+  int count() const { return count_; }
+  uint32_t key(int number) const { return keys_[number]; }
+
+ private:
+  static constexpr int kNone = 255;
+  uint32_t key_[128], keys_[kMostFewValues];
+  uint8_t number_[128];
+  int count_ = 0;
+};
+
+// Whether some rows of a column have few values.
+bool looks_few(const FloatMatrix& x, int64_t column) {
+  constexpr int64_t kSome = 4 * kMostFewValues;
+  const int64_t some = std::min(x.rows, kSome);
+  const float* of = x.data + column * x.column_stride;
+  FewKeys keys;
+  for (int64_t i = 0; i < some; i++) {
+    const float value = of[i * x.rows / some * x.row_stride];
+    if (value != value || keys.number(key_of(value)) == kMostFewValues) return false;
+  }
+  return true;
+}
+
+// Sorts a column of few values by counting: their number, or 0 and nothing is done where they are
+// too many, too near to each other, or missing.
+int sort_few(int64_t n, uint32_t* keys_and_values, uint32_t* order, uint8_t* codes, float* few) {
+  FewKeys keys;
+  uint32_t counts[kMostFewValues] = {};
+  for (int64_t i = 0; i < n; i++) {
+    const int number = keys.number(keys_and_values[i]);
+    if (number == kMostFewValues) return 0;
+    codes[i] = uint8_t(number);
+    counts[number]++;
+  }
+  int by_key[kMostFewValues];
+  for (int i = 0; i < keys.count(); i++) by_key[i] = i;
+  std::sort(by_key, by_key + keys.count(), [&](int a, int b) { return keys.key(a) < keys.key(b); });
+  for (int i = 0; i < keys.count(); i++) {
+    few[i] = value_of(keys.key(by_key[i]));
+    if (few[i] != few[i] || (i && !(few[i] > few[i - 1] + kFeatureThreshold))) return 0;
+  }
+  auto* values = reinterpret_cast<float*>(keys_and_values);
+  uint8_t code_of[kMostFewValues];
+  uint32_t place[kMostFewValues], sum = 0;
+  for (int i = 0; i < keys.count(); i++) {
+    const uint32_t count = counts[by_key[i]];
+    code_of[by_key[i]] = uint8_t(i), place[i] = sum;
+    std::fill(values + sum, values + sum + count, few[i]);
+    sum += count;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const uint8_t code = code_of[codes[i]];
+    codes[i] = code;
+    order[place[code]++] = uint32_t(i);
+  }
+  return keys.count();
+}
+
 }  // namespace
 
 int threads_worth(double elements, double picoseconds, int most) {
@@ -91,6 +166,8 @@ int threads_worth(double elements, double picoseconds, int most) {
 
 Presort::Presort(const FloatMatrix& x, int threads)
     : rows(x.rows), columns(x.columns), missing(size_t(x.columns)) {
+  few.counts.resize(size_t(columns));
+  few.codes.resize(size_t(columns));
   const int64_t all = rows * columns;
   memory = Memory(size_t(all) * 8);
   values = memory.as<float>();
@@ -101,6 +178,15 @@ Presort::Presort(const FloatMatrix& x, int threads)
   constexpr int64_t kTogether = 16;  // columns in a cache line
   const int64_t group =
       x.row_stride == 1 ? 1 : std::clamp<int64_t>(columns / threads, 1, kTogether);
+  std::vector<int64_t> codes_at(size_t(columns), -1);
+  few.stride = (rows + 3 + 63) / 64 * 64;
+  int64_t looking = 0;
+  for (int64_t f = 0; f < columns; f++)
+    if (looks_few(x, f)) codes_at[size_t(f)] = few.stride * looking++;
+  if (looking) {
+    few.memory = Memory(size_t(few.stride * looking));
+    few.values.resize(size_t(columns * kMostFewValues));
+  }
   const Memory records(size_t(rows) * 16 * size_t(threads));
   std::atomic<int64_t> next{0};
   parallel(threads, [&](int thread, int) {
@@ -108,12 +194,22 @@ Presort::Presort(const FloatMatrix& x, int threads)
     for (int64_t f; (f = next.fetch_add(group)) < columns;) {
       const int64_t last = std::min(columns, f + group);
       transpose_keys(x, f, last, keys);
-      for (int64_t c = f; c < last; c++)
+      for (int64_t c = f; c < last; c++) {
+        uint32_t *of = keys + c * rows, *to = order + c * rows;
+        if (codes_at[size_t(c)] >= 0) {
+          uint8_t* codes = few.memory.as<uint8_t>() + codes_at[size_t(c)];
+          std::memset(codes + rows, 0, size_t(few.stride - rows));
+          few.counts[size_t(c)] =
+              sort_few(rows, of, to, codes, few.values.data() + c * kMostFewValues);
+          few.codes[size_t(c)] = codes;
+          if (few.counts[size_t(c)]) continue;
+        }
         missing[size_t(c)] =
-            (rows < 8192 ? sort_column<8> : sort_column<11>)(rows, keys + c * rows,
-                                                             order + c * rows, a, a + rows);
+            (rows < 8192 ? sort_column<8> : sort_column<11>)(rows, of, to, a, a + rows);
+      }
     }
   });
+  few.all = std::all_of(few.counts.begin(), few.counts.end(), [](int count) { return count > 0; });
 }
 
 const Presort::Ranks& Presort::ranks(int threads) const {

@@ -4,7 +4,8 @@
 #include <mutex>
 #include <vector>
 
-#include "common/allocator.hpp"
+#include "tree/kernels.hpp"
+#include "tree/memory.hpp"
 
 namespace fastnn {
 
@@ -12,29 +13,6 @@ namespace fastnn {
 struct FloatMatrix {
   const float* data;
   int64_t rows, columns, row_stride, column_stride;
-};
-
-// Memory of the caching allocator, given back at the end of its life.
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(size_t bytes) : block_(allocate(bytes ? bytes : 1)) {}
-  Memory(Memory&& other) noexcept : block_(other.block_) { other.block_.data = nullptr; }
-  Memory& operator=(Memory&& other) noexcept {
-    const Block mine = block_;
-    block_ = other.block_, other.block_ = mine;
-    return *this;
-  }
-  ~Memory() {
-    if (block_.data) deallocate(block_);
-  }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(block_.data);
-  }
-
- private:
-  Block block_{nullptr, 0};
 };
 
 // Column f's values lie at values + f * rows in ascending order, with NaN last and -0 as +0, and
@@ -45,6 +23,19 @@ struct Presort {
   float* values = nullptr;
   uint32_t* order = nullptr;
   std::vector<int64_t> missing;  // NaN in each column
+
+  // Columns of few values, each further than kFeatureThreshold from the next, and none missing.
+  // codes[f][r] is the number of row r's value among values[f * kMostFewValues + ...] of column f,
+  // if that has counts[f] > 0 of them.
+  struct Few {
+    Memory memory;
+    int64_t stride = 0;
+    std::vector<int> counts;
+    std::vector<const uint8_t*> codes;
+    std::vector<float> values;
+    bool all = false;
+  };
+  Few few;
 
   // At most 2^31 - 1 rows. Throws std::bad_alloc.
   Presort(const FloatMatrix& x, int threads);

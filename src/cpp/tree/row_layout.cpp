@@ -12,8 +12,9 @@ class RowLayout final : public Layout {
   RowLayout(const Presort& sorted, const TreeTarget& target, const ExactSettings& settings)
       : Layout(target, settings, sorted.rows, sorted.columns),
         sorted_(sorted),
-        ranks_(sorted.ranks(
-            threads_worth(double(sorted.rows) * double(sorted.columns), 2000, settings.threads))),
+        threads_(
+            threads_worth(double(sorted.rows) * double(sorted.columns), 2000, settings.threads)),
+        few_(sorted.few),
         work_(search_.work()) {
     constexpr int64_t kRoom = 16;
     const int64_t words = sorted_.rows / 64 + 1;
@@ -39,7 +40,13 @@ class RowLayout final : public Layout {
   void enter(const GrowingNode&, const double*, const int64_t*, int64_t) override {}
 
   Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
-    if (!s_.random_splitter) return search_.best(slice(f, node), sums, limits(f, node), work_);
+    if (!s_.random_splitter) {
+      const NodeLimits limited = limits(f, node);
+      if (few_.counts[size_t(f)] && search_.counts_few(sums, limited))
+        return search_.few(few_.codes[size_t(f)], few_.values.data() + f * kMostFewValues,
+                           keys_ + node.start, node.rows(), sums, limited, work_);
+      return search_.best(slice(f, node), sums, limited, work_);
+    }
     const Ranks ranks = ranks_in(f, node);
     if (!ranks.constant) return random_candidate(f, ranks, node, sums, draws);
     Candidate none{};
@@ -53,9 +60,14 @@ class RowLayout final : public Layout {
     const int64_t f = split.feature;
     const Candidate& c = split.of;
     judged_ = keys_ + node.start;
-    tree_kernels().partition_rows(judged_, node.rows(), search_.shift(), ranks_of(f, node.rows()),
-                                  rank_behind(f, c.threshold),
-                                  c.missing_left ? first_missing_rank(f) : kNoRank, spare_keys_);
+    const TreeKernels& kernels = tree_kernels();
+    if (few_.counts[size_t(f)])
+      kernels.partition_codes(judged_, node.rows(), search_.shift(), few_.codes[size_t(f)],
+                              last_code(f, c.threshold), spare_keys_);
+    else
+      kernels.partition_rows(judged_, node.rows(), search_.shift(), ranks_of(f, node.rows()),
+                             rank_behind(f, c.threshold),
+                             c.missing_left ? first_missing_rank(f) : kNoRank, spare_keys_);
     const SortedSlice s{nullptr, judged_, node.rows(), 0};
     search_.add_rows({}, s, 0, c.left, left);
     search_.add_rows({}, s, c.left, s.n, right);
@@ -67,7 +79,7 @@ class RowLayout final : public Layout {
 
  private:
   // The node's part of a column, in order, until the next one is asked for.
-  SortedSlice slice(int64_t f, const GrowingNode& node) const {
+  SortedSlice slice(int64_t f, const GrowingNode& node) {
     const int64_t column = f * sorted_.rows;
     tree_kernels().sort_node({ranks_of(f, node.rows()), sorted_.order + column,
                               sorted_.values + column, sorted_.rows, key_of_, keys_ + node.start,
@@ -78,10 +90,11 @@ class RowLayout final : public Layout {
   }
 
   // Few rows of many read a cache line each, which holds their other columns as well.
-  ColumnRanks ranks_of(int64_t f, int64_t rows) const {
-    if (ranks_.by_row && rows * kDenseShare < sorted_.rows)
-      return {&ranks_.by_row[f].rank, 2 * columns_};
-    return {ranks_.by_column + f * sorted_.rows, 1};
+  ColumnRanks ranks_of(int64_t f, int64_t rows) {
+    if (!ranks_) ranks_ = &sorted_.ranks(threads_);
+    if (ranks_->by_row && rows * kDenseShare < sorted_.rows)
+      return {&ranks_->by_row[f].rank, 2 * columns_};
+    return {ranks_->by_column + f * sorted_.rows, 1};
   }
 
   // The node's ranks in a column.
@@ -90,7 +103,7 @@ class RowLayout final : public Layout {
     int64_t missing;
     bool constant;
   };
-  Ranks ranks_in(int64_t f, const GrowingNode& node) const {
+  Ranks ranks_in(int64_t f, const GrowingNode& node) {
     const ColumnRanks ranks = ranks_of(f, node.rows());
     const uint32_t first_missing = first_missing_rank(f);
     const int shift = search_.shift();
@@ -127,6 +140,12 @@ class RowLayout final : public Layout {
     return low;
   }
 
+  // The last of few values that is <= threshold.
+  int last_code(int64_t f, double threshold) const {
+    const float* values = few_.values.data() + f * kMostFewValues;
+    return int(std::upper_bound(values, values + few_.counts[size_t(f)], threshold) - values) - 1;
+  }
+
   // A random threshold between the least and the largest value, after ranks_in.
   Candidate random_candidate(int64_t f, const Ranks& r, const GrowingNode& node, const double* sums,
                              Draws& draws) {
@@ -158,7 +177,9 @@ class RowLayout final : public Layout {
   static constexpr uint32_t kNoRank = 0xffffffffu;
 
   const Presort& sorted_;
-  const Presort::Ranks& ranks_;
+  const int threads_;
+  const Presort::Few& few_;
+  const Presort::Ranks* ranks_ = nullptr;  // once they are asked for
   Memory memory_;
   uint64_t *bits_ = nullptr, *records_ = nullptr;
   float* values_ = nullptr;

@@ -1,6 +1,7 @@
 #include "tree/search.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "common/cpu_features.hpp"
@@ -74,6 +75,9 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), w
         way_ = Way::two_classes;
     }
     shift_ = class_bits_ + weight_bits_;
+    if (target.criterion == TreeCriterion::gini && whole && whole_weights_.empty() &&
+        classes <= kMostFewClasses)
+      lanes_ = classes <= 16 ? 16 : 64;
   } else if (target.criterion == TreeCriterion::squared_error && target.outputs == 1) {
     way_ = Way::one_target;
   }
@@ -84,6 +88,9 @@ SplitSearch::Work SplitSearch::work() const {
   w.left.resize(size_t(t_.sums()));
   w.right.resize(size_t(t_.sums()));
   w.counts.resize(size_t(2 * t_.most_classes + 2));
+  const size_t cells = size_t(lanes_ * (1 + kFewTables * kMostFewValues));
+  w.few_counts = Memory(cells * 4);
+  std::memset(w.few_counts.as<int32_t>(), 0, cells * 4);
   return w;
 }
 
@@ -232,6 +239,21 @@ Candidate SplitSearch::best(const SortedSlice& s, const double* sums, const Node
       best_fast(s, sums, limits, w, pass == 1, best);
   }
   return best;
+}
+
+Candidate SplitSearch::few(const uint8_t* codes, const float* values, const uint32_t* keys,
+                           int64_t n, const double* sums, const NodeLimits& limits, Work& w) const {
+  auto* counts = w.few_counts.as<int32_t>();
+  for (int64_t c = 0; c < t_.most_classes; c++) counts[c] = int32_t(sums[2 + c]);
+  const FewBest found = tree_kernels().few_values(
+      {codes, keys, n, shift_, class_bits_, weight_bits_, lanes_, counts, int64_t(sums[0]),
+       limits.min_samples_leaf, n - limits.min_samples_leaf, limits.min_weight_leaf,
+       counts + lanes_});
+  Candidate c{};
+  c.proxy = found.proxy, c.left = found.left, c.constant = found.constant;
+  c.told_missing_left = found.left > n - found.left;
+  c.threshold = double(values[found.code]) / 2.0 + double(values[found.next]) / 2.0;
+  return c;
 }
 
 }  // namespace fastnn

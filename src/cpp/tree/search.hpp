@@ -5,6 +5,7 @@
 
 #include "tree/criteria.hpp"
 #include "tree/kernels.hpp"
+#include "tree/memory.hpp"
 
 namespace fastnn {
 
@@ -63,11 +64,19 @@ class SplitSearch {
   struct Work {
     std::vector<double> left, right;
     std::vector<int64_t> counts;
+    Memory few_counts;  // of the classes in the node, then the tables of few values
   };
   Work work() const;
 
   // The first of the best splits. `sums` are the node's.
   Candidate best(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w) const;
+  // Whether `few` does for a node of these sums.
+  bool counts_few(const double* sums, const NodeLimits& limits) const {
+    return lanes_ && sums[0] <= double(kMostFewWeight) && !limits.monotonic;
+  }
+  // As best, of n rows in any order, by the codes of their values.
+  Candidate few(const uint8_t* codes, const float* values, const uint32_t* keys, int64_t n,
+                const double* sums, const NodeLimits& limits, Work& w) const;
   // The split at `left` rows with NaN on a side; its proxy, or false where it is not allowed.
   bool allowed(const double* sums, const NodeLimits& limits, Work& w) const;
   // Adds the rows of candidates [begin, end) to the sums.
@@ -86,6 +95,7 @@ class SplitSearch {
   const TreeTarget& t_;
   Way way_;
   int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
+  int lanes_ = 0;                       // of a table of few values; 0: not counted
   std::vector<uint16_t> codes_;         // of each row, for one output of classes
   std::vector<int32_t> whole_weights_;  // of each row, where all are whole
 };
