@@ -228,8 +228,6 @@ unsigned Forest::run(const TreeRows& x, F f) const {
   const int64_t tile_size = std::max<int64_t>(width(), 1) * kTileRows, tile_bytes = tile_size * 4;
   const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / tile_bytes, 1, kBlockTiles);
-  const int64_t chunk =
-      bytes() <= kGroupBytes ? block : std::max(block, kChunkBytes / tile_bytes / block * block);
 
   // Nanoseconds, only to decide on threads: a region costs about 5 us.
   double cost = double(width());
@@ -238,15 +236,22 @@ unsigned Forest::run(const TreeRows& x, F f) const {
   const int threads = int(std::min<double>(
       std::clamp<double>(double(x.rows) * cost / kWorthAThread, 1, max_threads()), double(tiles)));
 
+  // At least four a thread.
+  int64_t chunk = block;
+  if (bytes() > kGroupBytes)
+    chunk =
+        std::max(block, std::min(kChunkBytes / tile_bytes, tiles / (4 * threads)) / block * block);
   const int64_t chunk_bytes = std::min(chunk, tiles) * tile_bytes;
   char* memory = static_cast<char*>(scratch(Scratch::misc, size_t(chunk_bytes * threads)));
   std::atomic<unsigned> saw{0};
-  parallel(threads, [&](int thread, int of) {
+  // Chunk by chunk, to whichever thread is free: one whose core is busy with other work takes
+  // fewer.
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int thread, int) {
     float* packed_rows = reinterpret_cast<float*>(memory + thread * chunk_bytes);
     unsigned noticed = 0;
-    const Range share = share_of(tiles, 1, thread, of);
-    for (int64_t first = share.begin; first < share.end; first += chunk) {
-      const int64_t count = std::min(chunk, share.end - first), begin = first * kTileRows;
+    for (int64_t first; (first = next.fetch_add(chunk, std::memory_order_relaxed)) < tiles;) {
+      const int64_t count = std::min(chunk, tiles - first), begin = first * kTileRows;
       unsigned here = 0;
       for (int64_t i = 0; i < count; i++) {
         PredictKernels::Pack pack{x, compact_ ? used_.data() : nullptr, width(),
