@@ -15,7 +15,7 @@ from fastnn.tree._histogram_tree import GrowthLimits, HistogramGrower, make_pred
 class Problem:
     """Binned rows with gradients, and hessians or None for ones."""
 
-    def __init__(self, rows, features, *, missing=0.0, categories=0, ties=False, hessians=True, seed=0):
+    def __init__(self, rows, features, *, missing=0.0, categories=0, ties=False, hessians=True, far=False, seed=0):
         rng = np.random.default_rng(seed)
         X = rng.standard_normal((rows, features))
         if ties:
@@ -37,6 +37,11 @@ class Problem:
         signal = np.sin(3 * clean[:, 0]) + (clean[:, -1] > 0.3) * clean[:, features // 2]
         self.gradient = (signal + np.isnan(X[:, 0]) * 2 + rng.standard_normal(rows)).astype(np.float32)
         self.hessian = (0.5 + rng.random(rows)).astype(np.float32) if hessians else None
+        if far:  # a few rows dwarf the others
+            self.gradient[:2] = 1e10, -3e9
+            if hessians:
+                self.hessian[::3] *= 1e6
+                self.gradient[::3] *= 1e6
 
     def ours(self, limits, **more):
         grower = HistogramGrower(self.binned, self.n_bins, 255, categorical=self.categorical, **more)
@@ -119,6 +124,9 @@ PROBLEMS = {
     "one feature": dict(rows=1009, features=1),
     "67 features": dict(rows=503, features=67),
     "131 features": dict(rows=311, features=131, missing=0.05),
+    "far apart": dict(rows=3001, features=5, far=True),
+    "far apart, hessians of 1": dict(rows=3001, features=5, hessians=False, far=True),
+    "far apart, categories": dict(rows=3001, features=4, categories=20, hessians=False, far=True),
     "100003 rows": dict(rows=100_003, features=3),
 }
 LIMITS = {
@@ -216,7 +224,7 @@ def test_sums_against_numpy(isa, hessians):
             np.testing.assert_allclose(nodes["gain"][node], gain, rtol=1e-9)
 
 
-@pytest.mark.parametrize("problem", ["plain", "hessians of 1", "131 features", "100003 rows"])
+@pytest.mark.parametrize("problem", ["plain", "hessians of 1", "131 features", "100003 rows", "far apart"])
 def test_threads_and_order_of_rows_change_nothing(problem):
     p = Problem(**PROBLEMS[problem])
     order = np.random.default_rng(1).permutation(len(p.binned))
@@ -250,6 +258,50 @@ def test_weights_of_zero(isa):
     problem.hessian[:] = 0
     _, nodes = problem.ours(GrowthLimits())
     assert len(nodes) == 1 and nodes["value"][0] == 0
+
+
+def words(gradient, hessian, min_samples_leaf=20):
+    """How many int64 a bin's sums take, of two features that do not matter."""
+    binned = np.asfortranarray(np.zeros((len(gradient), 2), np.uint8))
+    grower = HistogramGrower(binned, np.array([3, 3]), 255)
+    grower.grow(gradient, hessian, GrowthLimits(min_samples_leaf=min_samples_leaf))
+    return grower._grower.words()
+
+
+def test_the_format_of_the_sums():
+    """Long integers where numbers are so far apart that shorter ones would lose some, and only there."""
+    rng = np.random.default_rng(0)
+    normal, ones = rng.standard_normal(20_000).astype(np.float32), np.ones(20_000, np.float32)
+    probability = 1 / (1 + np.exp(-3 * normal))
+    assert words(normal, None) == 1
+    assert words(normal, ones) == words(probability, probability * (1 - probability)) == 2
+    assert words(np.repeat(normal, 25), None) == words(normal * 1e-30, None) == 1
+    assert words(np.repeat(normal, 60), None) == 2  # the count takes too many bits
+    assert words(np.zeros_like(normal), None) == 1
+    outlier = normal.copy()
+    outlier[3] = 1e4
+    assert words(outlier, None) == 4 and words(normal, np.abs(outlier)) == 2
+    outlier[3] = 1e10
+    assert words(outlier, None) == words(outlier, ones) == words(normal, np.abs(outlier)) == 4
+    # A few small ones that a node could be split by, and that are nothing to a node of more rows.
+    few = normal + 3
+    few[:100] = 1e-10
+    assert words(few, None) == 4 and words(few, None, min_samples_leaf=51) == 1
+
+
+@pytest.mark.parametrize(("what", "bad"), [("gradient", np.nan), ("gradient", np.inf), ("hessian", np.nan)])
+def test_what_is_not_finite_grows_a_leaf(what, bad):
+    p = Problem(503, 3)
+    grower, before = p.ours(GrowthLimits())
+    getattr(p, what)[77] = bad
+    nodes = grower.grow(p.gradient, p.hessian, GrowthLimits(shrinkage=0.5))
+    expected = p.theirs(GrowthLimits(shrinkage=0.5)).nodes
+    assert len(nodes) == len(expected) == 1
+    for name in ("value", "count", "gain"):
+        assert nodes[name][0] == expected[name][0]
+    np.testing.assert_array_equal(grower.leaf_of_rows(nodes), np.zeros(503))
+    getattr(p, what)[77] = 1
+    assert len(grower.grow(p.gradient, p.hessian, GrowthLimits())) > 1 < len(before)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -287,11 +339,6 @@ def test_bad_input():
     grower = HistogramGrower(p.binned, p.n_bins, 255)
     with pytest.raises(ValueError, match="expected 101 gradients and hessians"):
         grower.grow(p.gradient[1:], p.hessian, GrowthLimits())
-    for bad in (np.nan, np.inf):
-        gradient = p.gradient.copy()
-        gradient[77] = bad
-        with pytest.raises(ValueError, match="not finite"):
-            grower.grow(gradient, p.hessian, GrowthLimits())
 
     def interrupted(count):
         raise KeyboardInterrupt

@@ -76,10 +76,9 @@ class _HistGradientBoosting(SklearnMixin):
         Rows for validation that are given as X_val are the same on each, and each has one row to train on at least.
         :func:`fastnn.tree.local_fit` trains on the rows of one process inside a group.
 
-        Sums of gradients and of hessians are of whole numbers, in units of about 2^-30 of the largest gradient and hessian
-        of the iteration (larger ones from 2^23 and 2^16 rows on, for the sums to stay within 64 bits): that is why they do not
-        depend on the order of the rows. Rows whose gradients or weights are less than 10^-8 of the largest do not count
-        then, where scikit-learn's float32 counts them.
+        Sums of gradients and of hessians are of whole numbers, so that they depend neither on the order of the rows nor on
+        who adds them: in units of about 2^-30 of the iteration's largest gradient and hessian where that is fine enough for
+        the small ones, else of about 2^-61, which takes longer.
 
         Parameters
         ----------

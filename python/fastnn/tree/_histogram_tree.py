@@ -112,7 +112,10 @@ class HistogramGrower:
         return chosen.tobytes()
 
     def grow(self, gradient: np.ndarray, hessian: np.ndarray | None, limits: GrowthLimits) -> np.ndarray:
-        """The nodes (of dtype ``NODE``) of a tree on float32 gradients and hessians; None where all hessians are 1."""
+        """The nodes (of dtype ``NODE``) of a tree on float32 gradients and hessians; None where all hessians are 1.
+
+        Where one of them is not finite the tree is a leaf of value 0, as scikit-learn's: no sum tells a split from another.
+        """
         gradient = np.ascontiguousarray(gradient, dtype=np.float32)
         parts = [gradient]
         if hessian is not None:
@@ -123,10 +126,6 @@ class HistogramGrower:
                 raise ValueError(f"HistogramGrower.grow: expected {self.rows} gradients and hessians, got {part.shape}")
         largest = [_cpu.largest_magnitude(part.ctypes.data, len(part)) for part in parts]
         largest = self.group.largest(np.array(largest, dtype=np.float64)).tolist()
-        if any(value != value for value in largest):
-            raise ValueError(
-                "The gradients of the loss are not finite: the targets, weights or predictions are too large for float32."
-            )
         nodes = self._grower.grow(
             gradient.ctypes.data,
             0 if hessian is None else hessian.ctypes.data,

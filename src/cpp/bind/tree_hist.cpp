@@ -166,6 +166,7 @@ class PythonGrower {
     return py::bytes(reinterpret_cast<const char*>(tree_.data()), tree_.size() * sizeof(GrownNode));
   }
 
+  int words() const { return grower_->words(); }
   uintptr_t partition() const { return reinterpret_cast<uintptr_t>(grower_->partition()); }
 
   void add_values(uintptr_t values, int64_t count, uintptr_t prediction) const {
@@ -211,6 +212,7 @@ void bind_tree_hist(py::module_& m) {
            py::arg("all_rows"), py::arg("max_leaves"), py::arg("max_depth"), py::arg("min_samples"),
            py::arg("l2"), py::arg("min_hessian"), py::arg("min_gain"), py::arg("shrinkage"),
            py::arg("allowed"), py::arg("reduce"), py::arg("subsample"), py::arg("interact"))
+      .def("words", &PythonGrower::words, "How many int64 a bin's sums took in the last tree.")
       .def("partition", &PythonGrower::partition, "Address of the rows in the leaves' order.")
       .def("add_values", &PythonGrower::add_values,
            "Adds the last tree's values, one a node, to a prediction of all rows.",

@@ -69,19 +69,35 @@ double unit_of(double largest, int bits) {
   return std::ldexp(1.0, exponent - bits);
 }
 
-// A float64 holds a sum of 53 bits exactly, a row's integer has 31 and a sign, and a pair of int64
-// holds the gradient in one, hessian and count in the other.
-SumFormat format_of(const GrowSettings& s) {
+// A float64 holds a sum of 53 bits exactly, a row's integer has 31 and a sign.
+SumFormat format_of(int words, const GrowSettings& s) {
   SumFormat f;
+  f.words = words;
   f.count_bits = bits_of(s.all_rows);
-  const int narrow = std::min(30, 62 - 2 * f.count_bits);
-  constexpr int kEnough = 23;  // a float32 has no more
-  f.wide = !s.constant_hessian || narrow < kEnough;
-  const int wide = std::min(30, 53 - f.count_bits);
-  f.gradient_unit = unit_of(s.largest_gradient, f.wide ? wide : narrow);
-  f.hessian_unit = unit_of(s.constant_hessian ? 1 : s.largest_hessian, std::max(1, narrow));
+  const int beside_count = std::min(30, 62 - 2 * f.count_bits);
+  const int alone = std::min(30, words == 2 ? 53 - f.count_bits : 62 - f.count_bits);
+  const int more = words == 4 ? kLowBits : 0;
+  f.gradient_unit = unit_of(s.largest_gradient, more + (words == 1 ? beside_count : alone));
+  f.hessian_unit =
+      unit_of(s.constant_hessian ? 1 : s.largest_hessian, more + std::max(1, beside_count));
   return f;
 }
+
+// Whether so many of n numbers are so small beside the unit that splits may depend on what rounding
+// changes: half of them are below 2^bulk units, 1 of 64 below 2^12, or 1 of 2^14 below 2^4; and
+// enough for a node and its split. Numbers that are spread evenly around 0 are less often so small.
+struct Coarse {
+  float limits[3];
+  Coarse(double unit, int bulk)
+      : limits{float(std::ldexp(unit, bulk)), float(std::ldexp(unit, 12)),
+               float(std::ldexp(unit, 4))} {}
+  static bool of(const int64_t* counts, int64_t n, int64_t min_samples) {
+    constexpr int kShare[3] = {1, 6, 14};
+    for (int i = 0; i < 3; i++)
+      if (counts[i] >= std::max({n >> kShare[i], 2 * min_samples, int64_t(1)})) return true;
+    return false;
+  }
+};
 
 // A range of features whose histograms are made together.
 struct Tile {
@@ -119,7 +135,7 @@ struct Grower::State {
 
   // Of the tree that grows:
   SumFormat format{};
-  size_t histogram_bytes = 0;
+  size_t histogram_bytes = 0, integers_bytes = 0;
   std::vector<Leaf> leaves;
   std::vector<int> heap;
   GrowSettings settings;
@@ -144,10 +160,13 @@ struct Grower::State {
   }
   int64_t* sums_of(int h, int feature) {
     return histogram(h) +
-           int64_t(slot[size_t(feature)]) * HistogramKernels::kEntries * format.words();
+           int64_t(slot[size_t(feature)]) * HistogramKernels::kEntries * format.words;
   }
 
   void pack();
+  bool coarse(const float* x, const Coarse& unit);
+  SumFormat choose_format(const float* gradient, const float* hessian);
+  void make_integers(const float* gradient, const float* hessian);
   // The histogram of a tile over the partition's rows [begin, end).
   void add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums);
   void add_all(int64_t begin, int64_t end, int h);
@@ -168,7 +187,6 @@ Grower::Grower(const uint8_t* columns, int64_t step, int64_t rows,
   State& s = *state_;
   s.rows = rows, s.columns = columns, s.step = step, s.features = std::move(features);
   s.pack();
-  s.integers = Memory(size_t(rows) * 8);
   for (Memory* m : {&s.partition_memory, &s.left_memory, &s.right_memory}) {
     const int64_t parts = (rows + kPart - 1) / kPart;
     *m = Memory(size_t(rows + 16 * (parts + 1)) * 4);
@@ -230,8 +248,39 @@ void Grower::State::pack() {
                        g * packed.width + quads * (p + 1) / parts * 4});
 }
 
+// Whether a unit is too coarse for these numbers and those of all other processes.
+bool Grower::State::coarse(const float* x, const Coarse& unit) {
+  constexpr int64_t kBlock = 1 << 15;
+  std::atomic<int64_t> all[3] = {};
+  for_each_part((rows + kBlock - 1) / kBlock, double(rows) * 0.1, [&](int64_t b) {
+    int64_t counts[3];
+    const int64_t begin = b * kBlock;
+    histogram_kernels().count_below(x + begin, std::min(kBlock, rows - begin), unit.limits, counts);
+    for (int i = 0; i < 3; i++) all[i].fetch_add(counts[i], std::memory_order_relaxed);
+  });
+  int64_t counts[3] = {all[0], all[1], all[2]};
+  if (hooks->distributed()) hooks->reduce(counts, 3);
+  return Coarse::of(counts, settings.all_rows, settings.rules.min_samples);
+}
+
+// The format with the fewest words that loses nothing that matters.
+SumFormat Grower::State::choose_format(const float* gradient, const float* hessian) {
+  const int beside_count = std::min(30, 62 - 2 * bits_of(settings.all_rows));
+  if (settings.constant_hessian && beside_count >= 23) {  // a float32 has 24 bits
+    const SumFormat one = format_of(1, settings);
+    if (!coarse(gradient, {one.gradient_unit, std::min(20, beside_count - 7)})) return one;
+  }
+  // Sums of hessians only divide, and their errors are as often up as down.
+  constexpr double kOfHessians = 1.0 / 16;
+  const SumFormat two = format_of(2, settings);
+  if (!coarse(gradient, {two.gradient_unit, 20}) &&
+      (!hessian || !coarse(hessian, {two.hessian_unit * kOfHessians, 16})))
+    return two;
+  return format_of(4, settings);
+}
+
 void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) {
-  const int words = format.words();
+  const int words = format.words;
   sums += int64_t(tile.begin) * HistogramKernels::kEntries * words;
   std::fill(sums, sums + int64_t(tile.end - tile.begin) * HistogramKernels::kEntries * words,
             int64_t(0));
@@ -278,23 +327,14 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
     for_each_part(int64_t(tiles.size()), add_cost, [&](int64_t t) { make(tiles[size_t(t)]); });
     if (hooks->distributed())
       hooks->reduce(histogram(few_histogram),
-                    int64_t(slots) * HistogramKernels::kEntries * format.words());
+                    int64_t(slots) * HistogramKernels::kEntries * format.words);
   }
   if (is_root) {
     // Any feature's histogram sums up to the node.
     const int f = few.allowed ? int((*few.allowed)[0]) : 0;
     const int64_t* sums = sums_of(few_histogram, f);
-    int64_t gradient = 0, hessian = 0;
-    const int bits = format.count_bits;
-    for (int b = 0; b < kMostBins; b++) {
-      if (format.wide)
-        gradient += sums[2 * b], hessian += sums[2 * b + 1] >> bits;
-      else
-        gradient += sums[b] >> bits;
-    }
-    few.node.gradient = double(gradient) * format.gradient_unit;
-    few.node.hessian =
-        settings.constant_hessian ? double(few.node.count) : double(hessian) * format.hessian_unit;
+    k.total(format, sums, few.node.gradient, few.node.hessian);
+    if (settings.constant_hessian) few.node.hessian = double(few.node.count);
     if (few.node.count < 2 * settings.rules.min_samples ||
         few.node.hessian < settings.rules.min_hessian) {
       few.leaf = true;
@@ -496,18 +536,31 @@ void Grower::State::split_next(int at) {
   evaluate(first, 2, parent_histogram, small);
 }
 
+// What the rows add to their bins, and memory for sums of it.
+void Grower::State::make_integers(const float* gradient, const float* hessian) {
+  format = choose_format(gradient, hessian);
+  const size_t bytes = size_t(slots) * HistogramKernels::kEntries * 8 * size_t(format.words);
+  if (bytes != histogram_bytes) histograms.clear();
+  histogram_bytes = bytes;
+  free_histograms.clear();
+  for (size_t h = 0; h < histograms.size(); h++) free_histograms.push_back(int(h));
+  const size_t needed = size_t(rows) * 4 * size_t(format.words);
+  if (needed > integers_bytes) integers = Memory(needed), integers_bytes = needed;
+  std::vector<float> ones;
+  constexpr int64_t kBlock = 1 << 14;
+  if (!hessian && format.words > 1) ones.assign(size_t(kBlock), 1.0f);
+  for_each_part((rows + kBlock - 1) / kBlock, double(rows), [&](int64_t b) {
+    const int64_t begin = b * kBlock, n = std::min(kBlock, rows - begin);
+    histogram_kernels().integers(format, gradient + begin, hessian ? hessian + begin : ones.data(),
+                                 n, integers.as<int32_t>() + begin * format.words);
+  });
+}
+
 std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
                                     const GrowSettings& settings, GrowHooks& hooks) {
   State& s = *state_;
   s.settings = settings;
   s.hooks = &hooks;
-  const SumFormat format = format_of(settings);
-  const size_t bytes = size_t(s.slots) * HistogramKernels::kEntries * 8 * size_t(format.words());
-  if (bytes != s.histogram_bytes) s.histograms.clear();
-  s.histogram_bytes = bytes;
-  s.format = format;
-  s.free_histograms.clear();
-  for (size_t h = 0; h < s.histograms.size(); h++) s.free_histograms.push_back(int(h));
   s.bounded = false;
   for (const FeatureBins& f : s.features) s.bounded |= f.monotonic != 0;
   // Then the last one found, whose histogram is still in the caches.
@@ -515,22 +568,18 @@ std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
   s.leaves.clear();
   s.heap.clear();
 
-  std::vector<float> ones;
-  constexpr int64_t kBlock = 1 << 14;
-  if (!hessian && format.wide) ones.assign(size_t(kBlock), 1.0f);
-  for_each_part((s.rows + kBlock - 1) / kBlock, double(s.rows), [&](int64_t b) {
-    const int64_t begin = b * kBlock, n = std::min(kBlock, s.rows - begin);
-    histogram_kernels().integers(format, gradient + begin, hessian ? hessian + begin : ones.data(),
-                                 n, s.integers.as<int32_t>() + begin * format.words());
-  });
-
   s.leaves.resize(1);
   Leaf& root = s.leaves[0];
   root.node = {settings.all_rows, 0, 0, 0, -kInfinite, kInfinite};
   root.end = s.rows;
   if (!settings.allowed.empty())
     root.allowed = std::make_shared<std::vector<uint32_t>>(settings.allowed);
-  s.evaluate(0, 1, -1, 0);
+  if (std::isfinite(settings.largest_gradient + settings.largest_hessian)) {
+    s.make_integers(gradient, hessian);
+    s.evaluate(0, 1, -1, 0);
+  } else {
+    root.leaf = true;  // no split gains anything that is a number
+  }
   if (s.leaves[0].leaf)
     for (int64_t i = 0; i < s.rows; i++) s.partition[i] = uint32_t(i);
   while (!s.heap.empty()) s.split_next(s.pop());
@@ -568,6 +617,8 @@ std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
   }
   return tree;
 }
+
+int Grower::words() const { return state_->format.words; }
 
 void Grower::add_values(const std::vector<GrownNode>& tree, const double* values,
                         double* prediction) const {

@@ -30,7 +30,7 @@ struct GrowSettings {
   SplitRules rules;
   double shrinkage = 1;
   int64_t all_rows;                          // of all processes
-  double largest_gradient, largest_hessian;  // of all processes
+  double largest_gradient, largest_hessian;  // of all processes; NaN where one is not finite
   bool constant_hessian;                     // all are 1
   std::vector<uint32_t> allowed;             // features of the root; empty for all
 };
@@ -60,12 +60,15 @@ class Grower {
   bool has_missing(int feature) const;
   void set_has_missing(int feature, bool missing);
 
-  // A tree on gradients, and on hessians unless they are all 1 (null). Throws std::bad_alloc, and
+  // A tree on gradients, and on hessians unless they are all 1 (null): of one leaf of value 0 where
+  // one is not finite. Throws std::bad_alloc, and
   // what the hooks throw.
   std::vector<GrownNode> grow(const float* gradient, const float* hessian,
                               const GrowSettings& settings, GrowHooks& hooks);
   // The rows in the order of the last tree's leaves.
   const uint32_t* partition() const;
+  // Of the last tree: int64 that a bin's sums took.
+  int words() const;
   // prediction[row] += the value, one a node, of the row's leaf in the last tree; of all rows.
   void add_values(const std::vector<GrownNode>& tree, const double* values,
                   double* prediction) const;

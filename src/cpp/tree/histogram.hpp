@@ -1,9 +1,9 @@
 // Histograms of gradients and hessians over bins, in integers, and the best split of each.
 //
 // Gradients and hessians are made integers once a tree, by powers of two that depend on the largest
-// of them and on the number of rows alone. So every sum is exact: it depends neither on the order
-// of the rows nor on how they are shared out among threads or machines, the histogram of a node
-// less that of one child is exactly that of the other, and any sum is exactly a float64.
+// of them, on how many are very small beside it and on the number of rows alone. So every sum is
+// exact: it depends neither on the order of the rows nor on how they are shared out among threads
+// or machines, and the histogram of a node less that of one child is exactly that of the other.
 #pragma once
 #include <cstdint>
 
@@ -11,15 +11,20 @@
 
 namespace fastnn {
 
-// What a row adds to its bin. `wide`: a pair of int64, the gradient, and the hessian above
-// `count_bits` bits of count. Not wide, where all hessians are 1: one int64, the gradient above the
-// count.
+// What a row adds to its bin, in so many int64:
+// 1: the gradient above `count_bits` bits of count, where all hessians are 1.
+// 2: the gradient; the hessian above the count.
+// 4: the gradient, above its last 31 bits, and these; the hessian likewise, above the count.
+// A gradient has up to 30 bits and a sign in the first two, and so has a hessian, and both have 31
+// more in the last, which is for gradients or hessians too far apart. A sum in the first two is
+// exactly a float64.
 struct SumFormat {
-  bool wide;
+  int words;
   int count_bits;
-  double gradient_unit, hessian_unit;  // powers of two
-  int words() const { return wide ? 2 : 1; }
+  double gradient_unit, hessian_unit;  // powers of two: of the last bit
 };
+constexpr int kLowBits = 31;
+constexpr int64_t kLowMask = (int64_t(1) << kLowBits) - 1;
 
 // Rows of bins, in groups of up to 64 features: that a row's bytes of a group share a cache line
 // or two, and a group's histograms the second cache.
@@ -64,7 +69,9 @@ struct HistogramKernels {
   static constexpr int kEntries = kMostBins + 4;
   // The largest magnitude; NaN where there is one.
   float (*largest)(const float* x, int64_t n);
-  // Integers a row: gradient and, where wide, hessian, next to each other.
+  // How many are below each of three limits, but are not 0.
+  void (*count_below)(const float* x, int64_t n, const float* limits, int64_t* counts);
+  // `words` integers a row, next to each other.
   void (*integers)(const SumFormat& format, const float* gradient, const float* hessian, int64_t n,
                    int32_t* out);
   // Adds rows to the histograms of `features` (a multiple of 4) neighbours; rows from `first` on,
@@ -81,6 +88,8 @@ struct HistogramKernels {
   // parent -= child, `bins` entries of a feature and the one for missing values.
   void (*subtract)(const SumFormat& format, const FeatureBins& feature, int64_t* parent,
                    const int64_t* child);
+  // Of all bins of a feature.
+  void (*total)(const SumFormat& format, const int64_t* sums, double& gradient, double& hessian);
   // What gains less than `enough`, which another feature does, need not be found.
   void (*split)(const SumFormat& format, const SplitRules& rules, const SplitNode& node,
                 const FeatureBins& feature, const int64_t* sums, double enough, FeatureSplit& best);

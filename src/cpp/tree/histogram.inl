@@ -27,40 +27,82 @@ FASTNN_INLINE int32_t to_integer(double x) {
   return int32_t(uint32_t(bit_cast<uint64_t>(x + 6755399441055744.0)));
 }
 
+static void count_below(const float* x, int64_t n, const float* limits, int64_t* counts) {
+  int64_t a = 0, b = 0, c = 0;
+  const float la = limits[0], lb = limits[1], lc = limits[2];
+  constexpr int64_t kSome = 1024;  // whose counts are 32 bits
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = n - i < kSome ? n : i + kSome;
+    int32_t na = 0, nb = 0, nc = 0;
+    for (; i < end; i++) {
+      const float v = __builtin_fabsf(x[i]);
+      const int32_t some = v > 0;
+      na += some & int32_t(v < la), nb += some & int32_t(v < lb), nc += some & int32_t(v < lc);
+    }
+    a += na, b += nb, c += nc;
+  }
+  counts[0] = a, counts[1] = b, counts[2] = c;
+}
+
+// The same for |x| < 2^62. From 2^51 on x, which was a float32, has no fraction.
+FASTNN_INLINE int64_t to_long_integer(double x) {
+  constexpr double kFractions = 2251799813685248.0;
+  if (!(x < kFractions && x > -kFractions)) return int64_t(x);
+  return int64_t((x + 6755399441055744.0) - 6755399441055744.0);
+}
+
 static void integers(const SumFormat& format, const float* gradient, const float* hessian,
                      int64_t n, int32_t* out) {
   const double g = 1 / format.gradient_unit, h = 1 / format.hessian_unit;
-  if (!format.wide)
+  if (format.words == 1)
     for (int64_t i = 0; i < n; i++) out[i] = to_integer(gradient[i] * g);
-  else
+  else if (format.words == 2)
     for (int64_t i = 0; i < n; i++) {
       out[2 * i] = to_integer(gradient[i] * g);
       out[2 * i + 1] = to_integer(hessian[i] * h);
     }
+  else
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t of_gradient = to_long_integer(gradient[i] * g);
+      const int64_t of_hessian = to_long_integer(hessian[i] * h);
+      out[4 * i] = int32_t(of_gradient >> kLowBits);
+      out[4 * i + 1] = int32_t(of_gradient & kLowMask);
+      out[4 * i + 2] = int32_t(of_hessian >> kLowBits);
+      out[4 * i + 3] = int32_t(of_hessian & kLowMask);
+    }
 }
 
 typedef int64_t Pair __attribute__((vector_size(16)));
+typedef int64_t Quad __attribute__((vector_size(32), aligned(16)));
 
-template <bool wide>
+template <int words>
 struct Sums;
 template <>
-struct Sums<true> {
+struct Sums<4> {
+  using T = Quad;
+  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
+    const int32_t* i = integers + 4 * row;
+    return T{i[0], i[1], (int64_t(i[2]) << bits) + 1, i[3]};
+  }
+};
+template <>
+struct Sums<2> {
   using T = Pair;
   static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
     return T{integers[2 * row], (int64_t(integers[2 * row + 1]) << bits) + 1};
   }
 };
 template <>
-struct Sums<false> {
+struct Sums<1> {
   using T = int64_t;
   static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
     return (int64_t(integers[row]) << bits) + 1;
   }
 };
 
-template <bool wide, bool indexed>
+template <int words, bool indexed>
 static void add_rows(const HistogramKernels::Rows& rows, int bits) {
-  using T = typename Sums<wide>::T;
+  using T = typename Sums<words>::T;
   constexpr int kAhead = 16;
   T* sums = reinterpret_cast<T*>(rows.sums);
   const int quads = rows.features / 4;
@@ -69,9 +111,9 @@ static void add_rows(const HistogramKernels::Rows& rows, int bits) {
     if (indexed && i + kAhead < rows.count) {
       const int64_t next = rows.index[i + kAhead];
       __builtin_prefetch(rows.bins + next * rows.width);
-      __builtin_prefetch(rows.integers + next * (wide ? 2 : 1));
+      __builtin_prefetch(rows.integers + next * words);
     }
-    const T add = Sums<wide>::of(rows.integers, row, bits);
+    const T add = Sums<words>::of(rows.integers, row, bits);
     const uint8_t* bins = rows.bins + row * rows.width;
     T* s = sums;
     for (int q = 0; q < quads; q++, s += 4 * HistogramKernels::kEntries, bins += 4) {
@@ -84,38 +126,58 @@ static void add_rows(const HistogramKernels::Rows& rows, int bits) {
     }
   }
 }
+template <int words>
+static void add_either(const HistogramKernels::Rows& rows, int bits) {
+  rows.index ? add_rows<words, true>(rows, bits) : add_rows<words, false>(rows, bits);
+}
 static void add(const SumFormat& format, const HistogramKernels::Rows& rows) {
   const int bits = format.count_bits;
-  if (format.wide)
-    rows.index ? add_rows<true, true>(rows, bits) : add_rows<true, false>(rows, bits);
+  if (format.words == 1)
+    add_either<1>(rows, bits);
+  else if (format.words == 2)
+    add_either<2>(rows, bits);
   else
-    rows.index ? add_rows<false, true>(rows, bits) : add_rows<false, false>(rows, bits);
+    add_either<4>(rows, bits);
 }
 
 static void subtract(const SumFormat& format, const FeatureBins& feature, int64_t* parent,
                      const int64_t* child) {
-  const int words = format.wide ? 2 : 1, n = feature.bins * words;
+  const int words = format.words, n = feature.bins * words;
   for (int i = 0; i < n; i++) parent[i] -= child[i];
   for (int i = feature.missing * words; i < (feature.missing + 1) * words; i++)
     parent[i] -= child[i];
 }
 
-// Sums of the rows on the left of a split.
+// The nearest float64, or the one beside it, whichever instructions compute it: the product is
+// exact.
+FASTNN_INLINE double of_limbs(int64_t high, int64_t low) {
+  return double(high + (low >> kLowBits)) * double(kLowMask + 1) + double(low & kLowMask);
+}
+
+// Sums of the rows on the left of a split, in their units; with hessians of 1, their count.
 struct LeftSums {
-  int64_t gradient, hessian, count;  // the hessian in its own unit; with hessians of 1, the count
+  int64_t gradient, hessian, count;
+  int64_t gradient_low, hessian_low;  // of 4 words
 };
 struct SumReader {
   int words, bits;
   int64_t count_mask;
   double gradient_unit, hessian_unit;
   explicit SumReader(const SumFormat& f)
-      : words(f.wide ? 2 : 1),
+      : words(f.words),
         bits(f.count_bits),
         count_mask((int64_t(1) << f.count_bits) - 1),
         gradient_unit(f.gradient_unit),
-        hessian_unit(f.wide ? f.hessian_unit : 1) {}
+        hessian_unit(f.words > 1 ? f.hessian_unit : 1) {}
   FASTNN_INLINE void add(const int64_t* sums, int bin, LeftSums& to) const {
-    if (words == 2) {
+    if (words == 4) {
+      const int64_t third = sums[4 * bin + 2];
+      to.gradient += sums[4 * bin];
+      to.gradient_low += sums[4 * bin + 1];
+      to.hessian += third >> bits;
+      to.hessian_low += sums[4 * bin + 3];
+      to.count += third & count_mask;
+    } else if (words == 2) {
       const int64_t second = sums[2 * bin + 1];
       to.gradient += sums[2 * bin];
       to.hessian += second >> bits;
@@ -127,7 +189,21 @@ struct SumReader {
       to.count += word & count_mask;
     }
   }
+  FASTNN_INLINE double gradient(const LeftSums& s) const {
+    return words == 4 ? of_limbs(s.gradient, s.gradient_low) : double(s.gradient);
+  }
+  FASTNN_INLINE double hessian(const LeftSums& s) const {
+    return words == 4 ? of_limbs(s.hessian, s.hessian_low) : double(s.hessian);
+  }
 };
+
+static void total(const SumFormat& format, const int64_t* sums, double& gradient, double& hessian) {
+  const SumReader reader(format);
+  LeftSums all{};
+  for (int bin = 0; bin < kMostBins; bin++) reader.add(sums, bin, all);
+  gradient = reader.gradient(all) * reader.gradient_unit;
+  hessian = reader.hessian(all) * reader.hessian_unit;
+}
 
 // A node's value: Equation 5 of Chen and Guestrin, XGBoost (2016).
 FASTNN_INLINE double value_of(double gradient, double hessian, double lower, double upper,
@@ -187,7 +263,7 @@ static void split_ordered(const SumFormat& format, const SplitRules& rules, cons
   const V none = V::set1(-1);
   for (int pass = 0; pass < 1 + feature.has_missing; pass++) {
     const int end = feature.bins - 1 + (feature.has_missing && pass == 0);
-    LeftSums left{0, 0, 0};
+    LeftSums left{};
     if (pass) reader.add(sums, feature.missing, left);
     double top = best.gain > rules.min_gain ? best.gain : rules.min_gain;
     int top_bin = -1;
@@ -197,7 +273,7 @@ static void split_ordered(const SumFormat& format, const SplitRules& rules, cons
       const int some = end - bin < w ? end - bin : w;
       for (int i = 0; i < some; i++) {
         reader.add(sums, bin + i, left);
-        g[i] = double(left.gradient), h[i] = double(left.hessian), n[i] = double(left.count);
+        g[i] = reader.gradient(left), h[i] = reader.hessian(left), n[i] = double(left.count);
       }
       if (left.count < rules.min_samples) continue;
       if (!pass && left.count == count_before) continue;  // nothing new
@@ -223,10 +299,10 @@ static void split_ordered(const SumFormat& format, const SplitRules& rules, cons
           top = gains[i], top_bin = bin + i;
     }
     if (top_bin < 0) continue;
-    LeftSums at{0, 0, 0};
+    LeftSums at{};
     if (pass) reader.add(sums, feature.missing, at);
     for (int bin = 0; bin <= top_bin; bin++) reader.add(sums, bin, at);
-    one.take({double(at.gradient) * reader.gradient_unit, double(at.hessian) * reader.hessian_unit,
+    one.take({reader.gradient(at) * reader.gradient_unit, reader.hessian(at) * reader.hessian_unit,
               top, at.count},
              top_bin, pass, best);
   }
@@ -341,11 +417,11 @@ static void split_categories(const SumFormat& format, const SplitRules& rules,
   double key[kMostBins];
   for (int i = 0; i < feature.bins + feature.has_missing; i++) {
     const int bin = i < feature.bins ? i : feature.missing;
-    LeftSums s{0, 0, 0};
+    LeftSums s{};
     reader.add(sums, bin, s);
-    const double hessian = double(s.hessian) * reader.hessian_unit;
+    const double hessian = reader.hessian(s) * reader.hessian_unit;
     if (!(hessian * support >= kMinSupport)) continue;
-    const double k = double(s.gradient) * reader.gradient_unit / (hessian + kMinSupport);
+    const double k = reader.gradient(s) * reader.gradient_unit / (hessian + kMinSupport);
     int at = used++;  // stable
     for (; at > 0 && key[at - 1] > k; at--) key[at] = key[at - 1], order[at] = order[at - 1];
     key[at] = k, order[at] = bin;
@@ -354,12 +430,12 @@ static void split_categories(const SumFormat& format, const SplitRules& rules,
   int threshold = -1, direction = 0;
   for (int step = 1; step >= -1; step -= 2) {
     const int middle = (used + 1) / 2 - (step < 0);
-    LeftSums left{0, 0, 0};
+    LeftSums left{};
     for (int i = 0; i < middle; i++) {
       const int at = step > 0 ? i : used - 1 - i;
       reader.add(sums, order[at], left);
-      Candidate c{double(left.gradient) * reader.gradient_unit,
-                  double(left.hessian) * reader.hessian_unit, 0, left.count};
+      Candidate c{reader.gradient(left) * reader.gradient_unit,
+                  reader.hessian(left) * reader.hessian_unit, 0, left.count};
       if (one.gain_of(c) && c.gain > best.gain) {
         one.take(c, 0, false, best);
         threshold = at, direction = step;
@@ -379,9 +455,11 @@ static void split(const SumFormat& format, const SplitRules& rules, const SplitN
   best = {-1, 0, 0, 0, 0, false, {}};
   if (feature.categorical) return split_categories(format, rules, node, feature, sums, best);
 #if FASTNN_TARGET_ID == 2
-  if (!feature.monotonic && node.lower == -__builtin_inf() && node.upper == __builtin_inf())
-    return (format.wide ? split_unbounded<true>
-                        : split_unbounded<false>)(format, rules, node, feature, sums, enough, best);
+  if (format.words < 4 && !feature.monotonic && node.lower == -__builtin_inf() &&
+      node.upper == __builtin_inf())
+    return (format.words == 2 ? split_unbounded<true> : split_unbounded<false>)(format, rules, node,
+                                                                                feature, sums,
+                                                                                enough, best);
 #else
   (void)enough;
 #endif
@@ -426,6 +504,7 @@ static int64_t part(const uint8_t* column, const uint32_t* set, const uint32_t* 
   return l;
 }
 
-static const HistogramKernels histogram_table = {largest, integers, add, subtract, split, part};
+static const HistogramKernels histogram_table = {largest,  count_below, integers, add,
+                                                 subtract, total,       split,    part};
 
 }  // namespace fastnn::FASTNN_TARGET
