@@ -34,7 +34,7 @@ def assert_same_forest(ours, theirs):
     assert len(ours.estimators_) == len(theirs.estimators_)
     for mine, other in zip(ours.estimators_, theirs.estimators_, strict=True):
         assert mine.random_state == other.random_state
-        assert mine.get_params() == other.get_params()
+        assert mine.get_params() == {"max_bins": None, **other.get_params()}
         assert_same(mine.tree_, other.tree_)
     np.testing.assert_array_equal(ours.feature_importances_, theirs.feature_importances_)
 
@@ -130,14 +130,14 @@ def test_what_a_forest_keeps():
     x, y = data()
     forest = fastnn.tree.RandomForestClassifier(4, random_state=0).fit(x, y)
     plain = sklearn.ensemble.RandomForestClassifier(4, random_state=0).fit(x, y)
-    assert sorted(forest.__dict__) == sorted(plain.__dict__)
-    assert sorted(forest.estimators_[0].__dict__) == sorted(plain.estimators_[0].__dict__)
+    assert sorted(forest.__dict__) == sorted([*plain.__dict__, "max_bins"])
+    assert sorted(forest.estimators_[0].__dict__) == sorted([*plain.estimators_[0].__dict__, "max_bins"])
     again = pickle.loads(pickle.dumps(forest))
     assert_same_forest(again, forest)
-    assert clone(forest).get_params() == plain.get_params()
+    assert clone(forest).get_params() == {"max_bins": None, **plain.get_params()}
     with pytest.raises(ValueError, match="n_estimators=2 must be larger"):
         forest.set_params(n_estimators=2, warm_start=True).fit(x, y)
-    assert sorted(forest.__dict__) == sorted(plain.__dict__)
+    assert sorted(forest.__dict__) == sorted([*plain.__dict__, "max_bins"])
 
 
 def test_tensors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import ceil
 from numbers import Integral
 
@@ -16,6 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from .. import _cpu, _state
 from . import _exact
+from ._histogram_search import Bins, with_max_bins
 from ._predict import ClassifierTreeMixin, TreeMixin
 from ._sklearn import KnownParameters, tree_of
 
@@ -32,6 +34,7 @@ class ExactTree(KnownParameters, BaseDecisionTree):
 
     _shared = None
     _threads = 0
+    max_bins: int | None = None
 
     def _fit(self, X, y, sample_weight=None, check_input=True, missing_values_in_feature_mask=None):
         reason = self._why_not(X)
@@ -71,8 +74,12 @@ class ExactTree(KnownParameters, BaseDecisionTree):
         else:
             settings, self.max_features_ = shared.settings
         settings = settings._replace(seed=self._seed())
-        sorted_columns = _exact.presort(X, self._threads) if shared is None else shared.presort(X, self._threads)
-        grown = _exact.grow(sorted_columns, target, settings)
+        if self.max_bins is None or settings.random_splitter:
+            make, grow = _exact.presort, _exact.grow
+        else:
+            make, grow = functools.partial(Bins, max_bins=self.max_bins), Bins.grow
+        columns = make(X, threads=self._threads) if shared is None else shared.columns(X, make, self._threads)
+        grown = grow(columns, target, settings)
         counts = np.ones(self.n_outputs_, dtype=np.intp) if classes is None else classes
         self.tree_ = tree_of(grown, self.n_features_in_, counts, self.n_outputs_)
         if classes is not None and self.n_outputs_ == 1:
@@ -257,17 +264,21 @@ def _alias(criterion: str) -> str:
     return "entropy" if criterion == "log_loss" else criterion
 
 
+@with_max_bins
 class DecisionTreeClassifier(ClassifierTreeMixin, sklearn.tree.DecisionTreeClassifier, ExactTree):
     __doc__ = sklearn.tree.DecisionTreeClassifier.__doc__
 
 
+@with_max_bins
 class DecisionTreeRegressor(TreeMixin, sklearn.tree.DecisionTreeRegressor, ExactTree):
     __doc__ = sklearn.tree.DecisionTreeRegressor.__doc__
 
 
+@with_max_bins
 class ExtraTreeClassifier(ClassifierTreeMixin, sklearn.tree.ExtraTreeClassifier, ExactTree):
     __doc__ = sklearn.tree.ExtraTreeClassifier.__doc__
 
 
+@with_max_bins
 class ExtraTreeRegressor(TreeMixin, sklearn.tree.ExtraTreeRegressor, ExactTree):
     __doc__ = sklearn.tree.ExtraTreeRegressor.__doc__

@@ -11,10 +11,16 @@ from .. import _cpu
 CRITERIA = {"gini": 0, "entropy": 1, "log_loss": 1, "squared_error": 2, "poisson": 3}
 
 
+def readable(X: np.ndarray) -> np.ndarray:
+    """A float32 matrix itself where the kernels can read it in place."""
+    if X.strides[0] % 4 or X.strides[1] % 4 or not X.flags.aligned:
+        return np.ascontiguousarray(X)
+    return X
+
+
 def presort(X: np.ndarray, threads: int = 0) -> _cpu.TreePresort:
     """The columns of a float32 matrix of any strides, sorted."""
-    if X.strides[0] % 4 or X.strides[1] % 4 or not X.flags.aligned:
-        X = np.ascontiguousarray(X)
+    X = readable(X)
     rows, columns = X.shape
     return _cpu.TreePresort(X.ctypes.data, rows, columns, X.strides[0] // 4, X.strides[1] // 4, threads)
 
@@ -57,6 +63,9 @@ class Settings(NamedTuple):
     seed: int
     threads: int
 
+    def arguments(self) -> tuple:
+        return tuple(self._replace(monotonic=0 if self.monotonic is None else self.monotonic.ctypes.data))
+
 
 def fits(target: Target) -> bool:
     """Whether rows and classes fit into the kernels' 32-bit keys."""
@@ -66,9 +75,4 @@ def fits(target: Target) -> bool:
 
 
 def grow(sorted_columns: _cpu.TreePresort, target: Target, settings: Settings) -> _cpu.ExactTree:
-    monotonic = settings.monotonic
-    return _cpu.tree_grow_exact(
-        sorted_columns,
-        target.arguments(),
-        tuple(settings._replace(monotonic=0 if monotonic is None else monotonic.ctypes.data)),
-    )
+    return _cpu.tree_grow_exact(sorted_columns, target.arguments(), settings.arguments())

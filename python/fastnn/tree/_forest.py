@@ -1,4 +1,4 @@
-"""Forests: scikit-learn's estimators on fastnn's trees, whose columns are sorted once for all of them."""
+"""Forests: scikit-learn's estimators on fastnn's trees, whose columns are sorted (or put into bins) once for all of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import sklearn.ensemble
 from joblib import effective_n_jobs
 
-from . import _exact
 from ._decision_tree import (
     DecisionTreeClassifier,
     DecisionTreeRegressor,
     ExtraTreeClassifier,
     ExtraTreeRegressor,
 )
+from ._histogram_search import with_max_bins
 from ._predict import ClassifierForestMixin, RegressorForestMixin
 from ._sklearn import KnownParameters, fit_forest
 
@@ -28,7 +28,7 @@ class Shared:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._presort = None
+        self._columns = None
         self._encoded = None
         self.template = None
         self.settings = None
@@ -36,11 +36,12 @@ class Shared:
     def __reduce__(self):
         return (type(self), ())  # a worker in another process makes its own
 
-    def presort(self, X, threads: int):
+    def columns(self, X, make, threads: int):
+        """make(X, threads=threads), the sorted or binned columns, once."""
         with self._lock:
-            if self._presort is None or self._presort[1] is not X:
-                self._presort = (_exact.presort(X, threads), X)
-            return self._presort[0]
+            if self._columns is None or self._columns[1] is not X:
+                self._columns = (make(X, threads=threads), X)
+            return self._columns[0]
 
     def encoded(self, y, encode):
         """encode(y), once."""
@@ -95,21 +96,25 @@ class ExactForest(KnownParameters):
         return tree
 
 
+@with_max_bins
 class RandomForestClassifier(ExactForest, ClassifierForestMixin, sklearn.ensemble.RandomForestClassifier):
     __doc__ = sklearn.ensemble.RandomForestClassifier.__doc__
     _tree = DecisionTreeClassifier
 
 
+@with_max_bins
 class RandomForestRegressor(ExactForest, RegressorForestMixin, sklearn.ensemble.RandomForestRegressor):
     __doc__ = sklearn.ensemble.RandomForestRegressor.__doc__
     _tree = DecisionTreeRegressor
 
 
+@with_max_bins
 class ExtraTreesClassifier(ExactForest, ClassifierForestMixin, sklearn.ensemble.ExtraTreesClassifier):
     __doc__ = sklearn.ensemble.ExtraTreesClassifier.__doc__
     _tree = ExtraTreeClassifier
 
 
+@with_max_bins
 class ExtraTreesRegressor(ExactForest, RegressorForestMixin, sklearn.ensemble.ExtraTreesRegressor):
     __doc__ = sklearn.ensemble.ExtraTreesRegressor.__doc__
     _tree = ExtraTreeRegressor

@@ -13,7 +13,6 @@ from sklearn.ensemble._gb import set_huber_delta
 from sklearn.utils.validation import check_is_fitted
 
 from .. import _state
-from . import _exact
 from ._decision_tree import DecisionTreeRegressor
 from ._predict import Forest, SklearnMixin, cached_forest
 from ._progress import progress_bar
@@ -31,9 +30,9 @@ class SortedOnce:
         self.settings: Any = None
         self._sorted: Any = None
 
-    def presort(self, X: np.ndarray, threads: int) -> Any:
+    def columns(self, X: np.ndarray, make: Any, threads: int) -> Any:
         if self._sorted is None:
-            self._sorted = (_exact.presort(X, threads), X)
+            self._sorted = (make(X, threads=threads), X)
         return self._sorted[0]
 
 

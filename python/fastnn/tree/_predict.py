@@ -282,11 +282,17 @@ def _plain(value: Any) -> Any:
 class SklearnMixin(TensorMixin):
     """What every estimator here has beside scikit-learn's own methods."""
 
+    #: Parameters that scikit-learn's estimator has not.
+    _own_parameters: tuple[str, ...] = ()
+
     def to_sklearn(self) -> Any:
         """The plain scikit-learn estimator of the same name, parameters and state (arrays and trees are shared)."""
         plain = next(base for base in type(self).__mro__ if base.__module__.split(".")[0] == "sklearn")
         new = plain.__new__(plain)
-        new.__dict__.update({name: _plain(value) for name, value in self.__dict__.items()})
+        own = self._own_parameters
+        new.__dict__.update({name: _plain(value) for name, value in self.__dict__.items() if name not in own})
+        if own and "estimator_params" in new.__dict__:
+            new.estimator_params = tuple(name for name in new.estimator_params if name not in own)
         return new
 
 

@@ -63,12 +63,22 @@ std::unique_ptr<Presort> presort(uintptr_t x, int64_t rows, int64_t columns, int
   return std::make_unique<Presort>(m, threads_argument(threads));
 }
 
-std::unique_ptr<ExactTree> grow(const Presort& sorted, const py::tuple& given,
-                                const py::tuple& settings) {
-  const char* op = "tree_grow_exact";
-  const TreeTarget target = target_argument(op, given, sorted.rows);
+// Bins of one byte, which the caller keeps alive, and the values that they are of.
+std::unique_ptr<BinnedColumns> binned(uintptr_t x, int64_t rows, int64_t columns,
+                                      int64_t row_stride, int64_t column_stride, uintptr_t bins,
+                                      int64_t step, int threads) {
+  const char* op = "tree_binned";
+  if (rows < 1 || columns < 1) bad_argument(op, "shape", "rows and columns");
+  if (rows > INT32_MAX) bad_argument(op, "rows", "less than 2^31");
+  if (step < rows) bad_argument(op, "step", "rows or more");
+  const FloatMatrix m{address<float>(op, "x", x), rows, columns, row_stride, column_stride};
+  const auto* b = address<uint8_t>(op, "bins", bins);
+  py::gil_scoped_release release;
+  return std::make_unique<BinnedColumns>(m, b, step, threads_argument(threads));
+}
+
+ExactSettings settings_argument(const char* op, const py::tuple& settings) {
   if (settings.size() != 11) bad_argument(op, "settings", "eleven entries");
-  if (sorted.rows < 1 || sorted.columns < 1) bad_argument(op, "x", "rows and columns");
   ExactSettings s;
   s.random_splitter = settings[0].cast<bool>();
   s.max_features = settings[1].cast<int64_t>();
@@ -82,8 +92,27 @@ std::unique_ptr<ExactTree> grow(const Presort& sorted, const py::tuple& given,
   s.seed = settings[9].cast<uint32_t>();
   s.threads = threads_argument(settings[10].cast<int>());
   if (s.min_samples_leaf < 1) bad_argument(op, "min_samples_leaf", "1 or more");
+  return s;
+}
+
+std::unique_ptr<ExactTree> grow(const Presort& sorted, const py::tuple& given,
+                                const py::tuple& settings) {
+  const char* op = "tree_grow_exact";
+  const TreeTarget target = target_argument(op, given, sorted.rows);
+  if (sorted.rows < 1 || sorted.columns < 1) bad_argument(op, "x", "rows and columns");
+  const ExactSettings s = settings_argument(op, settings);
   py::gil_scoped_release release;
   return std::make_unique<ExactTree>(grow_exact(sorted, target, s));
+}
+
+std::unique_ptr<ExactTree> grow_in_bins(const BinnedColumns& binned, const py::tuple& given,
+                                        const py::tuple& settings) {
+  const char* op = "tree_grow_binned";
+  const TreeTarget target = target_argument(op, given, binned.rows);
+  const ExactSettings s = settings_argument(op, settings);
+  if (s.random_splitter) bad_argument(op, "random_splitter", "false");
+  py::gil_scoped_release release;
+  return std::make_unique<ExactTree>(grow_binned(binned, target, s));
 }
 
 // Nodes of 64 bytes each, and values, to where there is room for them.
@@ -138,12 +167,18 @@ void bind_tree_exact(py::module_& m) {
         std::memcpy(address<void>("copy_to", "values", values), p.values, bytes);
         std::memcpy(address<void>("copy_to", "order", order), p.order, bytes);
       });
+  py::class_<BinnedColumns>(m, "TreeBins", py::module_local(),
+                            "Columns of bins of one byte, with the values that fell into them.")
+      .def(py::init(&binned), py::arg("x"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_stride"), py::arg("column_stride"), py::arg("bins"), py::arg("step"),
+           py::arg("threads") = 0);
   py::class_<ExactTree>(m, "ExactTree", py::module_local(),
                         "A grown tree: nodes in scikit-learn's layout, and values.")
       .def_property_readonly("count", [](const ExactTree& t) { return t.nodes.size(); })
       .def_readonly("max_depth", &ExactTree::max_depth)
       .def("copy_to", &copy_tree);
   m.def("tree_grow_exact", &grow, py::arg("presort"), py::arg("target"), py::arg("settings"));
+  m.def("tree_grow_binned", &grow_in_bins, py::arg("bins"), py::arg("target"), py::arg("settings"));
   m.def("tree_first_draw", &draw, py::arg("seed"), py::arg("below"));
   m.def("tree_bootstrap", &counts, py::arg("seed"), py::arg("rows"), py::arg("draws"),
         py::arg("out"));

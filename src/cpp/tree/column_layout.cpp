@@ -43,7 +43,7 @@ class ColumnLayout final : public Layout {
                     : search_.best(slice(f, node), sums, limits(f, node), work_[0]);
   }
 
-  void sides(const GrowingNode& node, const ChosenSplit& split, double* left,
+  void sides(const GrowingNode& node, const double*, const ChosenSplit& split, double* left,
              double* right) override {
     judged_ = slice(split.feature, node);
     of_judged_ = split.of;

@@ -20,6 +20,11 @@ ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
       target, settings);
 }
 
+ExactTree grow_binned(const BinnedColumns& binned, const TreeTarget& target,
+                      const ExactSettings& settings) {
+  return grow(*bin_layout(binned, target, settings), target, settings);
+}
+
 bool fits_exact(const TreeTarget& target, int64_t rows) {
   int64_t classes = target.classification() && target.outputs == 1 ? target.classes[0] : 1;
   int shift = 0;

@@ -1,8 +1,10 @@
-// Decision trees grown by exact search: the tree scikit-learn grows, node for node.
+// Decision trees grown by exact search: the tree scikit-learn grows, node for node. And by a search
+// of the borders between bins, which is the same where each value has a bin of its own.
 #pragma once
 #include <cstdint>
 #include <vector>
 
+#include "tree/binned.hpp"
 #include "tree/criteria.hpp"
 #include "tree/presort.hpp"
 
@@ -41,6 +43,9 @@ bool fits_exact(const TreeTarget& target, int64_t rows);
 // Throws std::bad_alloc.
 ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
                      const ExactSettings& settings);
+// Not with a random splitter.
+ExactTree grow_binned(const BinnedColumns& binned, const TreeTarget& target,
+                      const ExactSettings& settings);
 
 // The best split of each column of `sorted` on its own. A column without one gets j = 0.
 struct ColumnSplit {

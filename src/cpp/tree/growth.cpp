@@ -90,7 +90,7 @@ class Growth {
   void judge(const GrowingNode& node, const double* sums, ChosenSplit& split) {
     std::fill(left_sums_.begin(), left_sums_.end(), 0.0);
     std::fill(right_sums_.begin(), right_sums_.end(), 0.0);
-    layout_.sides(node, split, left_sums_.data(), right_sums_.data());
+    layout_.sides(node, sums, split, left_sums_.data(), right_sums_.data());
     for (size_t i = 0; i < rest_.size(); i++) rest_[i] = sums[i] - left_sums_[i];
     if (t_.criterion == TreeCriterion::poisson) {
       const int64_t left = split.of.left;

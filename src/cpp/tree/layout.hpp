@@ -50,9 +50,9 @@ class Layout {
   // node's.
   virtual Candidate look(int64_t feature, const GrowingNode& node, const double* sums,
                          Draws& draws) = 0;
-  // Sums of both sides of a split.
-  virtual void sides(const GrowingNode& node, const ChosenSplit& split, double* left,
-                     double* right) = 0;
+  // Sums of both sides of a split, which start at 0.
+  virtual void sides(const GrowingNode& node, const double* sums, const ChosenSplit& split,
+                     double* left, double* right) = 0;
   // After `sides`: the row number i of the node, those that go left first.
   virtual int64_t row(int64_t i) const = 0;
   // Makes the left side [start, start + left) and the right one the rest of the node, for
@@ -81,6 +81,10 @@ std::unique_ptr<Layout> column_layout(const Presort& sorted, const TreeTarget& t
 
 // Each row once, in any order; a node's values of a column are sorted when they are asked for.
 std::unique_ptr<Layout> row_layout(const Presort& sorted, const TreeTarget& target,
+                                   const ExactSettings& settings);
+
+// Each row once, in the order of the rows, and columns of bins.
+std::unique_ptr<Layout> bin_layout(const BinnedColumns& binned, const TreeTarget& target,
                                    const ExactSettings& settings);
 
 }  // namespace fastnn

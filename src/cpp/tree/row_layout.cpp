@@ -55,7 +55,7 @@ class RowLayout final : public Layout {
   }
 
   // Divides the node's rows on the way.
-  void sides(const GrowingNode& node, const ChosenSplit& split, double* left,
+  void sides(const GrowingNode& node, const double*, const ChosenSplit& split, double* left,
              double* right) override {
     const int64_t f = split.feature;
     const Candidate& c = split.of;

@@ -32,6 +32,7 @@ struct Candidate {
   bool constant;           // no split is possible
   bool missing_left;       // NaN goes left
   bool told_missing_left;  // what the node says of NaN, which it may never have seen
+  int bin;                 // of binned columns: the last that goes left
 
   // The row number i of the node, those that go left first.
   uint32_t row(const SortedSlice& s, int64_t i, int shift) const {
@@ -59,6 +60,14 @@ class SplitSearch {
     if (weight_bits_) low |= uint32_t(t_.weights[row]) << class_bits_;
     return row << shift_ | low;
   }
+
+  // How a gain is found: from classes and whole weights that keys hold, one output's values, or
+  // whatever the target is.
+  enum class Way { two_classes, many_classes, one_target, general };
+  Way way() const { return way_; }
+  bool weights_in_keys() const { return whole_weights_.empty(); }
+  int class_bits() const { return class_bits_; }
+  int weight_bits() const { return weight_bits_; }
 
   // Sums of one thread at a time.
   struct Work {
@@ -91,7 +100,6 @@ class SplitSearch {
   void consider(const SortedSlice& s, int64_t j, double proxy, bool missing_left,
                 Candidate& best) const;
 
-  enum class Way { two_classes, many_classes, one_target, general };
   const TreeTarget& t_;
   Way way_;
   int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
