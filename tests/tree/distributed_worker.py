@@ -45,20 +45,31 @@ def main(rank, store):
     X[np.random.default_rng(0).random(X.shape) < 0.05] = np.nan
     weight = np.random.default_rng(1).random(3001)
     target = np.nan_to_num(X[:, 0]) * 3 + weight
-    compare("two classes", rank, classifier(random_state=0, max_iter=10), X, y, 1700)
-    compare("one row", rank, regressor(random_state=0, max_iter=5), X, target, 1)
-    compare("weights", rank, classifier(random_state=0, max_iter=5, class_weight="balanced"), X, y, 1000, weight)
+    compare("two classes", rank, classifier(random_state=0, max_iter=3), X, y, 1700)
+    compare("one row", rank, regressor(random_state=0, max_iter=2), X, target, 1)
+    far = target.copy()
+    far[2500] = 1e10  # sums of long integers, because of a row that one process has
+    compare("far apart", rank, regressor(random_state=0, max_iter=3, learning_rate=0.9), X, far, 2000)
+    compare(
+        "weights",
+        rank,
+        classifier(random_state=0, max_iter=2, max_depth=4, class_weight="balanced"),
+        X,
+        y,
+        1000,
+        weight,
+    )
     compare("labels", rank, classifier(random_state=0, max_iter=3), X, np.array(["a", "bcd"])[y], 1000)
-    compare("drawn", rank, regressor(random_state=0, max_iter=5, max_features=0.3, max_depth=4), X, target, 2000)
-    compare("median", rank, regressor(random_state=0, max_iter=5, loss="absolute_error"), X, target, 500, weight)
-    compare("interactions", rank, regressor(random_state=0, max_iter=5, interaction_cst="pairwise"), X, target, 500)
+    compare("drawn", rank, regressor(random_state=0, max_iter=2, max_features=0.3, max_depth=4), X, target, 2000)
+    compare("median", rank, regressor(random_state=0, max_iter=2, loss="absolute_error"), X, target, 500, weight)
+    compare("interactions", rank, regressor(random_state=0, max_iter=2, interaction_cst="pairwise"), X, target, 500)
     for scoring in ("loss", "accuracy", lambda e, X, y: e.score(X, y)):
-        stops = classifier(random_state=0, max_iter=8, early_stopping=True, scoring=scoring, learning_rate=0.5)
+        stops = classifier(random_state=0, max_iter=4, early_stopping=True, scoring=scoring, learning_rate=0.5)
         compare(f"early stopping, {scoring}", rank, stops, X, y, 1700)
     compare(
         "given rows",
         rank,
-        regressor(random_state=0, early_stopping=True, max_iter=5),
+        regressor(random_state=0, early_stopping=True, max_iter=2),
         X,
         target,
         9,
@@ -73,7 +84,7 @@ def main(rank, store):
 
     rng = np.random.default_rng(2)
     numbered = np.column_stack([rng.standard_normal(2003), np.arange(2003) // 100, rng.integers(0, 5, 2003)])
-    category = regressor(random_state=0, max_iter=5, categorical_features=[1, 2])
+    category = regressor(random_state=0, max_iter=2, categorical_features=[1, 2])
     compare("categories", rank, category, numbered, np.sin(numbered[:, 1]) + numbered[:, 0], 1111)
     try:
         import pandas
@@ -83,7 +94,7 @@ def main(rank, store):
         frame = pandas.DataFrame(
             {"x": numbered[:, 0], "kind": pandas.Categorical([f"k{int(v)}" for v in numbered[:, 1]])}
         )
-        compare("frame", rank, regressor(random_state=0, max_iter=5), frame, np.sin(numbered[:, 1]), 1111)
+        compare("frame", rank, regressor(random_state=0, max_iter=2), frame, np.sin(numbered[:, 1]), 1111)
 
     # What one process cannot do stops both, with what it was.
     for bad, message in ((X[:, : 11 - rank], "number of features differ"), (X[: 50 - rank], "inconsistent numbers")):

@@ -50,3 +50,17 @@ def test_processes_that_would_go_on_from_elsewhere():
     model = HistGradientBoostingRegressor(max_iter=2, warm_start=True).fit(X, X[:, 0])
     with pytest.raises(ValueError, match=r"iterations and seeds to go on with differ: .* None on rank 1"):
         model._compare(Two(), 3, True, True)
+
+
+def test_a_frame_on_one_process_and_an_array_on_the_other():
+    class Two(Alone):
+        size = 2
+
+        def each(self, value):
+            return [value, {**value, "names of features": None}]
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(40, 2)), columns=["a", "b"])
+    model = HistGradientBoostingRegressor(max_iter=1).fit(frame, frame["a"])
+    with pytest.raises(ValueError, match=r"names of features differ: \['a', 'b'\] on rank 0, None on rank 1"):
+        model._compare(Two(), 2, True, True)

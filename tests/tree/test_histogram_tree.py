@@ -318,6 +318,25 @@ def test_gradients_of_any_size(isa, scale):
     np.testing.assert_allclose(nodes["value"], plain.nodes["value"], rtol=1e-5)
 
 
+def test_bins_in_any_memory(isa):
+    """The kernels load 3 bytes behind the last bin, which are there in arrays of `empty_bins` only."""
+    p = Problem(5003, 7)
+    _, expected = p.ours(GrowthLimits())
+    memory = np.zeros(p.binned.size + 64, np.uint8)
+    inside = memory[7 : 7 + p.binned.size].reshape(p.binned.shape, order="F")
+    at_the_end = memory[64:].reshape(p.binned.shape, order="F")
+    for place in (
+        inside,
+        at_the_end,
+        np.zeros_like(p.binned, order="F"),
+        np.zeros((5003, 9), np.uint8, order="F")[:, 1:8],
+    ):
+        place[:] = p.binned
+        grower = HistogramGrower(place, p.n_bins, 255)
+        assert (grower.binned is place) == (place is inside)
+        np.testing.assert_array_equal(grower.grow(p.gradient, p.hessian, GrowthLimits()), expected)
+
+
 def test_few_rows(isa):
     for rows in (1, 2, 15, 17):
         problem = Problem(rows, 3)

@@ -278,12 +278,27 @@ def test_more_trees_than_the_cache_holds(isa):
         [(1, 2, 3, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1)],
         [(1, 2, -2, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1)],
         [(1, 2, 0, 0.0, 0, 0), (-1, -1, 0, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1)],
+        # Each has the next as both of its children.
+        [*((i + 1, i + 1, 0, 0.0, 0, -1) for i in range(60)), (-1, -1, 0, 0.0, 0, -1)],
+        [(1, 2, 0, 0.0, 0, -1), (2, 3, 0, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1), (-1, -1, 0, 0.0, 0, -1)],
         [],
     ),
 )
 def test_what_is_no_tree(broken):
     with pytest.raises(ValueError, match="tree"):
         Forest([(records(broken), np.zeros((len(broken), 1)))], 3)
+
+
+def test_a_range_of_trees():
+    X = rows(300, 4)
+    trees = [DecisionTreeRegressor(max_depth=d).fit(X, X[:, 0] * X[:, 1]).tree_ for d in (2, 5, None)]
+    forest = Forest(trees)
+    for first, last in ((0, 3), (1, 2), (1, 3), (3, 3)):
+        expected = sum((tree.predict(X) for tree in trees[first:last]), np.zeros((300, 1)))
+        same(forest.predict(X, trees=(first, last)), expected)
+    for wrong in ((-1, 2), (2, 1), (0, 4)):
+        with pytest.raises(ValueError, match="trees"):
+            forest.predict(X, trees=wrong)
 
 
 def test_arguments_that_cannot_be():

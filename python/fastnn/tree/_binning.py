@@ -59,11 +59,16 @@ def bin_edges(X: np.ndarray, max_bins: int = 255, *, sample: np.ndarray | None =
     return [column[:count].copy() for column, count in zip(edges, counts.tolist(), strict=True)]
 
 
+def empty_bins(rows: int, columns: int) -> np.ndarray:
+    """An array of uint8 in Fortran order, to be filled; behind its last bin there are 64 bytes of its own memory."""
+    return np.empty(rows * columns + 64, dtype=np.uint8)[: rows * columns].reshape((rows, columns), order="F")
+
+
 def bin_columns(X: np.ndarray, edges: list[np.ndarray], missing: int = 255, categorical=None) -> np.ndarray:
     """The bins of ``X`` (rows, columns), uint8 in Fortran order: bin i where edges[i - 1] < x <= edges[i].
 
     NaN goes to the bin ``missing``, and in a categorical column also what is negative; there the edges are the
-    categories. Behind the last bin there are 64 bytes of the array's own memory.
+    categories. The array is one of :func:`empty_bins`.
     """
     X = readable(X)
     rows, columns = X.shape
@@ -74,7 +79,7 @@ def bin_columns(X: np.ndarray, edges: list[np.ndarray], missing: int = 255, cate
     flat = np.ascontiguousarray(np.concatenate([np.empty(0), *edges]), dtype=np.float64)
     if categorical is not None:
         categorical = np.ascontiguousarray(categorical, dtype=np.uint8)
-    out = np.empty(rows * columns + 64, dtype=np.uint8)
+    out = empty_bins(rows, columns)
     _cpu.bin_columns(
         describe(X),
         flat.ctypes.data,
@@ -84,7 +89,7 @@ def bin_columns(X: np.ndarray, edges: list[np.ndarray], missing: int = 255, cate
         out.ctypes.data,
         rows,
     )
-    return out[: rows * columns].reshape((rows, columns), order="F")
+    return out
 
 
 class BinMapper(_reference._BinMapper):

@@ -211,8 +211,14 @@ class _GradientBoosting(SklearnMixin):
         if check_input:
             X = self._validated(X)
         raw = np.ascontiguousarray(self._raw_predict_init(X))
-        for i in range(self.estimators_.shape[0]):
-            self._forest_of(self.estimators_[i : i + 1]).predict(X, out=raw)
+        stages, trees = self.estimators_.shape
+        # In a fit that may stop early the stages are asked for while they are made.
+        forest = None if None in self.estimators_ else self._whole_forest()
+        for i in range(stages):
+            if forest is None:
+                self._forest_of(self.estimators_[i : i + 1]).predict(X, out=raw)
+            else:
+                forest.predict(X, out=raw, trees=(i * trees, (i + 1) * trees))
             yield raw.copy()
 
     def _validated(self, X: Any) -> np.ndarray:

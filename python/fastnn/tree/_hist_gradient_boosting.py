@@ -22,10 +22,11 @@ from sklearn.utils.validation import (
     _check_sample_weight,
     _check_y,
     check_consistent_length,
+    check_is_fitted,
 )
 
 from . import _distributed
-from ._binning import BinMapper
+from ._binning import BinMapper, empty_bins
 from ._histogram_predict import BinnedForest, on_training_bins
 from ._histogram_tree import GrowthLimits, HistogramGrower, make_predictor
 from ._predict import SklearnMixin, cached_forest
@@ -217,6 +218,7 @@ class _HistGradientBoosting(SklearnMixin):
         goes_on = self.warm_start and self._is_fitted()
         facts = {
             "number of features": features,
+            "names of features": getattr(self, "feature_names_in_", np.empty(0)).tolist() or None,
             "categorical features": None if self.is_categorical_ is None else self.is_categorical_.tolist(),
             "sample_weight=None": no_weight,
             "X_val=None": no_validation,
@@ -358,8 +360,11 @@ class _HistGradientBoosting(SklearnMixin):
 
     def _binned_forest(self, iterations) -> BinnedForest:
         known = self._bin_mapper.bin_thresholds_
-        categorical = self._bin_mapper.is_categorical_.tolist()
-        return BinnedForest(iterations, np.array([len(e) if c else 0 for e, c in zip(known, categorical, strict=True)]))
+        categories = [len(e) if c else 0 for e, c in zip(known, self._bin_mapper.is_categorical_.tolist(), strict=True)]
+        made_of = [
+            array for iteration in iterations for tree in iteration for array in (tree.nodes, tree.raw_left_cat_bitsets)
+        ]
+        return cached_forest(self, made_of, lambda: BinnedForest(iterations, np.array(categories)))
 
     def _predict_iterations(self, X, predictors, raw_predictions, is_binned, n_threads):
         """Adds the predictions of lists of predictors, one list an iteration."""
@@ -374,12 +379,25 @@ class _HistGradientBoosting(SklearnMixin):
                 if out is not raw_predictions:
                     raw_predictions[:] = out
             return
-        trees = [tree for iteration in predictors for tree in iteration]
-        forest = cached_forest(self, trees, lambda: self._binned_forest(predictors))
+        forest = self._binned_forest(predictors)
         if forest.fits:
             forest.add(forest.bins(X), raw_predictions)
         else:
             super()._predict_iterations(X, predictors, raw_predictions, is_binned, n_threads)
+
+    def _staged_raw_predict(self, X):
+        """As scikit-learn's; values are binned once, and the forest of all trees is made once."""
+        check_is_fitted(self)
+        forest = self._binned_forest(self._predictors)
+        if not forest.fits:
+            yield from super()._staged_raw_predict(X)
+            return
+        binned = forest.bins(self._preprocess_X(X, reset=False))
+        trees = self.n_trees_per_iteration_
+        raw = np.tile(self._baseline_prediction, (len(binned), 1))
+        for iteration in range(len(self._predictors)):
+            forest.add(binned, raw, (iteration * trees, (iteration + 1) * trees))
+            yield raw.copy()
 
     def _update_leaves(self, grower, nodes, train, y, raw, sample_weight) -> None:
         """Values of the leaves under a loss that has no second derivative: what minimises it over each leaf's rows."""
@@ -399,10 +417,8 @@ def _columns(binned: np.ndarray, rows) -> np.ndarray:
     """Rows of bins in Fortran order, with bytes to spare behind the last."""
     if isinstance(rows, slice):
         return binned
-    columns = binned.shape[1]
-    memory = np.empty(len(rows) * columns + 64, dtype=np.uint8)
-    out = memory[: len(rows) * columns].reshape((len(rows), columns), order="F")
-    for f in range(columns):
+    out = empty_bins(len(rows), binned.shape[1])
+    for f in range(binned.shape[1]):
         np.take(binned[:, f], rows, out=out[:, f])
     return out
 

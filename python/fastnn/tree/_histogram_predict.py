@@ -16,6 +16,19 @@ from ._predict import NODE, Forest
 MISSING = 255
 
 
+def _records(nodes: np.ndarray, threshold: np.ndarray, first_set) -> np.ndarray:
+    """Nodes of predictors as the kernels take them; ``first_set`` is where the sets of a node's tree begin."""
+    records = np.zeros(len(nodes), dtype=NODE)
+    leaf = nodes["is_leaf"] != 0
+    records["left_child"] = np.where(leaf, -1, nodes["left"].astype(np.int64))
+    records["right_child"] = np.where(leaf, -1, nodes["right"].astype(np.int64))
+    records["feature"] = nodes["feature_idx"]
+    records["threshold"] = threshold
+    records["missing_go_to_left"] = nodes["missing_go_to_left"]
+    records["category"] = np.where(nodes["is_categorical"] != 0, first_set + nodes["bitset_idx"].astype(np.int64), -1)
+    return records
+
+
 class BinnedForest:
     """Trees of ``iterations``, lists of as many predictors as the prediction has columns, for rows of raw values.
 
@@ -43,19 +56,10 @@ class BinnedForest:
         edges = np.split(threshold[new], np.cumsum(counts)[:-1])
         self.edges = [np.arange(float(c)) if c else e for c, e in zip(categories.tolist(), edges, strict=True)]
         self.categorical = categories > 0
-        records = np.zeros(len(nodes), dtype=NODE)
-        leaf = nodes["is_leaf"] != 0
-        records["left_child"] = np.where(leaf, -1, nodes["left"].astype(np.int64))
-        records["right_child"] = np.where(leaf, -1, nodes["right"].astype(np.int64))
-        records["feature"] = nodes["feature_idx"]
-        records["threshold"] = MISSING - 1  # whatever is not missing
-        records["threshold"][finite[order]] = (np.cumsum(new) - 1) - begins[feature]
-        records["missing_go_to_left"] = nodes["missing_go_to_left"]
-        records["category"] = -1
-        sets = np.flatnonzero(nodes["is_categorical"])
+        threshold = np.full(len(nodes), MISSING - 1)  # whatever is not missing
+        threshold[finite[order]] = (np.cumsum(new) - 1) - begins[feature]
         first_set = np.cumsum([0] + [len(tree.raw_left_cat_bitsets) for tree in trees])
-        tree_of = np.repeat(np.arange(len(trees)), np.diff(starts))
-        records["category"][sets] = first_set[tree_of[sets]] + nodes["bitset_idx"][sets]
+        records = _records(nodes, threshold, np.repeat(first_set[:-1], np.diff(starts)))
         values = nodes["value"]
         width = len(iterations[0])
         self.forest = Forest(
@@ -63,7 +67,7 @@ class BinnedForest:
             features,
             columns=[k for iteration in iterations for k in range(len(iteration))],
             width=width,
-            categories=np.concatenate([tree.raw_left_cat_bitsets for tree in trees]) if len(sets) else None,
+            categories=np.concatenate([tree.raw_left_cat_bitsets for tree in trees]) if first_set[-1] else None,
             missing_bin=MISSING,
         )
 
@@ -75,35 +79,28 @@ class BinnedForest:
             column[column >= len(self.edges[f])] = MISSING
         return binned
 
-    def add(self, binned: np.ndarray, prediction: np.ndarray) -> None:
-        """Adds the trees' values to ``prediction`` (rows, columns), tree by tree."""
+    def add(self, binned: np.ndarray, prediction: np.ndarray, trees: tuple[int, int] | None = None) -> None:
+        """Adds the trees' values, or those of the trees from ``trees[0]`` to before ``trees[1]``, to ``prediction`` (rows,
+        columns), tree by tree."""
         out = np.ascontiguousarray(prediction)
-        self.forest.predict(binned, out=out)
+        self.forest.predict(binned, out=out, trees=trees)
         if out is not prediction:
             prediction[:] = out
 
 
 def on_training_bins(predictors: list, features: int, missing: int) -> Forest:
     """A forest of one iteration's predictors, for rows in the bins that they were grown on."""
-    trees, sets = [], [np.zeros((0, 8), dtype=np.uint32)]
-    for predictor in predictors:
-        nodes = predictor.nodes
-        records = np.zeros(len(nodes), dtype=NODE)
-        leaf = nodes["is_leaf"] != 0
-        records["left_child"] = np.where(leaf, -1, nodes["left"].astype(np.int64))
-        records["right_child"] = np.where(leaf, -1, nodes["right"].astype(np.int64))
-        records["feature"] = nodes["feature_idx"]
-        records["threshold"] = nodes["bin_threshold"]
-        records["missing_go_to_left"] = nodes["missing_go_to_left"]
-        first = sum(len(s) for s in sets)
-        records["category"] = np.where(nodes["is_categorical"] != 0, first + nodes["bitset_idx"].astype(np.int64), -1)
-        sets.append(predictor.binned_left_cat_bitsets)
-        trees.append((records, nodes["value"]))
+    sets = [predictor.binned_left_cat_bitsets for predictor in predictors]
+    first_set = np.cumsum([0] + [len(s) for s in sets])
+    trees = [
+        (_records(predictor.nodes, predictor.nodes["bin_threshold"], first), predictor.nodes["value"])
+        for predictor, first in zip(predictors, first_set.tolist(), strict=False)
+    ]
     return Forest(
         trees,
         features,
         columns=range(len(trees)),
         width=len(trees),
-        categories=np.concatenate(sets) if sum(len(s) for s in sets) else None,
+        categories=np.concatenate(sets) if first_set[-1] else None,
         missing_bin=missing,
     )

@@ -11,6 +11,7 @@ from sklearn.ensemble._hist_gradient_boosting.predictor import TreePredictor
 
 from fastnn import _cpu
 
+from ._binning import empty_bins
 from ._distributed import Alone
 
 # GrownNode in src/cpp/tree/grow.hpp.
@@ -36,8 +37,17 @@ class GrowthLimits:
     shrinkage: float = 1.0
 
 
+def _has_spare_bytes(binned: np.ndarray) -> bool:
+    """Whether the 3 bytes behind the last bin, which the kernels load, are of the same memory."""
+    owner = binned
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    ends = [array.ctypes.data + array.nbytes for array in (binned, owner)]
+    return binned.flags.f_contiguous and owner.flags.owndata and owner.flags.c_contiguous and ends[1] - ends[0] >= 3
+
+
 class HistogramGrower:
-    """Grows trees on ``binned`` (rows, features): uint8 in Fortran order, with 3 bytes to spare behind the last.
+    """Grows trees on ``binned`` (rows, features): uint8 in Fortran order, read in place if it is of ``empty_bins``.
 
     ``n_bins`` counts the bins of each feature without that of missing values, ``missing``. ``interaction_cst`` is a list
     of sets of features, ``max_features`` the share of features that each node looks at, drawn from ``rng``. In a
@@ -60,6 +70,9 @@ class HistogramGrower:
         rows, features = binned.shape
         if binned.dtype != np.uint8 or (binned.size and (binned.strides[0] != 1 or binned.strides[1] < rows)):
             raise ValueError("HistogramGrower: binned: expected uint8 in Fortran order")
+        if not _has_spare_bytes(binned):
+            given, binned = binned, empty_bins(rows, features)
+            binned[:] = given
         self.binned = binned
         self.n_bins = np.ascontiguousarray(n_bins, dtype=np.uint32)
         self.categorical = None if categorical is None else np.ascontiguousarray(categorical, dtype=np.uint8)

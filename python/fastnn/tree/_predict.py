@@ -1,8 +1,8 @@
 """Prediction of trees and forests by fastnn's kernels, and what every estimator that is made of trees shares.
 
 A `Forest` is flattened from scikit-learn's `Tree` objects when it is first needed, and belongs to no estimator's state: it
-is neither pickled nor copied. It notices that an estimator has got other trees, but not that somebody writes into the
-arrays of one (`tree_.value[...] = ...`) after the first prediction.
+is neither pickled nor copied. It is flattened anew where an estimator has got other trees, or where somebody has written
+into the arrays of one (`tree_.value[...] = ...`) since: every prediction sums them up first.
 
 Leaves are those of scikit-learn, row by row: a float32 is <= a float64 threshold exactly where it is <= the largest float32
 that is. Sums over trees are in float64 and in the order of the trees, which is scikit-learn's with `n_jobs=1`: forests
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from sklearn.base import is_classifier
+from sklearn.tree._tree import Tree
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .. import _cpu
@@ -159,35 +160,66 @@ class Forest:
         *,
         out: np.ndarray | None = None,
         divisor: float = 1.0,
+        trees: tuple[int, int] | None = None,
         allow_nan: bool = True,
         allow_infinity: bool = True,
     ) -> np.ndarray:
-        """Sums of the leaves' values over the trees, (rows, width) in float64: added to `out` if that is given, then divided
-        by `divisor`."""
+        """Sums of the leaves' values over the trees, or those from `trees[0]` to before `trees[1]`, (rows, width) in
+        float64: added to `out` if that is given, then divided by `divisor`."""
         accumulate = out is not None
         if out is None:
             out = np.empty((len(X), self.width))
         elif out.shape != (len(X), self.width) or out.dtype != np.float64 or not out.flags.c_contiguous:
             raise ValueError(f"out: expected contiguous float64 of shape {(len(X), self.width)}")
-        saw = self._forest.predict(*self._arguments(X), accumulate, divisor, out.ctypes.data)
+        first, last = (0, len(self)) if trees is None else trees
+        saw = self._forest.predict(*self._arguments(X), first, last, accumulate, divisor, out.ctypes.data)
         self._check(saw, allow_nan, allow_infinity)
         return out
 
 
-_forests: weakref.WeakKeyDictionary[Any, tuple[list[Any], Forest]] = weakref.WeakKeyDictionary()
+class _Known:
+    """A forest, and what it was made of."""
+
+    def __init__(self, key: list[Any], build: Callable[[], Any]) -> None:
+        self.key = key
+        # Views, which keep the memory where it is.
+        self.arrays = [array for made_of in key for array in _arrays_of(made_of)]
+        self.watch = _cpu.TreeWatch([(array.ctypes.data, array.nbytes) for array in self.arrays])
+        self.forest = build()
+
+    def holds(self, key: list[Any]) -> bool:
+        return (
+            len(self.key) == len(key)
+            and all(a is b for a, b in zip(self.key, key, strict=True))
+            and not self.watch.changed()
+        )
+
+
+def _arrays_of(made_of: Any) -> list[np.ndarray]:
+    if isinstance(made_of, np.ndarray):
+        arrays = [made_of]
+    elif isinstance(made_of, Tree):
+        state = made_of.__getstate__()
+        arrays = [state["nodes"], state["values"]]
+    else:
+        return []
+    return [array for array in arrays if array.flags.c_contiguous]
+
+
+_forests: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def cached_forest(estimator: Any, key: list[Any], build: Callable[[], Forest]) -> Forest:
-    """The estimator's forest; built anew where `key`, the objects that it is made of, are not those of last time."""
+def cached_forest(estimator: Any, key: list[Any], build: Callable[[], Any]) -> Any:
+    """The estimator's forest; built anew where `key`, the objects that it is made of, are not those of last time, or where
+    numbers in them, if they are arrays or trees, are others."""
     with _lock:
         known = _forests.get(estimator)
-    if known is not None and len(known[0]) == len(key) and all(a is b for a, b in zip(known[0], key, strict=True)):
-        return known[1]
-    forest = build()
-    with _lock:
-        _forests[estimator] = (key, forest)
-    return forest
+    if known is None or not known.holds(key):
+        known = _Known(key, build)
+        with _lock:
+            _forests[estimator] = known
+    return known.forest
 
 
 def through_forest(
@@ -206,7 +238,7 @@ def through_forest(
         type(X) is np.ndarray
         and X.ndim == 2
         and X.dtype in (np.float32, np.float64)
-        and X.shape[0]
+        and X.size
         and forest.sees_all
         and not (X.strides[0] % X.itemsize or X.strides[1] % X.itemsize)
     ):

@@ -1,9 +1,15 @@
 // Forests for Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "bind/bind.hpp"
 #include "bind/tree.hpp"
 #include "tree/predict.hpp"
+#include "tree/watch.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -56,16 +62,31 @@ unsigned apply(const Forest& forest, uintptr_t x, int dtype, py::handle shape, p
 }
 
 unsigned predict(const Forest& forest, uintptr_t x, int dtype, py::handle shape, py::handle strides,
-                 int missing_bin, bool accumulate, double divisor, uintptr_t out) {
+                 int missing_bin, int64_t first, int64_t last, bool accumulate, double divisor,
+                 uintptr_t out) {
   const TreeRows rows = rows_of(forest, x, dtype, shape, strides, missing_bin);
   if (!out && rows.rows) bad_argument(kOp, "out", "an address");
   py::gil_scoped_release release;
-  return forest.predict(rows, accumulate, divisor, reinterpret_cast<double*>(out));
+  return forest.predict(rows, first, last, accumulate, divisor, reinterpret_cast<double*>(out));
 }
 
 }  // namespace
 
 void bind_tree_predict(py::module_& m) {
+  py::class_<TreeWatch>(m, "TreeWatch", "Notices that memory was written to.")
+      .def(py::init([](const std::vector<std::pair<uintptr_t, int64_t>>& parts) {
+             std::vector<TreeWatch::Part> list;
+             for (const auto& [data, bytes] : parts) {
+               if (bytes < 0 || (bytes && !data))
+                 bad_argument("watch", "parts", "addresses and lengths");
+               list.push_back({reinterpret_cast<const void*>(data), bytes});
+             }
+             py::gil_scoped_release release;
+             return std::make_unique<TreeWatch>(std::move(list));
+           }),
+           py::arg("parts"))
+      .def("changed", &TreeWatch::changed, "Whether it is otherwise than it was at first.",
+           py::call_guard<py::gil_scoped_release>());
   m.attr("SAW_NAN") = kSawNaN;
   m.attr("SAW_INFINITY") = kSawInfinity;
   py::class_<Forest>(m, "Forest", "Trees, flattened for prediction.")
@@ -88,9 +109,11 @@ void bind_tree_predict(py::module_& m) {
            py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
            py::arg("missing_bin"), py::arg("out"))
       .def("predict", &predict,
-           "out (rows, columns), float64: sums over the trees. Returns what was seen in x.",
+           "out (rows, columns), float64: sums over a range of the trees. Returns what was seen in "
+           "x.",
            py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
-           py::arg("missing_bin"), py::arg("accumulate"), py::arg("divisor"), py::arg("out"))
+           py::arg("missing_bin"), py::arg("first"), py::arg("last"), py::arg("accumulate"),
+           py::arg("divisor"), py::arg("out"))
       .def_property_readonly("trees", &Forest::trees)
       .def_property_readonly("sees_all", &Forest::sees_all)
       .def_property_readonly("bytes", &Forest::bytes);

@@ -112,6 +112,7 @@ void Forest::add(const TreeNodes& tree, const double* values, int64_t column, do
   // The nodes, checked; how deep the tree is; its leaves, numbered in their order.
   std::vector<Node> nodes(static_cast<size_t>(n));
   std::vector<int32_t> depth(static_cast<size_t>(n)), leaf_of(static_cast<size_t>(n), -1);
+  std::vector<bool> has_parent(static_cast<size_t>(n));
   int64_t deepest = 0, leaves = 0, highest = 0;
   for (int64_t i = 0; i < n; i++) {
     Node& node = nodes[size_t(i)];
@@ -123,6 +124,10 @@ void Forest::add(const TreeNodes& tree, const double* values, int64_t column, do
     node.right = field<int64_t>(tree, i, tree.right);
     if (node.left <= i || node.right <= i || node.left >= n || node.right >= n)
       no_tree(i, "expected children after it");
+    for (const int64_t child : {node.left, node.right}) {
+      if (has_parent[size_t(child)]) no_tree(child, "expected one parent");
+      has_parent[size_t(child)] = true;
+    }
     const int64_t feature = field<int64_t>(tree, i, tree.feature);
     if (feature < 0 || feature >= features_) no_tree(i, "expected one of the features");
     node.feature = uint32_t(packed(feature));
@@ -222,7 +227,7 @@ void Forest::add(const TreeNodes& tree, const double* values, int64_t column, do
 // f(kernels, tree, leaf, first row, rows) for each tree and each block, for a row in the order of
 // the trees; and f.begin(first, rows), f.end(first, rows) before and after them.
 template <class F>
-unsigned Forest::run(const TreeRows& x, F f) const {
+unsigned Forest::run(const TreeRows& x, size_t first_tree, size_t last_tree, F f) const {
   if (x.rows == 0) return 0;
   const PredictKernels& k = kernels();
   const int64_t tile_size = std::max<int64_t>(width(), 1) * kTileRows, tile_bytes = tile_size * 4;
@@ -231,7 +236,7 @@ unsigned Forest::run(const TreeRows& x, F f) const {
 
   // Nanoseconds, only to decide on threads: a region costs about 5 us.
   double cost = double(width());
-  for (const Tree& t : trees_) cost += t.link < 0 ? 5 : 50;
+  for (size_t i = first_tree; i < last_tree; i++) cost += trees_[i].link < 0 ? 5 : 50;
   constexpr double kWorthAThread = 10e3;
   const int threads = int(std::min<double>(
       std::clamp<double>(double(x.rows) * cost / kWorthAThread, 1, max_threads()), double(tiles)));
@@ -266,9 +271,9 @@ unsigned Forest::run(const TreeRows& x, F f) const {
       const bool general = (here & kSawNaN) || !categories_.empty();
       const int64_t rows = std::min(count * kTileRows, x.rows - begin);
       f.begin(begin, rows);
-      for (size_t from = 0, to; from < trees_.size(); from = to) {
+      for (size_t from = first_tree, to; from < last_tree; from = to) {
         int64_t bytes = trees_[from].bytes;
-        for (to = from + 1; to < trees_.size() && (bytes += trees_[to].bytes) <= kGroupBytes;) to++;
+        for (to = from + 1; to < last_tree && (bytes += trees_[to].bytes) <= kGroupBytes;) to++;
         for (int64_t b = 0; b < count; b += block) {
           const int64_t some = std::min(block, count - b), row = begin + b * kTileRows;
           const int64_t block_rows = std::min(some * kTileRows, x.rows - row);
@@ -308,10 +313,13 @@ unsigned Forest::apply(const TreeRows& x, int64_t* out) const {
     }
     void end(int64_t, int64_t) const {}
   };
-  return run(x, Numbers{*this, x.rows, out});
+  return run(x, 0, trees_.size(), Numbers{*this, x.rows, out});
 }
 
-unsigned Forest::predict(const TreeRows& x, bool accumulate, double divisor, double* out) const {
+unsigned Forest::predict(const TreeRows& x, int64_t first, int64_t last, bool accumulate,
+                         double divisor, double* out) const {
+  if (first < 0 || last < first || last > trees())
+    throw std::invalid_argument("trees: expected a range of those there are");
   struct Sums {
     const Forest& forest;
     bool accumulate;
@@ -332,7 +340,7 @@ unsigned Forest::predict(const TreeRows& x, bool accumulate, double divisor, dou
         for (int64_t i = row * columns; i < (row + rows) * columns; i++) out[i] /= divisor;
     }
   };
-  return run(x, Sums{*this, accumulate, divisor, out});
+  return run(x, size_t(first), size_t(last), Sums{*this, accumulate, divisor, out});
 }
 
 }  // namespace fastnn

@@ -9,7 +9,8 @@
 namespace fastnn {
 
 // A tree as numpy holds it: a record of `stride` bytes a node, with its fields at these offsets.
-// Node 0 is the root, children come after their parent, and the `left` of a leaf is negative. A row
+// Node 0 is the root, children come after their one parent, and the `left` of a leaf is negative;
+// nodes that are nobody's children are not looked at. A row
 // goes left where its feature is <= threshold, or NaN and `missing` is set; in a node whose
 // category is >= 0, where its feature is in that set.
 struct TreeNodes {
@@ -44,9 +45,11 @@ class Forest {
 
   // out (trees, rows): the number of the leaf.
   unsigned apply(const TreeRows& x, int64_t* out) const;
-  // out (rows, columns) = (out, or zeros) plus the leaves' values, tree by tree, each sum divided
-  // by `divisor`. Float64, in the order of the trees: the bits depend on nothing else.
-  unsigned predict(const TreeRows& x, bool accumulate, double divisor, double* out) const;
+  // out (rows, columns) = (out, or zeros) plus the leaves' values of the trees [first, last), tree
+  // by tree, each sum divided by `divisor`. Float64, in the order of the trees: the bits depend on
+  // nothing else.
+  unsigned predict(const TreeRows& x, int64_t first, int64_t last, bool accumulate, double divisor,
+                   double* out) const;
 
   int64_t trees() const { return int64_t(trees_.size()); }
   int64_t features() const { return features_; }
@@ -65,7 +68,7 @@ class Forest {
     int64_t column, bytes;
   };
   template <class F>
-  unsigned run(const TreeRows& x, F f) const;
+  unsigned run(const TreeRows& x, size_t first_tree, size_t last_tree, F f) const;
   int64_t reserve(int64_t bytes);
   template <class T>
   T* at(int64_t offset) {
