@@ -418,7 +418,7 @@ ROWS = (
     ),
     Row(
         "forest",
-        "forest of 100 trees of depth 8, 100,000×20, one job and two",
+        "forest of 100 trees of depth 8 by histograms, 100,000×20, one job and two",
         _each("forest", ((100_000, 20, 100, 8, 1), (100_000, 20, 100, 8, 2))),
         least=2,
     ),
@@ -456,6 +456,13 @@ ROWS = (
         for name, benchmark, words, least, shapes in (
             ("histogram-tree", "histogram_tree", _HISTOGRAM_TREE, 4.0, ((100_000, 20), (10_000, 500))),
             ("histogram-tree-large", "histogram_tree", _HISTOGRAM_TREE, 4.0, ((1_000_000, 20),)),
+            (
+                "binned-tree",
+                "binned_tree",
+                "decision tree of depth 8 on 255 bins, binning included",
+                4.0,
+                ((100_000, 20), (10_000, 500), (1_000_000, 20)),
+            ),
             ("boosting", "boosting", _BOOSTING, 1.3, ((100_000, 20),)),
             ("boosting-large", "boosting", _BOOSTING, 1.3, ((10_000, 500), (1_000_000, 20))),
         )

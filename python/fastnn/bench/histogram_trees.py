@@ -56,14 +56,19 @@ def _on_threads(threads: int, call: Callable[..., Any]) -> Callable[..., Any]:
     return limited
 
 
-def _fits(depth: int, trees: int, threads: int) -> dict[str, _Fit]:
-    """What fits a model and returns how it predicts classes, by name."""
+def _fits(depth: int, trees: int, threads: int, alone: bool) -> dict[str, _Fit]:
+    """What fits a model and returns how it predicts classes, by name; `alone`: ours is a DecisionTreeClassifier."""
     ours = {"max_iter": trees, "max_depth": depth, "max_leaf_nodes": None, "early_stopping": False}
 
     def fastnn(X: np.ndarray, y: np.ndarray) -> Any:
         from fastnn.tree import HistGradientBoostingClassifier
 
         return HistGradientBoostingClassifier(**ours).fit(X, y).predict
+
+    def one_tree(X: np.ndarray, y: np.ndarray) -> Any:
+        from fastnn.tree import DecisionTreeClassifier
+
+        return DecisionTreeClassifier(max_bins=255, max_depth=depth, min_samples_leaf=20).fit(X, y).predict
 
     def sklearn(X: np.ndarray, y: np.ndarray) -> Any:
         from sklearn.ensemble import HistGradientBoostingClassifier
@@ -101,7 +106,8 @@ def _fits(depth: int, trees: int, threads: int) -> dict[str, _Fit]:
         model = xgboost.train(parameters, matrix, num_boost_round=trees)
         return lambda rows: model.predict(xgboost.DMatrix(rows)) > 0.5
 
-    return {"fastnn": fastnn, "scikit-learn": sklearn, "lightgbm": lightgbm, "xgboost": xgboost}
+    mine = one_tree if alone else fastnn
+    return {"fastnn": mine, "scikit-learn": sklearn, "lightgbm": lightgbm, "xgboost": xgboost}
 
 
 def _checked_once(fit: _Fit, held_out: np.ndarray, truth: np.ndarray) -> Callable[..., torch.Tensor]:
@@ -117,14 +123,16 @@ def _checked_once(fit: _Fit, held_out: np.ndarray, truth: np.ndarray) -> Callabl
     return call
 
 
-def _trees(depth: int, trees: int, tolerance: float) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+def _trees(
+    depth: int, trees: int, tolerance: float, alone: bool = False
+) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         rows, features, threads = shape
         X, y, held_out, truth = _data(rows, features)
         absent = _absent()
         contestants = {
             name: _on_threads(threads, _checked_once(fit, held_out, truth))
-            for name, fit in _fits(depth, trees, threads).items()
+            for name, fit in _fits(depth, trees, threads, alone).items()
             if name not in absent
         }
         return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak="copy", absent=absent, tolerance=tolerance)
@@ -172,4 +180,5 @@ _SHAPES = ((100_000, 20, 1), (10_000, 500, 1))
 register(Benchmark("binning", "NxFxT", ((1_000_000, 20, 1),), _binning, _FLOAT64))
 # How far accuracies may be apart. The peers' bins differ, and so do single trees of few rows, by more than many together.
 register(Benchmark("histogram_tree", "NxFxT", _SHAPES, _trees(8, 1, 2e-2), _FLOAT64))
+register(Benchmark("binned_tree", "NxFxT", _SHAPES, _trees(8, 1, 2e-2, alone=True), _FLOAT64))
 register(Benchmark("boosting", "NxFxT", _SHAPES, _trees(6, 100, 1e-2), _FLOAT64))

@@ -26,11 +26,9 @@ class BinLayout final : public Layout {
         shift_(search_.shift()),
         candidates_(size_t(binned.columns)) {
     choose_way();
-    keys_.resize(size_t(n_));
-    spare_.resize(size_t(n_) + 16);
-    int64_t kept = 0;
-    for (int64_t r = 0; r < binned_.rows; r++)
-      if (t_.weight(r) != 0.0) keys_[size_t(kept++)] = search_.key(uint32_t(r));
+    keys_ = Memory(size_t(n_ + 1) * 4);
+    spare_ = Memory(size_t(n_ + 16) * 4);
+    search_.keys(binned_.rows, keys());
     threads_.resize(size_t(s_.threads));
     for (OfThread& t : threads_) {
       t.work = search_.work();
@@ -39,7 +37,7 @@ class BinLayout final : public Layout {
   }
 
   void sum_up(double* sums) const override {
-    search_.add_rows({}, {nullptr, keys_.data(), n_, 0}, 0, n_, sums);
+    search_.add_rows({}, {nullptr, keys(), n_, 0}, 0, n_, sums);
   }
 
   void enter(const GrowingNode& node, const double* sums, const int64_t* features,
@@ -84,7 +82,7 @@ class BinLayout final : public Layout {
   void sides(const GrowingNode& node, const double* sums, const ChosenSplit& split, double* left,
              double* right) override {
     const Candidate& c = split.of;
-    judged_ = keys_.data() + node.start;
+    judged_ = keys() + node.start;
     if (!by_classes()) {
       partition(node, split);
       const SortedSlice s{nullptr, judged_, node.rows(), 0};
@@ -151,6 +149,7 @@ class BinLayout final : public Layout {
     double decrease;
   };
 
+  uint32_t* keys() const { return keys_.as<uint32_t>(); }
   bool by_classes() const { return way_ == Way::two_classes || way_ == Way::many_classes; }
 
   void choose_way() {
@@ -208,7 +207,7 @@ class BinLayout final : public Layout {
   void gather(int64_t start, int64_t end) {
     sum_ = 0;
     for (int64_t i = start; i < end; i++) {
-      const Pair& p = pair_of_[keys_[size_t(i)] >> shift_];
+      const Pair& p = pair_of_[keys()[i] >> shift_];
       pairs_[size_t(i - start)] = p;
       sum_ += p.sum;
     }
@@ -241,7 +240,7 @@ class BinLayout final : public Layout {
   }
 
   BinnedRows rows_of(int64_t f, int64_t start, int64_t end) const {
-    return {binned_.column(f), keys_.data() + start, end - start, shift_};
+    return {binned_.column(f), keys() + start, end - start, shift_};
   }
 
   // The histogram of a column; of one target, after `gather` of these rows.
@@ -367,7 +366,7 @@ class BinLayout final : public Layout {
   void partition(const GrowingNode& node, const ChosenSplit& split) {
     kernels_.partition(rows_of(split.feature, node.start, node.end), uint32_t(split.of.bin) + 1,
                        split.of.missing_left ? uint32_t(kMissingBin) : uint32_t(kBinSlots),
-                       keys_.data() + node.start, spare_.data());
+                       keys() + node.start, spare_.as<uint32_t>());
   }
 
   // The histograms that were kept for this node, which becomes the one at hand. Nodes come from
@@ -414,7 +413,7 @@ class BinLayout final : public Layout {
   std::vector<uint64_t> word_of_;
   std::vector<Pair> pair_of_, pairs_;  // by row; of the node at hand
   int64_t sum_ = 0;                    // of the node at hand
-  std::vector<uint32_t> keys_, spare_;
+  Memory keys_, spare_;
   std::vector<OfThread> threads_;
   std::vector<Candidate> candidates_;
   bool entered_ = false;  // candidates_ are the node's

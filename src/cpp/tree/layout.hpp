@@ -69,9 +69,8 @@ class Layout {
   const TreeTarget& t_;
   const ExactSettings& s_;
   const SplitSearch search_;
-  const int64_t columns_;
-  int64_t n_ = 0;
-  double total_weight_ = 0;
+  const int64_t columns_, n_;
+  const double total_weight_;
 };
 
 // Each column sorted once, and kept in order: a split moves every column's part of the node so that

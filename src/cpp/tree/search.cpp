@@ -40,18 +40,28 @@ const TreeKernels& tree_kernels() {
 
 SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), way_(Way::general) {
   bool whole = true;
-  double total = target.weights ? 0 : double(rows), largest = 1;
+  double largest = 1;
+  rows_of_weight_ = rows, total_weight_ = double(rows);
   if (target.weights) {
+    int64_t sum = 0;
+    rows_of_weight_ = 0;
     for (int64_t r = 0; r < rows; r++) {
       const double w = target.weights[r];
-      total += w;
+      const bool fits = (w >= 0) & (w <= kMostCounted);
+      const auto integer = int32_t(fits ? w : 0);
       largest = std::max(largest, w);
-      whole = whole && w >= 0 && w <= kMostCounted && w == double(int64_t(w));
+      whole = whole & fits & (w == double(integer));
+      sum += integer;
+      rows_of_weight_ += w != 0.0;
     }
-    whole = whole && total <= kMostCounted;
-  } else {
-    whole = total <= kMostCounted;
+    total_weight_ = double(sum);
+    if (!whole) {
+      total_weight_ = 0;
+      for (int64_t r = 0; r < rows; r++) total_weight_ += target.weights[r];
+    }
   }
+  const double total = total_weight_;
+  whole = whole && total <= kMostCounted;
   if (target.classification() && target.outputs == 1 && target.classes[0] <= 65536) {
     const int64_t classes = target.classes[0];
     while (int64_t(1) << class_bits_ < classes) class_bits_++;
@@ -81,6 +91,24 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), w
   } else if (target.criterion == TreeCriterion::squared_error && target.outputs == 1) {
     way_ = Way::one_target;
   }
+}
+
+int64_t SplitSearch::keys(int64_t rows, uint32_t* out) const {
+  const uint16_t* codes = codes_.empty() ? nullptr : codes_.data();
+  int64_t kept = 0;
+  if (codes && weight_bits_) {
+    for (int64_t r = 0; r < rows; r++) {
+      const auto w = uint32_t(int32_t(t_.weights[r]));
+      out[kept] = uint32_t(r) << shift_ | w << class_bits_ | codes[r];
+      kept += w != 0;
+    }
+    return kept;
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    out[kept] = key(uint32_t(r));
+    kept += t_.weight(r) != 0.0;
+  }
+  return kept;
 }
 
 SplitSearch::Work SplitSearch::work() const {

@@ -61,6 +61,11 @@ class SplitSearch {
     return row << shift_ | low;
   }
 
+  // Those of all rows whose weight is not 0; returns how many. There is room for one more.
+  int64_t keys(int64_t rows, uint32_t* out) const;
+  int64_t rows_of_weight() const { return rows_of_weight_; }
+  double total_weight() const { return total_weight_; }
+
   // How a gain is found: from classes and whole weights that keys hold, one output's values, or
   // whatever the target is.
   enum class Way { two_classes, many_classes, one_target, general };
@@ -101,6 +106,8 @@ class SplitSearch {
                 Candidate& best) const;
 
   const TreeTarget& t_;
+  int64_t rows_of_weight_ = 0;
+  double total_weight_ = 0;
   Way way_;
   int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
   int lanes_ = 0;                       // of a table of few values; 0: not counted
