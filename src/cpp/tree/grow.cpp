@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -38,7 +40,7 @@ namespace {
 
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 // Rows that one thread divides at a time: by the number of rows alone.
-constexpr int64_t kPart = 1 << 16;
+constexpr int64_t kPart = 1 << 14;
 
 // Threads that so many nanoseconds of work are worth.
 int worth_threads(double nanoseconds) {
@@ -113,8 +115,43 @@ struct Leaf {
   FeatureSplit split{-1, 0, 0, 0, 0, false, {}};
   int feature = -1;
   bool leaf = false, evaluated = false;
-  int histogram = -1;
+  int64_t* histogram = nullptr;
   int left = -1, right = -1;
+};
+
+// Histograms, for whoever needs one.
+class Histograms {
+ public:
+  // Before a tree: all are free, and have so many bytes.
+  void start(size_t bytes) {
+    if (bytes != bytes_) all_.clear();
+    bytes_ = bytes;
+    free_.clear();
+    for (const Memory& m : all_) free_.push_back(m.as<int64_t>());
+  }
+  int64_t* take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.empty()) {
+      free_.reserve(all_.size() + 1);  // for give, which must not throw
+      all_.emplace_back(bytes_);
+      return all_.back().as<int64_t>();
+    }
+    int64_t* h = free_.back();
+    free_.pop_back();
+    return h;
+  }
+  void give(Leaf& leaf) {
+    if (!leaf.histogram) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(leaf.histogram);
+    leaf.histogram = nullptr;
+  }
+
+ private:
+  std::mutex mutex_;
+  size_t bytes_ = 0;
+  std::deque<Memory> all_;
+  std::vector<int64_t*> free_;
 };
 
 }  // namespace
@@ -126,59 +163,68 @@ struct Grower::State {
   std::vector<FeatureBins> features;
   std::vector<int> slot;  // of a feature, in the groups' order with padding
   PackedBins packed{};
-  Memory packed_memory, integers, partition_memory, left_memory, right_memory;
+  Memory packed_memory, integers, partition_memory;
   uint32_t* partition = nullptr;
-  std::vector<Tile> tiles;
+  std::vector<Tile> tiles, large_tiles;  // for several threads, and for one
   int slots = 0;
-  std::vector<Memory> histograms;
-  std::vector<int> free_histograms;
+  Histograms histograms;
 
   // Of the tree that grows:
   SumFormat format{};
-  size_t histogram_bytes = 0, integers_bytes = 0;
-  std::vector<Leaf> leaves;
-  std::vector<int> heap;
+  size_t integers_bytes = 0;
   GrowSettings settings;
   GrowHooks* hooks = nullptr;
-  std::vector<FeatureSplit> found[2];
   bool bounded = false;    // some feature is monotonic
   bool any_order = false;  // which leaf is split next changes nothing
 
-  int64_t* histogram(int h) { return histograms[size_t(h)].as<int64_t>(); }
-  int take_histogram() {
-    if (free_histograms.empty()) {
-      histograms.emplace_back(histogram_bytes);
-      return int(histograms.size()) - 1;
-    }
-    const int h = free_histograms.back();
-    free_histograms.pop_back();
-    return h;
-  }
-  void give_histogram(Leaf& leaf) {
-    if (leaf.histogram >= 0) free_histograms.push_back(leaf.histogram);
-    leaf.histogram = -1;
-  }
-  int64_t* sums_of(int h, int feature) {
-    return histogram(h) +
-           int64_t(slot[size_t(feature)]) * HistogramKernels::kEntries * format.words;
+  int64_t* sums_of(int64_t* histogram, int feature) const {
+    return histogram + int64_t(slot[size_t(feature)]) * HistogramKernels::kEntries * format.words;
   }
 
+  const std::vector<Tile>& tiles_of(double nanoseconds) const {
+    return worth_threads(nanoseconds) > 1 ? tiles : large_tiles;
+  }
+
+  class Branch;
   void pack();
+  void cut(int parts, std::vector<Tile>& out) const;
   bool coarse(const float* x, const Coarse& unit);
   SumFormat choose_format(const float* gradient, const float* hessian);
   void make_integers(const float* gradient, const float* hessian);
   // The histogram of a tile over the partition's rows [begin, end).
-  void add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums);
-  void add_all(int64_t begin, int64_t end, int h);
-  void choose(Leaf& leaf, std::vector<uint8_t>& chosen);
-  void evaluate(int first, int count, int parent_histogram, int small);
-  int64_t divide(const Leaf& leaf);
+  void add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) const;
+  void choose(const Leaf& leaf, std::vector<uint8_t>& chosen) const;
+  void grow_branches(Branch& whole, int threads);
+};
+
+// A leaf and what grows from it, by one thread that may start regions of several.
+class Grower::State::Branch {
+ public:
+  // For up to so many rows.
+  Branch(State& state, int64_t most_rows) : s(state) {
+    const int64_t parts = (most_rows + kPart - 1) / kPart;
+    for (Memory* m : {&left_memory, &right_memory})
+      *m = Memory(size_t(most_rows + 16 * (parts + 1)) * 4);
+  }
+
+  std::vector<Leaf> leaves;
+  std::vector<int> heap;
+
+  void evaluate(int first, int count, int64_t* parent_histogram, int small);
   void split_next(int at);
+  void push(int leaf);
+  int pop();
+  int pop_largest();
+
+ private:
   bool before(int a, int b) const {
     return leaves[size_t(a)].split.gain > leaves[size_t(b)].split.gain;
   }
-  void push(int leaf);
-  int pop();
+  int64_t divide(const Leaf& leaf);
+
+  State& s;
+  std::vector<FeatureSplit> found[2];
+  Memory left_memory, right_memory;
 };
 
 Grower::Grower(const uint8_t* columns, int64_t step, int64_t rows,
@@ -187,10 +233,7 @@ Grower::Grower(const uint8_t* columns, int64_t step, int64_t rows,
   State& s = *state_;
   s.rows = rows, s.columns = columns, s.step = step, s.features = std::move(features);
   s.pack();
-  for (Memory* m : {&s.partition_memory, &s.left_memory, &s.right_memory}) {
-    const int64_t parts = (rows + kPart - 1) / kPart;
-    *m = Memory(size_t(rows + 16 * (parts + 1)) * 4);
-  }
+  s.partition_memory = Memory(size_t(rows + 16) * 4);
   s.partition = s.partition_memory.as<uint32_t>();
 }
 Grower::~Grower() = default;
@@ -236,16 +279,20 @@ void Grower::State::pack() {
     }
   });
   for (int f = 0; f < n; f++) features[size_t(f)].has_missing = missing[size_t(f)];
-  // Tiles of equal size, within a group: few enough features for the caches, and one a thread. No
-  // sum depends on it.
+  // Tiles of equal size, within a group: few enough features for the caches, and, for several
+  // threads, one a thread. No sum depends on it.
   constexpr int kTile = 24;
+  const int quads = packed.width / 4, least = (packed.width + kTile - 1) / kTile;
+  cut(least, large_tiles);
+  cut(std::clamp((max_threads() + packed.groups - 1) / packed.groups, least, quads), tiles);
+}
+
+void Grower::State::cut(int parts, std::vector<Tile>& out) const {
   const int quads = packed.width / 4;
-  const int parts = std::clamp((max_threads() + packed.groups - 1) / packed.groups,
-                               (packed.width + kTile - 1) / kTile, quads);
   for (int g = 0; g < packed.groups; g++)
     for (int p = 0; p < parts; p++)
-      tiles.push_back({g * packed.width + quads * p / parts * 4,
-                       g * packed.width + quads * (p + 1) / parts * 4});
+      out.push_back({g * packed.width + quads * p / parts * 4,
+                     g * packed.width + quads * (p + 1) / parts * 4});
 }
 
 // Whether a unit is too coarse for these numbers and those of all other processes.
@@ -279,7 +326,7 @@ SumFormat Grower::State::choose_format(const float* gradient, const float* hessi
   return format_of(4, settings);
 }
 
-void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) {
+void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64_t* sums) const {
   const int words = format.words;
   sums += int64_t(tile.begin) * HistogramKernels::kEntries * words;
   std::fill(sums, sums + int64_t(tile.end - tile.begin) * HistogramKernels::kEntries * words,
@@ -297,7 +344,7 @@ void Grower::State::add_tile(const Tile& tile, int64_t begin, int64_t end, int64
 }
 
 // Which features a node may be split by.
-void Grower::State::choose(Leaf& leaf, std::vector<uint8_t>& chosen) {
+void Grower::State::choose(const Leaf& leaf, std::vector<uint8_t>& chosen) const {
   const int n = leaf.allowed ? int(leaf.allowed->size()) : int(features.size());
   std::vector<uint8_t> mask(size_t(n), 1);
   if (hooks->subsamples()) hooks->subsample(n, mask.data());
@@ -308,64 +355,66 @@ void Grower::State::choose(Leaf& leaf, std::vector<uint8_t>& chosen) {
 
 // The best splits of one node (the root) or of two children, of which `small` has fewer rows: its
 // histogram is made from them, the other's from what is left of the parent's.
-void Grower::State::evaluate(int first, int count, int parent_histogram, int small) {
+void Grower::State::Branch::evaluate(int first, int count, int64_t* parent_histogram, int small) {
   const HistogramKernels& k = histogram_kernels();
   Leaf* children[2] = {&leaves[size_t(first)], count > 1 ? &leaves[size_t(first) + 1] : nullptr};
   Leaf& few = *children[small];
   const int large = 1 - small;
-  const int few_histogram = take_histogram();
+  int64_t* few_histogram = s.histograms.take();
   few.histogram = few_histogram;
   if (count > 1) children[large]->histogram = parent_histogram;
   std::vector<uint8_t> chosen[2];
-  const double add_cost = double(few.end - few.begin) * slots * 1.0;
-  const double scan_cost = double(features.size()) * count * 400;
+  const double add_cost = double(few.end - few.begin) * s.slots * 1.0;
+  const double scan_cost = double(s.features.size()) * count * 400;
   const bool is_root = count == 1;
-  auto make = [&](const Tile& tile) {
-    add_tile(tile, few.begin, few.end, histogram(few_histogram));
-  };
-  if (hooks->distributed() || is_root) {
+  auto make = [&](const Tile& tile) { s.add_tile(tile, few.begin, few.end, few_histogram); };
+  if (s.hooks->distributed() || is_root) {
+    const std::vector<Tile>& tiles = s.tiles_of(add_cost);
     for_each_part(int64_t(tiles.size()), add_cost, [&](int64_t t) { make(tiles[size_t(t)]); });
-    if (hooks->distributed())
-      hooks->reduce(histogram(few_histogram),
-                    int64_t(slots) * HistogramKernels::kEntries * format.words);
+    if (s.hooks->distributed())
+      s.hooks->reduce(few_histogram,
+                      int64_t(s.slots) * HistogramKernels::kEntries * s.format.words);
   }
   if (is_root) {
     // Any feature's histogram sums up to the node.
     const int f = few.allowed ? int((*few.allowed)[0]) : 0;
-    const int64_t* sums = sums_of(few_histogram, f);
-    k.total(format, sums, few.node.gradient, few.node.hessian);
-    if (settings.constant_hessian) few.node.hessian = double(few.node.count);
-    if (few.node.count < 2 * settings.rules.min_samples ||
-        few.node.hessian < settings.rules.min_hessian) {
+    const int64_t* sums = s.sums_of(few_histogram, f);
+    k.total(s.format, sums, few.node.gradient, few.node.hessian);
+    if (s.settings.constant_hessian) few.node.hessian = double(few.node.count);
+    if (few.node.count < 2 * s.settings.rules.min_samples ||
+        few.node.hessian < s.settings.rules.min_hessian) {
       few.leaf = true;
-      give_histogram(few);
+      s.histograms.give(few);
       return;
     }
   }
   for (int c = 0; c < count; c++)
-    if (!children[c]->leaf) choose(*children[c], chosen[c]), found[c].resize(features.size());
-  const bool made = hooks->distributed() || is_root;
-  const int in_group = int((features.size() + size_t(packed.groups) - 1) / size_t(packed.groups));
-  for_each_part(int64_t(tiles.size()), (made ? 0 : add_cost) + scan_cost, [&](int64_t t) {
+    if (!children[c]->leaf) s.choose(*children[c], chosen[c]), found[c].resize(s.features.size());
+  const bool made = s.hooks->distributed() || is_root;
+  const int in_group =
+      int((s.features.size() + size_t(s.packed.groups) - 1) / size_t(s.packed.groups));
+  const double cost = (made ? 0 : add_cost) + scan_cost;
+  const std::vector<Tile>& tiles = s.tiles_of(cost);
+  for_each_part(int64_t(tiles.size()), cost, [&](int64_t t) {
     const Tile& tile = tiles[size_t(t)];
     if (!made) make(tile);
-    const int g = tile.begin / packed.width;
+    const int g = tile.begin / s.packed.width;
     double enough[2] = {-kInfinite, -kInfinite};  // what a feature of this tile gains
-    for (int s = tile.begin; s < tile.end; s++) {
-      const int in = s % packed.width, f = g * in_group + in;
-      if (in >= in_group || f >= int(features.size())) continue;
-      const FeatureBins& feature = features[size_t(f)];
+    for (int at = tile.begin; at < tile.end; at++) {
+      const int in = at % s.packed.width, f = g * in_group + in;
+      if (in >= in_group || f >= int(s.features.size())) continue;
+      const FeatureBins& feature = s.features[size_t(f)];
       const int64_t* sums[2] = {};
-      sums[small] = sums_of(few_histogram, f);
+      sums[small] = s.sums_of(few_histogram, f);
       if (count > 1 && !children[large]->leaf) {
-        int64_t* rest = sums_of(parent_histogram, f);
-        k.subtract(format, feature, rest, sums[small]);
+        int64_t* rest = s.sums_of(parent_histogram, f);
+        k.subtract(s.format, feature, rest, sums[small]);
         sums[large] = rest;
       }
       for (int c = 0; c < count; c++)
         if (!children[c]->leaf && chosen[c][size_t(f)]) {
           FeatureSplit& best = found[c][size_t(f)];
-          k.split(format, settings.rules, children[c]->node, feature, sums[c], enough[c], best);
+          k.split(s.format, s.settings.rules, children[c]->node, feature, sums[c], enough[c], best);
           enough[c] = std::max(enough[c], best.gain);
         }
     }
@@ -373,11 +422,11 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
   for (int c = 0; c < count; c++) {
     Leaf& child = *children[c];
     if (child.leaf) {
-      give_histogram(child);
+      s.histograms.give(child);
       continue;
     }
     child.evaluated = true;
-    const int n = child.allowed ? int(child.allowed->size()) : int(features.size());
+    const int n = child.allowed ? int(child.allowed->size()) : int(s.features.size());
     for (int i = 0; i < n; i++) {
       const int f = child.allowed ? int((*child.allowed)[size_t(i)]) : i;
       if (chosen[c][size_t(f)] && found[c][size_t(f)].gain > child.split.gain)
@@ -385,7 +434,7 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
     }
     if (child.split.gain <= 0) {
       child.leaf = true;
-      give_histogram(child);
+      s.histograms.give(child);
     } else {
       push(first + c);
     }
@@ -393,9 +442,9 @@ void Grower::State::evaluate(int first, int count, int parent_histogram, int sma
 }
 
 // Rows of a leaf, divided between its children: first those on the left. Returns how many.
-int64_t Grower::State::divide(const Leaf& leaf) {
+int64_t Grower::State::Branch::divide(const Leaf& leaf) {
   const HistogramKernels& k = histogram_kernels();
-  const FeatureBins& feature = features[size_t(leaf.feature)];
+  const FeatureBins& feature = s.features[size_t(leaf.feature)];
   uint32_t set[8] = {};
   if (feature.categorical) {
     std::copy_n(leaf.split.left, 8, set);
@@ -405,10 +454,10 @@ int64_t Grower::State::divide(const Leaf& leaf) {
     set[feature.missing / 32] &= ~(1u << feature.missing % 32);
     if (leaf.split.missing_left) set[feature.missing / 32] |= 1u << feature.missing % 32;
   }
-  const uint8_t* column = columns + leaf.feature * step;
+  const uint8_t* column = s.columns + leaf.feature * s.step;
   const int64_t n = leaf.end - leaf.begin, parts = (n + kPart - 1) / kPart;
-  uint32_t* rows_of_leaf = partition + leaf.begin;
-  const bool all = n == rows;
+  uint32_t* rows_of_leaf = s.partition + leaf.begin;
+  const bool all = n == s.rows;
   uint32_t *left = left_memory.as<uint32_t>(), *right = right_memory.as<uint32_t>();
   std::vector<int64_t> counts(size_t(parts), 0);
   for_each_part(parts, double(n) * 1.0, [&](int64_t p) {
@@ -433,9 +482,9 @@ int64_t Grower::State::divide(const Leaf& leaf) {
 
 // Python's heapq, to the order of what is equal: which of two equal gains is split first decides
 // where leaves are counted.
-void Grower::State::push(int leaf) {
+void Grower::State::Branch::push(int leaf) {
   heap.push_back(leaf);
-  if (any_order) return;
+  if (s.any_order) return;
   size_t at = heap.size() - 1;
   while (at > 0) {
     const size_t parent = (at - 1) / 2;
@@ -445,10 +494,10 @@ void Grower::State::push(int leaf) {
   }
   heap[at] = leaf;
 }
-int Grower::State::pop() {
+int Grower::State::Branch::pop() {
   const int last = heap.back();
   heap.pop_back();
-  if (heap.empty() || any_order) return last;
+  if (heap.empty() || s.any_order) return last;
   const int top = heap[0];
   size_t at = 0, child = 1;
   while (child < heap.size()) {
@@ -468,15 +517,27 @@ int Grower::State::pop() {
   return top;
 }
 
-void Grower::State::split_next(int at) {
+int Grower::State::Branch::pop_largest() {
+  const auto rows_of = [&](int leaf) {
+    return leaves[size_t(leaf)].end - leaves[size_t(leaf)].begin;
+  };
+  const auto largest = std::max_element(heap.begin(), heap.end(),
+                                        [&](int a, int b) { return rows_of(a) < rows_of(b); });
+  const int leaf = *largest;
+  *largest = heap.back();
+  heap.pop_back();
+  return leaf;
+}
+
+void Grower::State::Branch::split_next(int at) {
   const int64_t on_left = divide(leaves[size_t(at)]);
   const int first = int(leaves.size());
   leaves.resize(leaves.size() + 2);
   Leaf &leaf = leaves[size_t(at)], &left = leaves[size_t(first)],
        &right = leaves[size_t(first) + 1];
-  const FeatureBins& feature = features[size_t(leaf.feature)];
+  const FeatureBins& feature = s.features[size_t(leaf.feature)];
   const SplitNode& node = leaf.node;
-  const double l2 = settings.rules.l2;
+  const double l2 = s.settings.rules.l2;
   auto value = [&](double gradient, double hessian) {
     const double v = -gradient / (hessian + l2 + 1e-15);
     return v < node.lower ? node.lower : v > node.upper ? node.upper : v;
@@ -494,30 +555,30 @@ void Grower::State::split_next(int at) {
   left.begin = leaf.begin, left.end = right.begin = leaf.begin + on_left, right.end = leaf.end;
   left.depth = right.depth = leaf.depth + 1;
   leaf.left = first, leaf.right = first + 1;
-  if (hooks->interacts()) {
+  if (s.hooks->interacts()) {
     auto allowed = std::make_shared<std::vector<uint32_t>>();
     left.interaction = right.interaction =
-        hooks->interact(leaf.interaction, leaf.feature, *allowed);
+        s.hooks->interact(leaf.interaction, leaf.feature, *allowed);
     left.allowed = right.allowed = allowed;
   }
   // Where no value was missing, those at prediction go where most went.
   if (!feature.has_missing) leaf.split.missing_left = left.node.count > right.node.count;
 
   const int leaf_count = (int(leaves.size()) + 1) / 2;  // each split adds one
-  if (settings.max_leaves && leaf_count == settings.max_leaves) {
+  if (s.settings.max_leaves && leaf_count == s.settings.max_leaves) {
     left.leaf = right.leaf = true;
     for (const int h : heap) {
       leaves[size_t(h)].leaf = true;
-      give_histogram(leaves[size_t(h)]);
+      s.histograms.give(leaves[size_t(h)]);
     }
     heap.clear();
-    give_histogram(leaf);
+    s.histograms.give(leaf);
     return;
   }
-  if (settings.max_depth && left.depth == settings.max_depth) left.leaf = right.leaf = true;
-  if (left.node.count < 2 * settings.rules.min_samples) left.leaf = true;
-  if (right.node.count < 2 * settings.rules.min_samples) right.leaf = true;
-  if (bounded) {
+  if (s.settings.max_depth && left.depth == s.settings.max_depth) left.leaf = right.leaf = true;
+  if (left.node.count < 2 * s.settings.rules.min_samples) left.leaf = true;
+  if (right.node.count < 2 * s.settings.rules.min_samples) right.leaf = true;
+  if (s.bounded) {
     double lower[2] = {node.lower, node.lower}, upper[2] = {node.upper, node.upper};
     if (feature.monotonic) {
       const double middle = (left.node.value + right.node.value) / 2;
@@ -528,22 +589,53 @@ void Grower::State::split_next(int at) {
     right.node.lower = lower[1], right.node.upper = upper[1];
   }
   if (left.leaf && right.leaf) {
-    give_histogram(leaf);
+    s.histograms.give(leaf);
     return;
   }
-  const int parent_histogram = std::exchange(leaf.histogram, -1);
+  int64_t* parent_histogram = std::exchange(leaf.histogram, nullptr);
   const int small = left.node.count < right.node.count ? 0 : 1;
   evaluate(first, 2, parent_histogram, small);
+}
+
+// Grows what is left of a tree, leaf by leaf on several threads: no node depends on another but on
+// those above it.
+void Grower::State::grow_branches(Branch& whole, int threads) {
+  std::vector<int> seeds;
+  while (!whole.heap.empty()) seeds.push_back(whole.pop_largest());
+  int64_t most_rows = 0;
+  for (const int seed : seeds)
+    most_rows =
+        std::max(most_rows, whole.leaves[size_t(seed)].end - whole.leaves[size_t(seed)].begin);
+  std::vector<std::vector<Leaf>> grown(seeds.size());  // the seed, and what grew from it
+  std::atomic<size_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  parallel(threads, [&](int, int) {
+    try {
+      Branch branch(*this, most_rows);
+      for (size_t i; (i = next.fetch_add(1)) < seeds.size();) {
+        branch.leaves.assign(1, whole.leaves[size_t(seeds[i])]);
+        branch.heap.assign(1, 0);
+        while (!branch.heap.empty()) branch.split_next(branch.pop());
+        grown[i].swap(branch.leaves);
+      }
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+  for (size_t i = 0; i < seeds.size(); i++) {
+    const int offset = int(whole.leaves.size()) - 1;
+    for (Leaf& leaf : grown[i])
+      if (leaf.left >= 0) leaf.left += offset, leaf.right += offset;
+    whole.leaves[size_t(seeds[i])] = std::move(grown[i][0]);
+    for (size_t l = 1; l < grown[i].size(); l++) whole.leaves.push_back(std::move(grown[i][l]));
+  }
 }
 
 // What the rows add to their bins, and memory for sums of it.
 void Grower::State::make_integers(const float* gradient, const float* hessian) {
   format = choose_format(gradient, hessian);
-  const size_t bytes = size_t(slots) * HistogramKernels::kEntries * 8 * size_t(format.words);
-  if (bytes != histogram_bytes) histograms.clear();
-  histogram_bytes = bytes;
-  free_histograms.clear();
-  for (size_t h = 0; h < histograms.size(); h++) free_histograms.push_back(int(h));
+  histograms.start(size_t(slots) * HistogramKernels::kEntries * 8 * size_t(format.words));
   const size_t needed = size_t(rows) * 4 * size_t(format.words);
   if (needed > integers_bytes) integers = Memory(needed), integers_bytes = needed;
   std::vector<float> ones;
@@ -565,24 +657,30 @@ std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
   for (const FeatureBins& f : s.features) s.bounded |= f.monotonic != 0;
   // Then the last one found, whose histogram is still in the caches.
   s.any_order = !settings.max_leaves && !hooks.subsamples();
-  s.leaves.clear();
-  s.heap.clear();
-
-  s.leaves.resize(1);
-  Leaf& root = s.leaves[0];
+  State::Branch whole(s, s.rows);
+  whole.leaves.resize(1);
+  Leaf& root = whole.leaves[0];
   root.node = {settings.all_rows, 0, 0, 0, -kInfinite, kInfinite};
   root.end = s.rows;
   if (!settings.allowed.empty())
     root.allowed = std::make_shared<std::vector<uint32_t>>(settings.allowed);
   if (std::isfinite(settings.largest_gradient + settings.largest_hessian)) {
     s.make_integers(gradient, hessian);
-    s.evaluate(0, 1, -1, 0);
+    whole.evaluate(0, 1, nullptr, 0);
   } else {
     root.leaf = true;  // no split gains anything that is a number
   }
-  if (s.leaves[0].leaf)
+  if (whole.leaves[0].leaf)
     for (int64_t i = 0; i < s.rows; i++) s.partition[i] = uint32_t(i);
-  while (!s.heap.empty()) s.split_next(s.pop());
+  // As soon as there are leaves enough for all threads, each takes one with all that grows from it.
+  const int threads = s.any_order && !hooks.distributed() && !hooks.interacts() ? max_threads() : 1;
+  while (!whole.heap.empty()) {
+    if (threads > 1 && whole.heap.size() >= size_t(4 * threads)) {
+      s.grow_branches(whole, threads);
+      break;
+    }
+    whole.split_next(threads > 1 ? whole.pop_largest() : whole.pop());
+  }
 
   // In the order of a walk.
   std::vector<GrownNode> tree;
@@ -594,7 +692,7 @@ std::vector<GrownNode> Grower::grow(const float* gradient, const float* hessian,
   while (!stack.empty()) {
     const Visit v = stack.back();
     stack.pop_back();
-    const Leaf& leaf = s.leaves[size_t(v.leaf)];
+    const Leaf& leaf = whole.leaves[size_t(v.leaf)];
     const int at = int(tree.size());
     if (v.parent >= 0) (v.right ? tree[size_t(v.parent)].right : tree[size_t(v.parent)].left) = at;
     GrownNode n{};
