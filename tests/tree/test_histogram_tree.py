@@ -225,10 +225,11 @@ def test_sums_against_numpy(isa, hessians):
 
 
 @pytest.mark.parametrize("problem", ["plain", "hessians of 1", "131 features", "100003 rows", "far apart"])
-def test_threads_and_order_of_rows_change_nothing(problem):
+@pytest.mark.parametrize("limits", ["40 leaves", "depth 6", "no limits"])  # the last two are grown branch by branch
+def test_threads_and_order_of_rows_change_nothing(problem, limits):
+    limits = (LIMITS | {"40 leaves": GrowthLimits(max_leaf_nodes=40)})[limits]
     p = Problem(**PROBLEMS[problem])
     order = np.random.default_rng(1).permutation(len(p.binned))
-    limits = GrowthLimits(max_leaf_nodes=40)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
