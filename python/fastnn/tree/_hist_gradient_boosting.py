@@ -29,6 +29,7 @@ from . import _distributed
 from ._binning import BinMapper, empty_bins
 from ._histogram_predict import BinnedForest, on_training_bins
 from ._histogram_tree import GrowthLimits, HistogramGrower, make_predictor
+from ._losses import gradients
 from ._predict import SklearnMixin, cached_forest
 
 
@@ -325,23 +326,8 @@ class _HistGradientBoosting(SklearnMixin):
         iterations = range(len(self._predictors), self.max_iter)
         for iteration in _progress(self, iterations):
             began = time.perf_counter()
-            if grower.rows and constant:
-                self._loss.gradient(
-                    y_true=own_y,
-                    raw_prediction=raw,
-                    sample_weight=own_weight,
-                    gradient_out=gradient,
-                    n_threads=threads,
-                )
-            elif grower.rows:
-                self._loss.gradient_hessian(
-                    y_true=own_y,
-                    raw_prediction=raw,
-                    sample_weight=own_weight,
-                    gradient_out=gradient,
-                    hessian_out=hessian,
-                    n_threads=threads,
-                )
+            if grower.rows:
+                gradients(self._loss, own_y, raw, own_weight, gradient, None if constant else hessian, threads)
             self._predictors.append([])
             for k in range(self.n_trees_per_iteration_):
                 g = gradient if gradient.ndim == 1 else gradient[:, k]

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <string>
 
 #include "bind/bind.hpp"
 #include "bind/tree.hpp"
@@ -192,6 +193,24 @@ void bind_tree_hist(py::module_& m) {
   m.def("bin_columns", &bins, "Bins of all columns; edges lie from offsets[c] to offsets[c + 1].",
         py::arg("x"), py::arg("edges"), py::arg("offsets"), py::arg("categorical"),
         py::arg("missing"), py::arg("out"), py::arg("out_step"));
+  m.def(
+      "loss_gradients",
+      [](const std::string& loss, uintptr_t y, uintptr_t raw, uintptr_t weight, uintptr_t gradient,
+         uintptr_t hessian, int64_t n) {
+        if (loss != "squared_error" && loss != "half_binomial")
+          bad_argument("loss_gradients", "loss", "squared_error or half_binomial");
+        if (n < 0 || (n && (!y || !raw || !gradient)))
+          bad_argument("loss_gradients", "y, raw, gradient", "addresses of n numbers");
+        const LossRows rows{address<const double>(y), address<const double>(raw),
+                            address<const double>(weight), address<float>(gradient),
+                            address<float>(hessian)};
+        py::gil_scoped_release release;
+        loss_gradients(loss == "squared_error" ? Loss::squared_error : Loss::half_binomial, rows,
+                       n);
+      },
+      "Gradients, and hessians if asked for, of a loss in float32, from float64.", py::arg("loss"),
+      py::arg("y"), py::arg("raw"), py::arg("weight"), py::arg("gradient"), py::arg("hessian"),
+      py::arg("n"));
   m.def(
       "largest_magnitude",
       [](uintptr_t x, int64_t n) {

@@ -728,6 +728,15 @@ void Grower::add_values(const std::vector<GrownNode>& tree, const double* values
   });
 }
 
+void loss_gradients(Loss loss, const LossRows& rows, int64_t n) {
+  const HistogramKernels& k = histogram_kernels();
+  const auto kernel = loss == Loss::squared_error ? k.squared_error : k.half_binomial;
+  constexpr int64_t kBlock = 1 << 12;
+  for_each_part(
+      (n + kBlock - 1) / kBlock, double(n) * (loss == Loss::squared_error ? 0.5 : 2),
+      [&](int64_t b) { kernel(rows.from(b * kBlock), std::min(kBlock, n - b * kBlock)); });
+}
+
 float largest_magnitude(const float* x, int64_t n) { return histogram_kernels().largest(x, n); }
 
 }  // namespace fastnn

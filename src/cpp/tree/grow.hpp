@@ -78,6 +78,10 @@ class Grower {
   std::unique_ptr<State> state_;
 };
 
+// Gradients and hessians of n rows.
+enum class Loss { squared_error, half_binomial };
+void loss_gradients(Loss loss, const LossRows& rows, int64_t n);
+
 // The largest magnitude of n numbers, NaN where one is not finite.
 float largest_magnitude(const float* x, int64_t n);
 

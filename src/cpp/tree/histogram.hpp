@@ -63,12 +63,24 @@ struct FeatureBins {
   int8_t monotonic;  // 1: values rise, -1: fall
 };
 
+// Rows of a loss, and where their gradients and hessians go.
+struct LossRows {
+  const double *y, *raw, *weight;  // weight: null for 1
+  float *gradient, *hessian;       // hessian: null where it is not asked for
+  LossRows from(int64_t row) const {
+    return {y + row, raw + row, weight ? weight + row : nullptr, gradient + row,
+            hessian ? hessian + row : nullptr};
+  }
+};
+
 struct HistogramKernels {
   // Entries of a feature: more than bins, so that neighbours' equal bins are not 4 KB apart, where
   // a load waits for a store to the other.
   static constexpr int kEntries = kMostBins + 4;
   // The largest magnitude; NaN where there is one.
   float (*largest)(const float* x, int64_t n);
+  void (*squared_error)(const LossRows& rows, int64_t n);
+  void (*half_binomial)(const LossRows& rows, int64_t n);
   // How many are below each of three limits, but are not 0.
   void (*count_below)(const float* x, int64_t n, const float* limits, int64_t* counts);
   // `words` integers a row, next to each other.

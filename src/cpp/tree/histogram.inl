@@ -80,23 +80,23 @@ struct Sums;
 template <>
 struct Sums<4> {
   using T = Quad;
-  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
+  static FASTNN_INLINE void get(const int32_t* integers, int64_t row, int bits, T& out) {
     const int32_t* i = integers + 4 * row;
-    return T{i[0], i[1], (int64_t(i[2]) << bits) + 1, i[3]};
+    out = T{i[0], i[1], (int64_t(i[2]) << bits) + 1, i[3]};
   }
 };
 template <>
 struct Sums<2> {
   using T = Pair;
-  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
-    return T{integers[2 * row], (int64_t(integers[2 * row + 1]) << bits) + 1};
+  static FASTNN_INLINE void get(const int32_t* integers, int64_t row, int bits, T& out) {
+    out = T{integers[2 * row], (int64_t(integers[2 * row + 1]) << bits) + 1};
   }
 };
 template <>
 struct Sums<1> {
   using T = int64_t;
-  static FASTNN_INLINE T of(const int32_t* integers, int64_t row, int bits) {
-    return (int64_t(integers[row]) << bits) + 1;
+  static FASTNN_INLINE void get(const int32_t* integers, int64_t row, int bits, T& out) {
+    out = (int64_t(integers[row]) << bits) + 1;
   }
 };
 
@@ -113,7 +113,8 @@ static void add_rows(const HistogramKernels::Rows& rows, int bits) {
       __builtin_prefetch(rows.bins + next * rows.width);
       __builtin_prefetch(rows.integers + next * words);
     }
-    const T add = Sums<words>::of(rows.integers, row, bits);
+    T add;
+    Sums<words>::get(rows.integers, row, bits, add);
     const uint8_t* bins = rows.bins + row * rows.width;
     T* s = sums;
     for (int q = 0; q < quads; q++, s += 4 * HistogramKernels::kEntries, bins += 4) {
@@ -504,7 +505,8 @@ static int64_t part(const uint8_t* column, const uint32_t* set, const uint32_t* 
   return l;
 }
 
-static const HistogramKernels histogram_table = {largest,  count_below, integers, add,
-                                                 subtract, total,       split,    part};
+static const HistogramKernels histogram_table = {
+    largest, squared_error, half_binomial, count_below, integers,
+    add,     subtract,      total,         split,       part};
 
 }  // namespace fastnn::FASTNN_TARGET

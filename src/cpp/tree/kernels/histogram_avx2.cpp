@@ -3,6 +3,8 @@
 #define FASTNN_TARGET_ID 1
 #include "tree/binning.inl"
 // After it.
+#include "isa/math.hpp"
+#include "tree/gradients.inl"
 #include "tree/histogram.inl"
 
 namespace fastnn {
