@@ -67,7 +67,7 @@ struct ColumnRanks {
 };
 
 // A node of this share of the column's rows or more is read off a set of bits.
-constexpr int64_t kDenseShare = 32;
+constexpr int64_t kDenseShare = 12;
 
 // Rows of a node in the order of a column that was sorted once: order[rank of row r] is r.
 struct NodeSort {

@@ -294,7 +294,7 @@ static int64_t partition_codes(uint32_t* keys, int64_t n, int shift, const uint8
   return left;
 }
 
-constexpr int64_t kHandful = 64;
+constexpr int64_t kHandful = 128;
 
 // Each row's place is the number of smaller ranks.
 static void sorted_handful(const NodeSort& s) {
@@ -482,16 +482,21 @@ FASTNN_INLINE void sorted_by_digits(const NodeSort& s, int bits_of_rank) {
       place[p][i] = sum, sum += count;
     }
     const int by = 32 + p * digit;
-    for (int64_t i = 0; i < s.n; i++) {
-      const uint64_t record = from[i];
-      to[place[p][record >> by & mask]++] = record;
+    if (p < kPasses - 1) {
+      for (int64_t i = 0; i < s.n; i++) {
+        const uint64_t record = from[i];
+        to[place[p][record >> by & mask]++] = record;
+      }
+    } else {
+      for (int64_t i = 0; i < s.n; i++) {
+        const uint64_t record = from[i];
+        const uint32_t at = place[p][record >> by & mask]++;
+        s.sorted_values[at] = value_of(s, uint32_t(record), uint32_t(record >> 32));
+        s.sorted_keys[at] = uint32_t(record);
+      }
     }
     uint64_t* other = from;
     from = to, to = other;
-  }
-  for (int64_t i = 0; i < s.n; i++) {
-    s.sorted_values[i] = value_of(s, uint32_t(from[i]), uint32_t(from[i] >> 32));
-    s.sorted_keys[i] = uint32_t(from[i]);
   }
 }
 

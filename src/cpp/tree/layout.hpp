@@ -68,7 +68,7 @@ class Layout {
 
   const TreeTarget& t_;
   const ExactSettings& s_;
-  const SplitSearch search_;
+  SplitSearch search_;
   const int64_t columns_, n_;
   const double total_weight_;
 };

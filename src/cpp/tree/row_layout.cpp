@@ -18,14 +18,15 @@ class RowLayout final : public Layout {
         work_(search_.work()) {
     constexpr int64_t kRoom = 16;
     const int64_t words = sorted_.rows / 64 + 1;
-    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(3 * n_ + 2 * kRoom + sorted_.rows) * 4);
+    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(4 * n_ + 2 * kRoom + sorted_.rows) * 4);
     bits_ = memory_.as<uint64_t>();
     std::memset(bits_, 0, size_t(words) * 8);
     records_ = bits_ + words;
     keys_ = reinterpret_cast<uint32_t*>(records_ + 2 * n_);
     values_ = reinterpret_cast<float*>(keys_ + n_);
     spare_keys_ = reinterpret_cast<uint32_t*>(values_ + n_ + kRoom);
-    key_of_ = spare_keys_ + n_ + kRoom;
+    of_node_ = spare_keys_ + n_ + kRoom;
+    key_of_ = of_node_ + n_;
     int64_t kept = 0;
     for (int64_t r = 0; r < sorted_.rows; r++) {
       key_of_[r] = search_.key(uint32_t(r));
@@ -37,14 +38,21 @@ class RowLayout final : public Layout {
     search_.add_rows({}, {nullptr, keys_, n_, 0}, 0, n_, sums);
   }
 
-  void enter(const GrowingNode&, const double*, const int64_t*, int64_t) override {}
+  void enter(const GrowingNode& node, const double*, const int64_t*, int64_t) override {
+    if (node.start >= compact_.start && node.end <= compact_.end) return;
+    if (compact_.end) {
+      compact_.start = compact_.end = 0;
+      search_.as_given();
+    }
+    if (worth_compacting(node)) compact(node);
+  }
 
   Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
     if (!s_.random_splitter) {
       const NodeLimits limited = limits(f, node);
       if (few_.counts[size_t(f)] && search_.counts_few(sums, limited))
-        return search_.few(few_.codes[size_t(f)], few_.values.data() + f * kMostFewValues,
-                           keys_ + node.start, node.rows(), sums, limited, work_);
+        return search_.few(codes_of(f), few_.values.data() + f * kMostFewValues, keys_ + node.start,
+                           node.rows(), sums, limited, work_);
       return search_.best(slice(f, node), sums, limited, work_);
     }
     const Ranks ranks = ranks_in(f, node);
@@ -62,7 +70,7 @@ class RowLayout final : public Layout {
     judged_ = keys_ + node.start;
     const TreeKernels& kernels = tree_kernels();
     if (few_.counts[size_t(f)])
-      kernels.partition_codes(judged_, node.rows(), search_.shift(), few_.codes[size_t(f)],
+      kernels.partition_codes(judged_, node.rows(), search_.shift(), codes_of(f),
                               last_code(f, c.threshold), spare_keys_);
     else
       kernels.partition_rows(judged_, node.rows(), search_.shift(), ranks_of(f, node.rows()),
@@ -73,11 +81,85 @@ class RowLayout final : public Layout {
     search_.add_rows({}, s, c.left, s.n, right);
   }
 
-  int64_t row(int64_t i) const override { return judged_[i] >> search_.shift(); }
+  int64_t row(int64_t i) const override {
+    const uint32_t number = judged_[i] >> search_.shift();
+    return compact_.end ? compact_.rows[number] : number;
+  }
 
   void divide(const GrowingNode&, const ChosenSplit&, const int64_t*, int64_t) override {}
 
  private:
+  // The nodes below one of few rows are searched one after the other, and read its rows many times:
+  // what is read is laid together, with the rows numbered anew.
+  struct Compact {
+    int64_t start = 0, end = 0;  // of the node; 0: none
+    int64_t size = 0, room = 0;
+    Memory memory;
+    Presort::Entry* entries = nullptr;  // by column
+    uint8_t* codes = nullptr;           // by column, size + 3 each
+    std::vector<uint32_t> rows;
+  };
+
+  bool worth_compacting(const GrowingNode& node) const {
+    constexpr int64_t kMost = 1 << 18, kLeast = 64;
+    const int64_t n = node.rows();
+    if (few_.all || s_.max_leaf_nodes >= 0 || n < kLeast || n * columns_ > kMost) return false;
+    if (n * 2 > sorted_.rows) return false;
+    int64_t levels = 0;
+    while (levels < s_.max_depth - node.depth && n >> levels > 1) levels++;
+    return levels * s_.max_features * 2 >= columns_;
+  }
+
+  void compact(const GrowingNode& node) {
+    constexpr int64_t kAhead = 8;
+    if (!ranks_) ranks_ = &sorted_.ranks(threads_);
+    const int64_t n = node.rows();
+    const int shift = search_.shift();
+    uint32_t* keys = keys_ + node.start;
+    if (n > compact_.room) {
+      compact_.room = n;
+      compact_.memory = Memory(size_t(columns_) * size_t(n * 8 + n + 3));
+      compact_.entries = compact_.memory.as<Presort::Entry>();
+    }
+    compact_.size = n;
+    compact_.codes = reinterpret_cast<uint8_t*>(compact_.entries + columns_ * n);
+    compact_.rows.resize(size_t(n));
+    for (int64_t i = 0; i < n; i++) compact_.rows[size_t(i)] = keys[i] >> shift;
+    const uint32_t* rows = compact_.rows.data();
+    Presort::Entry* to = compact_.entries;
+    if (ranks_->by_row) {
+      for (int64_t i = 0; i < n; i++) {
+        const Presort::Entry* of_row = ranks_->by_row + rows[i] * columns_;
+        if (i + kAhead < n) {
+          const auto* next =
+              reinterpret_cast<const char*>(ranks_->by_row + rows[i + kAhead] * columns_);
+          for (int64_t b = 0; b < columns_ * 8; b += 64) __builtin_prefetch(next + b);
+        }
+        for (int64_t f = 0; f < columns_; f++) to[f * n + i] = of_row[f];
+      }
+    } else {
+      for (int64_t f = 0; f < columns_; f++)
+        for (int64_t i = 0; i < n; i++) {
+          const uint32_t rank = ranks_->by_column[f * sorted_.rows + rows[i]];
+          to[f * n + i] = {rank, sorted_.values[f * sorted_.rows + rank]};
+        }
+    }
+    for (int64_t f = 0; f < columns_; f++)
+      if (few_.counts[size_t(f)])
+        for (int64_t i = 0; i < n; i++)
+          compact_.codes[f * (n + 3) + i] = few_.codes[size_t(f)][rows[i]];
+    for (int64_t i = 0; i < n; i++) {
+      const uint32_t low = keys[i] & ((1u << shift) - 1);
+      key_of_[rows[i]] = keys[i] = uint32_t(i) << shift | low;
+    }
+    compact_.start = node.start, compact_.end = node.end;
+    if (!search_.by_keys() || s_.monotonic) search_.renumber(rows, n);
+  }
+
+  const uint8_t* codes_of(int64_t f) const {
+    return compact_.end ? compact_.codes + f * (compact_.size + 3) : few_.codes[size_t(f)];
+  }
+
   // The node's part of a column, in order, until the next one is asked for.
   SortedSlice slice(int64_t f, const GrowingNode& node) {
     const int64_t column = f * sorted_.rows;
@@ -91,6 +173,7 @@ class RowLayout final : public Layout {
 
   // Few rows of many read a cache line each, which holds their other columns as well.
   ColumnRanks ranks_of(int64_t f, int64_t rows) {
+    if (compact_.end) return {&compact_.entries[f * compact_.size].rank, 2};
     if (!ranks_) ranks_ = &sorted_.ranks(threads_);
     if (ranks_->by_row && rows * kDenseShare < sorted_.rows)
       return {&ranks_->by_row[f].rank, 2 * columns_};
@@ -107,11 +190,10 @@ class RowLayout final : public Layout {
     const ColumnRanks ranks = ranks_of(f, node.rows());
     const uint32_t first_missing = first_missing_rank(f);
     const int shift = search_.shift();
-    auto* of_node = reinterpret_cast<uint32_t*>(values_);
     Ranks r{kNoRank, 0, 0, false};
     for (int64_t i = node.start; i < node.end; i++) {
       const uint32_t place = ranks.rank[int64_t(keys_[i] >> shift) * ranks.stride];
-      of_node[i - node.start] = place;
+      of_node_[i - node.start] = place;
       r.least = std::min(r.least, place);
       r.most = std::max(r.most, place < first_missing ? place : 0);
       r.missing += place >= first_missing;
@@ -157,12 +239,11 @@ class RowLayout final : public Layout {
     if (c.threshold == values[r.most]) c.threshold = values[r.least];
     const uint32_t below = rank_behind(f, c.threshold);
     const uint32_t from = c.missing_left ? first_missing_rank(f) : kNoRank;
-    const auto* of_node = reinterpret_cast<const uint32_t*>(values_);
     const int64_t n = node.rows();
     int64_t left = 0;
     for (int64_t i = 0; i < n; i++) {
       spare_keys_[left] = keys_[node.start + i];
-      left += (of_node[i] < below) | (of_node[i] >= from);
+      left += (of_node_[i] < below) | (of_node_[i] >= from);
     }
     if (left < s_.min_samples_leaf || n - left < s_.min_samples_leaf) return c;
     std::fill(work_.left.begin(), work_.left.end(), 0.0);
@@ -184,7 +265,9 @@ class RowLayout final : public Layout {
   uint64_t *bits_ = nullptr, *records_ = nullptr;
   float* values_ = nullptr;
   uint32_t *keys_ = nullptr, *spare_keys_ = nullptr, *key_of_ = nullptr;
+  uint32_t* of_node_ = nullptr;  // ranks, after ranks_in
   uint32_t* judged_ = nullptr;
+  Compact compact_;
   SplitSearch::Work work_;
 };
 

@@ -38,7 +38,8 @@ const TreeKernels& tree_kernels() {
   return portable_tree();
 }
 
-SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), way_(Way::general) {
+SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows)
+    : given_(target), t_(target), way_(Way::general) {
   bool whole = true;
   double largest = 1;
   rows_of_weight_ = rows, total_weight_ = double(rows);
@@ -85,6 +86,7 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows) : t_(target), w
         way_ = Way::two_classes;
     }
     shift_ = class_bits_ + weight_bits_;
+    as_given();
     if (target.criterion == TreeCriterion::gini && whole && whole_weights_.empty() &&
         classes <= kMostFewClasses)
       lanes_ = classes <= 16 ? 16 : 64;
@@ -109,6 +111,29 @@ int64_t SplitSearch::keys(int64_t rows, uint32_t* out) const {
     kept += t_.weight(r) != 0.0;
   }
   return kept;
+}
+
+void SplitSearch::renumber(const uint32_t* rows, int64_t n) {
+  numbered_y_.resize(size_t(n * t_.outputs));
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t k = 0; k < t_.outputs; k++)
+      numbered_y_[size_t(i * t_.outputs + k)] = given_.y[rows[i] * t_.outputs + k];
+  t_.y = numbered_y_.data();
+  if (given_.weights) {
+    numbered_weights_.resize(size_t(n));
+    for (int64_t i = 0; i < n; i++) numbered_weights_[size_t(i)] = given_.weights[rows[i]];
+    t_.weights = numbered_weights_.data();
+  }
+  if (whole_of_key_) {
+    numbered_whole_.resize(size_t(n));
+    for (int64_t i = 0; i < n; i++) numbered_whole_[size_t(i)] = whole_weights_[rows[i]];
+    whole_of_key_ = numbered_whole_.data();
+  }
+}
+
+void SplitSearch::as_given() {
+  t_ = given_;
+  whole_of_key_ = whole_weights_.empty() ? nullptr : whole_weights_.data();
 }
 
 SplitSearch::Work SplitSearch::work() const {
@@ -210,8 +235,7 @@ void SplitSearch::best_fast(const SortedSlice& s, const double* sums, const Node
   const TreeKernels& kernels = tree_kernels();
   const int64_t present = s.n - s.missing, first = missing_left ? s.missing : 0;
   std::fill(w.left.begin(), w.left.end(), 0.0);
-  if (missing_left)
-    for (int64_t i = present; i < s.n; i++) t_.add(w.left.data(), s.keys[i] >> shift_);
+  if (missing_left) add_rows({}, s, present, s.n, w.left.data());
   SplitRange range{
       s.values, s.keys, present, first, limits.min_samples_leaf, s.n - limits.min_samples_leaf};
   BestCandidate found;
@@ -223,7 +247,7 @@ void SplitSearch::best_fast(const SortedSlice& s, const double* sums, const Node
                   class_bits_,
                   weight_bits_,
                   int(t_.most_classes),
-                  whole_weights_.empty() ? nullptr : whole_weights_.data(),
+                  whole_of_key_,
                   int64_t(sums[0]),
                   int64_t(w.left[0]),
                   w.counts.data(),
@@ -245,7 +269,7 @@ void SplitSearch::best_fast(const SortedSlice& s, const double* sums, const Node
   if (!missing_left && s.missing && present >= limits.min_samples_leaf &&
       s.missing >= limits.min_samples_leaf) {
     std::fill(w.left.begin(), w.left.end(), 0.0);
-    for (int64_t i = 0; i < present; i++) t_.add(w.left.data(), s.keys[i] >> shift_);
+    add_rows({}, s, 0, present, w.left.data());
     if (allowed(sums, limits, w))
       consider(s, present, proxy_of(t_, w.left.data(), w.right.data()), false, best);
   }

@@ -55,6 +55,10 @@ class SplitSearch {
   explicit SplitSearch(const TreeTarget& target, int64_t rows);
 
   int shift() const { return shift_; }
+  // From now on keys hold the numbers of rows in rows[0 .. n), not the rows.
+  void renumber(const uint32_t* rows, int64_t n);
+  // Keys hold rows again.
+  void as_given();
   uint32_t key(uint32_t row) const {
     uint32_t low = codes_.empty() ? 0 : uint32_t(codes_[row]);
     if (weight_bits_) low |= uint32_t(t_.weights[row]) << class_bits_;
@@ -73,6 +77,11 @@ class SplitSearch {
   bool weights_in_keys() const { return whole_weights_.empty(); }
   int class_bits() const { return class_bits_; }
   int weight_bits() const { return weight_bits_; }
+
+  // Whether the keys hold all that is read of their rows, without monotonic constraints.
+  bool by_keys() const {
+    return way_ == Way::two_classes || (way_ == Way::many_classes && whole_weights_.empty());
+  }
 
   // Sums of one thread at a time.
   struct Work {
@@ -105,14 +114,18 @@ class SplitSearch {
   void consider(const SortedSlice& s, int64_t j, double proxy, bool missing_left,
                 Candidate& best) const;
 
-  const TreeTarget& t_;
   int64_t rows_of_weight_ = 0;
   double total_weight_ = 0;
+  const TreeTarget& given_;
+  TreeTarget t_;  // by the numbers in the keys
   Way way_;
   int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
   int lanes_ = 0;                       // of a table of few values; 0: not counted
   std::vector<uint16_t> codes_;         // of each row, for one output of classes
   std::vector<int32_t> whole_weights_;  // of each row, where all are whole
+  const int32_t* whole_of_key_ = nullptr;
+  std::vector<double> numbered_y_, numbered_weights_;
+  std::vector<int32_t> numbered_whole_;
 };
 
 }  // namespace fastnn
