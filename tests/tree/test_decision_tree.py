@@ -187,6 +187,40 @@ def test_extra_trees(isa, no_fallback, name, parameters):
         assert_same(ours.tree_, theirs.tree_)
 
 
+@pytest.mark.parametrize("max_features", [None, 2, 9])
+def test_random_splits_of_more_rows_than_are_copied(isa, no_fallback, max_features):
+    """Nodes of few rows are copied together, of all kinds of targets; not where few features are looked at."""
+    draws = np.random.RandomState(0)
+    x = draws.randn(2503, 60).astype(np.float32)
+    x[draws.rand(*x.shape) < 0.02] = np.nan
+    whole = np.round(3 * np.nan_to_num(x[:, 0]) + draws.randn(len(x))) + 9
+    weights = draws.randint(0, 3, len(x))
+    few = {"splitter": "random", "max_features": max_features, "min_samples_leaf": 2}
+    for y, parameters in (
+        (whole > 9, {}),
+        (whole % 10, {}),
+        (whole % 3, {"criterion": "entropy"}),
+        (np.stack([whole % 3, whole > 9], axis=1), {}),
+        (whole > 9, {"max_leaf_nodes": 200}),
+    ):
+        for sample_weight in (None, weights):
+            ours, theirs = both("DecisionTreeClassifier", x, y, sample_weight, **few, **parameters)
+            assert_same(ours.tree_, theirs.tree_)
+    for y, parameters in (
+        (whole, {}),
+        (np.stack([whole, 2 - whole], axis=1), {}),
+        (whole, {"max_leaf_nodes": 200}),
+    ):
+        for sample_weight in (None, weights):
+            ours, theirs = both("DecisionTreeRegressor", x, y, sample_weight, **few, **parameters)
+            assert_same(ours.tree_, theirs.tree_)
+    # Sums that are rounded: splits tie that part a few rows alike, the rarer the fewer the columns.
+    y, fraction = np.abs(whole) + draws.rand(len(x)), draws.rand(len(x))
+    for parameters in ({}, {"criterion": "poisson"}):
+        ours, theirs = both("DecisionTreeRegressor", x[:, :12], y, fraction, **few, **parameters)
+        assert count_ties(ours.tree_, theirs.tree_) <= 0.01 * ours.tree_.node_count
+
+
 @pytest.mark.parametrize("n_classes", [2, 10, 16, 17, 64, 65])
 @pytest.mark.parametrize("kind", ["few", "one more", "too near", "missing", "heavy"])
 def test_columns_of_few_values(isa, no_fallback, n_classes, kind):

@@ -457,7 +457,7 @@ def test_bad_addresses():
     given = _cpu.TreeBins(x.ctypes.data, 4, 2, 2, 1, bins.ctypes.data, 4)
     y = np.zeros((4, 1))
     target = (2, 1, 0, 1, y.ctypes.data, 0)
-    with pytest.raises(ValueError, match="random_splitter"):
-        _cpu.tree_grow_binned(given, target, (True, 2, 3, 2, 1, -1, 0.0, 0.0, 0, 1, 1))
-    with pytest.raises(ValueError, match="eleven"):
+    with pytest.raises(ValueError, match="min_samples_leaf"):
+        _cpu.tree_grow_binned(given, target, (2, 3, 2, 0, -1, 0.0, 0.0, 0, 1, 1))
+    with pytest.raises(ValueError, match="ten"):
         _cpu.tree_grow_binned(given, target, (True, 2))

@@ -74,7 +74,9 @@ class ExactTree(KnownParameters, BaseDecisionTree):
         else:
             settings, self.max_features_ = shared.settings
         settings = settings._replace(seed=self._seed())
-        if self.max_bins is None or settings.random_splitter:
+        if self.splitter == "random":
+            make, grow = _exact.columns_of, _exact.grow_random
+        elif self.max_bins is None:
             make, grow = _exact.presort, _exact.grow
         else:
             make, grow = functools.partial(Bins, max_bins=self.max_bins), Bins.grow
@@ -185,7 +187,6 @@ class ExactTree(KnownParameters, BaseDecisionTree):
         self.max_features_ = most
         weight = n_samples if sample_weight is None else np.sum(sample_weight)
         return _exact.Settings(
-            random_splitter=self.splitter == "random",
             max_features=int(most),
             max_depth=np.iinfo(np.int32).max if self.max_depth is None else int(self.max_depth),
             min_samples_split=int(max(split, 2 * least)),

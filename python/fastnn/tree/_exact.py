@@ -25,6 +25,13 @@ def presort(X: np.ndarray, threads: int = 0) -> _cpu.TreePresort:
     return _cpu.TreePresort(X.ctypes.data, rows, columns, X.strides[0] // 4, X.strides[1] // 4, threads)
 
 
+def columns_of(X: np.ndarray, threads: int = 0) -> _cpu.TreeColumns:
+    """The columns of a float32 matrix of any strides, each in one piece: for random splits."""
+    X = readable(X)
+    rows, columns = X.shape
+    return _cpu.TreeColumns(X.ctypes.data, rows, columns, X.strides[0] // 4, X.strides[1] // 4, threads)
+
+
 class Target(NamedTuple):
     """What is predicted: float64 ``y`` (rows, outputs), codes 0, 1, ... in classification, and float64 weights."""
 
@@ -51,7 +58,6 @@ class Target(NamedTuple):
 class Settings(NamedTuple):
     """The parameters of a tree, as numbers. ``max_leaf_nodes`` of -1 grows depth first; 0 threads are torch's."""
 
-    random_splitter: bool
     max_features: int
     max_depth: int
     min_samples_split: int
@@ -72,6 +78,10 @@ def fits(target: Target) -> bool:
     classes = target.most_classes if target.y.shape[1] == 1 else 1
     bits = max(1, (classes - 1).bit_length()) if classes <= 65536 else 1
     return target.y.shape[0] < 2 ** min(31, 32 - bits) - 1
+
+
+def grow_random(columns: _cpu.TreeColumns, target: Target, settings: Settings) -> _cpu.ExactTree:
+    return _cpu.tree_grow_random(columns, target.arguments(), settings.arguments())
 
 
 def grow(sorted_columns: _cpu.TreePresort, target: Target, settings: Settings) -> _cpu.ExactTree:

@@ -63,6 +63,17 @@ std::unique_ptr<Presort> presort(uintptr_t x, int64_t rows, int64_t columns, int
   return std::make_unique<Presort>(m, threads_argument(threads));
 }
 
+std::unique_ptr<ValueColumns> value_columns(uintptr_t x, int64_t rows, int64_t columns,
+                                            int64_t row_stride, int64_t column_stride,
+                                            int threads) {
+  const char* op = "tree_columns";
+  if (rows < 1 || columns < 1) bad_argument(op, "shape", "rows and columns");
+  if (rows > INT32_MAX) bad_argument(op, "rows", "less than 2^31");
+  const FloatMatrix m{address<float>(op, "x", x), rows, columns, row_stride, column_stride};
+  py::gil_scoped_release release;
+  return std::make_unique<ValueColumns>(m, threads_argument(threads));
+}
+
 // Bins of one byte, which the caller keeps alive, and the values that they are of.
 std::unique_ptr<BinnedColumns> binned(uintptr_t x, int64_t rows, int64_t columns,
                                       int64_t row_stride, int64_t column_stride, uintptr_t bins,
@@ -78,19 +89,18 @@ std::unique_ptr<BinnedColumns> binned(uintptr_t x, int64_t rows, int64_t columns
 }
 
 ExactSettings settings_argument(const char* op, const py::tuple& settings) {
-  if (settings.size() != 11) bad_argument(op, "settings", "eleven entries");
+  if (settings.size() != 10) bad_argument(op, "settings", "ten entries");
   ExactSettings s;
-  s.random_splitter = settings[0].cast<bool>();
-  s.max_features = settings[1].cast<int64_t>();
-  s.max_depth = settings[2].cast<int64_t>();
-  s.min_samples_split = settings[3].cast<int64_t>();
-  s.min_samples_leaf = settings[4].cast<int64_t>();
-  s.max_leaf_nodes = settings[5].cast<int64_t>();
-  s.min_weight_leaf = settings[6].cast<double>();
-  s.min_impurity_decrease = settings[7].cast<double>();
-  s.monotonic = address<int8_t>(op, "monotonic", settings[8].cast<uintptr_t>(), true);
-  s.seed = settings[9].cast<uint32_t>();
-  s.threads = threads_argument(settings[10].cast<int>());
+  s.max_features = settings[0].cast<int64_t>();
+  s.max_depth = settings[1].cast<int64_t>();
+  s.min_samples_split = settings[2].cast<int64_t>();
+  s.min_samples_leaf = settings[3].cast<int64_t>();
+  s.max_leaf_nodes = settings[4].cast<int64_t>();
+  s.min_weight_leaf = settings[5].cast<double>();
+  s.min_impurity_decrease = settings[6].cast<double>();
+  s.monotonic = address<int8_t>(op, "monotonic", settings[7].cast<uintptr_t>(), true);
+  s.seed = settings[8].cast<uint32_t>();
+  s.threads = threads_argument(settings[9].cast<int>());
   if (s.min_samples_leaf < 1) bad_argument(op, "min_samples_leaf", "1 or more");
   return s;
 }
@@ -110,9 +120,17 @@ std::unique_ptr<ExactTree> grow_in_bins(const BinnedColumns& binned, const py::t
   const char* op = "tree_grow_binned";
   const TreeTarget target = target_argument(op, given, binned.rows);
   const ExactSettings s = settings_argument(op, settings);
-  if (s.random_splitter) bad_argument(op, "random_splitter", "false");
   py::gil_scoped_release release;
   return std::make_unique<ExactTree>(grow_binned(binned, target, s));
+}
+
+std::unique_ptr<ExactTree> grow_at_random(const ValueColumns& columns, const py::tuple& given,
+                                          const py::tuple& settings) {
+  const char* op = "tree_grow_random";
+  const TreeTarget target = target_argument(op, given, columns.rows);
+  const ExactSettings s = settings_argument(op, settings);
+  py::gil_scoped_release release;
+  return std::make_unique<ExactTree>(grow_random(columns, target, s));
 }
 
 // Nodes of 64 bytes each, and values, to where there is room for them.
@@ -167,6 +185,10 @@ void bind_tree_exact(py::module_& m) {
         std::memcpy(address<void>("copy_to", "values", values), p.values, bytes);
         std::memcpy(address<void>("copy_to", "order", order), p.order, bytes);
       });
+  py::class_<ValueColumns>(m, "TreeColumns", py::module_local(),
+                           "Columns of float32, each in one piece.")
+      .def(py::init(&value_columns), py::arg("x"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_stride"), py::arg("column_stride"), py::arg("threads") = 0);
   py::class_<BinnedColumns>(m, "TreeBins", py::module_local(),
                             "Columns of bins of one byte, with the values that fell into them.")
       .def(py::init(&binned), py::arg("x"), py::arg("rows"), py::arg("columns"),
@@ -178,6 +200,8 @@ void bind_tree_exact(py::module_& m) {
       .def_readonly("max_depth", &ExactTree::max_depth)
       .def("copy_to", &copy_tree);
   m.def("tree_grow_exact", &grow, py::arg("presort"), py::arg("target"), py::arg("settings"));
+  m.def("tree_grow_random", &grow_at_random, py::arg("columns"), py::arg("target"),
+        py::arg("settings"));
   m.def("tree_grow_binned", &grow_in_bins, py::arg("bins"), py::arg("target"), py::arg("settings"));
   m.def("tree_first_draw", &draw, py::arg("seed"), py::arg("below"));
   m.def("tree_bootstrap", &counts, py::arg("seed"), py::arg("rows"), py::arg("draws"),

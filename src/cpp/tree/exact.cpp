@@ -10,7 +10,7 @@ namespace fastnn {
 ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
                      const ExactSettings& settings) {
   // Columns kept in order cost the same for every node, whichever features it looks at.
-  bool by_rows = settings.random_splitter || settings.max_features * 2 <= sorted.columns;
+  bool by_rows = settings.max_features * 2 <= sorted.columns;
   // Few values are counted, in any order of the rows.
   if (target.criterion == TreeCriterion::gini && target.outputs == 1 &&
       target.classes[0] <= kMostFewClasses && sorted.rows <= kMostFewWeight && !settings.monotonic)
@@ -18,6 +18,11 @@ ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
   return grow(
       by_rows ? *row_layout(sorted, target, settings) : *column_layout(sorted, target, settings),
       target, settings);
+}
+
+ExactTree grow_random(const ValueColumns& columns, const TreeTarget& target,
+                      const ExactSettings& settings) {
+  return grow(*random_layout(columns, target, settings), target, settings);
 }
 
 ExactTree grow_binned(const BinnedColumns& binned, const TreeTarget& target,

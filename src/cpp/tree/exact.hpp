@@ -1,5 +1,6 @@
-// Decision trees grown by exact search: the tree scikit-learn grows, node for node. And by a search
-// of the borders between bins, which is the same where each value has a bin of its own.
+// Decision trees grown by exact search: the tree scikit-learn grows, node for node. By a search of
+// the borders between bins, which is the same where each value has a bin of its own. And by random
+// thresholds, scikit-learn's again.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -7,11 +8,11 @@
 #include "tree/binned.hpp"
 #include "tree/criteria.hpp"
 #include "tree/presort.hpp"
+#include "tree/value_columns.hpp"
 
 namespace fastnn {
 
 struct ExactSettings {
-  bool random_splitter = false;
   int64_t max_features = 1, max_depth = INT32_MAX;
   int64_t min_samples_split = 2, min_samples_leaf = 1;
   int64_t max_leaf_nodes = -1;  // -1: depth first, without a limit
@@ -43,7 +44,8 @@ bool fits_exact(const TreeTarget& target, int64_t rows);
 // Throws std::bad_alloc.
 ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
                      const ExactSettings& settings);
-// Not with a random splitter.
+ExactTree grow_random(const ValueColumns& columns, const TreeTarget& target,
+                      const ExactSettings& settings);
 ExactTree grow_binned(const BinnedColumns& binned, const TreeTarget& target,
                       const ExactSettings& settings);
 

@@ -82,6 +82,11 @@ std::unique_ptr<Layout> column_layout(const Presort& sorted, const TreeTarget& t
 std::unique_ptr<Layout> row_layout(const Presort& sorted, const TreeTarget& target,
                                    const ExactSettings& settings);
 
+// Each row once, in any order, for random splits: a node's values of a column are read where they
+// lie.
+std::unique_ptr<Layout> random_layout(const ValueColumns& columns, const TreeTarget& target,
+                                      const ExactSettings& settings);
+
 // Each row once, in the order of the rows, and columns of bins.
 std::unique_ptr<Layout> bin_layout(const BinnedColumns& binned, const TreeTarget& target,
                                    const ExactSettings& settings);

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "tree/layout.hpp"
 
@@ -18,15 +17,14 @@ class RowLayout final : public Layout {
         work_(search_.work()) {
     constexpr int64_t kRoom = 16;
     const int64_t words = sorted_.rows / 64 + 1;
-    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(4 * n_ + 2 * kRoom + sorted_.rows) * 4);
+    memory_ = Memory(size_t(words + 2 * n_) * 8 + size_t(3 * n_ + 2 * kRoom + sorted_.rows) * 4);
     bits_ = memory_.as<uint64_t>();
     std::memset(bits_, 0, size_t(words) * 8);
     records_ = bits_ + words;
     keys_ = reinterpret_cast<uint32_t*>(records_ + 2 * n_);
     values_ = reinterpret_cast<float*>(keys_ + n_);
     spare_keys_ = reinterpret_cast<uint32_t*>(values_ + n_ + kRoom);
-    of_node_ = spare_keys_ + n_ + kRoom;
-    key_of_ = of_node_ + n_;
+    key_of_ = spare_keys_ + n_ + kRoom;
     int64_t kept = 0;
     for (int64_t r = 0; r < sorted_.rows; r++) {
       key_of_[r] = search_.key(uint32_t(r));
@@ -47,19 +45,12 @@ class RowLayout final : public Layout {
     if (worth_compacting(node)) compact(node);
   }
 
-  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
-    if (!s_.random_splitter) {
-      const NodeLimits limited = limits(f, node);
-      if (few_.counts[size_t(f)] && search_.counts_few(sums, limited))
-        return search_.few(codes_of(f), few_.values.data() + f * kMostFewValues, keys_ + node.start,
-                           node.rows(), sums, limited, work_);
-      return search_.best(slice(f, node), sums, limited, work_);
-    }
-    const Ranks ranks = ranks_in(f, node);
-    if (!ranks.constant) return random_candidate(f, ranks, node, sums, draws);
-    Candidate none{};
-    none.constant = true;
-    return none;
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws&) override {
+    const NodeLimits limited = limits(f, node);
+    if (few_.counts[size_t(f)] && search_.counts_few(sums, limited))
+      return search_.few(codes_of(f), few_.values.data() + f * kMostFewValues, keys_ + node.start,
+                         node.rows(), sums, limited, work_);
+    return search_.best(slice(f, node), sums, limited, work_);
   }
 
   // Divides the node's rows on the way.
@@ -180,30 +171,6 @@ class RowLayout final : public Layout {
     return {ranks_->by_column + f * sorted_.rows, 1};
   }
 
-  // The node's ranks in a column.
-  struct Ranks {
-    uint32_t least, most;  // of those that are not missing
-    int64_t missing;
-    bool constant;
-  };
-  Ranks ranks_in(int64_t f, const GrowingNode& node) {
-    const ColumnRanks ranks = ranks_of(f, node.rows());
-    const uint32_t first_missing = first_missing_rank(f);
-    const int shift = search_.shift();
-    Ranks r{kNoRank, 0, 0, false};
-    for (int64_t i = node.start; i < node.end; i++) {
-      const uint32_t place = ranks.rank[int64_t(keys_[i] >> shift) * ranks.stride];
-      of_node_[i - node.start] = place;
-      r.least = std::min(r.least, place);
-      r.most = std::max(r.most, place < first_missing ? place : 0);
-      r.missing += place >= first_missing;
-    }
-    const float* values = sorted_.values + f * sorted_.rows;
-    r.constant = r.missing == node.rows() ||
-                 (!r.missing && !(values[r.most] > values[r.least] + kFeatureThreshold));
-    return r;
-  }
-
   uint32_t first_missing_rank(int64_t f) const {
     return uint32_t(sorted_.rows - sorted_.missing[size_t(f)]);
   }
@@ -228,33 +195,6 @@ class RowLayout final : public Layout {
     return int(std::upper_bound(values, values + few_.counts[size_t(f)], threshold) - values) - 1;
   }
 
-  // A random threshold between the least and the largest value, after ranks_in.
-  Candidate random_candidate(int64_t f, const Ranks& r, const GrowingNode& node, const double* sums,
-                             Draws& draws) {
-    Candidate c{};
-    c.proxy = -std::numeric_limits<double>::infinity(), c.missing = r.missing;
-    const float* values = sorted_.values + f * sorted_.rows;
-    c.threshold = draws.uniform(values[r.least], values[r.most]);
-    if (r.missing) c.missing_left = draws.integer(0, 2) != 0;
-    if (c.threshold == values[r.most]) c.threshold = values[r.least];
-    const uint32_t below = rank_behind(f, c.threshold);
-    const uint32_t from = c.missing_left ? first_missing_rank(f) : kNoRank;
-    const int64_t n = node.rows();
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; i++) {
-      spare_keys_[left] = keys_[node.start + i];
-      left += (of_node_[i] < below) | (of_node_[i] >= from);
-    }
-    if (left < s_.min_samples_leaf || n - left < s_.min_samples_leaf) return c;
-    std::fill(work_.left.begin(), work_.left.end(), 0.0);
-    search_.add_rows({}, {nullptr, spare_keys_, n, 0}, 0, left, work_.left.data());
-    if (!search_.allowed(sums, limits(f, node), work_)) return c;
-    c.proxy = proxy_of(t_, work_.left.data(), work_.right.data());
-    c.told_missing_left = r.missing ? c.missing_left : left > n - left;
-    c.left = left;
-    return c;
-  }
-
   static constexpr uint32_t kNoRank = 0xffffffffu;
 
   const Presort& sorted_;
@@ -265,7 +205,6 @@ class RowLayout final : public Layout {
   uint64_t *bits_ = nullptr, *records_ = nullptr;
   float* values_ = nullptr;
   uint32_t *keys_ = nullptr, *spare_keys_ = nullptr, *key_of_ = nullptr;
-  uint32_t* of_node_ = nullptr;  // ranks, after ranks_in
   uint32_t* judged_ = nullptr;
   Compact compact_;
   SplitSearch::Work work_;
