@@ -7,6 +7,7 @@ exits with 1 if the table is not what the files say.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ BEGIN, END = "<!-- speed: made by bench/readme.py -->", "<!-- /speed -->"
 
 def table() -> str:
     """The table in Markdown, a line about the machine, and the table of memory if that was measured."""
-    found = [json.loads(path.read_text()) for row in ROWS if (path := RESULTS / f"{row.name}.json").exists()]
+    rows = [(row, path) for row in ROWS if (path := RESULTS / f"{row.name}.json").exists()]
+    found = [json.loads(path.read_text()) for _, path in rows]
     if not found:
         return "Not measured yet: `make bench`."
     lines = [
-        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | share of peak |",
+        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | share of peak; of trees CPU time: times less |",
         "|---|---|---|---|---|",
     ]
-    for each in found:
+    for (row, _), each in zip(rows, found, strict=True):
         measured, target = each["measured"], each["target"]
         if len(each["results"]) == 1:
             low, high = each["results"][0]["ratio_quartiles"]
@@ -41,6 +43,8 @@ def table() -> str:
             targets.append(f"mean ≥ {target['geometric_mean']:g}")
         mark = "met" if each["met"] else "not met"
         share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
+        if row.trees:
+            share = _cpu(each["results"])
         names = (name.split()[0] for result in each["results"] for name in result["contestants"])
         peers = ", ".join(name for name in dict.fromkeys(names) if name != "fastnn")
         lines.append(f"| {each['title']} | {ratio} | {peers} | {', '.join(targets)}: {mark} | {share} |")
@@ -53,6 +57,17 @@ def table() -> str:
     if memory.RESULTS.exists():
         lines += ["", *_memory(json.loads(memory.RESULTS.read_text()))]
     return "\n".join(lines)
+
+
+def _cpu(results: list[dict[str, Any]]) -> str:
+    """How many times less CPU time fastnn took than the fastest peer: geometric mean, and least to most."""
+    ratios = []
+    for result in results:
+        ours, peer = (result["contestants"][result["fastest"][who]] for who in ("fastnn", "peer"))
+        if "cpu_seconds" not in ours:
+            return "–"
+        ratios.append(peer["cpu_seconds"] / ours["cpu_seconds"])
+    return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
 
 
 def _memory(found: dict[str, Any]) -> list[str]:

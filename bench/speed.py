@@ -34,6 +34,23 @@ class Row:
     mean: float | None = None
     isa: str | None = None
 
+    @property
+    def trees(self) -> bool:
+        """Whether it is about trees, for which the machine has no peak; they are judged by CPU time too."""
+        return self.work[0][0] in _TREES
+
+
+_TREES = {
+    "exact_tree",
+    "forest",
+    "digits_tree",
+    "binning",
+    "histogram_tree",
+    "binned_tree",
+    "boosting",
+    "tree_predict",
+}
+
 
 def _each(benchmark: str, shapes: tuple[Shape, ...]) -> tuple[Work, ...]:
     return tuple((benchmark, shape) for shape in shapes)

@@ -74,6 +74,17 @@ def test_a_load_that_comes_and_goes_falls_on_both():
     assert ratio == pytest.approx(2.0, rel=0.5)
 
 
+def test_time_on_cores_is_that_of_the_work_alone():
+    def work():
+        end = time.process_time() + 2e-3
+        while time.process_time() < end:
+            pass
+
+    timing = bench.compare({"works": work, "sleeps": lambda: time.sleep(4e-3)}, [()], seconds=0.05)
+    record = timing.to_dict()["contestants"]
+    assert record["works"]["cpu_seconds"] >= 2e-3 > record["sleeps"]["cpu_seconds"] >= 0
+
+
 def test_short_calls_are_timed_many_at_a_time_and_slow_ones_few():
     clock = Clock()
     timing = bench.compare({"short": clock.work(1e-6), "slow": clock.work(1.0)}, [()], seconds=0.1, clock=clock)

@@ -16,7 +16,8 @@ def assert_same(ours, theirs):
 
 
 def count_ties(ours, theirs) -> int:
-    """How many splits differ, where it must be because their gains are equal but for rounding; below them nothing is compared.
+    """How many splits differ, where it must be because their gains are equal but for rounding; below them nothing is compared,
+    as other rows stand there, and everything is in the other subtrees.
 
     Everywhere else features and counts are equal, and thresholds to the bit.
     """

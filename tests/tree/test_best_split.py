@@ -138,6 +138,8 @@ def test_property(rows, n_classes):
         ((np.array([0, np.inf]), [0, 1]), {}, "infinity"),
         ((np.zeros(2), [0, 1]), {"criterion": "best"}, "criterion must be"),
         ((np.zeros(2), [0, 2]), {"n_classes": 2}, "integers from 0 to n_classes - 1 = 1"),
+        ((np.zeros(2), [0, 1]), {"n_classes": 10**12}, "n_classes must be at most 65536"),
+        (([["a"], ["b"]], [0, 1]), {}, "could not convert"),
         ((np.zeros(2), [0, -1]), {"n_classes": 2}, "integers from 0"),
         ((np.zeros(2), [0.5, 1]), {"n_classes": 2}, "integers from 0"),
         ((np.zeros(2), [0, 1]), {"sample_weight": [1]}, "sample_weight must have shape"),

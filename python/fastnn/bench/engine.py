@@ -41,6 +41,8 @@ class Timing:
     seconds: dict[str, list[float]]
     calls_a_turn: dict[str, int]
     load_average: float
+    #: The same of the whole process's time on its cores, all threads together.
+    cpu_seconds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
         """Seconds a call."""
@@ -69,6 +71,7 @@ class Timing:
                 name: {
                     "seconds": self.median(name),
                     "quartiles": list(self.spread(name)),
+                    "cpu_seconds": statistics.median(self.cpu_seconds[name]),
                     "rounds": len(values),
                     "calls_a_turn": self.calls_a_turn[name],
                 }
@@ -102,6 +105,7 @@ def compare(
     slowest = max(time_of_call for _, time_of_call in calls.values())
     least = 3 if slowest > _SLOW_SECONDS else _MIN_ROUNDS
     measured: dict[str, list[float]] = {name: [] for name in contestants}
+    on_cores: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     end = clock() + seconds
     position = dict.fromkeys(names, 0)
@@ -115,11 +119,12 @@ def compare(
             position[name] += count
             if pause:
                 time.sleep(pause)
-            start = clock()
+            start_on_cores, start = time.process_time(), clock()
             for arguments in turn:
                 function(*arguments)
             measured[name].append((clock() - start) / count)
-    return Timing(measured, {name: count for name, (count, _) in calls.items()}, load)
+            on_cores[name].append((time.process_time() - start_on_cores) / count)
+    return Timing(measured, {name: count for name, (count, _) in calls.items()}, load, on_cores)
 
 
 def _warm_up(

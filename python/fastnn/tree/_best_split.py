@@ -50,8 +50,9 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
         values, which count as one where they are closer than 1e-7; and of equally good ones the first is taken.
 
     Raises:
-        ValueError: for other shapes, lengths, criteria, infinite values, no rows, or classes outside of ``n_classes``.
-        TypeError: for what cannot be read as numbers.
+        ValueError: for other shapes, lengths, criteria, infinite values, no rows, classes outside of ``n_classes``, an
+            ``n_classes`` beyond 65536, and strings that are no numbers.
+        TypeError: for objects that cannot be read as numbers.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {sorted(CRITERIA)}, got {criterion!r}")
@@ -91,6 +92,10 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
     return BestSplit(feature, threshold, gain, whole, *arrays)
 
 
+#: A table of all classes is kept; more than there are may be given, and this bounds it.
+_MOST_CLASSES = 65536
+
+
 def _targets(y: np.ndarray, n_classes: int | None, criterion: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Numbers, or the codes of classes and how many there are."""
     if y.ndim != 1:
@@ -108,6 +113,8 @@ def _targets(y: np.ndarray, n_classes: int | None, criterion: str) -> tuple[np.n
         values, y = np.unique(y, return_inverse=True)
         n_classes = len(values)
     else:
+        if n_classes > _MOST_CLASSES:
+            raise ValueError(f"n_classes must be at most {_MOST_CLASSES}, got {n_classes}")
         codes = np.asarray(y)
         if codes.dtype.kind not in "biu" or (codes.size and (codes.min() < 0 or codes.max() >= n_classes)):
             raise ValueError(f"y must hold integers from 0 to n_classes - 1 = {n_classes - 1}")
