@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.ensemble._hist_gradient_boosting.binning import _BinMapper
+from sklearn.ensemble._hist_gradient_boosting.binning import _BinMapper, _find_binning_thresholds
 
-from fastnn.tree._binning import BinMapper, bin_columns, bin_edges
+from fastnn.tree._binning import BinMapper, bin_columns, bin_edges, weighted_edges
 
 
 def with_missing(x, share=0.1, seed=1):
@@ -135,3 +135,25 @@ def test_bad_input():
         bin_edges(X, 256)
     with pytest.raises(ValueError, match="up to 255 edges a column"):
         bin_columns(X, [np.arange(256.0), np.zeros(1)])
+
+
+@pytest.mark.parametrize("kind", ["any", "integers", "many orders of magnitude", "ties", "missing", "infinite"])
+def test_edges_of_rows_with_weights(kind):
+    rng = np.random.default_rng(0)
+    X, weight = rng.standard_normal(2003), rng.random(2003)
+    if kind == "integers":
+        weight = rng.integers(0, 4, 2003).astype(float)
+    elif kind == "many orders of magnitude":
+        weight = np.exp(20 * rng.standard_normal(2003))
+    elif kind == "ties":
+        X = np.round(X, 2)
+    elif kind == "missing":
+        X[::3] = np.nan
+    elif kind == "infinite":
+        X[:300], X[300:500] = np.inf, -np.inf
+    for max_bins in (255, 31, 2):
+        with np.errstate(invalid="ignore"):
+            expected = _find_binning_thresholds(X, max_bins, sample_weight=weight)
+            got = weighted_edges(X, weight, max_bins)
+        assert got.dtype == expected.dtype and len(got) > 0
+        np.testing.assert_array_equal(got, expected)

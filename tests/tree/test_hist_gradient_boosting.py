@@ -16,6 +16,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from fastnn.tree import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
@@ -49,7 +50,7 @@ WEIGHT = np.random.default_rng(3).random(5000)
 
 # name: kind, data, parameters, further arguments of fit
 CASES = {
-    "two classes": ("classifier", two_classes, {}, {}),
+    "two classes": ("classifier", two_classes, {"max_iter": 30}, {}),
     "three classes": ("classifier", three_classes, {"max_iter": 30}, {}),
     "labels": (
         "classifier",
@@ -66,12 +67,17 @@ CASES = {
     "weights": ("classifier", two_classes, {"max_iter": 30}, {"sample_weight": WEIGHT[:4001]}),
     "missing": ("classifier", lambda: (with_missing(two_classes()[0]), two_classes()[1]), {"max_iter": 30}, {}),
     "features drawn": ("classifier", two_classes, {"max_features": 0.4, "max_iter": 30}, {}),
-    "few bins": ("classifier", two_classes, {"max_bins": 15, "max_depth": 4, "l2_regularization": 2.0}, {}),
+    "few bins": (
+        "classifier",
+        two_classes,
+        {"max_bins": 15, "max_depth": 4, "l2_regularization": 2.0, "max_iter": 30},
+        {},
+    ),
     "interactions": ("regressor", numbers, {"interaction_cst": "pairwise", "max_iter": 30}, {}),
     "no interactions": ("regressor", numbers, {"interaction_cst": "no_interactions", "max_iter": 30}, {}),
     "monotonic": ("regressor", numbers, {"monotonic_cst": [1, 0, -1, 0, 0, 1, 0, 0, 0, 0], "max_iter": 30}, {}),
-    "numbers": ("regressor", numbers, {}, {}),
-    "depth 6": ("regressor", numbers, {"max_leaf_nodes": None, "max_depth": 6}, {}),
+    "numbers": ("regressor", numbers, {"max_iter": 30}, {}),
+    "depth 6": ("regressor", numbers, {"max_leaf_nodes": None, "max_depth": 6, "max_iter": 30}, {}),
     "absolute error": ("regressor", numbers, {"loss": "absolute_error", "max_iter": 30}, {}),
     "quantile, weights": (
         "regressor",
@@ -113,7 +119,9 @@ CASES = {
 def test_the_model_is_scikit_learns(case):
     kind, data, parameters, more = CASES[case]
     X, y = data()
-    ours, theirs = (models[kind](random_state=0, **parameters).fit(X, y, **more) for models in (OURS, THEIRS))
+    # On one thread: scikit-learn's loops wait long for each other where other programs use the cores.
+    with threadpool_limits(1, user_api="openmp"):
+        ours, theirs = (models[kind](random_state=0, **parameters).fit(X, y, **more) for models in (OURS, THEIRS))
     assert ours.n_iter_ == theirs.n_iter_
     assert ours.n_trees_per_iteration_ == theirs.n_trees_per_iteration_
     assert ours.do_early_stopping_ == theirs.do_early_stopping_
