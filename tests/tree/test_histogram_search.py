@@ -445,6 +445,21 @@ def test_tensors_and_float64():
     assert_same(clone(tree).fit(x.astype(np.float64), y).tree_, expected.tree_)
 
 
+def test_large_arrays_of_float64():
+    """Which are rounded to float32 by another way than small ones."""
+    rng = np.random.RandomState(0)
+    x = rng.rand(70_000, 16)
+    x[0, 0] = np.nan
+    y = (x[:, 3] > 0.5) ^ (rng.rand(len(x)) < 0.1)
+    tree = fastnn.tree.DecisionTreeClassifier(max_bins=31, max_depth=2, random_state=0)
+    expected = clone(tree).fit(x.astype(np.float32), y)
+    for given in (x, np.asfortranarray(x), x[:, ::-1][:, ::-1]):
+        assert_same(clone(tree).fit(given, y).tree_, expected.tree_)
+    x[5, 5] = 1e300
+    with pytest.raises(ValueError, match="infinity or a value too large for dtype"):
+        tree.fit(x, y)
+
+
 def test_bad_addresses():
     x = np.zeros((4, 2), np.float32)
     bins = np.zeros(8 + 64, np.uint8)

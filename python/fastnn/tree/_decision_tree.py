@@ -8,6 +8,7 @@ from numbers import Integral
 
 import numpy as np
 import sklearn.tree
+import torch
 from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin
 from sklearn.tree._classes import BaseDecisionTree
@@ -16,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from .. import _cpu, _state
+from ..backends.cpu import empty
 from . import _exact
 from ._histogram_search import Bins, with_max_bins
 from ._predict import ClassifierTreeMixin, TreeMixin
@@ -234,10 +236,21 @@ def _plain_arrays(X, y):
     ):
         return None
     with np.errstate(over="ignore", invalid="ignore"):
-        X = X.astype(np.float32, copy=False)
+        X = _as_float32(X)
         if not np.isfinite(np.sum(X)) or (y.dtype.kind == "f" and not np.isfinite(np.sum(y))):
             return None
     return X, y
+
+
+#: Elements of an array whose copy is worth memory that was used before.
+_LARGE = 1 << 20
+
+
+def _as_float32(X):
+    """X itself, or rounded; large copies are made by all threads, in memory that the process need not ask for anew."""
+    if X.dtype != np.float64 or X.size < _LARGE or not X.flags.c_contiguous or not X.flags.writeable:
+        return X.astype(np.float32, copy=False)
+    return empty(X.shape, torch.float32).copy_(torch.from_numpy(X)).numpy()
 
 
 #: Above as many classes scikit-learn may warn that these are no classes.

@@ -26,6 +26,7 @@ class BinLayout final : public Layout {
         shift_(search_.shift()),
         candidates_(size_t(binned.columns)) {
     choose_way();
+    for (const BinnedColumns::Column& c : binned_.of) some_close_ = some_close_ || c.close;
     keys_ = Memory(size_t(n_ + 1) * 4);
     spare_ = Memory(size_t(n_ + 16) * 4);
     search_.keys(binned_.rows, keys());
@@ -44,6 +45,7 @@ class BinLayout final : public Layout {
              int64_t count) override {
     best_proxy_ = -kInfinity, enough_ = -1, left_known_ = false;
     take_kept(node);
+    make_room(node.rows());
     if (way_ == Way::one_target && slot_ < 0) gather(node.start, node.end);
     const bool keep =
         count && words_ && slot_ < 0 && node.rows() >= kLarge && columns_ * words_ <= kMostKept;
@@ -262,6 +264,19 @@ class BinLayout final : public Layout {
            (way_ == Way::many_classes && slot_ < 0 && rows < kBinSlots);
   }
 
+  // For rows that are sorted: threads must not ask for memory.
+  void make_room(int64_t rows) {
+    if (!some_close_ &&
+        (by_classes() ? way_ == Way::two_classes || rows >= kBinSlots : way_ == Way::one_target))
+      return;
+    constexpr size_t kRoom = 16;
+    if (threads_[0].sorted.size() >= size_t(rows) + kRoom) return;
+    for (OfThread& t : threads_) {
+      t.values.resize(size_t(rows) + kRoom);
+      t.sorted.resize(size_t(rows) + kRoom);
+    }
+  }
+
   Candidate find(int64_t f, const GrowingNode& node, const double* sums, OfThread& t,
                  double enough) const {
     if (sorts(f, node.rows())) return find_sorted(f, node, sums, t);
@@ -319,9 +334,6 @@ class BinLayout final : public Layout {
 
   // As the exact search, of values that are their bins'.
   Candidate find_sorted(int64_t f, const GrowingNode& node, const double* sums, OfThread& t) const {
-    constexpr size_t kRoom = 16;
-    t.sorted.resize(std::max(t.sorted.size(), size_t(node.rows()) + kRoom));
-    t.values.resize(t.sorted.size());
     const BinnedColumns::Column& column = binned_.of[size_t(f)];
     const uint8_t* bins = binned_.column(f);
     uint32_t counts[kBinSlots];
@@ -409,6 +421,7 @@ class BinLayout final : public Layout {
   const int shift_;
   Way way_;
   int64_t words_;  // of a column's histogram
+  bool some_close_ = false;
   double unit_ = 1;
   std::vector<uint64_t> word_of_;
   std::vector<Pair> pair_of_, pairs_;  // by row; of the node at hand

@@ -39,8 +39,9 @@ void find_range(const FloatMatrix& x, const BinnedColumns& binned, int64_t f, in
   for (int64_t r = begin; r < end; r++) {
     const float v = values[r * x.row_stride];
     float &least = c.least[bins[r]], &largest = c.largest[bins[r]];
-    least = v < least ? v : least;
-    largest = v > largest ? v : largest;
+    // Soon there is nothing to write.
+    if (v < least) least = v;
+    if (v > largest) largest = v;
   }
 }
 
@@ -58,11 +59,12 @@ BinnedColumns::BinnedColumns(const FloatMatrix& x, const uint8_t* given, int64_t
   constexpr int64_t kBlock = 1024, kTogether = 16;
   const int64_t block = x.row_stride == 1 ? rows : kBlock;
   std::atomic<int64_t> next{0};
-  threads = std::min<int>(threads_worth(double(rows) * double(columns), 1500, threads),
-                          int((columns + kTogether - 1) / kTogether));
+  threads =
+      std::min<int>(threads_worth(double(rows) * double(columns), 1500, threads), int(columns));
+  const int64_t together = std::min(kTogether, (columns + threads - 1) / threads);
   parallel(threads, [&](int, int) {
-    for (int64_t first; (first = next.fetch_add(kTogether)) < columns;) {
-      const int64_t last = std::min(columns, first + kTogether);
+    for (int64_t first; (first = next.fetch_add(together)) < columns;) {
+      const int64_t last = std::min(columns, first + together);
       for (int64_t begin = 0; begin < rows; begin += block)
         for (int64_t f = first; f < last; f++)
           find_range(x, *this, f, begin, std::min(rows, begin + block), of[size_t(f)]);
