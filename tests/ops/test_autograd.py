@@ -50,7 +50,7 @@ CASES = {
     **{name: (conv(name), shapes) for name, (shapes, _) in CONVS.items()},
     "max_pool1d": (lambda x: fF.max_pool1d(x, 3, 2, 1, ceil_mode=True), [(2, 3, 8)]),
     "max_pool2d": (lambda x: fF.max_pool2d(x, (3, 2), (2, 1), 1), [(2, 2, 5, 6)]),
-    "max_pool2d dilated": (lambda x: fF.max_pool2d(x, 3, 1, 2, dilation=2, return_indices=True)[0], [(2, 6, 5)]),
+    "max_pool2d dilated": (lambda x: fF.max_pool2d(x, 3, 1, 1, dilation=2, return_indices=True)[0], [(2, 6, 5)]),
     "max_pool3d": (lambda x: fF.max_pool3d(x, 2), [(1, 2, 4, 2, 5)]),
     "adaptive_max_pool2d": (lambda x: fF.adaptive_max_pool2d(x, (2, 3)), [(2, 5, 7)]),
     "avg_pool1d": (lambda x: fF.avg_pool1d(x, 3, 2, 1, count_include_pad=False), [(2, 3, 8)]),

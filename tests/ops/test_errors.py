@@ -154,9 +154,16 @@ CASES.update(
 )
 
 
+#: What torch computes before these versions, which have checks of their own for it: that is the answer then.
+CHECKED_SINCE = {"batch_norm: half the statistics": "2.8", "batch_norm: eps -1": "2.10"}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_arguments(name):
     ours, torchs, arguments, named = CASES[name]
+    if torch.__version__ < CHECKED_SINCE.get(name, "0"):
+        torch.testing.assert_close(ours(*arguments), torchs(*arguments), rtol=0, atol=0, equal_nan=True)
+        return
     with pytest.raises(Exception) as expected:
         torchs(*arguments)
     with pytest.raises(type(expected.value), match=named) as found:

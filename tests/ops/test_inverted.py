@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastnn
 from fastnn import _cpu
+from fastnn.backends import cpu
+from fastnn.ops import conv
 from fastnn.ops.conv import activation_number, inverted_residual
 from fastnn.testing.errors import relative_error
 
@@ -58,6 +61,16 @@ def channels_last(*shape, dtype=torch.float32):
 
 def taken():
     return _cpu.counters().get("inverted residual", 0)
+
+
+@pytest.fixture(autouse=True, params=["short", "long"])
+def way(request, monkeypatch):
+    """The call that reads tensors in C, and the one of torch before 2.10, where there is no table to read them through."""
+    if request.param == "long":
+        monkeypatch.setattr(cpu, "has_table", False)
+        monkeypatch.setattr(conv, "_tensor_inverted_residual", lambda *_: None)
+    elif not cpu.has_table:
+        pytest.skip("torch before 2.10 has no table")
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +218,73 @@ def test_lower_precisions(precision):
         assert relative_error(block(x), block.exact(x)) < (1e-4 if precision == "high" else 3e-2)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_not_where_something_else_was_asked_for():
+    block, x = Block(16, 48, 24), channels_last(2, 16, 9, 8)
+    before = taken()
+    with fastnn.batch_invariant():
+        rows = block(x)
+        assert torch.equal(rows[:1], block(x[:1]))
+    with fastnn.backend("reference"):
+        assert relative_error(block(x), block.exact(x)) < TOLERANCE[torch.float32]
+    assert relative_error(rows, block.exact(x)) < TOLERANCE[torch.float32]
+    negative = Block(16, 48, 24)
+    negative.weights = [torch._neg_view(w) for w in negative.weights[:1]] + negative.weights[1:]
+    assert relative_error(negative(x), negative.exact(x)) < TOLERANCE[torch.float32]
+    assert taken() == before
+    found = block(torch._neg_view(x))
+    assert taken() == before
+    assert relative_error(found, block.exact(-x)) < TOLERANCE[torch.float32]
+
+
+def test_bad_arguments_of_the_kernel():
+    def layer(*shape, bias=0, activation=0):
+        w = torch.randn(shape)
+        keep.append(w)
+        sizes, strides = ((*t[:2], 1, *t[2:]) for t in (w.shape, w.stride()))
+        return w.data_ptr(), sizes, strides, bias, activation, _cpu.Prepared()
+
+    keep = []
+    x, y = channels_last(1, 16, 5, 5), channels_last(1, 16, 5, 5)
+    sizes, strides = (1, 16, 1, 5, 5), (400, 1, 1, 80, 16)
+    good = {
+        "x_ptr": x.data_ptr(),
+        "x_shape": sizes,
+        "x_strides": strides,
+        "y_ptr": y.data_ptr(),
+        "y_shape": sizes,
+        "y_strides": strides,
+        "dtype": 0,
+        "expand": layer(48, 16, 1, 1),
+        "expand_stride": (1, 1),
+        "expand_padding": (0, 0),
+        "depthwise": layer(48, 1, 3, 3),
+        "stride": 1,
+        "project": layer(16, 48, 1, 1),
+    }
+    assert _cpu.inverted_residual(**good)
+    for changed, named in (
+        ({"x_ptr": 0}, "x"),
+        ({"y_shape": (1, 16, 1, 5, 4)}, "y"),
+        ({"y_shape": (2, 16, 1, 5, 5)}, "y"),
+        ({"x_shape": (0, 16, 1, 5, 5)}, "x"),
+        ({"dtype": 6}, "dtype"),
+        ({"stride": 3}, "stride"),
+        ({"stride": 2}, "y"),
+        ({"precision": 3}, "precision"),
+        ({"expand": None}, "depthwise"),
+        ({"expand": layer(48, 15, 1, 1)}, "expand"),
+        ({"expand": layer(48, 16, 7, 7)}, "expand"),
+        ({"expand_stride": (0, 1)}, "expand"),
+        ({"expand_padding": (1 << 40, 0)}, "expand"),
+        ({"expand_padding": (0,)}, "expand_padding"),
+        ({"depthwise": layer(48, 1, 5, 5)}, "depthwise"),
+        ({"depthwise": layer(48, 1, 3, 3)[:5]}, "depthwise"),
+        ({"depthwise": (*layer(48, 1, 3, 3)[:5], None)}, "depthwise"),
+        ({"project": layer(16, 48, 1, 1, activation=8)}, "project"),
+        ({"project": layer(16, 40, 1, 1)}, "project"),
+        ({"project": layer(8, 48, 1, 1)}, "y"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            _cpu.inverted_residual(**{**good, **changed})

@@ -6,7 +6,8 @@
     model = AutoModelForCausalLM.from_config(config, attn_implementation="fastnn")
     fastnn.convert(model)
 
-It covers the attention of all models that ask transformers for it by name (in transformers from 4.48 on);
+It covers the attention of all models that ask transformers for it by name (in transformers from 4.48 on; BERT asks so
+from 5.0 on, and raises KeyError before);
 :func:`fastnn.convert` covers their layers: linear ones, transformers' ``Conv1D``, norms, activations, embeddings.
 """
 

@@ -19,6 +19,7 @@ is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
 is_autocast_enabled = torch.is_autocast_enabled
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
 functorch_active = torch._C._are_functorch_transforms_active
 tracing_state = torch._C._get_tracing_state

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _cpu
+from .. import _cpu, _state
 from ..backends import cpu
 from ..backends.cpu import channels_last_strides
 from ..backends.cpu import conv as kernels
@@ -34,6 +34,7 @@ from ._route import (
     autocast,
     describe,
     fall_back,
+    is_any_autocast_enabled,
     is_dynamo_compiling,
     is_straight,
     resolve,
@@ -190,13 +191,14 @@ def conv_fused(
         if fits and (residual is None or list(residual.shape) == [input.shape[0], weight.shape[0], *size]):
             return kernels.forward(
                 resolve(input),
-                weight,
-                bias,
+                resolve(weight),
+                resolve(bias),
                 *options,
                 groups,
                 activation,
-                None if residual is None else resolve(residual),
-                prepared,
+                resolve(residual),
+                None if weight.is_neg() else prepared,
+                overwrite,
             )
     function = (conv1d, conv2d, conv3d)[rank - 1]
     y = function(input, weight, bias, stride, padding, dilation, groups)
@@ -205,8 +207,8 @@ def conv_fused(
     return apply_activation(activation, y)
 
 
-#: Filters, bias, activation by its number and what is kept of these filters: a layer of an inverted residual.
-FusedLayer = tuple[Tensor, Tensor | None, int, _cpu.Prepared]
+#: A layer of an inverted residual.
+FusedLayer = kernels.Layer
 
 
 def inverted_residual(
@@ -230,6 +232,10 @@ def inverted_residual(
         found = _tensor_inverted_residual(
             *(_empty, input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
         )
+        if found is None and not cpu.has_table:
+            found = _inverted_residual(
+                *(input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
+            )
         if found is not None:
             return found
     y = input
@@ -237,6 +243,48 @@ def inverted_residual(
         y = _one_layer(y, expand, expand_stride, expand_padding, 1, None)
     y = _one_layer(y, depthwise, stride, 1, depthwise[0].shape[0], None)
     return _one_layer(y, project, 1, 0, 1, residual)
+
+
+def _inverted_residual(
+    input: Tensor,
+    residual: Tensor | None,
+    expand: FusedLayer | None,
+    expand_stride: _Numbers,
+    expand_padding: _Numbers,
+    depthwise: FusedLayer,
+    stride: int,
+    project: FusedLayer,
+) -> Tensor | None:
+    """The one pass, asked for as the short way asks; None where the layers are to be called one by one."""
+    layers = [layer for layer in (expand, depthwise, project) if layer is not None]
+    tensors = [input, *(tensor for layer in layers for tensor in layer[:2] if tensor is not None)]
+    if residual is not None:
+        tensors.append(residual)
+    if (
+        _state.settings() is not _state.PLAIN
+        or is_any_autocast_enabled()
+        or not is_straight(*tensors)
+        or any(tensor.is_neg() or tensor.numel() == 0 for tensor in tensors)
+        or any(tensor.dim() != 4 for tensor in (input, *(layer[0] for layer in layers)))
+        or stride not in (1, 2)
+    ):
+        return None
+    strides = _numbers("stride", expand_stride, 2, 1)
+    pads = _numbers("padding", expand_padding, 2, 0)
+    hidden, size = input.shape[1], list(input.shape[2:])
+    if expand is not None:
+        if expand[0].shape[1] != hidden:
+            return None
+        hidden = expand[0].shape[0]
+        size = [n + 2 * p - k for n, p, k in zip(size, pads, expand[0].shape[2:], strict=True)]
+    fits = depthwise[0].shape == (hidden, 1, 3, 3) and project[0].shape[1:] == (hidden, 1, 1)
+    if not fits or any(n < 0 for n in size) or not all(_is_bias(layer[1], layer[0]) for layer in layers):
+        return None
+    return kernels.inverted_residual(input, residual, expand, strides, pads, depthwise, stride, project)
+
+
+def _is_bias(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
 
 
 activation_number = cpu.ACTIVATION.__getitem__

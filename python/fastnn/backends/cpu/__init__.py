@@ -82,8 +82,10 @@ tensor_softmax = _cpu.tensor_softmax
 tensor_softmax_backward = _cpu.tensor_softmax_backward
 #: What tensor_product computes.
 MATMUL, LINEAR, MM, BMM = range(4)
-if hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _cpu.use_torch(
+#: Whether there is such a table.
+has_table: bool = hasattr(Tensor, "__dlpack_c_exchange_api__")
+if has_table:
+    has_table = _cpu.use_torch(
         Tensor.__dlpack_c_exchange_api__,
         Tensor,
         torch.nn.Parameter,
@@ -173,7 +175,11 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
 
 def empty_channels(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Uninitialised memory for (N, C, *spatial), contiguous or channels-last."""
-    return empty_strided(shape, channels_last_strides(shape) if channels_last else _contiguous(shape), dtype)
+    return empty_strided(shape, image_strides(shape, channels_last), dtype)
+
+
+def image_strides(shape: Sequence[int], channels_last: bool) -> Sequence[int]:
+    return channels_last_strides(shape) if channels_last else _contiguous(shape)
 
 
 def empty_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,12 +4,13 @@ spatial dimensions, all of one floating-point dtype and any strides."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _cpu, _state
-from . import ACTIVATION, DTYPE, empty_channels, precision
+from . import ACTIVATION, DTYPE, empty_channels, image_strides, precision
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -57,20 +58,77 @@ def forward(
     activation: str = "none",
     residual: Tensor | None = None,
     prepared: _cpu.Prepared | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """activation(conv(x, w) + bias + residual); the residual has the result's shape. ``prepared`` is of this very w."""
+    """activation(conv(x, w) + bias + residual); the residual has the result's shape. ``prepared`` is of this very w, and
+    with ``overwrite`` the residual may become the result."""
     spatial = [
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(x.dim() - 2)
     ]
     channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
-    y = empty_channels((x.shape[0], w.shape[0], *spatial), x.dtype, channels_last)
-    if residual is not None and residual.stride() != y.stride():
-        residual = empty_channels(y.shape, y.dtype, channels_last).copy_(residual)
     if not _has_dense_filters(w):
         w, prepared = w.contiguous(), None
+    shape = (x.shape[0], w.shape[0], *spatial)
+    if overwrite and residual is not None and _has_strides(residual, image_strides(shape, channels_last)):
+        options = (stride, padding, dilation, groups, bias, activation, residual, prepared)
+        if residual.data_ptr() != x.data_ptr() and _call(_cpu.conv_onto_residual, x, w, residual, *options):
+            return residual
+    y = empty_channels(shape, x.dtype, channels_last)
+    if residual is not None and residual.stride() != y.stride():
+        residual = empty_channels(y.shape, y.dtype, channels_last).copy_(residual)
     _call(_cpu.conv_forward, x, w, y, stride, padding, dilation, groups, bias, activation, residual, prepared)
     return y
+
+
+#: Filters, bias, activation by its number and what is kept of these filters.
+Layer = tuple[Tensor, Tensor | None, int, _cpu.Prepared]
+
+
+def inverted_residual(
+    x: Tensor,
+    residual: Tensor | None,
+    expand: Layer | None,
+    expand_stride: Sequence[int],
+    expand_padding: Sequence[int],
+    depthwise: Layer,
+    stride: int,
+    project: Layer,
+) -> Tensor | None:
+    """A convolution to many channels (or none), a depthwise 3 x 3 one (padding 1) and a pointwise one in one pass, in
+    channels-last. None where there are no kernels for it, or the residual is laid out otherwise."""
+    size = x.shape[2:]
+    if expand is not None:
+        numbers = zip(size, expand[0].shape[2:], expand_stride, expand_padding, strict=True)
+        size = [(n + 2 * p - k) // s + 1 for n, k, s, p in numbers]
+    shape = (x.shape[0], project[0].shape[0], *((n - 1) // stride + 1 for n in size))
+    if residual is not None and (residual.shape != shape or not _has_strides(residual, image_strides(shape, True))):
+        return None
+    y = empty_channels(shape, x.dtype, True)
+    taken = _cpu.inverted_residual(
+        x.data_ptr(),
+        _five(x.shape),
+        _five(x.stride()),
+        y.data_ptr(),
+        _five(shape),
+        _five(y.stride()),
+        DTYPE[x.dtype],
+        None if expand is None else _layer(expand),
+        tuple(expand_stride),
+        tuple(expand_padding),
+        _layer(depthwise),
+        stride,
+        _layer(project),
+        0 if residual is None else residual.data_ptr(),
+        precision(x.dtype),
+    )
+    return y if taken else None
+
+
+def _layer(layer: Layer) -> tuple[Any, ...]:
+    w, bias, activation, prepared = layer
+    bias_ptr = 0 if bias is None else bias.data_ptr()
+    return w.data_ptr(), _five(w.shape), _five(w.stride()), bias_ptr, activation, prepared
 
 
 def input(
@@ -144,8 +202,13 @@ def _is_evenly_spaced(y: Tensor) -> bool:
     return True
 
 
+def _has_strides(x: Tensor, strides: Sequence[int]) -> bool:
+    """Where there is more than one element, for which alone strides matter."""
+    return all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+
+
 def _call(
-    function: Callable[..., None],
+    function: Callable[..., Any],
     x: Tensor,
     w: Tensor,
     y: Tensor,
@@ -157,10 +220,10 @@ def _call(
     activation: str = "none",
     residual: Tensor | None = None,
     prepared: _cpu.Prepared | None = None,
-) -> None:
+) -> Any:
     if bias is not None:
         bias = bias.contiguous()
-    function(
+    return function(
         x.data_ptr(),
         _five(x.shape),
         _five(x.stride()),
