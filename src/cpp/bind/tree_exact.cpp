@@ -105,32 +105,16 @@ ExactSettings settings_argument(const char* op, const py::tuple& settings) {
   return s;
 }
 
-std::unique_ptr<ExactTree> grow(const Presort& sorted, const py::tuple& given,
+template <class Columns,
+          ExactTree (*kGrow)(const Columns&, const TreeTarget&, const ExactSettings&)>
+std::unique_ptr<ExactTree> grow(const Columns& columns, const py::tuple& given,
                                 const py::tuple& settings) {
-  const char* op = "tree_grow_exact";
-  const TreeTarget target = target_argument(op, given, sorted.rows);
-  if (sorted.rows < 1 || sorted.columns < 1) bad_argument(op, "x", "rows and columns");
-  const ExactSettings s = settings_argument(op, settings);
-  py::gil_scoped_release release;
-  return std::make_unique<ExactTree>(grow_exact(sorted, target, s));
-}
-
-std::unique_ptr<ExactTree> grow_in_bins(const BinnedColumns& binned, const py::tuple& given,
-                                        const py::tuple& settings) {
-  const char* op = "tree_grow_binned";
-  const TreeTarget target = target_argument(op, given, binned.rows);
-  const ExactSettings s = settings_argument(op, settings);
-  py::gil_scoped_release release;
-  return std::make_unique<ExactTree>(grow_binned(binned, target, s));
-}
-
-std::unique_ptr<ExactTree> grow_at_random(const ValueColumns& columns, const py::tuple& given,
-                                          const py::tuple& settings) {
-  const char* op = "tree_grow_random";
+  const char* op = "tree_grow";
   const TreeTarget target = target_argument(op, given, columns.rows);
+  if (columns.rows < 1 || columns.columns < 1) bad_argument(op, "x", "rows and columns");
   const ExactSettings s = settings_argument(op, settings);
   py::gil_scoped_release release;
-  return std::make_unique<ExactTree>(grow_random(columns, target, s));
+  return std::make_unique<ExactTree>(kGrow(columns, target, s));
 }
 
 // Nodes of 64 bytes each, and values, to where there is room for them.
@@ -199,10 +183,12 @@ void bind_tree_exact(py::module_& m) {
       .def_property_readonly("count", [](const ExactTree& t) { return t.nodes.size(); })
       .def_readonly("max_depth", &ExactTree::max_depth)
       .def("copy_to", &copy_tree);
-  m.def("tree_grow_exact", &grow, py::arg("presort"), py::arg("target"), py::arg("settings"));
-  m.def("tree_grow_random", &grow_at_random, py::arg("columns"), py::arg("target"),
+  m.def("tree_grow_exact", &grow<Presort, grow_exact>, py::arg("presort"), py::arg("target"),
         py::arg("settings"));
-  m.def("tree_grow_binned", &grow_in_bins, py::arg("bins"), py::arg("target"), py::arg("settings"));
+  m.def("tree_grow_random", &grow<ValueColumns, grow_random>, py::arg("columns"), py::arg("target"),
+        py::arg("settings"));
+  m.def("tree_grow_binned", &grow<BinnedColumns, grow_binned>, py::arg("bins"), py::arg("target"),
+        py::arg("settings"));
   m.def("tree_first_draw", &draw, py::arg("seed"), py::arg("below"));
   m.def("tree_bootstrap", &counts, py::arg("seed"), py::arg("rows"), py::arg("draws"),
         py::arg("out"));
