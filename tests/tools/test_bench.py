@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import time
 
 import pytest
@@ -93,6 +94,23 @@ def test_short_calls_are_timed_many_at_a_time_and_slow_ones_few():
     assert len(timing.seconds["slow"]) == 3
 
 
+def test_calls_of_a_minute_are_fewest():
+    clock = Clock()
+    contestants = {"fastnn": clock.work(5.0), "sklearn": clock.work(57.0)}
+    timing = bench.compare(contestants, [()], seconds=0.1, clock=clock)
+    assert len(timing.seconds["sklearn"]) == len(timing.seconds["fastnn"]) == 2
+    assert clock.now == 3 * (5 + 57)  # with the warm-up
+    # Time that was asked for is taken.
+    timing = bench.compare(contestants, [()], seconds=300, clock=clock)
+    assert len(timing.seconds["sklearn"]) == 4
+
+
+def test_what_is_warm_is_not_warmed_up():
+    clock = Clock()
+    timing = bench.compare({"a": clock.work(57.0)}, [()], seconds=0.1, warm={"a": 57.0}, clock=clock)
+    assert clock.now == 2 * 57 and timing.calls_a_turn["a"] == 1
+
+
 def test_inputs_go_round():
     seen = []
     bench.compare({"a": lambda i: seen.append(i)}, [(0,), (1,), (2,)], seconds=0.01)
@@ -117,6 +135,48 @@ def test_a_result_knows_the_best_forms_and_the_peak():
     assert result.plain[0] == pytest.approx(result.timing.ratio("fastnn", "torch")[0])
     record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert record["shape"] == "4x8" and set(record["contestants"]) == set(contestants)
+
+
+def test_where_no_peak_says_anything_there_is_none():
+    (result,) = bench.run(small({"fastnn": torch.relu, "torch": torch.relu}, peak=None), seconds=0.02)
+    record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert [record[name] for name in ("peak", "peak_kind", "share_of_peak")] == [None] * 3
+    (other,) = bench.run(small({"fastnn": torch.relu, "torch": torch.relu}, peak="copy"), seconds=0.02)
+    for results, heads in (([result], False), ([other], True), ([result, other], True)):
+        console = Console(file=io.StringIO(), width=200)
+        table.show(results, machine.describe(), console)
+        printed = console.file.getvalue()
+        assert ("of peak" in printed) == ("peak copy" in printed) == heads and "None" not in printed
+
+
+class Slow:
+    """A contestant whose calls take long by the clock of the check, and go wrong after some."""
+
+    def __init__(self, monkeypatch, right=100):
+        self.calls, self.right = 0, right
+        monkeypatch.setattr(sys.modules[bench.run.__module__], "_LONG_SECONDS", 1e-3)
+
+    def __call__(self, x):
+        self.calls += 1
+        time.sleep(2e-3)
+        return x + (1 if self.calls <= self.right else 2)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_long_steady_calls_are_not_made_for_warming_up_and_comparing_alone(monkeypatch, steady):
+    slow = Slow(monkeypatch)
+    (result,) = bench.run(small({"fastnn": lambda x: x + 1, "torch": slow}, steady=steady), seconds=0.0)
+    timed = len(result.timing.seconds["torch"])
+    assert result.timing.calls_a_turn["torch"] == 1
+    assert (slow.calls == timed + 1) if steady else (slow.calls > timed + 2)
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_long_steady_result_that_is_wrong_is_found(monkeypatch, right):
+    slow = Slow(monkeypatch, right)
+    with pytest.raises(bench.WrongResult, match="fastnn"):
+        bench.run(small({"fastnn": slow, "torch": lambda x: x + 1}, steady=True), seconds=0.0)
+    assert (slow.calls > 1) == (right > 0)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +248,7 @@ def test_unknown_names():
 SMALL_TREES = {
     "exact_tree": (400, 5, 3, 1),
     "forest": (400, 8, 3, 1000, 1),
+    "extra_trees": (400, 8, 3, 1000, 2),
     "tree_predict": (300, 5, 3, 3, 1),
     **dict.fromkeys(("binning", "histogram_tree", "boosting"), (500, 13, 1)),
     "binned_tree": (8000, 13, 1),  # of fewer rows, accuracies are farther apart

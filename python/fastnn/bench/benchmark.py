@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _LOWERED = {"highest": 0.0, "high": 1e-3, "medium": 2e-2}
 
+#: Calls of `steady` contestants that take longer than this are as few as can be.
+_LONG_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -32,22 +36,25 @@ class Problem:
             what the others are compared with. Each returns the result as a tensor, or as a tuple of tensors.
         work: operations (or bytes, where `unit` is "B") in one call.
         unit: "FLOP", "OP" or "B".
-        peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy.
+        peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy; None where no peak says anything.
         beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
         absent: peers that could not take part, by name, each with the reason.
         tolerance: how far the results may be apart, where the roundings of one operation do not explain it.
         pause: seconds before each turn, where contestants have pools of threads of their own; see `engine.compare`.
+        steady: whether a first call takes no longer than others: nothing is compiled or packed in it. Where it took
+            seconds it was warm-up enough, and the last timed call gives the result that is compared after the timing.
     """
 
     inputs: Callable[[], tuple[Any, ...]]
     contestants: dict[str, Callable[..., Any]]
     work: float
     unit: str = "FLOP"
-    peak: str = "f32"
+    peak: str | None = "f32"
     beyond_cache: bool = False
     absent: Mapping[str, str] = field(default_factory=dict)
     tolerance: float | None = None
     pause: float = 0.0
+    steady: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,15 @@ class Result:
     rate: float
     peer_rate: float
     unit: str
-    peak_kind: str
-    peak: float
+    peak_kind: str | None
+    peak: float | None
     error: float
     timing: engine.Timing = field(repr=False)
 
     @property
-    def share(self) -> float:
-        """Of the machine's own peak."""
-        return self.rate / self.peak if self.peak else math.nan
+    def share(self) -> float | None:
+        """Of the machine's own peak, if there is one."""
+        return self.rate / self.peak if self.peak else None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures in JSON's types."""
@@ -106,7 +113,7 @@ class Result:
             "unit": self.unit + "/s",
             "peak_kind": self.peak_kind,
             "peak": self.peak,
-            "share_of_peak": self.share if math.isfinite(self.share) else None,
+            "share_of_peak": self.share,
             "difference_from_peer": self.error,
             **self.timing.to_dict(),
         }
@@ -209,14 +216,20 @@ def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: st
         size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
         sets = min(64, math.ceil(2 * machine.cache_bytes() / max(size, 1)))
         inputs += [problem.inputs() for _ in range(sets - 1)]
-    top = _peak(problem.peak)
+    top = None if problem.peak is None else _peak(problem.peak)
     allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
     allowed = allowed if problem.tolerance is None else max(allowed, problem.tolerance)
     what = f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}"
-    error = _check(what, allowed, contestants, inputs[0], peers[0])
-    timing = engine.compare(contestants, inputs, seconds=seconds, pause=problem.pause)
-    _check(what, allowed, contestants, inputs[0], peers[0])
-    top = max(top, _peak(problem.peak))
+    error, took = _check(what, allowed, contestants, inputs[0], peers[0])
+    # Results of other inputs than the first are not those to compare with.
+    steady = problem.steady and len(inputs) == 1
+    warm = {name: seconds for name, seconds in took.items() if steady and seconds > _LONG_SECONDS}
+    keeping = {name: _Keeping(contestants[name]) for name in warm}
+    timing = engine.compare({**contestants, **keeping}, inputs, seconds=seconds, pause=problem.pause, warm=warm)
+    kept = {name: each.again for name, each in keeping.items()}
+    _check(what, allowed, {**contestants, **kept}, inputs[0], peers[0])
+    if problem.peak is not None:
+        top = max(top, _peak(problem.peak))
     best, peer_best = timing.best(ours), timing.best(peers)
     return Result(
         name=the.name,
@@ -238,6 +251,22 @@ def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: st
     )
 
 
+class _Keeping:
+    """A contestant whose calls are long: its last result is kept."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._result: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._result = self._function(*arguments)
+        return self._result
+
+    def again(self, *arguments: Any) -> Any:
+        """The result of the last call, for the same arguments."""
+        return self._result
+
+
 def _is_ours(contestant: str) -> bool:
     return contestant.split()[0] == "fastnn"
 
@@ -252,12 +281,23 @@ def _check(
     contestants: dict[str, Callable[..., Any]],
     arguments: tuple[Any, ...],
     peer: str,
-) -> float:
-    """The largest relative difference from the peer's result; WrongResult if it is too large."""
-    expected = [tensor.detach().clone() for tensor in _tensors(contestants[peer](*arguments))]
+) -> tuple[float, dict[str, float]]:
+    """The largest relative difference from the peer's result, and the seconds of each contestant's call; WrongResult if
+    a difference is too large."""
+    took = {}
+
+    def call(name: str) -> list[torch.Tensor]:
+        start = time.perf_counter()
+        result = contestants[name](*arguments)
+        took[name] = time.perf_counter() - start
+        return _tensors(result)
+
+    expected = [tensor.detach().clone() for tensor in call(peer)]
     worst = 0.0
-    for name, function in contestants.items():
-        got = _tensors(function(*arguments))
+    for name in contestants:
+        if name == peer:
+            continue
+        got = call(name)
         if len(got) != len(expected):
             raise WrongResult(f"{what}: {name} returned {len(got)} tensors, {peer} {len(expected)}")
         for mine, theirs in zip(got, expected, strict=True):
@@ -266,7 +306,7 @@ def _check(
             raise WrongResult(
                 f"{what}: the result of {name} differs from {peer}'s by {worst:.3g}; at most {allowed:.3g} is expected"
             )
-    return worst
+    return worst, took
 
 
 def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -19,9 +19,10 @@ __all__ = ["Timing", "compare", "quartiles"]
 #: A turn lasts at least this long: the clock and the loop around the call are then below a percent of it.
 _TURN_SECONDS = 200e-6
 _WARM_UP_SECONDS = 0.02
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 300
-#: Calls that take longer than this are few, but three rounds at least.
+_FEWEST_ROUNDS, _MIN_ROUNDS, _MAX_ROUNDS = 2, 5, 300
+#: Calls that take longer than this are few, but three rounds at least: two where a third would end past the limit.
 _SLOW_SECONDS = 0.3
+_LIMIT_SECONDS = 60.0
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -86,6 +87,7 @@ def compare(
     *,
     seconds: float = 1.0,
     pause: float = 0.0,
+    warm: Mapping[str, float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Times each contestant on the same inputs by turns, for about `seconds` in all.
@@ -93,24 +95,33 @@ def compare(
     Args:
         contestants: what is called, by name, each with one element of `inputs` as its arguments.
         inputs: the sets of arguments. Calls go round them: give as many as pass the cache where that matters.
-        seconds: for all contestants together, not counting the warm-up. There are at least 5 rounds, 3 of slow calls.
+        seconds: for all contestants together, not counting the warm-up. There are at least 5 rounds, 3 of slow calls, and
+            of those that take minutes 2.
         pause: seconds to sleep before each turn. The threads of a pool wait for more work by spinning, for some
             milliseconds, on cores that a contestant with another pool already needs.
+        warm: contestants that need no warm-up, each with the seconds that a call took.
         clock: in seconds; replaced in tests.
     """
+    warm = warm or {}
     if not contestants or not inputs:
         raise ValueError("compare: needs at least one contestant and one set of inputs")
     load = os.getloadavg()[0]
-    calls = {name: _warm_up(function, inputs, clock) for name, function in contestants.items()}
+    calls = {
+        name: _turn(warm[name]) if name in warm else _warm_up(function, inputs, clock)
+        for name, function in contestants.items()
+    }
     slowest = max(time_of_call for _, time_of_call in calls.values())
     least = 3 if slowest > _SLOW_SECONDS else _MIN_ROUNDS
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     on_cores: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
-    end = clock() + seconds
+    begin = clock()
     position = dict.fromkeys(names, 0)
     for number in range(_MAX_ROUNDS):
-        if number >= least and clock() >= end:
+        took = clock() - begin
+        if number >= least and took >= seconds:
+            break
+        if number >= _FEWEST_ROUNDS and took * (number + 1) / number > max(seconds, _LIMIT_SECONDS):
             break
         # Whoever comes first finds the cache as the last one left it; so the first place goes round.
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -142,4 +153,9 @@ def _warm_up(
         calls += 1
         if took > _SLOW_SECONDS:
             break
-    return max(1, math.ceil(_TURN_SECONDS / max(fastest, 1e-9))), fastest
+    return _turn(fastest)
+
+
+def _turn(seconds: float) -> tuple[int, float]:
+    """The calls in a turn where one takes so many seconds; and these."""
+    return max(1, math.ceil(_TURN_SECONDS / max(seconds, 1e-9))), seconds

@@ -1,5 +1,5 @@
-"""Trees and forests by exact search: scikit-learn's own, node for node; and forests by histograms beside those of other
-libraries.
+"""Trees and forests by exact search, and extra trees: scikit-learn's own, node for node; and forests by histograms beside
+those of other libraries.
 
 THREADS are torch's for single trees (scikit-learn grows a tree on one), and jobs for forests. A DEPTH of 1000 is no limit.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import fastnn
 from .benchmark import Benchmark, Problem, register
 
 _NO_LIMIT = 1000
+_DECISIONS = ("feature", "threshold")
 
 
 @functools.lru_cache(maxsize=2)
@@ -42,10 +43,10 @@ def _with_threads(threads: int, call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _nodes(estimator: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All that a tree decides by."""
-    tree = estimator.tree_
-    return torch.from_numpy(tree.feature.copy()), torch.from_numpy(tree.threshold.copy())
+def _nodes(estimators: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that trees decide by."""
+    trees = [estimator.tree_ for estimator in estimators]
+    return tuple(torch.from_numpy(np.concatenate([getattr(tree, name) for tree in trees])) for name in _DECISIONS)
 
 
 def _tree(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
@@ -55,10 +56,33 @@ def _tree(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     parameters = {"max_depth": None if depth == _NO_LIMIT else depth, "random_state": 0}
 
     def of(module: Any) -> Callable[..., Any]:
-        return lambda x, y: _nodes(module.DecisionTreeClassifier(**parameters).fit(x, y))
+        return lambda x, y: _nodes([module.DecisionTreeClassifier(**parameters).fit(x, y)])
 
     contestants = {"fastnn": _with_threads(threads, of(fastnn.tree)), "scikit-learn": of(sklearn.tree)}
-    return Problem(lambda: _data(rows, columns), contestants, 4.0 * rows * columns, unit="B", peak="copy")
+    work = 4.0 * rows * columns
+    return Problem(lambda: _data(rows, columns), contestants, work, unit="B", peak=None, steady=True)
+
+
+def _exact_forest(kind: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    """Of scikit-learn's class of that name."""
+
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        import sklearn.ensemble
+
+        rows, columns, trees, depth, threads = shape
+        limit = None if depth == _NO_LIMIT else depth
+        parameters = {"n_estimators": trees, "max_depth": limit, "random_state": 0, "n_jobs": threads}
+
+        def of(module: Any) -> Callable[..., Any]:
+            return _with_threads(
+                threads, lambda x, y: _nodes(getattr(module, kind)(**parameters).fit(x, y).estimators_)
+            )
+
+        contestants = {"fastnn": of(fastnn.tree), "scikit-learn": of(sklearn.ensemble)}
+        work = 4.0 * rows * columns * trees
+        return Problem(lambda: _data(rows, columns), contestants, work, unit="B", peak=None, steady=True)
+
+    return build
 
 
 def _installed(package: str) -> bool:
@@ -77,34 +101,29 @@ def _split(rows: int, columns: int) -> tuple[np.ndarray, ...]:
 
 
 def _forest(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    """Of limited depth, forests by histograms of 255 or 256 bins; else exact ones. The result is the accuracy on rows that
-    were held out, since the peers' trees are others."""
-    import sklearn.ensemble
-
+    """Of limited depth, forests by histograms of 255 or 256 bins; else exact ones. The result of the former is the accuracy
+    on rows that were held out, since the peers' trees are others."""
     rows, columns, trees, depth, threads = shape
-    limit = None if depth == _NO_LIMIT else depth
-    parameters = {"n_estimators": trees, "max_depth": limit, "random_state": 0, "n_jobs": threads}
+    if depth == _NO_LIMIT:
+        return _exact_forest("RandomForestClassifier")(shape, dtype)
+    parameters = {"n_estimators": trees, "max_depth": depth, "random_state": 0, "n_jobs": threads}
     makers: dict[str, Callable[[], Any]] = {}
     absent = {}
-    if limit is None:
-        makers["fastnn"] = lambda: fastnn.tree.RandomForestClassifier(**parameters)
-        makers["scikit-learn"] = lambda: sklearn.ensemble.RandomForestClassifier(**parameters)
+    makers["fastnn"] = lambda: fastnn.tree.RandomForestClassifier(max_bins=255, **parameters)
+    # The fast ones alone: scikit-learn takes ten times as long.
+    if _installed("scikit-learn-intelex"):
+        ensemble = importlib.import_module("sklearnex.ensemble")
+        makers["scikit-learn-intelex"] = lambda: ensemble.RandomForestClassifier(max_bins=256, **parameters)
     else:
-        makers["fastnn"] = lambda: fastnn.tree.RandomForestClassifier(max_bins=255, **parameters)
-        # The fast ones alone: scikit-learn takes ten times as long.
-        if _installed("scikit-learn-intelex"):
-            ensemble = importlib.import_module("sklearnex.ensemble")
-            makers["scikit-learn-intelex"] = lambda: ensemble.RandomForestClassifier(max_bins=256, **parameters)
-        else:
-            absent["scikit-learn-intelex"] = "not installed"
-        if _installed("xgboost"):
-            xgboost = importlib.import_module("xgboost")
-            share = int(np.sqrt(columns)) / columns
-            makers["XGBoost"] = lambda: xgboost.XGBRFClassifier(
-                n_estimators=trees, max_depth=depth, max_bin=256, colsample_bynode=share, random_state=0, n_jobs=threads
-            )
-        else:
-            absent["XGBoost"] = "not installed"
+        absent["scikit-learn-intelex"] = "not installed"
+    if _installed("xgboost"):
+        xgboost = importlib.import_module("xgboost")
+        share = int(np.sqrt(columns)) / columns
+        makers["XGBoost"] = lambda: xgboost.XGBRFClassifier(
+            n_estimators=trees, max_depth=depth, max_bin=256, colsample_bynode=share, random_state=0, n_jobs=threads
+        )
+    else:
+        absent["XGBoost"] = "not installed"
 
     def fit(make: Callable[[], Any]) -> Callable[..., Any]:
         def call(x: np.ndarray, y: np.ndarray, x_held: np.ndarray, y_held: np.ndarray) -> torch.Tensor:
@@ -118,10 +137,11 @@ def _forest(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         {name: fit(make) for name, make in makers.items()},
         4.0 * rows * columns * trees,
         unit="B",
-        peak="copy",
+        peak=None,
         absent=absent,
         tolerance=0.005,
         pause=0.2,  # the peers' threads spin for a while when they have done
+        steady=True,
     )
 
 
@@ -142,7 +162,7 @@ def _small(load: str, name: str) -> Callable[[tuple[int, ...], torch.dtype], Pro
             return _with_threads(threads, call)
 
         contestants = {"fastnn": fit(ours), "scikit-learn": fit(theirs)}
-        return Problem(lambda: (x, y), contestants, float(x.nbytes), unit="B", peak="copy")
+        return Problem(lambda: (x, y), contestants, float(x.nbytes), unit="B", peak=None, steady=True)
 
     return build
 
@@ -158,15 +178,16 @@ register(
         _FLOAT32,
     )
 )
-register(
-    Benchmark(
-        "forest",
-        "ROWSxCOLUMNSxTREESxDEPTHxTHREADS",
-        ((*_A, 100, 8, 1), (*_A, 100, 8, 2), (*_A, 10, _NO_LIMIT, 1), (*_A, 10, _NO_LIMIT, 2)),
-        _forest,
-        _FLOAT32,
+for _name, _build in (("forest", _forest), ("extra_trees", _exact_forest("ExtraTreesClassifier"))):
+    register(
+        Benchmark(
+            _name,
+            "ROWSxCOLUMNSxTREESxDEPTHxTHREADS",
+            tuple((*_A, 100, depth, threads) for depth in (8, _NO_LIMIT) for threads in (1, 2)),
+            _build,
+            _FLOAT32,
+        )
     )
-)
 for _load in ("digits", "breast_cancer"):
     for _kind in ("DecisionTreeClassifier", "RandomForestClassifier"):
         _what = "tree" if _kind.startswith("Decision") else "forest"

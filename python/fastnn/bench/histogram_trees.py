@@ -8,6 +8,7 @@ trees that are limited by their depth alone. Arrays of float64 go in, so that a 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -35,18 +36,24 @@ def _absent() -> dict[str, str]:
     }
 
 
-def _on_threads(threads: int, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call with as many threads in every OpenMP runtime of the process."""
+@functools.cache
+def _runtimes() -> Any:
+    """Every OpenMP runtime of the contestants."""
     from threadpoolctl import ThreadpoolController
 
-    controllers: list[ThreadpoolController] = []
+    for module in ("sklearn.ensemble", "lightgbm", "xgboost"):
+        if module not in _absent():
+            importlib.import_module(module)  # loads them
+    return ThreadpoolController()
+
+
+def _on_threads(threads: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call with as many threads in every OpenMP runtime."""
+    runtimes = _runtimes()
 
     def limited(*args: Any) -> Any:
         before = torch.get_num_threads()
-        if not controllers:
-            call(*args)  # loads the libraries
-            controllers.append(ThreadpoolController())
-        with controllers[0].limit(limits=threads, user_api="openmp"):
+        with runtimes.limit(limits=threads, user_api="openmp"):
             torch.set_num_threads(threads)
             try:
                 return call(*args)
@@ -135,7 +142,16 @@ def _trees(
             for name, fit in _fits(depth, trees, threads, alone).items()
             if name not in absent
         }
-        return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak="copy", absent=absent, tolerance=tolerance)
+        return Problem(
+            lambda: (X, y),
+            contestants,
+            X.nbytes,
+            unit="B",
+            peak=None,
+            absent=absent,
+            tolerance=tolerance,
+            steady=True,
+        )
 
     return build
 
@@ -172,7 +188,7 @@ def _binning(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     absent = _absent()
     makers = {"fastnn": fastnn, "scikit-learn": sklearn, "lightgbm": lightgbm, "xgboost": xgboost}
     contestants = {name: _on_threads(threads, call) for name, call in makers.items() if name not in absent}
-    return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak="copy", absent=absent)
+    return Problem(lambda: (X, y), contestants, X.nbytes, unit="B", peak=None, absent=absent, steady=True)
 
 
 _FLOAT64 = (torch.float64,)

@@ -42,13 +42,14 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
     table = Table(title=title, title_justify="left")
     for name in (*(("op",) if len(ops) > 1 else ()), "shape", "dtype"):
         table.add_column(name)
+    with_peak = any(r.share is not None for r in results)
     for name in (
         "fastnn",
         peers[0] if len(peers) == 1 else "fastest peer",
         "faster by",
         "quartiles",
         "rate",
-        "of peak",
+        *(("of peak",) if with_peak else ()),
         "both plain",
     ):
         table.add_column(name, justify="right")
@@ -64,7 +65,7 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
             f"[{colour}]{r.ratio[0]:.2f}[/]",
             f"{r.ratio[1]:.2f}–{r.ratio[2]:.2f}",
             rate(r.rate, r.unit),
-            f"{r.share:.0%} {r.peak_kind}",
+            *(("" if r.share is None else f"{r.share:.0%} {r.peak_kind}",) if with_peak else ()),
             f"{r.plain[0]:.2f}",
             f"{r.ours_best}, {r.peer_best}",
         )
@@ -75,10 +76,13 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
     if len(results) > 1:
         mean = geometric_mean([r.ratio[0] for r in results])
         console.print(f"geometric mean {mean:.2f}, smallest {min(r.ratio[0] for r in results):.2f}")
-    peaks = {r.peak_kind: max(q.peak for q in results if q.peak_kind == r.peak_kind) for r in results}
+    peaks: dict[str, float] = {}
+    for r in results:
+        if r.peak_kind is not None:
+            peaks[r.peak_kind] = max(r.peak, peaks.get(r.peak_kind, 0.0))
     text = ", ".join(f"{kind} {value / 1e9:.4g} G/s" for kind, value in peaks.items())
     console.print(
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {machine['torch']}; "
-        f"peak {text}; load average {machine['load_average']:.2f}",
+        f"{f'peak {text}; ' if text else ''}load average {machine['load_average']:.2f}",
         highlight=False,
     )

@@ -82,7 +82,16 @@ def _build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
 
     contestants = {name: call(function) for name, function in predict.items()}
     # Boosted trees fit their rows better than forests.
-    return Problem(lambda: (X,), contestants, float(rows * count * depth), unit="OP", absent=absent, tolerance=0.2)
+    return Problem(
+        lambda: (X,),
+        contestants,
+        float(rows * count * depth),
+        unit="OP",
+        peak=None,
+        absent=absent,
+        tolerance=0.2,
+        steady=True,
+    )
 
 
 register(
