@@ -21,15 +21,16 @@ BEGIN, END = "<!-- speed: made by bench/readme.py -->", "<!-- /speed -->"
 
 def table() -> str:
     """The table in Markdown, a line about the machine, and the table of memory if that was measured."""
-    rows = [(row, path) for row in ROWS if (path := RESULTS / f"{row.name}.json").exists()]
-    found = [json.loads(path.read_text()) for _, path in rows]
+    paths = [RESULTS / f"{row.name}.json" for row in ROWS]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not found:
         return "Not measured yet: `make bench`."
     lines = [
-        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | share of peak; of trees CPU time: times less |",
-        "|---|---|---|---|---|",
+        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | "
+        "share of peak | times less CPU time |",
+        "|---|---|---|---|---|---|",
     ]
-    for (row, _), each in zip(rows, found, strict=True):
+    for each in found:
         measured, target = each["measured"], each["target"]
         if len(each["results"]) == 1:
             low, high = each["results"][0]["ratio_quartiles"]
@@ -41,13 +42,13 @@ def table() -> str:
             targets.append(f"each ≥ {target['least']:g}")
         if target["geometric_mean"] is not None:
             targets.append(f"mean ≥ {target['geometric_mean']:g}")
-        mark = "met" if each["met"] else "not met"
-        share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
-        if row.trees:
-            share = _cpu(each["results"])
+        aim = f"{', '.join(targets)}: {'met' if each['met'] else 'not met'}" if targets else "–"
+        share = "–"
+        if measured["share_of_peak"] is not None:
+            share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
         names = (name.split()[0] for result in each["results"] for name in result["contestants"])
         peers = ", ".join(name for name in dict.fromkeys(names) if name != "fastnn")
-        lines.append(f"| {each['title']} | {ratio} | {peers} | {', '.join(targets)}: {mark} | {share} |")
+        lines.append(f"| {each['title']} | {ratio} | {peers} | {aim} | {share} | {_cpu(each['results'])} |")
     machines = {
         (m["cpu"], m["cores"], m["threads"], m["torch"], m["date"]): m["isa"] for m in (e["machine"] for e in found)
     }
@@ -60,7 +61,7 @@ def table() -> str:
 
 
 def _cpu(results: list[dict[str, Any]]) -> str:
-    """How many times less CPU time fastnn took than the fastest peer: geometric mean, and least to most."""
+    """How many times less CPU time fastnn took than the fastest peer, if it was measured: geometric mean (least – most)."""
     ratios = []
     for result in results:
         ours, peer = (result["contestants"][result["fastest"][who]] for who in ("fastnn", "peer"))
