@@ -310,7 +310,7 @@ class BinLayout final : public Layout {
     Candidate c{};
     c.proxy = b.proxy, c.missing = missing, c.constant = b.constant;
     if (b.bin < 0) return c;
-    c.left = b.left, c.bin = b.bin, c.missing_left = b.missing_left;
+    c.left = b.left, c.last = b.bin, c.missing_left = b.missing_left;
     c.told_missing_left = missing ? b.missing_left : b.left > node.rows() - b.left;
     int next = b.bin + 1;
     while (next < column.bins && !filled(of, next)) next++;
@@ -348,9 +348,9 @@ class BinLayout final : public Layout {
     Candidate c = search_.best(s, sums, limits(f, node), t.work);
     if (!c.left) return c;
     const int64_t j = c.left - (c.missing_left ? c.missing : 0);
-    c.bin = bins[s.keys[j - 1] >> shift_];
+    c.last = bins[s.keys[j - 1] >> shift_];
     c.threshold =
-        border(column, c.bin, j < s.n - s.missing ? bins[s.keys[j] >> shift_] : kBinSlots);
+        border(column, int(c.last), j < s.n - s.missing ? bins[s.keys[j] >> shift_] : kBinSlots);
     return c;
   }
 
@@ -365,7 +365,7 @@ class BinLayout final : public Layout {
   void sum_left(const uint64_t* of, const Candidate& c, double* sums) const {
     const auto sum = [&](const uint64_t* words) {
       uint64_t all = c.missing_left ? words[kMissingBin] : 0;
-      for (int b = 0; b <= c.bin; b++) all += words[b];
+      for (int b = 0; b <= c.last; b++) all += words[b];
       return all;
     };
     if (way_ == Way::two_classes) return read_two_classes(sum(of), sums);
@@ -376,7 +376,7 @@ class BinLayout final : public Layout {
   }
 
   void partition(const GrowingNode& node, const ChosenSplit& split) {
-    kernels_.partition(rows_of(split.feature, node.start, node.end), uint32_t(split.of.bin) + 1,
+    kernels_.partition(rows_of(split.feature, node.start, node.end), uint32_t(split.of.last) + 1,
                        split.of.missing_left ? uint32_t(kMissingBin) : uint32_t(kBinSlots),
                        keys() + node.start, spare_.as<uint32_t>());
   }

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tree/buckets.hpp"
+
 namespace fastnn {
 
 // Values closer than this are one: scikit-learn's FEATURE_THRESHOLD.
@@ -59,13 +61,6 @@ struct OneTarget {
   double least_weight;
 };
 
-// The ranks of a column: row r's value is the rank[r * stride]th of its values. Where the stride is
-// not 1, the value itself lies behind the rank.
-struct ColumnRanks {
-  const uint32_t* rank;
-  int64_t stride;
-};
-
 // A node of this share of the column's rows or more is read off a set of bits.
 constexpr int64_t kDenseShare = 12;
 
@@ -84,6 +79,7 @@ struct NodeSort {
   // The result, with room for 16 more.
   float* sorted_values;
   uint32_t* sorted_keys;
+  uint32_t* spare_ranks;
 };
 
 // A column of few values, by the number of each row's value among them, a byte; 3 bytes are
@@ -130,6 +126,7 @@ struct TreeKernels {
   void (*sort_node)(const NodeSort&);
   FewBest (*few_values)(const FewValues&);
   BestCandidate (*two_classes)(const TwoClasses&);
+  BucketBest (*best_in_buckets)(const BucketSearch&);
   BestCandidate (*many_classes)(const ManyClasses&);
   BestCandidate (*one_target)(const OneTarget&);
 };

@@ -48,9 +48,9 @@ FASTNN_INLINE Bounds bounds_of(const SplitRange& r) {
 FASTNN_INLINE uint32_t rank_of(const ColumnRanks& r, uint32_t key, int shift) {
   return r.rank[int64_t(key >> shift) * r.stride];
 }
-FASTNN_INLINE float value_of(const NodeSort& s, uint32_t key, uint32_t rank) {
-  if (s.ranks.stride == 1) return s.values[rank];
-  return ((const float*)s.ranks.rank)[int64_t(key >> s.shift) * s.ranks.stride + 1];
+template <class Node>
+FASTNN_INLINE float value_of(const Node& s, uint32_t key, uint32_t rank) {
+  return s.ranks.value ? s.ranks.value[int64_t(key >> s.shift) * s.ranks.stride] : s.values[rank];
 }
 
 #if FASTNN_TARGET_ID == 2
@@ -742,7 +742,10 @@ static BestCandidate one_target(const OneTarget& s) {
   return best;
 }
 
-static const TreeKernels tree_table = {partition,  partition_rows, partition_codes, sort_node,
-                                       few_values, two_classes,    many_classes,    one_target};
+#include "tree/buckets.inl"
+
+static const TreeKernels tree_table = {partition,       partition_rows, partition_codes,
+                                       sort_node,       few_values,     two_classes,
+                                       best_in_buckets, many_classes,   one_target};
 
 }  // namespace fastnn::FASTNN_TARGET

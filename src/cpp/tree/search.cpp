@@ -87,6 +87,9 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows)
     }
     shift_ = class_bits_ + weight_bits_;
     as_given();
+    if (way_ == Way::two_classes && shift_ <= kMostBucketBits)
+      for (uint32_t low = 0; low < 1u << shift_; low++)
+        tally_.push_back(tally_of(low, weight_bits_));
     if (target.criterion == TreeCriterion::gini && whole && whole_weights_.empty() &&
         classes <= kMostFewClasses)
       lanes_ = classes <= 16 ? 16 : 64;
@@ -302,10 +305,25 @@ Candidate SplitSearch::few(const uint8_t* codes, const float* values, const uint
        limits.min_samples_leaf, n - limits.min_samples_leaf, limits.min_weight_leaf,
        counts + lanes_});
   Candidate c{};
-  c.proxy = found.proxy, c.left = found.left, c.constant = found.constant;
+  c.proxy = found.proxy, c.left = found.left, c.constant = found.constant, c.last = found.code;
   c.told_missing_left = found.left > n - found.left;
   c.threshold = double(values[found.code]) / 2.0 + double(values[found.next]) / 2.0;
   return c;
+}
+
+bool SplitSearch::in_buckets(const NodeSort& s, const double* sums, const NodeLimits& limits,
+                             double to_beat, Candidate& out) const {
+  const BucketBest found = tree_kernels().best_in_buckets(
+      {s.ranks, s.values, s.keys, tally_.data(), s.n, shift_, weight_bits_, int64_t(sums[0]),
+       int64_t(sums[3]), limits.min_samples_leaf, s.n - limits.min_samples_leaf,
+       limits.min_weight_leaf, to_beat, s.spare_ranks, s.sorted_keys, s.records, s.sorted_values});
+  if (!found.found_out) return false;
+  out = {};
+  out.proxy = found.proxy, out.left = found.left, out.constant = found.constant;
+  out.last = found.last;
+  out.told_missing_left = found.left > s.n - found.left;
+  out.threshold = double(found.below) / 2.0 + double(found.above) / 2.0;
+  return true;
 }
 
 }  // namespace fastnn

@@ -32,7 +32,7 @@ struct Candidate {
   bool constant;           // no split is possible
   bool missing_left;       // NaN goes left
   bool told_missing_left;  // what the node says of NaN, which it may never have seen
-  int bin;                 // of binned columns: the last that goes left
+  int64_t last;            // that goes left: of bins, of few values, or of ranks in RowLayout
 
   // The row number i of the node, those that go left first.
   uint32_t row(const SortedSlice& s, int64_t i, int shift) const {
@@ -100,6 +100,15 @@ class SplitSearch {
   // As best, of n rows in any order, by the codes of their values.
   Candidate few(const uint8_t* codes, const float* values, const uint32_t* keys, int64_t n,
                 const double* sums, const NodeLimits& limits, Work& w) const;
+  // Whether `in_buckets` does for a node of these sums and this many rows.
+  bool counts_buckets(int64_t n, const double* sums, const NodeLimits& limits) const {
+    return way_ == Way::two_classes && n >= kLeastBucketed && n <= kMostBucketed &&
+           sums[0] <= double(kMostBucketed) && shift_ <= kMostBucketBits && !limits.monotonic;
+  }
+  // As best, of n rows in any order and a column without NaN, by buckets of their ranks; of splits
+  // better than `to_beat` only. False where sorting is faster, and nothing was done.
+  bool in_buckets(const NodeSort& s, const double* sums, const NodeLimits& limits, double to_beat,
+                  Candidate& out) const;
   // The split at `left` rows with NaN on a side; its proxy, or false where it is not allowed.
   bool allowed(const double* sums, const NodeLimits& limits, Work& w) const;
   // Adds the rows of candidates [begin, end) to the sums.
@@ -120,6 +129,7 @@ class SplitSearch {
   TreeTarget t_;  // by the numbers in the keys
   Way way_;
   int shift_ = 0, class_bits_ = 0, weight_bits_ = 0;
+  std::vector<uint64_t> tally_;         // of the lowest bits of a key, for buckets
   int lanes_ = 0;                       // of a table of few values; 0: not counted
   std::vector<uint16_t> codes_;         // of each row, for one output of classes
   std::vector<int32_t> whole_weights_;  // of each row, where all are whole
