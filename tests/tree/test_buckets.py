@@ -28,9 +28,9 @@ def table(kind, rows, columns, seed=0):
     return x.astype(np.float32), (x[:, 0] - x[:, -1] + noise > 0).astype(np.int64)
 
 
-def same(x, y, sample_weight=None, **parameters):
+def same(x, y, sample_weight=None, random_state=3, **parameters):
     fitted = [
-        module.DecisionTreeClassifier(random_state=3, **parameters).fit(x, y, sample_weight)
+        module.DecisionTreeClassifier(random_state=random_state, **parameters).fit(x, y, sample_weight)
         for module in (fastnn.tree, sklearn.tree)
     ]
     assert_same(fitted[0].tree_, fitted[1].tree_)
@@ -68,14 +68,15 @@ def test_weights_that_fill_the_keys(isa, no_fallback):
 
 
 def test_many_rows_in_one_bucket(isa, no_fallback):
-    """Below the first split the second column holds 1,500 ranks in a row and one far away."""
+    """Below the first split, where another column is drawn, that one holds 1,499 ranks in a row and one far away."""
     rows, few = 100_000, 1500
     random = np.random.RandomState(0)
     x = np.repeat(np.arange(rows, dtype=np.float32)[:, None], 3, axis=1)
-    x[few - 1, 1:] = 2 * rows
+    x[700, 1] = x[800, 2] = 2 * rows
     y = (random.rand(rows) < 0.5).astype(int)
     y[few:] = 1
-    same(x, y, max_features=1, max_depth=5)
+    for random_state in range(8):  # which columns are drawn
+        same(x, y, random_state=random_state, max_features=1, max_depth=3)
 
 
 def test_forest(isa, no_fallback):
