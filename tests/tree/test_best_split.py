@@ -137,6 +137,8 @@ def test_property(rows, n_classes):
         ((np.zeros(3), [[0], [1], [0]]), {}, "y must have 1 dimension"),
         ((np.array([0, np.inf]), [0, 1]), {}, "infinity"),
         ((np.zeros(2), [0, 1]), {"criterion": "best"}, "criterion must be"),
+        ((np.zeros(2), [0, 1]), {"criterion": ["gini"]}, "criterion must be"),
+        ((np.zeros(2), [0, np.nan]), {}, "y must not contain NaN"),
         ((np.zeros(2), [0, 2]), {"n_classes": 2}, "integers from 0 to n_classes - 1 = 1"),
         ((np.zeros(2), [0, 1]), {"n_classes": 10**12}, "n_classes must be at most 65536"),
         (([["a"], ["b"]], [0, 1]), {}, "could not convert"),
@@ -151,4 +153,19 @@ def test_property(rows, n_classes):
 )
 def test_errors(arguments, parameters, message):
     with pytest.raises(ValueError, match=message):
+        best_split(*arguments, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameters", "message"),
+    [
+        ((np.zeros(2) + 1j, [0, 1]), {}, "x must hold real numbers, got complex128"),
+        ((np.zeros(2), [0, 1j]), {"criterion": "squared_error"}, "y must hold real numbers"),
+        ((np.zeros(2), [0, 1]), {"sample_weight": [1, 1j]}, "sample_weight must hold real numbers"),
+        ((np.zeros(2), [0, 1]), {"n_classes": 2.5}, "n_classes must be an integer, got 2.5"),
+        (([[None], [object()]], [0, 1]), {}, "float"),
+    ],
+)
+def test_wrong_types(arguments, parameters, message):
+    with pytest.raises(TypeError, match=message):
         best_split(*arguments, **parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,14 +51,14 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
         values, which count as one where they are closer than 1e-7; and of equally good ones the first is taken.
 
     Raises:
-        ValueError: for other shapes, lengths, criteria, infinite values, no rows, classes outside of ``n_classes``, an
-            ``n_classes`` beyond 65536, and strings that are no numbers.
-        TypeError: for objects that cannot be read as numbers.
+        ValueError: for other shapes, lengths, criteria, infinite values, NaN in ``y`` or the weights, no rows, classes
+            outside of ``n_classes``, an ``n_classes`` beyond 65536, and strings that are no numbers.
+        TypeError: for complex numbers, objects that cannot be read as numbers, and an ``n_classes`` that is no integer.
     """
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {sorted(CRITERIA)}, got {criterion!r}")
     as_torch = isinstance(x, torch.Tensor)
-    x = np.asarray(to_numpy(x), dtype=np.float32)
+    x = _real(x, "x", np.float32)
     if x.ndim == 1:
         x = x[:, None]
     if x.ndim != 2:
@@ -72,7 +73,7 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
         raise ValueError(f"y must have shape ({n},) as x has {n} rows, got {y.shape}")
     weights = None
     if sample_weight is not None:
-        weights = np.ascontiguousarray(to_numpy(sample_weight), dtype=np.float64)
+        weights = np.ascontiguousarray(_real(sample_weight, "sample_weight", np.float64))
         if weights.shape != (n,):
             raise ValueError(f"sample_weight must have shape ({n},) as x has {n} rows, got {weights.shape}")
         if not np.isfinite(weights).all() or (weights < 0).any():
@@ -92,6 +93,14 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
     return BestSplit(feature, threshold, gain, whole, *arrays)
 
 
+def _real(values: Any, name: str, dtype: type) -> np.ndarray:
+    """An array of this type; numpy itself would drop the imaginary part of complex numbers."""
+    values = np.asarray(to_numpy(values))
+    if values.dtype.kind == "c":
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    return values.astype(dtype, copy=False)
+
+
 #: A table of all classes is kept; more than there are may be given, and this bounds it.
 _MOST_CLASSES = 65536
 
@@ -103,7 +112,7 @@ def _targets(y: np.ndarray, n_classes: int | None, criterion: str) -> tuple[np.n
     if criterion in ("squared_error", "poisson"):
         if n_classes is not None:
             raise ValueError(f"n_classes is for classes, got {n_classes} with criterion={criterion!r}")
-        y = np.ascontiguousarray(y, dtype=np.float64)
+        y = np.ascontiguousarray(_real(y, "y", np.float64))
         if not np.isfinite(y).all():
             raise ValueError("y must be finite")
         if criterion == "poisson" and ((y < 0).any() or y.sum() <= 0):
@@ -111,8 +120,12 @@ def _targets(y: np.ndarray, n_classes: int | None, criterion: str) -> tuple[np.n
         return y, None
     if n_classes is None:
         values, y = np.unique(y, return_inverse=True)
+        if (values != values).any():
+            raise ValueError("y must not contain NaN")
         n_classes = len(values)
     else:
+        if not isinstance(n_classes, Integral):
+            raise TypeError(f"n_classes must be an integer, got {n_classes!r}")
         if n_classes > _MOST_CLASSES:
             raise ValueError(f"n_classes must be at most {_MOST_CLASSES}, got {n_classes}")
         codes = np.asarray(y)
