@@ -202,6 +202,10 @@ class CascadeClassifier(TensorMixin, ClassifierMixin, BaseEstimator):
                 stage = Stage(**stage)
             if not isinstance(stage, Stage):
                 raise TypeError(f"stages[{i}]: expected a Stage or a dict, got {type(stage).__name__}")
+            for name in ("cut", "efficiency"):
+                value = getattr(stage, name)
+                if value is not None and (not isinstance(value, Real) or np.isnan(value)):
+                    raise ValueError(f"stages[{i}]: expected a number as {name}, got {value!r}")
             if stage.cut is not None and stage.efficiency is not None:
                 raise ValueError(f"stages[{i}]: expected a cut or an efficiency, not both")
             if stage.efficiency is not None and not 0 < stage.efficiency <= 1:
@@ -278,8 +282,12 @@ class CascadeClassifier(TensorMixin, ClassifierMixin, BaseEstimator):
     def _columns(self, i: int, features: Sequence[Any] | None) -> np.ndarray | None:
         if features is None:
             return None
+        if isinstance(features, str) or not np.iterable(features):
+            raise ValueError(f"stages[{i}]: expected a list of features, got {features!r}")
         columns = []
         for feature in features:
+            if isinstance(feature, bool):  # of a mask, and an Integral
+                raise ValueError(f"stages[{i}]: expected numbers or names of features, got {feature}")
             if isinstance(feature, str):
                 names = list(getattr(self, "feature_names_in_", ()))
                 if feature not in names:
