@@ -305,6 +305,15 @@ def test_what_fit_prints(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("name", ["max_depth", "max_leaf_nodes"])
+def test_limits_beyond_any_tree(name):
+    X, y = numbers(101)
+    models = [
+        cls(max_iter=3, **{name: 2**40}).fit(X, y) for cls in (HistGradientBoostingRegressor, THEIRS["regressor"])
+    ]
+    np.testing.assert_allclose(*(model.predict(X) for model in models), rtol=1e-5)
+
+
 def test_bad_input():
     X, y = numbers(101)
     new = HistGradientBoostingRegressor

@@ -23,6 +23,9 @@ NODE = np.dtype(
     + [("set", "u4", 8)]
 )
 
+#: More leaves, or levels, than any tree has.
+_NO_LIMIT = 2**31 - 1
+
 
 @dataclasses.dataclass
 class GrowthLimits:
@@ -145,8 +148,8 @@ class HistogramGrower:
             largest[0],
             largest[-1] if hessian is not None else 1.0,
             self._all_rows,
-            limits.max_leaf_nodes or 0,
-            limits.max_depth or 0,
+            min(limits.max_leaf_nodes or 0, _NO_LIMIT),
+            min(limits.max_depth or 0, _NO_LIMIT),
             limits.min_samples_leaf,
             limits.l2_regularization,
             limits.min_hessian_to_split,
