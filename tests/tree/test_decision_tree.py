@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import sklearn.tree
@@ -293,6 +295,19 @@ def test_classes_of_any_type(dtype):
     assert_same(ours.tree_, theirs.tree_)
     assert ours.classes_.dtype == theirs.classes_.dtype
     np.testing.assert_array_equal(ours.classes_, theirs.classes_)
+
+
+@pytest.mark.parametrize(("rows", "n_classes"), [(21, 10), (21, 11), (33, 17), (35, 18), (200, 100), (200, 101)])
+def test_labels_that_may_be_no_classes(rows, n_classes):
+    """scikit-learn warns where there are more classes than half the rows."""
+    x, y = np.random.RandomState(0).randn(rows, 3), np.arange(rows) % n_classes
+    seen = []
+    for module in (sklearn.tree, fastnn.tree):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module.DecisionTreeClassifier().fit(x, y)
+        seen.append([str(warning.message) for warning in caught])
+    assert seen[0] == seen[1]
 
 
 def test_parameters_are_checked_whenever_they_change():

@@ -56,7 +56,8 @@ class ExactTree(KnownParameters, BaseDecisionTree):
             self._take_classes(classes, y.shape[1])
         if len(y) != n_samples:
             raise ValueError(f"Number of labels={len(y)} does not match number of samples={n_samples}")
-        if sample_weight is not None and not encodes:
+        # Of a forest's trees the first is enough: what is not finite stays so in all of them.
+        if sample_weight is not None and (not encodes or shared.settings is None):
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
         if expanded is not None:
             sample_weight = expanded if sample_weight is None else sample_weight * expanded
@@ -253,10 +254,6 @@ def _as_float32(X):
     return empty(X.shape, torch.float32).copy_(torch.from_numpy(X)).numpy()
 
 
-#: Above as many classes scikit-learn may warn that these are no classes.
-_SURELY_CLASSES = 20
-
-
 def _codes_of_integers(y):
     """The sorted classes and the codes (rows, 1) of one output of few integers, by counting; else None."""
     if y.dtype.kind not in "iu" or y.shape[1] != 1 or not len(y):
@@ -268,7 +265,7 @@ def _codes_of_integers(y):
     offsets = y.astype(np.int64) - least
     there = np.bincount(offsets) != 0
     values = np.flatnonzero(there)
-    if len(values) > _SURELY_CLASSES:
+    if 2 * len(values) >= len(y):  # scikit-learn may warn that these are no classes
         return None
     codes = np.cumsum(there) - 1.0
     return (values + least).astype(y.dtype), codes[offsets][:, None]
