@@ -231,15 +231,18 @@ def test_plot():
         fastnn.tree.DecisionTreeClassifier,
         fastnn.tree.RandomForestRegressor,
         fastnn.tree.GradientBoostingClassifier,
+        fastnn.tree.AdaBoostClassifier,
     ):
         X, y = data(cls)
-        model = small(cls, max_depth=2).fit(X, y)
+        model = small(cls).fit(X, y)
         _, axes = plt.subplots()
         assert len(fastnn.tree.plot(model, ax=axes, filled=True)) >= 3
         assert "|---" in model.export_text()
         plt.close("all")
     with pytest.raises(TypeError, match="no trees to plot"):
         fastnn.tree.plot(StandardScaler())
+    with pytest.raises(NotFittedError):
+        fastnn.tree.plot(fastnn.tree.AdaBoostClassifier())
 
 
 def test_scikit_learns_exports_are_here_too():

@@ -83,6 +83,19 @@ def test_class_weight(class_weight):
     assert ours.score(x, y) == pytest.approx(theirs.score(x, y), abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["RandomForestClassifier", "ExtraTreesClassifier"])
+@pytest.mark.parametrize("class_weight", ["balanced", "balanced_subsample"])
+def test_a_class_of_no_weight_cannot_be_balanced(name, class_weight):
+    x, y = data(n_classes=2)
+    seen = []
+    for module in (fastnn.tree, sklearn.ensemble):
+        forest = getattr(module, name)(n_estimators=2, class_weight=class_weight, bootstrap=False, random_state=0)
+        with pytest.raises(ValueError, match="NaN") as caught, np.errstate(divide="ignore", invalid="ignore"):
+            forest.fit(x, y, sample_weight=(y == 0).astype(float))
+        seen.append(str(caught.value))
+    assert seen[0] == seen[1]
+
+
 def test_out_of_bag():
     x, y = data()
     ours, theirs = both("RandomForestClassifier", x, y, oob_score=True, n_estimators=30)
@@ -90,6 +103,17 @@ def test_out_of_bag():
     np.testing.assert_array_equal(ours.oob_decision_function_, theirs.oob_decision_function_)
     ours, theirs = both("RandomForestRegressor", x, y, oob_score=True, n_estimators=30)
     assert ours.oob_score_ == pytest.approx(theirs.oob_score_)
+
+
+def test_no_row_is_out_of_the_bag():
+    """Every tree is asked about no rows."""
+    x, y = np.zeros((1, 2)), np.array([[0, 1]])
+    decisions = []
+    for module in (fastnn.tree, sklearn.ensemble):
+        forest = module.RandomForestClassifier(n_estimators=2, oob_score=True, random_state=0)
+        with pytest.warns(UserWarning, match="do not have OOB scores"):
+            decisions.append(forest.fit(x, y).oob_decision_function_)
+    np.testing.assert_array_equal(*decisions)
 
 
 @pytest.mark.parametrize("name", FORESTS)

@@ -13,12 +13,12 @@ from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 
 from ._decision_tree import DecisionTreeClassifier, ExactTree
 from ._gradient_boosting import SortedOnce
-from ._predict import Forest, SklearnMixin, cached_forest, through_forest
+from ._predict import Forest, TreesMixin, cached_forest, through_forest
 
 __all__ = ["AdaBoostClassifier"]
 
 
-class AdaBoostClassifier(SklearnMixin, sklearn.ensemble.AdaBoostClassifier):
+class AdaBoostClassifier(TreesMixin, sklearn.ensemble.AdaBoostClassifier):
     __doc__ = sklearn.ensemble.AdaBoostClassifier.__doc__
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> AdaBoostClassifier:

@@ -283,7 +283,8 @@ def _per_output(values: np.ndarray, estimator: Any) -> Any:
     """(rows, outputs * classes) as predict_proba returns it."""
     if estimator.n_outputs_ == 1:
         return values[:, : estimator.n_classes_]
-    values = values.reshape(len(values), estimator.n_outputs_, -1)
+    outputs = estimator.n_outputs_
+    values = values.reshape(len(values), outputs, values.shape[1] // outputs)  # also of no rows
     return [np.ascontiguousarray(values[:, k, :n]) for k, n in enumerate(estimator.n_classes_)]
 
 
@@ -386,7 +387,25 @@ class ClassifierTreeMixin(TreeMixin):
         return super().predict_proba(X, check_input) if values is None else _per_output(values, self)
 
 
-class ForestMixin(SklearnMixin):
+class TreesMixin(SklearnMixin):
+    """Of an ensemble whose `estimators_` are trees, one after the other."""
+
+    def plot(self, tree: int = 0, **options: Any) -> Any:
+        """Draws one of the trees with matplotlib: `sklearn.tree.plot_tree`, with its options."""
+        from sklearn.tree import plot_tree
+
+        check_is_fitted(self)
+        return plot_tree(self.estimators_[tree], **options)
+
+    def export_text(self, tree: int = 0, **options: Any) -> str:
+        """The rules of one of the trees as text: `sklearn.tree.export_text`, with its options."""
+        from sklearn.tree import export_text
+
+        check_is_fitted(self)
+        return export_text(self.estimators_[tree], **options)
+
+
+class ForestMixin(TreesMixin):
     """Prediction of a RandomForest* or ExtraTrees*; before the scikit-learn class among the bases."""
 
     def _forest(self) -> Forest:
@@ -421,20 +440,6 @@ class ForestMixin(SklearnMixin):
         nodes = np.array([0, *(part.shape[1] for part in parts)]).cumsum()
         return scipy.sparse.hstack(parts).tocsr(), nodes
 
-    def plot(self, tree: int = 0, **options: Any) -> Any:
-        """Draws one of the trees with matplotlib: `sklearn.tree.plot_tree`, with its options."""
-        from sklearn.tree import plot_tree
-
-        check_is_fitted(self)
-        return plot_tree(self.estimators_[tree], **options)
-
-    def export_text(self, tree: int = 0, **options: Any) -> str:
-        """The rules of one of the trees as text: `sklearn.tree.export_text`, with its options."""
-        from sklearn.tree import export_text
-
-        check_is_fitted(self)
-        return export_text(self.estimators_[tree], **options)
-
 
 class ClassifierForestMixin(ForestMixin):
     """Of a classifier."""
@@ -458,7 +463,8 @@ class RegressorForestMixin(ForestMixin):
 
 def plot(estimator: Any, *args: Any, **options: Any) -> Any:
     """Draws a tree with matplotlib: that of a decision tree, the first of an ensemble (or `tree=`, in gradient boosting `stage=`
-    and `output=`). Options and result are those of `sklearn.tree.plot_tree`. TypeError for what is not made of trees."""
+    and `output=`). Options and result are those of `sklearn.tree.plot_tree`. TypeError for what has no `tree_` to draw, as
+    histogram boosting."""
     if not isinstance(estimator, SklearnMixin) or not hasattr(estimator, "plot"):
         raise TypeError(f"{type(estimator).__name__} has no trees to plot")
     return estimator.plot(*args, **options)
