@@ -21,6 +21,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _LOWERED = {"highest": 0.0, "high": 1e-3, "medium": 2e-2}
 
+#: Seconds after which the threads of every runtime's pool sleep. GNU's OpenMP spins for some 10 ms, LLVM's for 200.
+MODEL_PAUSE, TREE_PAUSE = 0.02, 0.2
+
 #: Calls of `steady` contestants that take longer than this are as few as can be.
 _LONG_SECONDS = 5.0
 
@@ -40,7 +43,8 @@ class Problem:
         beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
         absent: peers that could not take part, by name, each with the reason.
         tolerance: how far the results may be apart, where the roundings of one operation do not explain it.
-        pause: seconds before each turn, where contestants have pools of threads of their own; see `engine.compare`.
+        pause: seconds before each turn, where contestants have pools of threads of their own (`MODEL_PAUSE`,
+            `TREE_PAUSE`); see `engine.compare`.
         steady: whether a first call takes no longer than others: nothing is compiled or packed in it. Where it took
             seconds it was warm-up enough, and the last timed call gives the result that is compared after the timing.
     """

@@ -17,7 +17,7 @@ import torch
 
 import fastnn
 
-from .benchmark import Benchmark, Problem, register
+from .benchmark import TREE_PAUSE, Benchmark, Problem, register
 
 _NO_LIMIT = 1000
 _DECISIONS = ("feature", "threshold")
@@ -140,7 +140,7 @@ def _forest(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         peak=None,
         absent=absent,
         tolerance=0.005,
-        pause=0.2,  # the peers' threads spin for a while when they have done
+        pause=TREE_PAUSE,
         steady=True,
     )
 

@@ -14,7 +14,7 @@ import torch
 import fastnn
 
 from . import peers
-from .benchmark import Benchmark, Problem, register
+from .benchmark import MODEL_PAUSE, Benchmark, Problem, register
 from .gemm import PEAKS
 
 #: Multiplications for an image of 224 × 224, as published.
@@ -23,8 +23,6 @@ _FORMATS = {"": torch.contiguous_format, " channels_last": torch.channels_last}
 #: Layers are folded into each other before or after rounding, and each of 18 or 50 rounds its result: torch.compile's
 #: bfloat16 is a hundredth away from torch's.
 _TOLERANCE = {torch.bfloat16: 3e-2}
-#: Seconds after which the threads of every runtime's pool have gone to sleep. OpenMP's spin for some 10 ms.
-_PAUSE = 0.02
 
 
 def _variants(name: str, dtype: torch.dtype, fuse: bool) -> dict[str, torch.nn.Module]:
@@ -59,7 +57,7 @@ def _inference(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
             peak=PEAKS[dtype],
             absent=peers.absent(dtype),
             tolerance=_TOLERANCE.get(dtype),
-            pause=_PAUSE,
+            pause=MODEL_PAUSE,
         )
 
     return build

@@ -17,14 +17,12 @@ from torch import Tensor
 import fastnn
 
 from . import peers
-from .benchmark import Benchmark, Problem, register
+from .benchmark import MODEL_PAUSE, Benchmark, Problem, register
 from .gemm import PEAKS
 
 #: Twelve layers, each of which rounds some ten times: torch.compile's bfloat16, which keeps some results in float32, is this
 #: far from torch's.
 _TOLERANCE = {torch.bfloat16: 3e-2}
-#: Seconds after which the threads of every runtime's pool have gone to sleep.
-_PAUSE = 0.02
 
 #: Of the linear layers of all three, embeddings and head left out; a multiplication each for every token.
 _WEIGHTS = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
@@ -79,7 +77,7 @@ def _inference(
             peak=PEAKS[dtype],
             absent=peers.absent(dtype),
             tolerance=_TOLERANCE.get(dtype, 1e-4),
-            pause=_PAUSE,
+            pause=MODEL_PAUSE,
         )
 
     return build

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark import Benchmark, Problem, register
+from .benchmark import TREE_PAUSE, Benchmark, Problem, register
 
 _FITTED_ROWS = 20_000
 _PEERS = {"scikit-learn-intelex": "sklearnex", "XGBoost": "xgboost"}
@@ -90,6 +90,7 @@ def _build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         peak=None,
         absent=absent,
         tolerance=0.2,
+        pause=TREE_PAUSE,
         steady=True,
     )
 
