@@ -103,7 +103,7 @@ class _GradientBoosting(SklearnMixin):
         try:
             if self.verbose != 1:
                 return super()._fit_stages(*arguments, monitor)
-            with progress_bar(self.n_estimators, type(self).__name__, begin_at_stage) as bar:
+            with progress_bar(type(self).__name__, total=self.n_estimators, begin=begin_at_stage) as bar:
 
                 def shown(i: int, model: Any, variables: dict[str, Any]) -> Any:
                     bar.set_postfix(loss=f"{self.train_score_[i]:.4g}", refresh=False)

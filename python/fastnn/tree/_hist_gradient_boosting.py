@@ -31,6 +31,7 @@ from ._histogram_predict import BinnedForest, on_training_bins
 from ._histogram_tree import GrowthLimits, HistogramGrower, make_predictor
 from ._losses import gradients
 from ._predict import SklearnMixin, cached_forest
+from ._progress import progress_bar
 
 
 class _Rows:
@@ -324,7 +325,9 @@ class _HistGradientBoosting(SklearnMixin):
         gradient, hessian = self._loss.init_gradient_and_hessian(n_samples=grower.rows, dtype=np.float32, order="F")
         constant = self._loss.constant_hessian
         iterations = range(len(self._predictors), self.max_iter)
-        for iteration in _progress(self, iterations):
+        if self.verbose == 1:
+            iterations = progress_bar(type(self).__name__, iterations, total=self.max_iter, begin=iterations.start)
+        for iteration in iterations:
             began = time.perf_counter()
             if grower.rows:
                 gradients(self._loss, own_y, raw, own_weight, gradient, None if constant else hessian, threads)
@@ -407,15 +410,6 @@ def _columns(binned: np.ndarray, rows) -> np.ndarray:
     for f in range(binned.shape[1]):
         np.take(binned[:, f], rows, out=out[:, f])
     return out
-
-
-def _progress(estimator, iterations):
-    """The iterations, with a progress bar where verbose is 1."""
-    if estimator.verbose != 1:
-        return iterations
-    from tqdm.auto import tqdm
-
-    return tqdm(iterations, desc=type(estimator).__name__, unit="iteration")
 
 
 class _Scoring:

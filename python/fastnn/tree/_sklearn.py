@@ -13,6 +13,7 @@ from sklearn.ensemble import _forest
 from sklearn.tree._tree import NODE_DTYPE, Tree
 
 from .. import _cpu
+from ._progress import progress_bar
 
 VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 
@@ -120,9 +121,7 @@ class Loop:
         tasks = list(tasks)
         shown = tasks
         if self.verbose == 1:
-            from tqdm import tqdm
-
-            shown = tqdm(tasks, desc="trees", unit="tree")
+            shown = progress_bar("trees", tasks)
         if effective_n_jobs(self.jobs) == 1:
             return [function(*args, **kwargs) for function, args, kwargs in shown]
         parallel = _forest.Parallel(n_jobs=self.jobs, verbose=max(0, self.verbose - 1), **self.options)
