@@ -24,7 +24,7 @@ from ._predict import ClassifierTreeMixin, TreeMixin
 from ._sklearn import KnownParameters, tree_of
 
 _CLASSIFICATION = ("gini", "entropy", "log_loss")
-_REGRESSION = ("squared_error", "poisson")
+_REGRESSION = ("squared_error", "absolute_error", "poisson")
 
 
 class ExactTree(KnownParameters, BaseDecisionTree):

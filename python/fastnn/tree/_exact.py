@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import _cpu
 
-CRITERIA = {"gini": 0, "entropy": 1, "log_loss": 1, "squared_error": 2, "poisson": 3}
+CRITERIA = {"gini": 0, "entropy": 1, "log_loss": 1, "squared_error": 2, "poisson": 3, "absolute_error": 4}
 
 
 def readable(X: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ int threads_argument(int threads) { return threads > 0 ? threads : max_threads()
 TreeTarget target_argument(const char* op, const py::tuple& given, int64_t rows) {
   if (given.size() != 6) bad_argument(op, "target", "six entries");
   const int criterion = given[0].cast<int>();
-  if (criterion < 0 || criterion > int(TreeCriterion::poisson))
-    bad_argument(op, "criterion", "a code from 0 to 3, got " + std::to_string(criterion));
+  if (criterion < 0 || criterion > int(TreeCriterion::absolute_error))
+    bad_argument(op, "criterion", "a code from 0 to 4, got " + std::to_string(criterion));
   TreeTarget t{TreeCriterion(criterion), given[1].cast<int64_t>(), nullptr, nullptr, nullptr,
                given[3].cast<int64_t>()};
   if (t.outputs < 1) bad_argument(op, "outputs", "1 or more");

@@ -9,7 +9,13 @@
 
 namespace fastnn {
 
-enum class TreeCriterion : int { gini = 0, entropy = 1, squared_error = 2, poisson = 3 };
+enum class TreeCriterion : int {
+  gini = 0,
+  entropy = 1,
+  squared_error = 2,
+  poisson = 3,
+  absolute_error = 4
+};
 
 // What trees are grown on: outputs of each row, and the rows' weights.
 struct TreeTarget {
@@ -23,6 +29,7 @@ struct TreeTarget {
   bool classification() const {
     return criterion == TreeCriterion::gini || criterion == TreeCriterion::entropy;
   }
+  bool absolute() const { return criterion == TreeCriterion::absolute_error; }
   // Sums of one node or side: [0] weight, [1] weighted squares (regression), [2 ...] weights of
   // the classes of each output, or weighted sums of the outputs.
   int64_t sums() const { return 2 + outputs * most_classes; }

@@ -27,6 +27,10 @@ class Growth {
         rest_(size_t(target.sums())),
         sums_(size_t(target.sums())) {
     for (size_t f = 0; f < features_.size(); f++) features_[f] = int64_t(f);
+    if (!layout.absolute()) return;
+    absolute_work_ = layout.absolute()->work();
+    for (int64_t r = 0; int64_t(rows_.size()) < layout.rows(); r++)
+      if (t_.weight(r) != 0.0) rows_.push_back(uint32_t(r));
   }
 
   ExactTree grow() {
@@ -98,6 +102,8 @@ class Growth {
           poisson_loss(t_, left_sums_.data(), left, [&](int64_t i) { return layout_.row(i); });
       split.impurity_right = poisson_loss(t_, rest_.data(), node.rows() - left,
                                           [&](int64_t i) { return layout_.row(left + i); });
+    } else if (t_.absolute()) {
+      judge_absolute(node, split);
     } else {
       split.impurity_left = impurity_of(t_, left_sums_.data());
       split.impurity_right = impurity_of(t_, rest_.data());
@@ -105,7 +111,27 @@ class Growth {
     split.improvement = (sums[0] / layout_.total_weight()) *
                         (node.impurity - (rest_[0] / sums[0] * split.impurity_right) -
                          (left_sums_[0] / sums[0] * split.impurity_left));
-    split.middle = left_sums_[2] / (2 * left_sums_[0]) + rest_[2] / (2 * rest_[0]);
+    if (!t_.absolute())
+      split.middle = left_sums_[2] / (2 * left_sums_[0]) + rest_[2] / (2 * rest_[0]);
+  }
+
+  // Leaves the node's rows in their order, those that go left first.
+  void judge_absolute(const GrowingNode& node, ChosenSplit& split) {
+    const int64_t n = node.rows(), left = split.of.left;
+    uint32_t* rows = rows_.data() + node.start;
+    for (int64_t i = 0; i < n; i++) rows[i] = uint32_t(layout_.row(i));
+    const AbsoluteErrors& errors = *layout_.absolute();
+    const auto outputs = double(t_.outputs);
+    const AbsoluteErrors::Side l = errors.side(rows, left, 1, absolute_work_);
+    const AbsoluteErrors::Side r = errors.side(rows + n - 1, n - left, -1, absolute_work_);
+    split.impurity_left = l.error / (left_sums_[0] * outputs);
+    split.impurity_right = r.error / (rest_[0] * outputs);
+    split.middle = (l.median + r.median) / 2;
+  }
+
+  // Before anything else is asked of a node.
+  void enter(const GrowingNode& node) {
+    if (t_.absolute()) layout_.absolute()->enter(rows_.data() + node.start, node.rows());
   }
 
   // Constants as they stand after the node's search.
@@ -138,6 +164,7 @@ class Growth {
       const int64_t count = t_.classification() ? t_.classes[k] : 1;
       for (int64_t i = 0; i < count; i++)
         value[k * t_.most_classes + i] = sums[2 + k * t_.most_classes + i] / sums[0];
+      if (t_.absolute()) value[k] = layout_.absolute()->medians()[size_t(k)];
     }
     if (s_.monotonic) {
       if (value[0] < node.lower)
@@ -174,6 +201,11 @@ class Growth {
         if (t_.weight(r) != 0.0) rows.push_back(r);
       node.impurity =
           poisson_loss(t_, sums_.data(), node.end, [&](int64_t i) { return rows[size_t(i)]; });
+    } else if (t_.absolute()) {
+      enter(node);
+      const AbsoluteErrors::Side all = layout_.absolute()->side(
+          rows_.data() + node.end - 1, node.end, -1, absolute_work_);
+      node.impurity = all.error / (sums_[0] * double(t_.outputs));
     } else {
       node.impurity = impurity_of(t_, sums_.data());
     }
@@ -191,6 +223,7 @@ class Growth {
       stack.pop_back();
       std::copy(sums.end() - ptrdiff_t(width), sums.end(), sums_.begin());
       sums.resize(sums.size() - width);
+      enter(node);
       bool leaf = surely_leaf(node.end - node.start, sums_[0], node.impurity, node.depth);
       ChosenSplit split{};
       if (!leaf)
@@ -229,6 +262,7 @@ class Growth {
   Waiting wait(GrowingNode node, const double* sums, std::vector<double>& kept) {
     node.constants = 0;
     std::copy(sums, sums + sums_.size(), sums_.begin());
+    enter(node);
     Waiting w{node, 0, false, 0, {}, 0};
     w.leaf = surely_leaf(node.end - node.start, sums_[0], node.impurity, node.depth);
     if (!w.leaf)
@@ -286,6 +320,9 @@ class Growth {
   Draws draws_;
   std::vector<int64_t> features_, constant_;
   std::vector<double> left_sums_, right_sums_, rest_, sums_;
+  // Of absolute errors: the rows of all nodes, each node's together.
+  std::vector<uint32_t> rows_;
+  AbsoluteErrors::Work absolute_work_;
   ExactTree tree_;
 };
 

@@ -39,6 +39,7 @@ class Layout {
   // Those whose weight is not 0: the root is [0, rows).
   int64_t rows() const { return n_; }
   double total_weight() const { return total_weight_; }
+  AbsoluteErrors* absolute() const { return search_.absolute(); }
 
   // Adds all rows to the sums.
   virtual void sum_up(double* sums) const = 0;

@@ -44,6 +44,7 @@ class RandomLayout final : public Layout {
     using Way = SplitSearch::Way;
     const bool by_class = search_.way() == Way::two_classes || search_.way() == Way::many_classes;
     sums_ = by_class && search_.weights_in_keys()     ? Sums::of_classes
+            : t_.absolute()                           ? Sums::of_rows
             : !t_.classification() && t_.outputs == 1 ? Sums::of_targets
                                                       : Sums::of_rows;
     // Columns that are looked at seldom are not worth copying, and nodes that are grown in any
@@ -85,6 +86,7 @@ class RandomLayout final : public Layout {
   }
 
   Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
+    looked_at_ = f;
     const RandomRows rows = rows_of(node);
     const ValueRange range = kernels_.gather(rows, from_.values + f * from_.stride, values_);
     Candidate c{};
@@ -95,10 +97,16 @@ class RandomLayout final : public Layout {
     c.threshold = draws.uniform(range.least, range.most);
     if (range.missing) c.missing_left = draws.integer(0, 2) != 0;
     if (c.threshold == range.most) c.threshold = range.least;
-    const int64_t left = sum_left(rows, c);
+    const int64_t left = t_.absolute() ? swap(node, c) : sum_left(rows, c);
     if (left < s_.min_samples_leaf || rows.n - left < s_.min_samples_leaf) return c;
-    if (!search_.allowed(sums, limits(f, node), work_)) return c;
-    c.proxy = proxy_of(t_, work_.left.data(), work_.right.data());
+    if (t_.absolute()) {
+      c.left = left;
+      judge_absolute(rows, limits(f, node), sums, c);
+      if (!c.left) return c;
+    } else {
+      if (!search_.allowed(sums, limits(f, node), work_)) return c;
+      c.proxy = proxy_of(t_, work_.left.data(), work_.right.data());
+    }
     c.told_missing_left = range.missing ? c.missing_left : left > rows.n - left;
     c.left = left;
     return c;
@@ -108,10 +116,17 @@ class RandomLayout final : public Layout {
   void sides(const GrowingNode& node, const double*, const ChosenSplit& split, double* left,
              double* right) override {
     const RandomRows rows = rows_of(node);
-    kernels_.gather(rows, from_.values + split.feature * from_.stride, values_);
     judged_ = keys_ + node.start;
-    const int64_t gone = kernels_.part(rows, cut_of(split.of), judged_, spare_keys_);
-    std::copy(spare_keys_, spare_keys_ + (rows.n - gone), judged_ + gone);
+    int64_t gone = split.of.left;
+    if (!t_.absolute() || looked_at_ != split.feature) {
+      kernels_.gather(rows, from_.values + split.feature * from_.stride, values_);
+      if (t_.absolute()) {
+        gone = swap(node, split.of);
+      } else {
+        gone = kernels_.part(rows, cut_of(split.of), judged_, spare_keys_);
+        std::copy(spare_keys_, spare_keys_ + (rows.n - gone), judged_ + gone);
+      }
+    }
     add(judged_, 0, gone, left);
     add(judged_, gone, rows.n, right);
   }
@@ -200,6 +215,43 @@ class RandomLayout final : public Layout {
     return left;
   }
 
+  // Of absolute errors, whose roundings depend on the order of the rows: as scikit-learn puts them.
+  int64_t swap(const GrowingNode& node, const Candidate& c) {
+    const RandomCut cut = cut_of(c);
+    uint32_t* keys = keys_ + node.start;
+    int64_t left = 0, right = node.rows();
+    while (left < right) {
+      const float x = values_[left];
+      if (x <= cut.cut || (cut.missing_left && x != x)) {
+        left++;
+      } else {
+        right--;
+        std::swap(values_[left], values_[right]);
+        std::swap(keys[left], keys[right]);
+      }
+    }
+    return left;
+  }
+
+  // The proxy of a candidate whose rows were put in order, or left = 0 where it is not allowed.
+  void judge_absolute(const RandomRows& rows, const NodeLimits& limits, const double* sums,
+                      Candidate& c) {
+    uint32_t* order = work_.absolute.rows;
+    for (int64_t i = 0; i < rows.n; i++) order[i] = row_of(rows.keys[i]);
+    const AbsoluteErrors::Side left = search_.absolute()->side(order, c.left, 1, work_.absolute);
+    const AbsoluteErrors::Side right =
+        search_.absolute()->side(order + rows.n - 1, rows.n - c.left, -1, work_.absolute);
+    const double other = sums[0] - left.weight;
+    if (left.weight < limits.min_weight_leaf || other < limits.min_weight_leaf ||
+        (limits.monotonic && !limits.in_order(left.median, right.median))) {
+      c.left = 0;
+      return;
+    }
+    const auto outputs = double(t_.outputs);
+    c.proxy =
+        -other * (right.error / (other * outputs)) - left.weight * (left.error / (left.weight * outputs));
+  }
+
   void add(const uint32_t* keys, int64_t begin, int64_t end, double* sums) const {
     if (sums_ == Sums::of_classes)
       search_.add_rows({}, {nullptr, keys, end, 0}, begin, end, sums);
@@ -221,6 +273,7 @@ class RandomLayout final : public Layout {
   double *block_targets_ = nullptr, *block_weights_ = nullptr;
   uint32_t* block_of_ = nullptr;
   std::vector<int64_t> classes_;
+  int64_t looked_at_ = 0;  // the last feature
   SplitSearch::Work work_;
 };
 

@@ -96,6 +96,7 @@ SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows)
   } else if (target.criterion == TreeCriterion::squared_error && target.outputs == 1) {
     way_ = Way::one_target;
   }
+  if (target.absolute()) absolute_ = std::make_unique<AbsoluteErrors>(target, rows);
 }
 
 int64_t SplitSearch::keys(int64_t rows, uint32_t* out) const {
@@ -147,6 +148,7 @@ SplitSearch::Work SplitSearch::work() const {
   const size_t cells = size_t(lanes_ * (1 + kFewTables * kMostFewValues));
   w.few_counts = Memory(cells * 4);
   std::memset(w.few_counts.as<int32_t>(), 0, cells * 4);
+  if (absolute_) w.absolute = absolute_->work();
   return w;
 }
 
@@ -198,12 +200,8 @@ void SplitSearch::consider(const SortedSlice& s, int64_t j, double proxy, bool m
 // Of the sums in `w`, after `right` was computed from `sums` and `left`.
 bool SplitSearch::allowed(const double* sums, const NodeLimits& limits, Work& w) const {
   for (size_t i = 0; i < w.left.size(); i++) w.right[i] = sums[i] - w.left[i];
-  if (limits.monotonic) {
-    const double l = w.left[2] / w.left[0], r = w.right[2] / w.right[0];
-    if (!(l >= limits.lower && r >= limits.lower && l <= limits.upper && r <= limits.upper &&
-          (l - r) * limits.monotonic <= 0))
-      return false;
-  }
+  if (limits.monotonic && !limits.in_order(w.left[2] / w.left[0], w.right[2] / w.right[0]))
+    return false;
   return !(w.left[0] < limits.min_weight_leaf || w.right[0] < limits.min_weight_leaf);
 }
 
@@ -230,6 +228,33 @@ void SplitSearch::best_general(const SortedSlice& s, const double* sums, const N
     }
     if (!allowed(sums, limits, w)) continue;
     consider(s, j, proxy_of(t_, w.left.data(), w.right.data()), missing_left, best);
+  }
+}
+
+void SplitSearch::best_absolute(const SortedSlice& s, const double* sums, const NodeLimits& limits,
+                                Work& w, bool missing_left, Candidate& best) const {
+  const int64_t present = s.n - s.missing, first = missing_left ? s.missing : 0;
+  const int64_t last = !missing_left && s.missing ? present : present - 1;
+  const AbsoluteErrors::Work& sides = w.absolute;
+  Candidate order{};
+  order.missing = s.missing, order.missing_left = missing_left;
+  for (int64_t i = 0; i < s.n; i++) sides.rows[i] = order.row(s, i, shift_);
+  absolute_->find_sides(w.absolute, limits.monotonic != 0);
+  const auto outputs = double(t_.outputs);
+  double weight = 0;
+  int64_t at = 0;
+  for (int64_t j = 1; j <= last; j++) {
+    if (j < present && !apart(s.values[j - 1], s.values[j])) continue;
+    const int64_t left = first + j, right = s.n - left;
+    if (left < limits.min_samples_leaf || right < limits.min_samples_leaf) continue;
+    for (; at < left; at++) weight += given_.weight(sides.rows[at]);
+    if (limits.monotonic && !limits.in_order(sides.first_median[left - 1], sides.last_median[left]))
+      continue;
+    const double other = sums[0] - weight;
+    if (weight < limits.min_weight_leaf || other < limits.min_weight_leaf) continue;
+    const double proxy = -other * (sides.last[left] / (other * outputs)) -
+                         weight * (sides.first[left - 1] / (weight * outputs));
+    consider(s, j, proxy, missing_left, best);
   }
 }
 
@@ -288,7 +313,9 @@ Candidate SplitSearch::best(const SortedSlice& s, const double* sums, const Node
   if (best.constant) return best;
   const bool general = way_ == Way::general || limits.monotonic;
   for (int pass = 0; pass < (s.missing ? 2 : 1); pass++) {
-    if (general)
+    if (absolute_)
+      best_absolute(s, sums, limits, w, pass == 1, best);
+    else if (general)
       best_general(s, sums, limits, w, pass == 1, best);
     else
       best_fast(s, sums, limits, w, pass == 1, best);

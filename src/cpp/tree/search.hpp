@@ -1,8 +1,10 @@
 // The best split of one feature in one node, from its values in ascending order.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "tree/absolute_error.hpp"
 #include "tree/criteria.hpp"
 #include "tree/kernels.hpp"
 #include "tree/memory.hpp"
@@ -47,6 +49,12 @@ struct NodeLimits {
   double min_weight_leaf = 0;
   int monotonic = 0;  // of this feature
   double lower = 0, upper = 0;
+
+  // Whether the sides may have these values.
+  bool in_order(double left, double right) const {
+    return left >= lower && right >= lower && left <= upper && right <= upper &&
+           (left - right) * monotonic <= 0;
+  }
 };
 
 // The targets in the form that the loops want, and which of them is used.
@@ -83,11 +91,15 @@ class SplitSearch {
     return way_ == Way::two_classes || (way_ == Way::many_classes && whole_weights_.empty());
   }
 
+  // Of that criterion, else null. What is entered there is the node that is searched.
+  AbsoluteErrors* absolute() const { return absolute_.get(); }
+
   // Sums of one thread at a time.
   struct Work {
     std::vector<double> left, right;
     std::vector<int64_t> counts;
     Memory few_counts;  // of the classes in the node, then the tables of few values
+    AbsoluteErrors::Work absolute;
   };
   Work work() const;
 
@@ -120,6 +132,8 @@ class SplitSearch {
                  bool missing_left, Candidate& best) const;
   void best_general(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w,
                     bool missing_left, Candidate& best) const;
+  void best_absolute(const SortedSlice& s, const double* sums, const NodeLimits& limits, Work& w,
+                     bool missing_left, Candidate& best) const;
   void consider(const SortedSlice& s, int64_t j, double proxy, bool missing_left,
                 Candidate& best) const;
 
@@ -136,6 +150,7 @@ class SplitSearch {
   const int32_t* whole_of_key_ = nullptr;
   std::vector<double> numbered_y_, numbered_weights_;
   std::vector<int32_t> numbered_whole_;
+  std::unique_ptr<AbsoluteErrors> absolute_;
 };
 
 }  // namespace fastnn
