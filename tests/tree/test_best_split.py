@@ -20,6 +20,8 @@ def impurity(y, w, criterion):
         p = p[p > 0]
         return 1 - (p**2).sum() if criterion == "gini" else -(p * np.log2(p)).sum()
     mean = (w * y).sum() / w.sum()
+    if criterion == "absolute_error":  # the best constant is one of the targets
+        return min((w * np.abs(y - constant)).sum() for constant in y) / w.sum()
     if criterion == "squared_error":
         return (w * (y - mean) ** 2).sum() / w.sum()
     if mean <= 0:
@@ -70,7 +72,7 @@ def test_worked_examples():
     assert found.impurities[0] == 0
 
 
-@pytest.mark.parametrize("criterion", ["gini", "entropy", "squared_error", "poisson"])
+@pytest.mark.parametrize("criterion", ["gini", "entropy", "squared_error", "absolute_error", "poisson"])
 @pytest.mark.parametrize("weighted", [None, "whole", "fractions"])
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
 @pytest.mark.parametrize("rows", [2, 3, 16, 17, 61, 131])

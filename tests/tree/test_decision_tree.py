@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csc_matrix
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
+from sklearn.tree._criterion import MSE
 
 import fastnn
 import fastnn.tree
@@ -392,12 +393,12 @@ def test_what_is_left_to_scikit_learn_is_counted():
     x, y = classes(60, 3)
     _state.reset_fallbacks()
     fastnn.tree.DecisionTreeClassifier(random_state=0).fit(csc_matrix(x), y)
-    fastnn.tree.DecisionTreeRegressor(criterion="absolute_error").fit(x, y)
+    fastnn.tree.DecisionTreeRegressor(criterion=MSE(1, len(y))).fit(x, y)
     found = {(f["op"], f["reason"]): f["count"] for f in fastnn.info()["fallbacks"]}
     assert found == {
         ("tree.DecisionTreeClassifier", "a sparse X"): 1,
-        ("tree.DecisionTreeRegressor", "criterion='absolute_error'"): 1,
+        ("tree.DecisionTreeRegressor", "a Criterion object"): 1,
     }
     _state.reset_fallbacks()
     with fastnn.strict(), pytest.raises(fastnn.FallbackError):
-        fastnn.tree.DecisionTreeRegressor(criterion="absolute_error").fit(x, y)
+        fastnn.tree.DecisionTreeRegressor(criterion=MSE(1, len(y))).fit(x, y)

@@ -10,6 +10,7 @@ import sklearn.ensemble
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
+from sklearn.tree._criterion import MSE
 
 import fastnn.tree
 from fastnn import _cpu, _state
@@ -174,8 +175,8 @@ def test_tensors():
 def test_a_criterion_of_scikit_learn_is_counted():
     x, y = data(50)
     _state.reset_fallbacks()
-    both("RandomForestRegressor", x, y, criterion="absolute_error", n_estimators=3)
-    assert _state.fallbacks() == {("tree.DecisionTreeRegressor", "criterion='absolute_error'"): 3}
+    both("RandomForestRegressor", x, y, criterion=MSE(1, len(y)), n_estimators=3)
+    assert _state.fallbacks() == {("tree.DecisionTreeRegressor", "a Criterion object"): 3}
     _state.reset_fallbacks()
 
 

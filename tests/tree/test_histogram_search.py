@@ -19,6 +19,7 @@ from sklearn.base import clone
 from sklearn.datasets import make_classification
 from sklearn.ensemble._hist_gradient_boosting.binning import _BinMapper
 from sklearn.model_selection import GridSearchCV
+from sklearn.tree._criterion import MSE
 from sklearn.utils._param_validation import InvalidParameterError
 
 import fastnn.tree
@@ -429,7 +430,7 @@ def test_what_scikit_learn_grows_itself_is_counted():
     x, y = data(100)
     for estimator, given in (
         (fastnn.tree.DecisionTreeClassifier(max_bins=9), csr_matrix(x)),
-        (fastnn.tree.DecisionTreeRegressor(max_bins=9, criterion="absolute_error"), x),
+        (fastnn.tree.DecisionTreeRegressor(max_bins=9, criterion=MSE(1, len(y))), x),
     ):
         _state.reset_fallbacks()
         estimator.fit(given, y)

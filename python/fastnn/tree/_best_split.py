@@ -39,12 +39,12 @@ def best_split(x, y, *, sample_weight=None, n_classes: int | None = None, criter
         x: (N, F) or (N,), numpy array or tensor; computed in float32, as scikit-learn's trees are. NaN is missing, and
             goes to the side where the split is better.
         y: (N,). For "gini", "entropy" and "log_loss" classes: integers from 0 to ``n_classes`` - 1, or, where ``n_classes``
-            is None, whatever can be sorted. For "squared_error" and "poisson" numbers, computed in float64.
+            is None, whatever can be sorted. For the other criteria numbers, computed in float64.
         sample_weight: (N,) weights, or None for 1 each. Rows of weight 0 are left out.
         n_classes: how many classes there are.
         criterion: "gini": 1 − Σ p², "entropy" or "log_loss": −Σ p log2 p, "squared_error": the mean squared distance to
-            the mean, "poisson": half the deviance from the mean. (Breiman et al., Classification and Regression Trees,
-            1984.)
+            the mean, "absolute_error": the mean distance to the median, "poisson": half the deviance from the mean. (Breiman
+            et al., Classification and Regression Trees, 1984.)
 
     Returns:
         A :class:`BestSplit`; its arrays are torch tensors where ``x`` is one. A threshold is halfway between two neighbouring
@@ -109,7 +109,7 @@ def _targets(y: np.ndarray, n_classes: int | None, criterion: str) -> tuple[np.n
     """Numbers, or the codes of classes and how many there are."""
     if y.ndim != 1:
         raise ValueError(f"y must have 1 dimension, got {y.ndim}")
-    if criterion in ("squared_error", "poisson"):
+    if criterion in ("squared_error", "absolute_error", "poisson"):
         if n_classes is not None:
             raise ValueError(f"n_classes is for classes, got {n_classes} with criterion={criterion!r}")
         y = np.ascontiguousarray(_real(y, "y", np.float64))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 namespace fastnn {
@@ -11,26 +12,23 @@ namespace {
 // Rows of a node of this share of all rows or more are put in order by a bit for each.
 constexpr int64_t kDenseShare = 32;
 
-// Whole weights of rows up to this on average: the median is followed from row to row, and moves by
-// half a row's weight or less at a time.
-constexpr double kLight = 8;
+// Of the median for each row that is taken away: among weights that differ much it may move often.
+constexpr int64_t kMostMoves = 16;
 
-// Up to this, sums of whole weights fit into 32 bits.
-constexpr double kMostWhole = 4294967295.0;
+// Up to this, sums of whole weights are exact.
+constexpr double kMostWhole = 9007199254740992.0;
+
+// Sums of larger targets might overflow.
+constexpr double kMostMagnitude = 1e300;
 
 struct Sums {
   double weight, target;
 };
 
-// The sum below a rank in a Fenwick tree, whose entry f, from 1 on, is the sum of the lowest bit
-// of f many ranks below f.
-inline double sum_below(const double* tree, uint32_t rank) {
-  double sum = 0;
-  for (uint32_t f = 0; rank != f;) {
-    f |= 0x80000000u >> __builtin_clz(rank ^ f);
-    sum += tree[f];
-  }
-  return sum;
+// Of rows from a median, where `below` are those below it.
+double distance(const Sums& all, const Sums& below, double median) {
+  const double weight = all.weight - below.weight, target = all.target - below.target;
+  return (target - median * weight) + (median * below.weight - below.target);
 }
 
 // The highest rank below which the weights are less than `weight` together, or at most that.
@@ -56,17 +54,19 @@ Crossing cross(const Sums* tree, int64_t n, double weight) {
   return c;
 }
 
-// Of weights that are no whole numbers: sums round, and scikit-learn's medians with them.
-class WeightedTree {
+// Entry f, from 1 on, holds the sums of as many ranks below f as its lowest bit says.
+class FenwickTree {
  public:
-  WeightedTree(double* memory, int64_t n) : tree_(reinterpret_cast<Sums*>(memory)), n_(n) {
-    std::memset(tree_, 0, size_t(n + 1) * sizeof(Sums));
+  FenwickTree(double* memory, int64_t n) : tree_(reinterpret_cast<Sums*>(memory)), n_(n) {
+    std::memset(memory, 0, size_t(n + 1) * sizeof(Sums));
   }
-  void add(int64_t rank, double weight, double target) {
-    const double weighted = weight * target;
-    for (int64_t f = rank + 1; f <= n_; f += f & -f)
-      tree_[f].weight += weight, tree_[f].target += weighted;
-    all_.weight += weight, all_.target += weighted;
+  template <class Output>
+  void add(const Output& o, uint32_t rank) {
+    const double weight = o.weights.empty() ? 1.0 : o.weights[rank],
+                 target = weight * o.values[rank];
+    for (int64_t f = int64_t(rank) + 1; f <= n_; f += f & -f)
+      tree_[f].weight += weight, tree_[f].target += target;
+    all_.weight += weight, all_.target += target;
   }
   // The error of what was added, and its median.
   double error(const double* values, double& median) const {
@@ -82,10 +82,6 @@ class WeightedTree {
     return distance(all_, c.below, median);
   }
   double weight() const { return all_.weight; }
-  static double distance(const Sums& all, const Sums& below, double median) {
-    const double weight = all.weight - below.weight, target = all.target - below.target;
-    return (target - median * weight) + (median * below.weight - below.target);
-  }
 
  private:
   Sums* tree_;
@@ -98,7 +94,6 @@ class WeightedTree {
 AbsoluteErrors::AbsoluteErrors(const TreeTarget& target, int64_t rows)
     : t_(target),
       rows_(rows),
-      whole_(true),
       outputs_(size_t(target.outputs)),
       medians_(size_t(target.outputs)),
       places_(size_t(rows)),
@@ -108,6 +103,7 @@ AbsoluteErrors::AbsoluteErrors(const TreeTarget& target, int64_t rows)
   for (int64_t r = 0; r < rows; r++) {
     const double w = t_.weight(r);
     whole_ = whole_ && w >= 0 && w == std::floor(w);
+    negative_ = negative_ || w < 0;
     total += w;
   }
   whole_ = whole_ && total <= kMostWhole;
@@ -129,13 +125,11 @@ AbsoluteErrors::AbsoluteErrors(const TreeTarget& target, int64_t rows)
 AbsoluteErrors::Work AbsoluteErrors::work() const {
   const auto n = size_t(rows_);
   Work w;
-  w.memory = Memory(n * (4 * 8 + sizeof(Work::Middle)) + (n + 1) * sizeof(Sums) +
-                    (n + 2) * sizeof(Work::Link) + 2 * n * 4);
+  w.memory = Memory(n * 4 * 8 + (n + 1) * sizeof(Sums) + (n + 2) * sizeof(Work::Link) + 2 * n * 4);
   w.first = w.memory.as<double>(), w.last = w.first + n;
   w.first_median = w.last + n, w.last_median = w.first_median + n;
   w.sums = w.last_median + n;
-  w.middles = reinterpret_cast<Work::Middle*>(w.sums + 2 * (n + 1));
-  w.links = reinterpret_cast<Work::Link*>(w.middles + n);
+  w.links = reinterpret_cast<Work::Link*>(w.sums + 2 * (n + 1));
   w.ranks = reinterpret_cast<uint32_t*>(w.links + n + 2);
   w.rows = w.ranks + n;
   return w;
@@ -148,9 +142,14 @@ void AbsoluteErrors::enter(const uint32_t* rows, int64_t n) {
     for (int64_t i = 0; i < n; i++) total_ += t_.weights[rows[i]];
   }
   for (int64_t k = 0; k < t_.outputs; k++) put_in_order(outputs_[size_t(k)], k, rows);
+  magnitude_ = 0;
+  for (const Output& o : outputs_) magnitude_ += magnitude(o);
+  // Sums of either kind take up to some 20 additions for each row, and each of these is off by half
+  // an epsilon of the magnitude at most.
+  margin_ = 64 * double(n + 64) * std::numeric_limits<double>::epsilon() * magnitude_;
   for (size_t k = 0; k < medians_.size(); k++)
-    medians_[k] = whole_ ? whole_median(outputs_[k])
-                         : side(outputs_[k], rows + n - 1, n, -1, own_).median;
+    medians_[k] =
+        whole_ ? whole_median(outputs_[k]) : side(outputs_[k], rows + n - 1, n, -1, own_).median;
 }
 
 void AbsoluteErrors::put_in_order(Output& o, int64_t output, const uint32_t* rows) {
@@ -188,13 +187,20 @@ double AbsoluteErrors::whole_median(const Output& o) const {
   return 2 * (weight + o.weights[i]) == total_ ? (o.values[i] + o.values[i + 1]) / 2 : o.values[i];
 }
 
+// What no sum over the node's rows goes beyond, and none of weights times a target either.
+double AbsoluteErrors::magnitude(const Output& o) const {
+  const auto n = size_t(n_);
+  if (!whole_) return total_ * std::max(std::fabs(o.values[0]), std::fabs(o.values[n - 1]));
+  double sum = 0;
+  for (size_t i = 0; i < n; i++)
+    sum += std::fabs(o.values[i]) * (o.weights.empty() ? 1.0 : o.weights[i]);
+  return sum;
+}
+
 AbsoluteErrors::Side AbsoluteErrors::side(const Output& o, const uint32_t* first, int64_t count,
                                           int64_t step, Work& w) const {
-  WeightedTree tree(w.sums, n_);
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t rank = o.rank_of[first[i * step]];
-    tree.add(rank, o.weights.empty() ? 1.0 : o.weights[rank], o.values[rank]);
-  }
+  FenwickTree tree(w.sums, n_);
+  for (int64_t i = 0; i < count; i++) tree.add(o, o.rank_of[first[i * step]]);
   Side s{tree.weight(), 0, 0};
   s.error = tree.error(o.values.data(), s.median);
   return s;
@@ -208,110 +214,116 @@ AbsoluteErrors::Side AbsoluteErrors::side(const uint32_t* first, int64_t count, 
   return all;
 }
 
-void AbsoluteErrors::find_sides(Work& w, bool medians) const {
+// From the first row to the last and back, for each output.
+template <class Call>
+bool AbsoluteErrors::for_passes(Work& w, const Call& call) const {
   std::fill(w.first, w.first + n_, 0.0);
   std::fill(w.last, w.last + n_, 0.0);
-  const bool light = whole_ && total_ <= kLight * double(n_);
   for (const Output& o : outputs_) {
     for (int64_t i = 0; i < n_; i++) w.ranks[i] = o.rank_of[w.rows[i]];
-    const Pass passes[] = {{o, w.ranks, 1}, {o, w.ranks + n_ - 1, -1}};
-    for (const Pass& pass : passes) {
-      const int64_t start = pass.step > 0 ? 0 : n_ - 1;
-      double* errors = (pass.step > 0 ? w.first : w.last) + start;
-      double* median = medians ? (pass.step > 0 ? w.first_median : w.last_median) + start : nullptr;
-      if (light)
-        add_whole(pass, errors, median, w);
-      else
-        add_fractions(pass, errors, median, w);
-    }
+    const int64_t end = n_ - 1;
+    if (!call(Pass{o, w.ranks, 1}, w.first, w.first_median)) return false;
+    if (!call(Pass{o, w.ranks + end, -1}, w.last + end, w.last_median + end)) return false;
   }
+  return true;
 }
 
-void AbsoluteErrors::add_fractions(const Pass& pass, double* errors, double* medians,
-                                   Work& w) const {
-  const Output& o = pass.of;
-  WeightedTree tree(w.sums, n_);
-  for (int64_t i = 0; i < n_; i++) {
-    const uint32_t rank = pass.rank(i);
-    tree.add(rank, o.weights.empty() ? 1.0 : o.weights[rank], o.values[rank]);
-    double median;
-    errors[i * pass.step] += tree.error(o.values.data(), median);
-    if (medians) medians[i * pass.step] = median;
-  }
+AbsoluteErrors::Work::Link* AbsoluteErrors::link_all(Work& w) const {
+  for (int64_t i = 0; i <= n_ + 1; i++) w.links[i] = {uint32_t(i - 1), uint32_t(i + 1)};
+  return w.links;
 }
 
-void AbsoluteErrors::add_whole(const Pass& pass, double* errors, double* medians, Work& w) const {
-  const Output& o = pass.of;
-  const bool weighted = !o.weights.empty();
-  if (weighted)
-    find_weighted_middles(pass, w);
-  else
-    find_middles(pass, w);
-  const double *values = o.values.data(), *weights = o.weights.data();
-  double* tree = w.sums;
-  std::memset(tree, 0, size_t(n_ + 1) * 8);
-  Sums all{0, 0};
-  for (int64_t i = 0; i < n_; i++) {
-    const uint32_t rank = pass.rank(i);
-    const double weight = weighted ? weights[rank] : 1.0, target = weight * values[rank];
-    for (int64_t f = int64_t(rank) + 1; f <= n_; f += f & -f) tree[f] += target;
-    all.weight += weight, all.target += target;
-    const Work::Middle& m = w.middles[i];
-    errors[i * pass.step] += WeightedTree::distance(
-        all, {double(m.below), sum_below(tree, m.rank)}, m.median);
-    if (medians) medians[i * pass.step] = m.median;
-  }
+// The row's own link stays what it was.
+uint32_t AbsoluteErrors::take(Work::Link* links, uint32_t rank) {
+  const Work::Link link = links[rank + 1];
+  links[link.before].after = link.after;
+  links[link.after].before = link.before;
+  return rank + 1;
 }
 
-// Medians of the pass's first 1, 2, ... rows, from the last of these on: all rows are linked in
-// the order of their targets, and each that is taken away moves the median by a link or not.
-void AbsoluteErrors::find_middles(const Pass& pass, Work& w) const {
+// All rows are linked in the order of their targets, and taken away from the last of the pass to
+// the first, each of which moves the median by a link or not. Below it the targets are summed up,
+// and those of all rows: the error is what is above less what is below, and less the (lower) median
+// where it was counted among those above.
+void AbsoluteErrors::estimate_unweighted(const Pass& pass, double* errors, Work& w) const {
   const double* values = pass.of.values.data() - 1;  // links count from 1
-  Work::Link* links = w.links;
-  for (int64_t i = 0; i <= n_ + 1; i++) links[i] = {uint32_t(i - 1), uint32_t(i + 1)};
-  auto lower = uint32_t((n_ + 1) / 2);
+  Work::Link* links = link_all(w);
+  auto median = uint32_t((n_ + 1) / 2);
+  double below = 0, all = 0;
+  for (int64_t i = 1; i < median; i++) below += values[i];
+  for (int64_t i = 1; i <= n_; i++) all += values[i];
   for (int64_t count = n_; count > 0; count--) {
-    const bool even = count % 2 == 0;
-    const uint32_t upper = even ? links[lower].after : lower;
-    w.middles[count - 1] = {even ? (values[lower] + values[upper]) / 2 : values[lower], upper - 1,
-                            uint32_t(count / 2)};
-    const uint32_t gone = pass.rank(count - 1) + 1;
-    const Work::Link link = links[gone];
-    links[link.before].after = link.after;
-    links[link.after].before = link.before;
-    if (even)
-      lower = gone <= lower ? links[lower].after : lower;
-    else
-      lower = gone >= lower ? links[lower].before : lower;
+    const bool odd = count & 1;
+    errors[(count - 1) * pass.step] += all - 2 * below - (odd ? 1 : 2) * values[median];
+    const uint32_t gone = take(links, pass.rank(count - 1));
+    all -= values[gone];
+    if (count == 1) return;
+    if (odd) {
+      const uint32_t before = links[median].before;
+      below -= values[gone < median ? gone : before];
+      median = gone < median ? median : before;
+    } else {
+      const uint32_t after = links[median].after;
+      below += gone <= median ? values[median] - values[gone] : 0.0;
+      median = gone <= median ? after : median;
+    }
   }
 }
 
-void AbsoluteErrors::find_weighted_middles(const Pass& pass, Work& w) const {
+bool AbsoluteErrors::estimate_weighted(const Pass& pass, double* errors, Work& w) const {
   const double *values = pass.of.values.data() - 1, *weights = pass.of.weights.data() - 1;
-  Work::Link* links = w.links;
-  for (int64_t i = 0; i <= n_ + 1; i++) links[i] = {uint32_t(i - 1), uint32_t(i + 1)};
+  Work::Link* links = link_all(w);
   uint32_t lower = 1;
-  auto all = int64_t(total_);
-  int64_t below = 0;  // of `lower`
-  const auto weight = [&](uint32_t i) { return int64_t(weights[i]); };
-  for (int64_t count = n_; count > 0; count--) {
-    while (2 * below >= all) lower = links[lower].before, below -= weight(lower);
-    while (2 * (below + weight(lower)) < all) below += weight(lower), lower = links[lower].after;
-    const bool half = 2 * (below + weight(lower)) == all;
-    const uint32_t upper = half ? links[lower].after : lower;
-    w.middles[count - 1] = {half ? (values[lower] + values[upper]) / 2 : values[lower], upper - 1,
-                            uint32_t(half ? below + weight(lower) : below)};
-    const uint32_t gone = pass.rank(count - 1) + 1;
-    const Work::Link link = links[gone];
-    links[link.before].after = link.after;
-    links[link.after].before = link.before;
-    all -= weight(gone);
-    if (gone < lower) below -= weight(gone);
+  int64_t moves = 0;
+  Sums all{0, 0}, below{0, 0};
+  for (int64_t i = 1; i <= n_; i++) all.weight += weights[i], all.target += weights[i] * values[i];
+  for (int64_t i = n_ - 1; i >= 0; i--) {
+    while (2 * below.weight > all.weight && links[lower].before) {
+      lower = links[lower].before, moves++;
+      below.weight -= weights[lower], below.target -= weights[lower] * values[lower];
+    }
+    while (2 * (below.weight + weights[lower]) < all.weight && links[lower].after <= n_) {
+      below.weight += weights[lower], below.target += weights[lower] * values[lower];
+      lower = links[lower].after, moves++;
+    }
+    if (moves > kMostMoves * n_) return false;
+    errors[i * pass.step] += distance(all, below, values[lower]);
+    const uint32_t gone = take(links, pass.rank(i));
+    const Sums row{weights[gone], weights[gone] * values[gone]};
+    all.weight -= row.weight, all.target -= row.target;
+    if (gone < lower) below.weight -= row.weight, below.target -= row.target;
     if (gone == lower) {
-      lower = link.after;
-      if (lower > n_) lower = link.before, below -= lower ? weight(lower) : 0;
+      lower = links[gone].after;
+      if (lower > n_ && links[gone].before) {
+        lower = links[gone].before;
+        below.weight -= weights[lower], below.target -= weights[lower] * values[lower];
+      }
     }
   }
+  return true;
+}
+
+bool AbsoluteErrors::estimate_sides(Work& w) const {
+  if (negative_ || !(magnitude_ < kMostMagnitude)) return false;
+  return for_passes(w, [&](const Pass& pass, double* errors, double*) {
+    if (t_.weights) return estimate_weighted(pass, errors, w);
+    estimate_unweighted(pass, errors, w);
+    return true;
+  });
+}
+
+void AbsoluteErrors::find_sides(Work& w, bool medians) const {
+  for_passes(w, [&](const Pass& pass, double* errors, double* median_of) {
+    const Output& o = pass.of;
+    FenwickTree tree(w.sums, n_);
+    for (int64_t i = 0; i < n_; i++) {
+      tree.add(o, pass.rank(i));
+      double median;
+      errors[i * pass.step] += tree.error(o.values.data(), median);
+      if (medians) median_of[i * pass.step] = median;
+    }
+    return true;
+  });
 }
 
 }  // namespace fastnn

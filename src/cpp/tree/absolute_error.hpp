@@ -20,7 +20,8 @@ class AbsoluteErrors {
   // Of one thread at a time.
   struct Work {
     uint32_t* rows;  // of the node, in an order that the caller writes
-    // Errors of rows[0 ... i] and of rows[i ...], and medians of the first output.
+    // Errors of rows[0 ... i] and of rows[i ...], summed over the outputs, and of one output the
+    // medians.
     double *first, *last, *first_median, *last_median;
 
    private:
@@ -28,14 +29,8 @@ class AbsoluteErrors {
     struct Link {
       uint32_t before, after;
     };
-    // The median of some rows: its rank (of the upper one of two), and the weight below that.
-    struct Middle {
-      double median;
-      uint32_t rank, below;
-    };
     Memory memory;
     double* sums;
-    Middle* middles;
     Link* links;
     uint32_t* ranks;
   };
@@ -43,7 +38,6 @@ class AbsoluteErrors {
 
   // What follows is about these rows, a node's.
   void enter(const uint32_t* rows, int64_t n);
-  double weight() const { return total_; }
   // Of each output.
   const std::vector<double>& medians() const { return medians_; }
   // Of `count` of the node's rows, which are added by steps from the first. The median is of the
@@ -52,8 +46,12 @@ class AbsoluteErrors {
     double weight, error, median;
   };
   Side side(const uint32_t* first, int64_t count, int64_t step, Work& w) const;
-  // For w.rows, which are all of the node; medians if asked for.
+  // Of w.rows, which are all of the node; medians if asked for.
   void find_sides(Work& w, bool medians) const;
+  // The same without medians, by far less work and with other roundings: w.first[i] + w.last[i + 1]
+  // is less than margin() off. False where that cannot be had.
+  bool estimate_sides(Work& w) const;
+  double margin() const { return margin_; }
 
  private:
   // Targets of one output.
@@ -70,20 +68,24 @@ class AbsoluteErrors {
     uint32_t rank(int64_t i) const { return first[i * step]; }
   };
 
+  template <class Call>
+  bool for_passes(Work& w, const Call& call) const;
+  Work::Link* link_all(Work& w) const;
+  static uint32_t take(Work::Link* links, uint32_t rank);
   void put_in_order(Output& o, int64_t output, const uint32_t* rows);
   double whole_median(const Output& o) const;
+  double magnitude(const Output& o) const;
   Side side(const Output& o, const uint32_t* first, int64_t count, int64_t step, Work& w) const;
-  void find_middles(const Pass& pass, Work& w) const;
-  void find_weighted_middles(const Pass& pass, Work& w) const;
-  void add_whole(const Pass& pass, double* errors, double* medians, Work& w) const;
-  void add_fractions(const Pass& pass, double* errors, double* medians, Work& w) const;
+  void estimate_unweighted(const Pass& pass, double* errors, Work& w) const;
+  bool estimate_weighted(const Pass& pass, double* errors, Work& w) const;
 
   const TreeTarget& t_;
   const int64_t rows_;
-  bool whole_;  // weights
+  bool whole_ = true, negative_ = false;  // all weights, some weights
   std::vector<Output> outputs_;
   int64_t n_ = 0;     // rows of the node
   double total_ = 0;  // their weights, added in their order
+  double magnitude_ = 0, margin_ = 0;
   std::vector<double> medians_;
   std::vector<uint32_t> places_;
   std::vector<uint64_t> marks_;  // a bit a place: all 0 but within put_in_order

@@ -19,12 +19,18 @@ BestSplits best_splits(const Presort& sorted, const TreeTarget& target, int thre
     rows.push_back(r);
     target.add(sums.data(), r);
   }
-  auto impurity = [&](const double* of, int64_t count, auto row_at) {
+  std::vector<uint32_t> entered(rows.begin(), rows.end());
+  const bool absolute = target.absolute() && !rows.empty();
+  if (absolute) search.absolute()->enter(entered.data(), int64_t(entered.size()));
+  auto impurity = [&](const double* of, int64_t count, auto row_at, SplitSearch::Work& w) {
+    if (absolute) {
+      for (int64_t i = 0; i < count; i++) w.absolute.rows[i] = uint32_t(row_at(i));
+      return search.absolute()->side(w.absolute.rows, count, 1, w.absolute).error / of[0];
+    }
     return target.criterion == TreeCriterion::poisson ? poisson_loss(target, of, count, row_at)
                                                       : impurity_of(target, of);
   };
   const auto n = int64_t(rows.size());
-  const double whole = n ? impurity(sums.data(), n, [&](int64_t i) { return rows[size_t(i)]; }) : 0;
   std::vector<ColumnSplit> out(size_t(sorted.columns));
   threads = std::min<int>(threads_worth(double(n) * double(sorted.columns), 3000, threads),
                           int(sorted.columns));
@@ -32,6 +38,8 @@ BestSplits best_splits(const Presort& sorted, const TreeTarget& target, int thre
   std::vector<SplitSearch::Work> work;
   std::vector<std::vector<double>> right(size_t(threads), std::vector<double>(sums.size()));
   for (int i = 0; i < threads; i++) work.push_back(search.work());
+  const auto row_at = [&](int64_t i) { return rows[size_t(i)]; };
+  const double whole = n ? impurity(sums.data(), n, row_at, work[0]) : 0;
   std::atomic<int64_t> next{0};
   parallel(threads, [&](int thread, int) {
     auto* values = memory.as<float>() + thread * 2 * n;
@@ -57,11 +65,12 @@ BestSplits best_splits(const Presort& sorted, const TreeTarget& target, int thre
       for (size_t i = 0; i < rest.size(); i++) rest[i] = sums[i] - w.left[i];
       o.threshold = c.threshold, o.left = c.left;
       o.missing_go_left = c.told_missing_left;
-      const double left = impurity(w.left.data(), c.left,
-                                   [&](int64_t i) { return int64_t(c.row(s, i, search.shift())); });
-      const double other = impurity(rest.data(), s.n - c.left, [&](int64_t i) {
-        return int64_t(c.row(s, c.left + i, search.shift()));
-      });
+      const double left = impurity(
+          w.left.data(), c.left, [&](int64_t i) { return int64_t(c.row(s, i, search.shift())); },
+          w);
+      const double other = impurity(
+          rest.data(), s.n - c.left,
+          [&](int64_t i) { return int64_t(c.row(s, c.left + i, search.shift())); }, w);
       o.impurity = rest[0] / sums[0] * other + w.left[0] / sums[0] * left;
       o.improvement = whole - o.impurity;
     }

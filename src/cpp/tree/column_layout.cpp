@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <limits>
 
 #include "common/parallel.hpp"
 #include "tree/layout.hpp"
@@ -28,6 +29,7 @@ class ColumnLayout final : public Layout {
     const double picoseconds = t_.absolute() ? 50000 * double(t_.outputs) : kMoved;
     const int threads = count ? threads_for(node.rows(), picoseconds) : 1;
     entered_ = threads > 1;
+    enough_ = -std::numeric_limits<double>::infinity();
     if (!entered_) return;
     std::atomic<int64_t> next{0};
     parallel(threads, [&](int thread, int) {
@@ -40,8 +42,14 @@ class ColumnLayout final : public Layout {
   }
 
   Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws&) override {
-    const Candidate c = entered_ ? candidates_[size_t(f)]
-                                 : search_.best(slice(f, node), sums, limits(f, node), work_[0]);
+    if (entered_) {
+      if (!candidates_[size_t(f)].constant) looked_at_ = f;
+      return candidates_[size_t(f)];
+    }
+    NodeLimits limited = limits(f, node);
+    limited.enough = enough_;
+    const Candidate c = search_.best(slice(f, node), sums, limited, work_[0]);
+    if (c.left) enough_ = std::max(enough_, c.proxy);
     if (!c.constant) looked_at_ = f;
     return c;
   }
@@ -184,6 +192,7 @@ class ColumnLayout final : public Layout {
   bool entered_ = false;  // candidates_ are the node's
   SortedSlice judged_{};
   Candidate of_judged_{};
+  double enough_ = 0;          // the best proxy of the node yet
   int64_t looked_at_ = 0;      // the last feature that was not constant
   uint32_t* order_ = nullptr;  // rows of the node that was judged
 };

@@ -15,7 +15,7 @@ ExactTree grow_exact(const Presort& sorted, const TreeTarget& target,
   if (target.criterion == TreeCriterion::gini && target.outputs == 1 &&
       target.classes[0] <= kMostFewClasses && sorted.rows <= kMostFewWeight && !settings.monotonic)
     by_rows = by_rows || sorted.few.all;
-  // Rows need an order.
+  // Absolute errors cost far more than the columns' order, and round by it.
   by_rows = by_rows && !target.absolute();
   return grow(
       by_rows ? *row_layout(sorted, target, settings) : *column_layout(sorted, target, settings),

@@ -203,8 +203,8 @@ class Growth {
           poisson_loss(t_, sums_.data(), node.end, [&](int64_t i) { return rows[size_t(i)]; });
     } else if (t_.absolute()) {
       enter(node);
-      const AbsoluteErrors::Side all = layout_.absolute()->side(
-          rows_.data() + node.end - 1, node.end, -1, absolute_work_);
+      const AbsoluteErrors::Side all =
+          layout_.absolute()->side(rows_.data() + node.end - 1, node.end, -1, absolute_work_);
       node.impurity = all.error / (sums_[0] * double(t_.outputs));
     } else {
       node.impurity = impurity_of(t_, sums_.data());

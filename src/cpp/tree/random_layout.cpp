@@ -248,8 +248,8 @@ class RandomLayout final : public Layout {
       return;
     }
     const auto outputs = double(t_.outputs);
-    c.proxy =
-        -other * (right.error / (other * outputs)) - left.weight * (left.error / (left.weight * outputs));
+    c.proxy = -other * (right.error / (other * outputs)) -
+              left.weight * (left.error / (left.weight * outputs));
   }
 
   void add(const uint32_t* keys, int64_t begin, int64_t end, double* sums) const {

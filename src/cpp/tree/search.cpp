@@ -14,8 +14,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Counts up to this have squares whose sums are exact in 53 bits.
 constexpr double kMostCounted = double(1 << 26);
 
-bool apart(float low, float high) { return high > low + kFeatureThreshold; }
-
 }  // namespace
 
 const TreeKernels& tree_kernels() {
@@ -228,33 +226,6 @@ void SplitSearch::best_general(const SortedSlice& s, const double* sums, const N
     }
     if (!allowed(sums, limits, w)) continue;
     consider(s, j, proxy_of(t_, w.left.data(), w.right.data()), missing_left, best);
-  }
-}
-
-void SplitSearch::best_absolute(const SortedSlice& s, const double* sums, const NodeLimits& limits,
-                                Work& w, bool missing_left, Candidate& best) const {
-  const int64_t present = s.n - s.missing, first = missing_left ? s.missing : 0;
-  const int64_t last = !missing_left && s.missing ? present : present - 1;
-  const AbsoluteErrors::Work& sides = w.absolute;
-  Candidate order{};
-  order.missing = s.missing, order.missing_left = missing_left;
-  for (int64_t i = 0; i < s.n; i++) sides.rows[i] = order.row(s, i, shift_);
-  absolute_->find_sides(w.absolute, limits.monotonic != 0);
-  const auto outputs = double(t_.outputs);
-  double weight = 0;
-  int64_t at = 0;
-  for (int64_t j = 1; j <= last; j++) {
-    if (j < present && !apart(s.values[j - 1], s.values[j])) continue;
-    const int64_t left = first + j, right = s.n - left;
-    if (left < limits.min_samples_leaf || right < limits.min_samples_leaf) continue;
-    for (; at < left; at++) weight += given_.weight(sides.rows[at]);
-    if (limits.monotonic && !limits.in_order(sides.first_median[left - 1], sides.last_median[left]))
-      continue;
-    const double other = sums[0] - weight;
-    if (weight < limits.min_weight_leaf || other < limits.min_weight_leaf) continue;
-    const double proxy = -other * (sides.last[left] / (other * outputs)) -
-                         weight * (sides.first[left - 1] / (weight * outputs));
-    consider(s, j, proxy, missing_left, best);
   }
 }
 

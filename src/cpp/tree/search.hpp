@@ -1,6 +1,7 @@
 // The best split of one feature in one node, from its values in ascending order.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -12,6 +13,8 @@
 namespace fastnn {
 
 const TreeKernels& tree_kernels();
+
+inline bool apart(float low, float high) { return high > low + kFeatureThreshold; }
 
 // A node's part of a sorted column: NaN last.
 struct SortedSlice {
@@ -49,6 +52,7 @@ struct NodeLimits {
   double min_weight_leaf = 0;
   int monotonic = 0;  // of this feature
   double lower = 0, upper = 0;
+  double enough = -std::numeric_limits<double>::infinity();  // proxies up to this need not be found
 
   // Whether the sides may have these values.
   bool in_order(double left, double right) const {
