@@ -19,7 +19,7 @@ _DOC = """    max_bins : int, default=None
         ``HistGradientBoosting``; of more than 200000 rows they are found from a sample of so many); missing values have
         a bin of their own. Splits are then looked for between bins, and where a feature has at most ``max_bins`` values,
         they are the splits that are found without. With None, and with ``splitter="random"`` (which draws thresholds),
-        every value is looked at. The same holds for what scikit-learn grows itself: sparse X, other criteria.
+        every value is looked at. The same holds for what scikit-learn grows itself: sparse X, criteria that are objects.
 
 """
 
