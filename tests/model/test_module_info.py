@@ -51,6 +51,7 @@ INFOS_AND_NAMES = [pytest.param(info, id=cls.__name__) for cls, info in INFOS.it
 
 #: Some of these go through a dozen roundings, a few of which cancel: the gradient of a key's bias is 0.
 DEEP = (torch.nn.MultiheadAttention, *AROUND_OTHERS)
+INSTANCE_NORMS = (torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)
 
 each_module = pytest.mark.parametrize("info", INFOS_AND_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -80,6 +81,14 @@ def samples(info, dtype, *, training=True, requires_grad=True):
         yield theirs, ours, [cast(value, dtype) for value in values], list(call.kwargs)
 
 
+def cancellation(module, results):
+    """How much larger than the gradient of an instance norm's weight the terms are of which it is the sum."""
+    output, _, weight_grad = (result.detach() for result in results[:3])
+    terms = (output_gradient(output) * output).abs()  # the weight is 1 and there is no bias yet
+    channel = output.dim() - module._get_no_batch_dim()
+    return (terms.movedim(channel, 0).flatten(1).sum(1).norm() / weight_grad.norm()).item()
+
+
 def is_floating(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
@@ -87,6 +96,11 @@ def is_floating(value):
 def cast(value, dtype):
     """Numbers in another dtype; masks, indices and None as they are."""
     return value.detach().to(dtype) if is_floating(value) else value
+
+
+def output_gradient(output):
+    values = torch.linspace(-1, 1, max(output.numel(), 1), dtype=torch.float64)[: output.numel()]
+    return values.reshape(output.shape).to(output.dtype)
 
 
 def run(module, values, names, *, requires_grad):
@@ -99,11 +113,7 @@ def run(module, values, names, *, requires_grad):
     results = [result for result in output if result is not None] if isinstance(output, tuple) else [output]
     output = results[0]
     if requires_grad:
-        output.backward(
-            torch.linspace(-1, 1, max(output.numel(), 1), dtype=torch.float64)[: output.numel()]
-            .reshape(output.shape)
-            .to(output.dtype)
-        )
+        output.backward(output_gradient(output))
         results += [value.grad for value in values if is_floating(value)]
         results += [parameter.grad for parameter in module.parameters()]
     results += [buffer.clone() for buffer in module.buffers()]
@@ -128,14 +138,17 @@ def test_forward_and_gradients(info, dtype, training, no_fallback):
                 got = run(ours, values, names, requires_grad=requires_grad)
                 expected = run(theirs, values, names, requires_grad=requires_grad)
                 truth = run(exact, wide, names, requires_grad=requires_grad)
-            for one, other, reference in zip(got, expected, truth, strict=True):
+            roundoffs = [64.0 if deep else 4.0] * len(truth)
+            if requires_grad and dtype == torch.float32 and isinstance(theirs, INSTANCE_NORMS) and theirs.affine:
+                roundoffs[2] += cancellation(theirs, truth)  # one of each term
+            for one, other, reference, allowed in zip(got, expected, truth, roundoffs, strict=True):
                 assert one.stride() == other.stride()
                 assert one.requires_grad == other.requires_grad
                 if not one.is_floating_point():
                     assert torch.equal(one, other)
                     continue
                 if not (deep and dtype.itemsize == 2):
-                    assert_as_near_as_torch(one, other, reference, roundoffs=64.0 if deep else 4.0)
+                    assert_as_near_as_torch(one, other, reference, roundoffs=allowed)
                 errors.append((relative_error(one, reference), relative_error(other, reference)))
     if deep and dtype != torch.float64:
         # One result of a dozen roundings may be far off by chance, in torch as here (where a relu's input is rounded to the
