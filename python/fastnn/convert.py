@@ -220,7 +220,9 @@ def convert(
             one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
             are kept beside them, made here where the model is in eval mode and else by the first forward, and anew when
             a parameter's address or version counter has changed or an optimizer has taken a step (writes through
-            ``.data`` or numpy change neither: convert again after them).
+            ``.data`` or numpy change neither: convert again after them). A forward has the kernels keep them in the
+            order in which they read them, and lets go of them as they were; an input of another size, with which
+            another kernel is called, has them folded once more.
             Which layers follow each other is found by ``torch.fx`` in eval mode; where a module's Python cannot be
             followed, its children are tried, and :func:`report` says how many calls were fused. Copies (``deepcopy``,
             pickle, ``torch.save``) are not fused.

@@ -3,10 +3,14 @@
 A convolution with the batch norm, the sum with a shortcut and the activation after it is one kernel call: the batch norm is
 folded into the filters (w · γ / √(σ² + ε), and a bias to match; Jacob et al. 2018, arXiv:1712.05877, section 3.2), the rest
 is done to each result while it is in registers. Which layers follow each other is found by ``torch.fx``.
+
+The kernels read filters in an order of their own and keep them so. Once they have, the folded filters are let go of; what
+else may need them (an input of another size, whose kernel reads them in another order) has them folded again.
 """
 
 from __future__ import annotations
 
+import mmap
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,9 +21,12 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
+from .backends import cpu
 from .backends.cpu.conv import is_channels_last
 from .nn.activation import activation_name
 from .nn.mlp import _unwatched
+from .ops._route import is_straight
+from .ops.activation import activation as apply_activation
 from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residual
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,9 +69,45 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+class _Folded:
+    """The folded filters of some parameters, and what the kernels made of them."""
+
+    def __init__(
+        self, sources: tuple[Tensor | None, ...], eps: float | None, channels_last: bool, activation: str
+    ) -> None:
+        # Held, so that no other parameters can lie where these did; and for the next fold.
+        self._sources = tuple(None if s is None else s.detach() for s in sources)
+        self._eps = eps
+        self._channels_last = channels_last
+        weight, bias = self._fold()
+        #: Whether the filters are a copy, that can be made again.
+        self._copied = weight.data_ptr() != self._sources[0].data_ptr()
+        self.layer: FusedLayer = weight, bias, activation_number(activation), _cpu.Prepared()
+
+    def _fold(self) -> tuple[Tensor, Tensor | None]:
+        # Channels next to each other suit the kernels best, and the results follow the filters.
+        layout = torch.channels_last if self._channels_last else torch.preserve_format
+        if self._eps is not None:
+            return _fold(*self._sources, self._eps, layout)
+        weight, bias = self._sources
+        if self._channels_last and not weight.is_contiguous(memory_format=layout):
+            weight = _empty(weight, layout).copy_(weight)
+        return weight, bias
+
+    def whole(self) -> FusedLayer:
+        """The layer with its filters, which may be gone from the one that is kept."""
+        return self.layer if self.layer[0] is not None else (self._fold()[0], *self.layer[1:])
+
+    def keep(self, layer: FusedLayer, prepared_more: bool) -> None:
+        """Keeps the layer that a call was made with, without its filters if the call had the kernels keep them in another
+        form: the next one like it will not read them. Otherwise it does."""
+        if prepared_more and self._copied and cpu.has_table:
+            layer = None, *layer[1:]
+        self.layer = layer
+
+
 class _FusedConv:
-    """One convolution and what follows it, with the folded filters of the parameters as they were last seen, and what the
-    kernels made of them."""
+    """One convolution and what follows it, with the folded filters of the parameters as they were last seen."""
 
     def __init__(
         self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str, after: torch.nn.Module | None
@@ -80,8 +123,7 @@ class _FusedConv:
         self.ends_residual = False
         self._geometry = self._read_geometry()
         self._key: tuple[Any, ...] = ()
-        self._sources: tuple[Tensor | None, ...] = ()
-        self.layer: FusedLayer
+        self.folded: _Folded
 
     def modules(self) -> list[torch.nn.Module]:
         return [module for module in (self.conv, self.norm, self.after) if module is not None]
@@ -103,6 +145,9 @@ class _FusedConv:
             found.append((self.norm.__dict__, "eps"))
         return found
 
+    def forget(self) -> None:
+        self._key = ()
+
     def see(self) -> None:
         """Makes the filters anew if what they are made of has changed."""
         conv, norm = self.conv, self.norm
@@ -114,24 +159,25 @@ class _FusedConv:
         key = (_steps, eps, *[None if s is None else (s.data_ptr(), _version(s), s.dtype) for s in sources])
         if key == self._key:
             return
-        weight, bias = _fold(*sources, eps) if norm is not None else (conv.weight, conv.bias)
-        # Channels next to each other suit the kernels best, and the results follow the filters.
-        if weight.dim() == 4 and self.any_layout:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        bias = None if bias is None else bias.detach()
-        self.layer = weight.detach(), bias, activation_number(self.activation), _cpu.Prepared()
-        # Held, so that no other parameters can lie where these did.
-        self._sources = tuple(None if s is None else s.detach() for s in sources)
+        self.folded = _Folded(sources, eps, conv.weight.dim() == 4 and self.any_layout, self.activation)
         self._key = key
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.laid_out(_computed([self], self._compute, input, residual))
+
+    def _compute(self, input: Tensor, residual: Tensor | None, layer: FusedLayer) -> Tensor | None:
         conv = self.conv
-        weight, bias, _, prepared = self.layer
-        result = conv_fused(
+        weight, bias, _, prepared = layer
+        return conv_fused(
             *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
             *(self.activation, residual, prepared, self.ends_residual),
         )
-        return self.laid_out(result)
+
+    def unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        y = self.conv(input)
+        if self.norm is not None:
+            y = self.norm(y)
+        return apply_activation(self.activation, y if residual is None else y + residual)
 
     def laid_out(self, result: Tensor) -> Tensor:
         if self.any_layout or result.dim() != 4 or is_channels_last(self.conv.weight):
@@ -145,14 +191,38 @@ class _InvertedResidual:
     a depthwise and a pointwise one."""
 
     def __init__(self, layers: list[_FusedConv]) -> None:
-        self.expand = layers[0] if len(layers) == 3 else None
-        self.depthwise, self.project = layers[-2:]
+        self._calls = layers
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        expand, depthwise, project = self.expand, self.depthwise, self.project
-        first = (None, 1, 0) if expand is None else (expand.layer, expand.conv.stride, expand.conv.padding)
-        result = inverted_residual(input, residual, *first, depthwise.layer, depthwise.conv.stride[0], project.layer)
-        return project.laid_out(result)
+        return self._calls[-1].laid_out(_computed(self._calls, self._compute, input, residual))
+
+    def _compute(self, input: Tensor, residual: Tensor | None, *layers: FusedLayer) -> Tensor | None:
+        conv = self._calls[0].conv
+        first = (layers[0], conv.stride, conv.padding) if len(layers) == 3 else (None, 1, 0)
+        return inverted_residual(input, residual, *first, layers[-2], self._calls[-2].conv.stride[0], layers[-1])
+
+
+def _computed(
+    calls: list[_FusedConv], compute: Callable[..., Tensor | None], input: Tensor, residual: Tensor | None
+) -> Tensor:
+    """compute's result for the input, the residual and the layers of these calls, of which that of the last is returned."""
+    folded = [call.folded for call in calls]
+    layers = [one.layer for one in folded]
+    before = [layer[3].nbytes for layer in layers]
+    result = compute(input, residual, *layers)
+    if result is None:
+        if not is_straight(input):
+            # What looks on would see the folding.
+            for call in calls:
+                input = call.unfused(input, residual if call is calls[-1] else None)
+            return input
+        layers = [one.whole() for one in folded]
+        result = compute(input, residual, *layers)
+    for one, layer, size in zip(folded, layers, before, strict=True):
+        prepared_more = layer[3].nbytes > size
+        if prepared_more or layer is not one.layer:
+            one.keep(layer, prepared_more)
+    return result
 
 
 def _may_expand(conv: torch.nn.Module) -> bool:
@@ -176,6 +246,7 @@ def _fold(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    layout: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
     """The filters and bias that do what the convolution and the batch norm after it do, computed in float64."""
     scale = (var.detach().double() + eps).rsqrt()
@@ -184,10 +255,19 @@ def _fold(
     shift = -mean.detach().double() if bias is None else bias.detach() - mean.detach().double()
     shift = shift * scale if beta is None else shift * scale + beta.detach()
     # Filter by filter: all of them in float64 would be twice their memory more.
-    filters = torch.empty_like(weight)
+    filters = _empty(weight, layout)
     for source, factor, target in zip(weight.detach(), scale, filters, strict=True):
         target.copy_(source.double() * factor)
     return filters, shift.to(weight.dtype)
+
+
+def _empty(like: Tensor, layout: torch.memory_format) -> Tensor:
+    """torch.empty_like, in memory that goes back to the system with the tensor: malloc would keep it."""
+    if not like.is_cpu or like.numel() == 0:
+        return torch.empty_like(like, memory_format=layout)
+    strides = torch.empty_like(like, device="meta", memory_format=layout).stride()
+    memory = mmap.mmap(-1, like.numel() * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, strides)
 
 
 def _version(tensor: Tensor) -> int:
@@ -214,11 +294,14 @@ def _trace(module: torch.nn.Module) -> fx.Graph | None:
 
 
 def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> None:
-    """Gives each module whose computation can be followed a forward of fewer calls.
+    """Gives each module whose computation can be followed a forward of fewer calls; one that has it, its filters anew.
 
     ``allowed`` says which convolutions and batch norms may take part.
     """
-    if is_fused(type(model)) or not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()):
+    if is_fused(type(model)):
+        type(model)._fold_anew()
+        return
+    if not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()):
         return
     # torch's own layers do not run their children one after the other, except for Sequential.
     library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn."))
@@ -234,7 +317,7 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
         exec(code.src, namespace)
         model.__class__ = _fused_class(type(model), namespace["forward"], fused)
         # Now rather than in the first forward, whose time and memory it would be.
-        model.__class__._plain()
+        type(model)._fold_anew()
 
 
 def is_fused(kind: type) -> bool:
@@ -407,6 +490,13 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
 
     steps = _steps
 
+    def fold_anew() -> None:
+        nonlocal watch
+        for call in fused:
+            call.forget()
+        watch = None
+        plain()
+
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.is_grad_enabled()
@@ -431,7 +521,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         "__doc__": kind.__doc__,
         "_original_class": kind,
         "_fused_calls": fused,
-        "_plain": staticmethod(plain),
+        "_fold_anew": staticmethod(fold_anew),
     }
     return type(kind.__name__, (kind,), body)
 

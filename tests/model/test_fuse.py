@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnn
+from fastnn import _cpu, fuse
+from fastnn.backends import cpu
 from fastnn.fuse import fused_calls
 from fastnn.ops import conv
 from fastnn.ops.conv import conv_fused
@@ -312,7 +314,7 @@ def test_changes_of_parameters_are_seen():
 
 def test_filters_are_made_at_once_in_eval_mode():
     def layers(model):
-        return [getattr(call, "layer", None) for call in fused_calls(model)]
+        return [getattr(call, "folded", None) for call in fused_calls(model)]
 
     model = fastnn.convert(with_statistics(network()), fuse=True)
     made = layers(model)
@@ -451,6 +453,291 @@ def test_what_is_kept_of_filters(name, dtype, channels_last):
     assert prepared.nbytes == size
     if name in ("winograd", "first layer", "strips") and dtype is torch.float32:
         assert size > 0
+
+
+needs_table = pytest.mark.skipif(
+    not cpu.has_table, reason="the long way, of torch before 2.10, reads filters themselves"
+)
+
+
+def splits(dtype):
+    return dtype is torch.float32 and _cpu.isa().startswith("amx")
+
+
+not_amx = pytest.mark.skipif(
+    splits(torch.float32), reason="with AMX other algorithms compute some of these, and read the filters themselves"
+)
+
+
+@needs_table
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KEPT)
+def test_filters_that_are_gone(name, dtype, channels_last):
+    """What was made of them serves; nothing is computed, or written, without."""
+    x_shape, w_shape, stride, padding, groups = KEPT[name]
+    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
+    if channels_last and x.dim() == 4:
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+
+    def call(weight, prepared, residual, overwrite=False):
+        with torch.no_grad():
+            return conv_fused(x, weight, None, stride, padding, 1, groups, "relu", residual, prepared, overwrite)
+
+    for residual in (None, torch.randn_like(call(w, None, None))):
+        given = None if residual is None else residual.clone()
+        prepared = _cpu.Prepared()
+        assert call(None, None, given, True) is None
+        assert call(None, prepared, given, True) is None
+        expected = call(w, prepared, residual)
+        found = call(None, prepared, given, True)
+        # A product of split operands begins anew where that is too coarse, and so is not tried over its own residual.
+        again = name == "pointwise" and channels_last and residual is not None and splits(dtype)
+        assert (found is None) == (groups > 1 or prepared.nbytes == 0 or again)
+        assert torch.equal(found, expected) if found is not None else given is None or torch.equal(given, residual)
+
+
+def various():
+    """Convolutions of each kind; with a residual in its place, and an inverted residual."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        Residual(),
+        *(nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.SiLU()),
+        *(nn.Conv2d(64, 32, 1), nn.ReLU6()),
+        *(nn.Conv2d(32, 32, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8)),
+        inverted(),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 48, 1, bias=False), nn.BatchNorm2d(48)
+        self.conv3, self.bn3 = nn.Conv2d(32, 48, 1, bias=False), nn.BatchNorm2d(48)
+        self.last = nn.Sequential(nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return self.last(torch.relu(self.bn3(self.conv3(x)) + y))
+
+
+def gone(model):
+    return [call.folded.layer[0] is None for call in fused_calls(model)]
+
+
+@needs_table
+@not_amx
+def test_filters_go_once_the_kernels_keep_theirs():
+    model = fastnn.convert(with_statistics(various()), fuse=True)
+    assert gone(model) == [False] * 12
+    x = torch.randn(2, 3, 64, 64)
+    first = outputs(model, x)
+    # The model's own, of a pointwise convolution without a norm, and those of several groups stay.
+    assert [i for i, is_gone in enumerate(gone(model)) if not is_gone] == [6, 7]
+    layers = [call.folded.layer for call in fused_calls(model)]
+    for _ in range(3):
+        assert torch.equal(outputs(model, x), first)
+    assert all(call.folded.layer is layer for call, layer in zip(fused_calls(model), layers, strict=True))
+
+
+def refusing(x):
+    """An image with which Winograd's way gives up."""
+    x = x.clone()
+    x[..., x.shape[-2] // 2, :] *= 1e6
+    return x
+
+
+def under(context, call):
+    with context:
+        return call()
+
+
+def with_threads(count, call):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_precision(precision, call):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return call()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+#: What a model may be asked for once its filters are gone.
+ASKED = {
+    "the same": outputs,
+    "one image": lambda model, x: outputs(model, x[:1]),
+    "a larger image": lambda model, x: outputs(model, torch.cat([x, x], 2)),
+    "a small image": lambda model, x: outputs(model, x[..., :9, :7]),
+    "channels-last": lambda model, x: outputs(model, x.to(memory_format=torch.channels_last)),
+    "a view": lambda model, x: outputs(model, x[..., ::2, 1::3]),
+    "without a batch": lambda model, x: outputs(model, x[0]),
+    "no images": lambda model, x: outputs(model, x[:0]),
+    "Winograd's way refused": lambda model, x: outputs(model, refusing(x)),
+    "one thread": lambda model, x: with_threads(1, lambda: outputs(model, x)),
+    "three threads": lambda model, x: with_threads(3, lambda: outputs(model, x)),
+    "another precision": lambda model, x: with_precision("high", lambda: outputs(model, x)),
+    "batch invariant": lambda model, x: under(fastnn.batch_invariant(), lambda: outputs(model, x)),
+    "inference mode": lambda model, x: under(torch.inference_mode(), lambda: model(x)).clone(),
+    "the reference": lambda model, x: under(fastnn.backend("reference"), lambda: outputs(model, x)),
+    "a dispatch mode": lambda model, x: under(Looking(), lambda: outputs(model, x)),
+    "vmap": lambda model, x: under(torch.no_grad(), lambda: torch.vmap(model)(x[:, None])),
+    "gradients": lambda model, x: model(x).detach(),
+}
+#: Computed from folded filters or by one layer after the other, whichever is there.
+ROUNDED = ("the reference", "a dispatch mode", "vmap")
+
+
+class Looking(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("first", [*ASKED, "all"])
+def test_filters_that_are_gone_change_no_numbers(first, channels_last, monkeypatch):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = with_statistics(various()).to(memory_format=layout)
+    x = torch.randn(2, 3, 48, 56)
+    order = [*ASKED, *ASKED] if first == "all" else [first, "the same", first, "the same"]
+
+    def answers():
+        fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+        return [ASKED[name](fused, x) for name in order]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "has_table", False)  # of which filters are let go of for the short way alone
+        expected = answers()
+    for name, found, one in zip(order, answers(), expected, strict=True):
+        if name in ROUNDED:
+            assert relative_error(found, one) < 1e-5, name
+        else:
+            assert torch.equal(found, one), name
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_without_filters_is_of_the_layers():
+    chain = nn.Sequential(nn.Conv2d(32, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    model = fastnn.convert(with_statistics(chain), fuse=True)
+    x = torch.randn(1, 32, 16, 16)
+    expected = outputs(model, x)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs(model, x), expected)
+
+
+@needs_table
+@not_amx
+def test_filters_are_folded_again_for_another_size_and_go_again(monkeypatch):
+    folded = []
+    fold = fuse._fold
+    monkeypatch.setattr(fuse, "_fold", lambda *args: folded.append(args) or fold(*args))
+    chain = nn.Sequential(
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 24, 1), nn.BatchNorm2d(24), nn.ReLU()),
+    )
+    model = fastnn.convert(with_statistics(chain), fuse=True)
+    x = torch.randn(2, 32, 24, 24)
+    assert len(folded) == 2
+    outputs(model, x)
+    assert gone(model) == [True, True]
+    for image, times in ((x, 2), (x[..., :3, :3], 3), (x[..., :3, :3], 3), (x, 3), (refusing(x), 3), (x[:1], 3)):
+        outputs(model, image)
+        assert len(folded) == times
+        assert gone(model) == [True, True]
+    # Filters that a call read themselves stay: more such calls are expected.
+    with fastnn.batch_invariant():
+        for _ in range(2):
+            outputs(model, x)
+    assert len(folded) == 5
+    outputs(model, x)
+    assert len(folded) == 5
+
+
+def test_after_filters_have_gone():
+    """What holds of a fused model goes on holding."""
+    torchs = with_statistics(various())
+    state = {name: t.clone() for name, t in torchs.state_dict().items()}
+    x = torch.randn(2, 3, 48, 48)
+
+    def fused():
+        model = fastnn.convert(copy.deepcopy(torchs), fuse=True)
+        outputs(model, x), outputs(model, x[..., :20, :20])
+        return model
+
+    def close(model, other, **kwargs):
+        torch.testing.assert_close(outputs(model, x), outputs(other, x), rtol=1e-4, atol=1e-4, **kwargs)
+
+    model = fused()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    close(model, torchs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fastnn.revert(fused())):
+        assert not list(fused_calls(other))
+        assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
+        close(other, torchs)
+    expected = outputs(fused(), x)
+    assert torch.equal(outputs(fastnn.convert(fastnn.revert(model), fuse=True), x), expected)
+
+    model = fused()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        model.to(dtype)
+        again = fastnn.convert(fastnn.revert(copy.deepcopy(model)), fuse=True)
+        with torch.no_grad():
+            assert torch.equal(model(x.to(dtype)), again(x.to(dtype)))
+
+    model, other = fused(), copy.deepcopy(torchs)
+    model.train(), other.train()
+    torch.testing.assert_close(model(x), other(x), rtol=1e-3, atol=1e-3)
+    for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+    model.eval(), other.eval()
+    close(model, other)
+
+    model, other = fused(), copy.deepcopy(torchs)
+    with torch.no_grad():
+        for changed in (model, other):
+            changed[0].weight.mul_(1.5), changed[4].bias.add_(1), changed[5].running_var.mul_(2)
+    close(model, other)
+    image = x[..., :20, :20]
+    torch.testing.assert_close(outputs(model, image), outputs(other, image), rtol=1e-4, atol=1e-4)
+
+
+def test_converting_again_sees_what_was_written_through_data():
+    chain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    model = fastnn.convert(with_statistics(chain), fuse=True)
+    x = torch.randn(1, 8, 9, 9)
+    outputs(model, x)
+    model[0].weight.data.mul_(2)
+    expected = outputs(fastnn.revert(copy.deepcopy(model)), x)
+    torch.testing.assert_close(outputs(fastnn.convert(model, fuse=True), x), expected, rtol=1e-4, atol=1e-5)
+    model.train()
+    model[0].weight.data.mul_(2)
+    fastnn.convert(model, fuse=True).eval()
+    expected = outputs(fastnn.revert(copy.deepcopy(model)), x)
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_that_ask_for_images_of_other_sizes_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = with_statistics(various())
+    images = [torch.randn(1, 3, 24 + 8 * (i % 5), 24 + 8 * (i % 3)) for i in range(15)]
+    expected = [outputs(fastnn.convert(copy.deepcopy(model), fuse=True), image) for image in images]
+    for _ in range(3):
+        fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda image, fused=fused: outputs(fused, image), images * 4))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
 
 
 def test_filters_made_anew_where_old_ones_lay():

@@ -145,7 +145,7 @@ def conv_transpose3d(
 
 def conv_fused(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     stride: _Numbers,
     padding: str | _Numbers,
@@ -155,11 +155,13 @@ def conv_fused(
     residual: Tensor | None = None,
     prepared: _cpu.Prepared | None = None,
     overwrite: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """activation(conv(input, weight) + bias + residual) in one pass, without gradients; as many dimensions as weight has.
 
     ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
     ``overwrite`` says that nobody needs the residual any more: its memory may become the result's.
+    From the second call on weight may be None where ``prepared`` is given; the result is None where it is needed
+    nevertheless, with nothing written.
 
     ``activation`` is one of linear_act's. What the kernels do not take in one pass, a residual that broadcasts
     among it, is computed one after the other.
@@ -171,6 +173,8 @@ def conv_fused(
         )
         if type(found) is Tensor:
             return found
+    if weight is None:
+        return None
     rank = weight.dim() - 2
     one_pass = (
         input.dim() == rank + 2
@@ -220,22 +224,26 @@ def inverted_residual(
     depthwise: FusedLayer,
     stride: int,
     project: FusedLayer,
-) -> Tensor:
+) -> Tensor | None:
     """A convolution to many channels, a depthwise 3 × 3 one (padding 1) and a pointwise one to few, without gradients: what
     :func:`conv_fused` computes of each, one after the other (Sandler et al. 2018, arXiv:1801.04381, figure 3d).
 
     In one pass where the kernels take it so, what lies between them staying in the caches: the first convolution sees few
     elements (a pointwise one, of a channels-last input, any number of channels), and there are no fewer channels than lanes
-    in a vector. Else in three.
+    in a vector. Else in three. None as for :func:`conv_fused`.
     """
     if not is_dynamo_compiling():
         found = _tensor_inverted_residual(
             *(_empty, input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
         )
-        if found is None and not cpu.has_table:
-            found = _inverted_residual(
-                *(input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
-            )
+        if found is not None:
+            return found
+    if any(layer is not None and layer[0] is None for layer in (expand, depthwise, project)):
+        return None
+    if not is_dynamo_compiling() and not cpu.has_table:
+        found = _inverted_residual(
+            *(input, residual, expand, expand_stride, expand_padding, depthwise, stride, project)
+        )
         if found is not None:
             return found
     y = input

@@ -93,6 +93,22 @@ bool prepared_of(PyObject* object, Prepared*& prepared) {
   return true;
 }
 
+// The filters, or their layout alone where they are None and `prepared` has been called with them.
+bool read_filters(PyObject* object, Prepared* prepared, Tensor& w) {
+  if (object == Py_None) {
+    if (!prepared || !prepared->dims) return false;
+    w = {nullptr, nullptr, prepared->type, prepared->dims, prepared->shape, prepared->strides};
+    return true;
+  }
+  if (!read(object, w) || w.dims > Prepared::kMostDims) return false;
+  if (prepared && !prepared->dims) {
+    std::copy(w.shape, w.shape + w.dims, prepared->shape);
+    std::copy(w.strides, w.strides + w.dims, prepared->strides);
+    prepared->type = w.type, prepared->dims = w.dims;
+  }
+  return true;
+}
+
 double operations_of(const Tensor& y, const Tensor& w) {
   return double(y.count()) * double(w.count()) / double(w.shape[0]);
 }
@@ -112,14 +128,17 @@ bool as_made(const Tensor& t, const int64_t* shape, int dims, bool last) {
 // tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation,
 // prepared, overwrite): activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The
 // residual has the result's shape and strides. `prepared`: None, or what keeps what is made of
-// these very filters. `overwrite`: whether the residual may be made the result.
+// these very filters, so that w may be None from the second call on: not taken where they are
+// needed. `overwrite`: whether the residual may be made the result.
 PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, w, bias, residual, out;
   Conv c;
   int64_t shape[kMaxDims];
   bool last;
   int activation;
-  if (n != 12 || !readable() || !read(args[1], x) || x.dims < 3 || !read(args[2], w) ||
+  if (n != 12 || !readable() || !read(args[1], x) || x.dims < 3 ||
+      (args[10] != Py_None && !prepared_of(args[10], c.prepared)) ||
+      !read_filters(args[2], c.prepared, w) ||
       !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
       !layout_of(x, w, last) || !integer(args[9], kActivations - 1, activation))
     return not_taken();
@@ -132,10 +151,9 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   double operations = double(w.count()) / double(w.shape[0]);
   for (int d = 0; d < x.dims; d++) operations *= double(shape[d]);
   if (!precision_of(x.type, operations, c.precision) || !quiet()) return not_taken();
-  const bool grad =
-      wants_grad(args[1], args[2], has_bias ? args[3] : args[1], added ? args[4] : args[1]);
+  const bool grad = wants_grad(args[1], w.data ? args[2] : args[1], has_bias ? args[3] : args[1],
+                               added ? args[4] : args[1]);
   if (PyErr_Occurred() || (grad && (activation || added))) return not_taken();
-  if (args[10] != Py_None && !prepared_of(args[10], c.prepared)) return not_taken();
   c.x = five(x), c.w = five(w);
   PyObject* result = nullptr;
   if (args[11] == Py_True && added && residual.data != x.data &&
@@ -154,21 +172,29 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (has_bias) c.bias = bias.data;
   if (added) c.residual = residual.data;
   c.activation = activation;
-  result = run(result, operations, [&] { conv_forward(c); });
+  bool gone = false;
+  result = run(result, operations, [&] {
+    try {
+      conv_forward(c);
+    } catch (const OperandGone&) {
+      gone = true;
+    }
+  });
+  if (gone) return not_taken(result);
   return grad ? in_tuple(result) : result;
 }
 
 // (weight, bias or None, activation, prepared) with m filters of `channels` x edge x edge; 0 is
-// any.
+// any. The weight is None as above.
 bool layer_of(PyObject* object, DType type, int64_t m, int64_t channels, int64_t edge,
               Inverted::Layer& l) {
   Tensor w, bias;
   if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4 ||
-      !read(PyTuple_GET_ITEM(object, 0), w) || w.type != type || w.dims != 4 ||
+      !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared) ||
+      !read_filters(PyTuple_GET_ITEM(object, 0), l.prepared, w) || w.type != type || w.dims != 4 ||
       (m && w.shape[0] != m) || w.shape[1] != channels ||
       (edge && (w.shape[2] != edge || w.shape[3] != edge)) ||
-      !integer(PyTuple_GET_ITEM(object, 2), kActivations - 1, l.activation) ||
-      !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared))
+      !integer(PyTuple_GET_ITEM(object, 2), kActivations - 1, l.activation))
     return false;
   PyObject* added = PyTuple_GET_ITEM(object, 1);
   if (added != Py_None) {
@@ -223,7 +249,12 @@ PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t 
   c.x = five(x), c.y = five(out), c.type = x.type, c.stride = stride;
   if (added) c.residual = residual.data;
   bool taken = false;
-  result = run(result, operations, [&] { taken = inverted_residual(c); });
+  result = run(result, operations, [&] {
+    try {
+      taken = inverted_residual(c);
+    } catch (const OperandGone&) {
+    }
+  });
   return result && !taken ? not_taken(result) : result;
 }
 

@@ -23,6 +23,8 @@ namespace fastnn {
 
 namespace {
 
+void want_filters(const Conv& c) { Prepared::want(c.w.data, c.w.count()); }
+
 // Threads are worth waking for about 20 microseconds of work.
 int threads_for(double multiplications) { return multiplications < 1e6 ? 1 : max_threads(); }
 
@@ -223,9 +225,16 @@ void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, co
   set_epilogue(g, c, whole, first_channel);
   if (g.bias) g.bias_axis = BiasAxis::column;
   // A kernel that splits may compute all rows anew for the sake of one.
-  if (prepared && !c.batch_invariant)
-    g.packed = prepared->operand(&exact_kernel(c.type), first_channel * 4 + int(c.precision),
-                                 [&] { return pack_b(b, g.k, g.n, c.precision); });
+  if (prepared && !c.batch_invariant) {
+    g.packed = prepared->operand(&exact_kernel(c.type), first_channel * 4 + int(c.precision), [&] {
+      Prepared::want(b.data, g.k * g.n);
+      return pack_b(b, g.k, g.n, c.precision);
+    });
+    // Over a residual such a product is not tried: see run_one.
+    if (g.packed->kernel->split && c.residual == c.y.data) Prepared::want(b.data, g.k * g.n);
+  } else {
+    Prepared::want(b.data, g.k * g.n);
+  }
   gemm(g);
 }
 
@@ -297,6 +306,7 @@ bool scatter_groups(const Conv& c, const Tensor5& in, const Tensor5& out, int k,
   const int64_t depth = in.size[1] / c.groups, results = out.size[1] / c.groups;
   s.in.size[1] = depth, s.out.size[1] = results;
   if (!scatter_pays(s)) return false;
+  want_filters(c);
   for (int64_t group = 0; group < c.groups; group++) {
     s.in = channels_from(in, group * depth, depth, c.type);
     s.out = channels_from(out, group * results, results, c.type);
@@ -406,6 +416,8 @@ void set_epilogue(Gemm& g, const Conv& c, const Tensor5& out, int64_t first_chan
 
 void conv_forward(const Conv& c) {
   if (c.y.count() == 0) return;
+  // These are prepared within threads, or not at all.
+  if (c.groups > 1) want_filters(c);
   if (is_depthwise(c)) {
     count_call("depthwise");
     return depthwise_forward(c);
@@ -446,6 +458,7 @@ void conv_forward(const Conv& c) {
       if ((outer && taps > 1 && channels > 1) || padded != channels) {
         const size_t bytes = size_t(rows * taps * padded * size);
         auto turn = [&](char* to) {
+          want_filters(c);
           taps_outer(w, rows, channels, padded, taps, !outer, size, to, threads);
         };
         if (c.prepared) {
@@ -458,6 +471,7 @@ void conv_forward(const Conv& c) {
       }
       if (correlate_strips(p, a, rows, c, y, c.y, group * rows, c.prepared, threads)) return;
     }
+    want_filters(c);
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
     correlate(p, w, rows, c, y, c.y, group * rows, threads);
   });

@@ -37,6 +37,8 @@ struct Conv {
   const char* residual = nullptr;  // with the sizes and strides of the result
   int activation = 0;
   // For conv_forward: where what is made of the filters is kept for other calls with the same ones.
+  // w.data may be null then: OperandGone is thrown where the filters are needed nevertheless,
+  // before anything is written onto a residual.
   Prepared* prepared = nullptr;
 };
 

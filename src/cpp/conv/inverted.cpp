@@ -40,6 +40,7 @@ int64_t apart(int64_t channels, int64_t size) {
 // (channels, 1, 1, 3, 3) as (tap, channel).
 const char* taps_first(const Inverted::Layer& l, int64_t channels, int64_t size) {
   auto turn = [&](char* to) {
+    Prepared::want(l.w.data, l.w.count());
     for (int64_t i = 0; i < kTaps; i++)
       for (int64_t k = 0; k < kTaps; k++)
         for (int64_t m = 0; m < channels; m++, to += size)
@@ -56,6 +57,7 @@ const char* channels_last(const Inverted::Layer& l, int64_t padded, int64_t size
   const Tensor5& w = l.w;
   const size_t bytes = size_t(w.size[0] * w.spatial() * padded * size);
   return l.prepared->get("channels last", nullptr, padded, 0, bytes, [&](char* to) {
+    Prepared::want(w.data, w.count());
     std::memset(to, 0, bytes);
     for (int64_t m = 0; m < w.size[0]; m++)
       for (int64_t i = 0; i < w.size[3]; i++)
@@ -116,7 +118,7 @@ struct Block {
         size(dtype_size(c.type)),
         channels(c.x.size[1]),
         hidden(c.depthwise.w.size[0]),
-        patches(c.expand.w.data && !is_pointwise(c) ? std::optional(patches_of(c)) : std::nullopt),
+        patches(c.expands() && !is_pointwise(c) ? std::optional(patches_of(c)) : std::nullopt),
         height(patches ? patches->out[1] : c.x.size[3]),
         width(patches ? patches->out[2] : c.x.size[4]),
         out_height(c.y.size[3]),
@@ -137,7 +139,7 @@ struct Block {
       Matrix b = operand(c.expand);
       b.data = const_cast<char*>(channels_last(c.expand, padded, size)), b.rs = 1, b.cs = k;
       expand.emplace(kernel, b, k, hidden, *c.expand.prepared, threads, &*strips);
-    } else if (c.expand.w.data) {
+    } else if (c.expands()) {
       expand.emplace(kernel, operand(c.expand), channels, hidden, *c.expand.prepared, threads);
     }
     project.emplace(kernel, operand(c.project), hidden, c.y.size[1], *c.project.prepared, threads);
@@ -351,14 +353,14 @@ bool inverted_residual(const Inverted& c) {
       !in_rows(c.y))
     return false;
   double first = 9;  // multiplications for an element of the hidden layer
-  if (c.expand.w.data && !is_pointwise(c)) {
+  if (c.expands() && !is_pointwise(c)) {
     first = double(c.expand.w.size[1] * c.expand.w.spatial());
     if (!RowProduct::takes_runs(
             *kernel, round_up(c.expand.w.size[1], kernel->k_step) * c.expand.w.spatial()))
       return false;
   } else {
-    if (!in_rows(c.x) || (c.expand.w.data && c.x.size[1] % kernel->k_step)) return false;
-    if (c.expand.w.data) first = double(c.x.size[1]);
+    if (!in_rows(c.x) || (c.expands() && c.x.size[1] % kernel->k_step)) return false;
+    if (c.expands()) first = double(c.x.size[1]);
   }
   if (c.y.count() == 0) return true;
   count_call("inverted residual");

@@ -11,16 +11,18 @@ struct Inverted {
     Tensor5 w;
     const char* bias = nullptr;  // one an output channel, contiguous
     int activation = 0;
-    Prepared* prepared = nullptr;  // of these filters
+    Prepared* prepared = nullptr;  // of these filters, which may be gone: see Conv
   };
   Tensor5 x, y;  // sizes that belong together were checked, the filters' too
   DType type = DType::f32;
   Precision precision = Precision::highest;
-  Layer expand;  // w.data null: none, and the depthwise one is of the input
+  Layer expand;  // of no filters: there is none, and the depthwise one is of the input
   int64_t expand_stride[2] = {1, 1}, expand_padding[2] = {};  // of rows and columns
   Layer depthwise, project;
   int64_t stride = 1;              // of the depthwise one, in both directions; padding 1
   const char* residual = nullptr;  // added before the last activation, with y's strides
+
+  bool expands() const { return expand.w.size[0] != 0; }
 };
 
 // False, with nothing done, where there are no kernels for it: the layers are then to be called one

@@ -301,6 +301,7 @@ bool run(const Job& j) {
   if (j.c.prepared && !j.turned)
     kept = reinterpret_cast<const float*>(
         j.c.prepared->get("winograd", &kn, 0, 0, size_t(s.panels * v_floats) * 4, [&](char* to) {
+          Prepared::want(j.w, j.c.w.count());
           parallel(threads, [&](int thread, int came) {
             const Range mine = share_of(s.panels, 1, thread, came);
             for (int64_t p = mine.begin; p < mine.end; p++)

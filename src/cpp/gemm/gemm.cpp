@@ -172,7 +172,7 @@ void run_one(Gemm g, int threads) {
   if (run_blocked(*kn, g, threads)) return;
 
   if (!g.b.data)
-    throw std::invalid_argument(
+    throw OperandGone(
         "gemm: b_ptr: needed beside `packed` where an operand has an infinity, a NaN or only tiny "
         "values");
   q.exact_only = true;

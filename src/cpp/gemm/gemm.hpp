@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -119,7 +120,12 @@ struct Gemm {
   int64_t prepared_part = 0;
 };
 
-// Throws std::invalid_argument where the types do not go together, std::bad_alloc.
+// An operand is only there as it was packed before, and is needed as it was.
+struct OperandGone : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// Throws std::invalid_argument where the types do not go together, OperandGone, std::bad_alloc.
 void gemm(const Gemm& g);
 
 // The same with b_panels in place of B, without batches, on up to `threads` threads.

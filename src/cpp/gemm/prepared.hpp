@@ -7,13 +7,20 @@
 #include <new>
 #include <vector>
 
+#include "common/dtype.hpp"
 #include "gemm/gemm.hpp"
 
 namespace fastnn {
 
-// Thread-safe; what it has given stays valid as long as it lives.
+// Thread-safe; what it has given stays valid as long as it lives. Once it has what a way of
+// computing reads, that way needs the filters themselves no more, and they may be gone.
 class Prepared {
  public:
+  // Before so many elements of the filters themselves are read.
+  static void want(const void* filters, int64_t count) {
+    if (!filters && count)
+      throw OperandGone("the filters are gone, and were not prepared for this");
+  }
   // The memory that `make` filled the first time for this way of computing, kernel and detail.
   template <class Make>
   const char* get(const char* way, const void* kernel, int64_t detail, int64_t part, size_t bytes,
@@ -39,6 +46,12 @@ class Prepared {
         .operand.get();
   }
   int64_t bytes() const { return bytes_; }
+
+  // The filters' layout, for calls without them; noted, once, by whoever calls with them.
+  static constexpr int kMostDims = 5;
+  DType type = DType::f32;
+  int dims = 0;  // 0: nobody has
+  int64_t shape[kMostDims] = {}, strides[kMostDims] = {};
 
  private:
   struct Free {

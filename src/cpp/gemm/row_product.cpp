@@ -11,6 +11,7 @@ RowProduct::RowProduct(const Kernel& kernel, const Matrix& b, int64_t k, int64_t
   if (strips)
     for (const int64_t at : strips->runs) runs_.push_back(at * int64_t(dtype_size(kernel.a)));
   packed_ = prepared.get("rows", &kernel, 0, 0, size_t(b_.total()), [&](char* to) {
+    Prepared::want(b.data, k * n);
     parallel(threads, [&](int thread, int came) {
       pack(kernel.pack_b, nullptr, kernel.k_word, b_, to, b, b.cs, b.rs, n, thread, came);
     });

@@ -99,6 +99,7 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
   if (g.prepared)
     packed =
         g.prepared->get("strips", &kn, s.run, g.prepared_part, size_t(k.b.total()), [&](char* to) {
+          Prepared::want(g.b.data, g.k * g.n);
           parallel(threads, [&](int thread, int came) { pack_all(to, thread, came); });
         });
   else

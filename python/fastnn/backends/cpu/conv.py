@@ -81,8 +81,8 @@ def forward(
     return y
 
 
-#: Filters, bias, activation by its number and what is kept of these filters.
-Layer = tuple[Tensor, Tensor | None, int, _cpu.Prepared]
+#: Filters, bias, activation by its number and what is kept of these filters, which may be None where that is enough.
+Layer = tuple[Tensor | None, Tensor | None, int, _cpu.Prepared]
 
 
 def inverted_residual(
