@@ -2,7 +2,8 @@
 
 A figure is by how much the peak of the resident memory is above what a process had when model and input were ready (VmHWM
 in /proc/self/status, set back through /proc/self/clear_refs), after five forwards in `torch.inference_mode()`, the first
-with all that it sets up included; the median of three fresh processes. The results are written to
+with all that it sets up included; the median of three fresh processes. So that what a model was given beforehand is seen
+as well, the same peak is also measured from before there was a model (`with_model`). The results are written to
 `bench/results/memory.json`; `python bench/readme.py` makes README's table from it.
 """
 
@@ -34,12 +35,13 @@ LAYERS = {
 }
 
 
-def growth(work: str, layout: str, who: str) -> float:
-    """Runs the forwards in this process; in MB (2²⁰ bytes)."""
+def growth(work: str, layout: str, who: str) -> tuple[float, float]:
+    """Runs the forwards in this process; without and with the model and its input, in MB (2²⁰ bytes)."""
     import torch
 
     import fastnn
 
+    start = _status("VmRSS")
     name, _, option = work.partition(" ")
     if work in LAYERS:
         channels, edge, filters, kernel, stride, groups = LAYERS[work]
@@ -57,7 +59,8 @@ def growth(work: str, layout: str, who: str) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         for _ in range(FORWARDS):
             model(x)
-        return _status("VmHWM") - before
+        peak = _status("VmHWM")
+        return peak - before, peak - start
 
 
 def _status(field: str) -> float:
@@ -70,13 +73,16 @@ def _status(field: str) -> float:
 def measure(work: str, layout: str, processes: int = PROCESSES) -> dict[str, object]:
     """Both contestants, each in processes of its own."""
     found: dict[str, list[float]] = {"torch": [], "fastnn": []}
+    whole: dict[str, list[float]] = {"torch": [], "fastnn": []}
     for _ in range(processes):
         for who, values in found.items():
             command = [sys.executable, __file__, "--here", work, layout, who]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
-            values.append(float(done.stdout))
+            alone, with_model = map(float, done.stdout.split())
+            values.append(alone)
+            whole[who].append(with_model)
     torchs, ours = (statistics.median(values) for values in found.values())
     return {
         "work": work,
@@ -84,27 +90,34 @@ def measure(work: str, layout: str, processes: int = PROCESSES) -> dict[str, obj
         "torch": torchs,
         "fastnn": ours,
         "all": found,
+        "with_model": {who: statistics.median(values) for who, values in whole.items()},
         "met": ours <= torchs + max(SLACK_SHARE * torchs, SLACK_MB),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", nargs="*", help="what to measure again, the rest as it was (default: all)")
     parser.add_argument("--here", nargs=3, metavar=("WORK", "LAYOUT", "WHO"), help="one figure, in this process")
     options = parser.parse_args()
     if options.here:
-        print(growth(*options.here))
+        print(*growth(*options.here))
         return 0
     from fastnn.bench import machine
 
+    before = json.loads(RESULTS.read_text())["results"] if options.work else []
     rows = []
-    print(f"{'MB':<34}{'':<15}{'torch':>8}{'fastnn':>8}  no more than torch's")
+    print(f"{'MB':<34}{'':<15}{'torch':>8}{'fastnn':>8}  no more than torch's; with the model")
     for work in (*MODELS, *LAYERS):
         for layout in LAYOUTS:
+            if options.work and work not in options.work:
+                rows += [row for row in before if (row["work"], row["layout"]) == (work, layout)]
+                continue
             row = measure(work, layout)
             rows.append(row)
             print(
-                f"{work:<34}{layout:<15}{row['torch']:>8.1f}{row['fastnn']:>8.1f}  {'yes' if row['met'] else 'no'}",
+                f"{work:<34}{layout:<15}{row['torch']:>8.1f}{row['fastnn']:>8.1f}  {'yes' if row['met'] else 'no':<21}",
+                *(f"{row['with_model'][who]:8.1f}" for who in ("torch", "fastnn")),
                 flush=True,
             )
     found = {

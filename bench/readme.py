@@ -74,12 +74,17 @@ def _cpu(results: list[dict[str, Any]]) -> str:
 def _memory(found: dict[str, Any]) -> list[str]:
     """One line a work and layout."""
     lines = [
-        f"| peak memory of a forward, batch {found['batch']}, in MB | layout | torch | fastnn | no more than torch's |",
-        "|---|---|---|---|---|",
+        f"| peak memory of a forward, batch {found['batch']}, in MB | layout | torch | fastnn | no more than torch's |"
+        " with model and input: torch | fastnn |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found["results"]:
         met = "yes" if row["met"] else "no"
-        lines.append(f"| {row['work']} | {row['layout']} | {row['torch']:.0f} | {row['fastnn']:.0f} | {met} |")
+        with_model = [row["with_model"][who] for who in ("torch", "fastnn")] if "with_model" in row else []
+        whole = " | ".join(f"{figure:.0f}" for figure in with_model) or "– | –"
+        lines.append(
+            f"| {row['work']} | {row['layout']} | {row['torch']:.0f} | {row['fastnn']:.0f} | {met} | {whole} |"
+        )
     return lines
 
 

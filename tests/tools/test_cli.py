@@ -117,9 +117,10 @@ def test_readme_shows_the_memory_that_was_measured(tmp_path, monkeypatch):
     memory = load("memory")
     readme = load("readme")
     row = {"work": "resnet50", "layout": "contiguous", "torch": 163.6, "fastnn": 201.7, "met": False}
+    row["with_model"] = {"torch": 270.2, "fastnn": 305.1}
     monkeypatch.setattr(memory, "RESULTS", tmp_path / "memory.json")
     memory.RESULTS.write_text(json.dumps({"batch": 8, "results": [row]}))
-    assert "| resnet50 | contiguous | 164 | 202 | no |" in readme.table()
+    assert "| resnet50 | contiguous | 164 | 202 | no | 270 | 305 |" in readme.table()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of resident memory")
@@ -129,6 +130,7 @@ def test_peak_memory_of_a_pointwise_layer():
     output = 8 * 64 * 56 * 56 * 4 / 2**20
     assert row["torch"] >= output and row["fastnn"] >= output
     assert row["met"], row
+    assert all(row["with_model"][who] >= row[who] for who in ("torch", "fastnn"))
 
 
 # Trainings are cut short; at full length the examples check what they reach.
