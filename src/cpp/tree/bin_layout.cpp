@@ -43,7 +43,7 @@ class BinLayout final : public Layout {
 
   void enter(const GrowingNode& node, const double* sums, const int64_t* features,
              int64_t count) override {
-    best_proxy_ = -kInfinity, enough_ = -1, left_known_ = false;
+    enough_ = -1, left_known_ = false;
     take_kept(node);
     make_room(node.rows());
     if (way_ == Way::one_target && slot_ < 0) gather(node.start, node.end);
@@ -63,12 +63,12 @@ class BinLayout final : public Layout {
                    });
   }
 
-  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws&) override {
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, double enough,
+                 Draws&) override {
     if (entered_) return candidates_[size_t(f)];
     OfThread& t = threads_[0];
     const Candidate c = find(f, node, sums, t, enough_);
-    if (!c.left || !(c.proxy > best_proxy_)) return c;
-    best_proxy_ = c.proxy;
+    if (!c.left || !(c.proxy > enough)) return c;
     enough_ = std::max(enough_, t.decrease);
     left_known_ = by_classes() && !sorts(f, node.rows());
     if (left_known_) {
@@ -430,7 +430,7 @@ class BinLayout final : public Layout {
   std::vector<OfThread> threads_;
   std::vector<Candidate> candidates_;
   bool entered_ = false;  // candidates_ are the node's
-  double best_proxy_ = 0, enough_ = 0;
+  double enough_ = 0;     // the decrease by the best split of the node yet
   bool left_known_ = false;
   std::vector<double> left_;
   uint32_t* judged_ = nullptr;

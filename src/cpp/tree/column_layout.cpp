@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 
 #include "common/parallel.hpp"
 #include "tree/layout.hpp"
@@ -29,7 +28,6 @@ class ColumnLayout final : public Layout {
     const double picoseconds = t_.absolute() ? 50000 * double(t_.outputs) : kMoved;
     const int threads = count ? threads_for(node.rows(), picoseconds) : 1;
     entered_ = threads > 1;
-    enough_ = -std::numeric_limits<double>::infinity();
     if (!entered_) return;
     std::atomic<int64_t> next{0};
     parallel(threads, [&](int thread, int) {
@@ -41,15 +39,11 @@ class ColumnLayout final : public Layout {
     });
   }
 
-  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws&) override {
-    if (entered_) {
-      if (!candidates_[size_t(f)].constant) looked_at_ = f;
-      return candidates_[size_t(f)];
-    }
-    NodeLimits limited = limits(f, node);
-    limited.enough = enough_;
-    const Candidate c = search_.best(slice(f, node), sums, limited, work_[0]);
-    if (c.left) enough_ = std::max(enough_, c.proxy);
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, double enough,
+                 Draws&) override {
+    const Candidate c = entered_
+                            ? candidates_[size_t(f)]
+                            : search_.best(slice(f, node), sums, limits(f, node, enough), work_[0]);
     if (!c.constant) looked_at_ = f;
     return c;
   }
@@ -192,7 +186,6 @@ class ColumnLayout final : public Layout {
   bool entered_ = false;  // candidates_ are the node's
   SortedSlice judged_{};
   Candidate of_judged_{};
-  double enough_ = 0;          // the best proxy of the node yet
   int64_t looked_at_ = 0;      // the last feature that was not constant
   uint32_t* order_ = nullptr;  // rows of the node that was judged
 };

@@ -69,7 +69,7 @@ class Growth {
       }
       at += found;
       const int64_t f = features_[size_t(at)];
-      const Candidate c = layout_.look(f, node, sums, draws_);
+      const Candidate c = layout_.look(f, node, sums, best.proxy, draws_);
       if (c.constant) {
         std::swap(features_[size_t(at)], features_[size_t(all_constant)]);
         found++, all_constant++;

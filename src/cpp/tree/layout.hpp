@@ -2,6 +2,7 @@
 // grown by (growth.cpp) is the same over all of them.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -48,9 +49,9 @@ class Layout {
   virtual void enter(const GrowingNode& node, const double* sums, const int64_t* features,
                      int64_t count) = 0;
   // The best split by a feature of the node that was entered, or a random one. `sums` are the
-  // node's.
+  // node's; proxies up to `enough` need not be found.
   virtual Candidate look(int64_t feature, const GrowingNode& node, const double* sums,
-                         Draws& draws) = 0;
+                         double enough, Draws& draws) = 0;
   // Sums of both sides of a split, which start at 0.
   virtual void sides(const GrowingNode& node, const double* sums, const ChosenSplit& split,
                      double* left, double* right) = 0;
@@ -62,9 +63,10 @@ class Layout {
                       int64_t count) = 0;
 
  protected:
-  NodeLimits limits(int64_t feature, const GrowingNode& node) const {
+  NodeLimits limits(int64_t feature, const GrowingNode& node,
+                    double enough = -std::numeric_limits<double>::infinity()) const {
     return {s_.min_samples_leaf, s_.min_weight_leaf, s_.monotonic ? s_.monotonic[feature] : 0,
-            node.lower, node.upper};
+            node.lower,          node.upper,         enough};
   }
 
   const TreeTarget& t_;

@@ -85,7 +85,8 @@ class RandomLayout final : public Layout {
     if (node.rows() <= block_rows_) copy(node);
   }
 
-  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws& draws) override {
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, double,
+                 Draws& draws) override {
     looked_at_ = f;
     const RandomRows rows = rows_of(node);
     const ValueRange range = kernels_.gather(rows, from_.values + f * from_.stride, values_);

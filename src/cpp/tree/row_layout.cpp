@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "tree/layout.hpp"
 
@@ -39,7 +38,6 @@ class RowLayout final : public Layout {
   }
 
   void enter(const GrowingNode& node, const double*, const int64_t*, int64_t) override {
-    best_proxy_ = -std::numeric_limits<double>::infinity();
     if (node.start >= compact_.start && node.end <= compact_.end) return;
     if (compact_.end) {
       compact_.start = compact_.end = 0;
@@ -48,16 +46,16 @@ class RowLayout final : public Layout {
     if (worth_compacting(node)) compact(node);
   }
 
-  Candidate look(int64_t f, const GrowingNode& node, const double* sums, Draws&) override {
-    const NodeLimits limited = limits(f, node);
+  Candidate look(int64_t f, const GrowingNode& node, const double* sums, double enough,
+                 Draws&) override {
+    const NodeLimits limited = limits(f, node, enough);
     if (counted(f, limited, sums))
       return search_.few(codes_of(f), few_.values.data() + f * kMostFewValues, keys_ + node.start,
                          node.rows(), sums, limited, work_);
     Candidate c{};
     if (sorted_.missing[size_t(f)] || !search_.counts_buckets(node.rows(), sums, limited) ||
-        !search_.in_buckets(node_sort(f, node), sums, limited, best_proxy_, c))
+        !search_.in_buckets(node_sort(f, node), sums, limited, c))
       c = best_of_sorted(f, node, sums, limited);
-    best_proxy_ = std::max(best_proxy_, c.proxy);
     return c;
   }
 
@@ -240,7 +238,6 @@ class RowLayout final : public Layout {
   float* values_ = nullptr;
   uint32_t *keys_ = nullptr, *spare_keys_ = nullptr, *key_of_ = nullptr;
   uint32_t* node_ranks_ = nullptr;
-  double best_proxy_ = 0;  // of the splits of the node that were looked at
   uint32_t* judged_ = nullptr;
   Compact compact_;
   SplitSearch::Work work_;

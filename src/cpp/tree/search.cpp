@@ -310,11 +310,12 @@ Candidate SplitSearch::few(const uint8_t* codes, const float* values, const uint
 }
 
 bool SplitSearch::in_buckets(const NodeSort& s, const double* sums, const NodeLimits& limits,
-                             double to_beat, Candidate& out) const {
+                             Candidate& out) const {
   const BucketBest found = tree_kernels().best_in_buckets(
       {s.ranks, s.values, s.keys, tally_.data(), s.n, shift_, weight_bits_, int64_t(sums[0]),
        int64_t(sums[3]), limits.min_samples_leaf, s.n - limits.min_samples_leaf,
-       limits.min_weight_leaf, to_beat, s.spare_ranks, s.sorted_keys, s.records, s.sorted_values});
+       limits.min_weight_leaf, limits.enough, s.spare_ranks, s.sorted_keys, s.records,
+       s.sorted_values});
   if (!found.found_out) return false;
   out = {};
   out.proxy = found.proxy, out.left = found.left, out.constant = found.constant;

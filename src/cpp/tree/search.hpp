@@ -121,9 +121,9 @@ class SplitSearch {
     return way_ == Way::two_classes && n >= kLeastBucketed && n <= kMostBucketed &&
            sums[0] <= double(kMostBucketed) && shift_ <= kMostBucketBits && !limits.monotonic;
   }
-  // As best, of n rows in any order and a column without NaN, by buckets of their ranks; of splits
-  // better than `to_beat` only. False where sorting is faster, and nothing was done.
-  bool in_buckets(const NodeSort& s, const double* sums, const NodeLimits& limits, double to_beat,
+  // As best, of n rows in any order and a column without NaN, by buckets of their ranks. False
+  // where sorting is faster, and nothing was done.
+  bool in_buckets(const NodeSort& s, const double* sums, const NodeLimits& limits,
                   Candidate& out) const;
   // The split at `left` rows with NaN on a side; its proxy, or false where it is not allowed.
   bool allowed(const double* sums, const NodeLimits& limits, Work& w) const;
