@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
 
@@ -593,6 +594,23 @@ def test_any_convolution(call):
         assert strides[0] == strides[1]
     for theirs, ours in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "image", "kernel"), [(True, (1, 1, 1, 1), (1, 2, 2, 1)), (False, (1, 1, 2, 1), (2, 1, 1, 1))]
+)
+def test_layout_beside_dimensions_of_size_1(transposed, image, kernel):
+    """Whether a tensor is channels-last is what torch's kernels say; the Python of torch 2.6 and 2.8 said otherwise."""
+    orders = list(itertools.permutations(range(4)))
+    for one, other in itertools.product(orders, orders):
+        x, w = (
+            torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(4)])
+            for shape, order in ((image, one), (kernel, other))
+        )
+        name = "conv_transpose2d" if transposed else "conv2d"
+        y, mine = getattr(F, name)(x, w), getattr(fF, name)(x, w)
+        strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (mine, y)]
+        assert strides[0] == strides[1]
 
 
 @pytest.mark.parametrize("odd", [1.0, True, (1.0, 1), (1, True), 2.5], ids=str)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu, _state
+from ..._layout import suggest_memory_format
 from . import ACTIVATION, DTYPE, empty_channels, image_strides, precision
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -42,7 +43,7 @@ def is_channels_last(*tensors: Tensor) -> bool:
     return any(
         tensor.dim() > 3
         and (tensor.stride(1) == 1 or not tensor.is_contiguous())
-        and torch._prims_common.suggest_memory_format(tensor) is _CHANNELS_LAST[tensor.dim()]
+        and suggest_memory_format(tensor) is _CHANNELS_LAST[tensor.dim()]
         for tensor in tensors
     )
 

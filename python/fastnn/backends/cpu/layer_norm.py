@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ... import _cpu
+from ..._layout import suggest_memory_format
 from . import DTYPE, empty, empty_like
 
 

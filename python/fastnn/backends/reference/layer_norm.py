@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+
+from ..._layout import suggest_memory_format
 
 
 class NormalizedRows:
