@@ -7,7 +7,7 @@ bias with the mean and the biased variance of each row; and input / sqrt(mean(in
 
 input in float32, float64, bfloat16 or float16, any strides; weight and bias in its dtype, or all in float32 beside a 16-bit
 input (rms norm of these is torch's before torch 2.8, which made float32 of them). The result is contiguous, as torch's; but
-that of rms norm is channels-last where its input is, and laid out as its input before torch 2.8. A row's sums are in
+that of rms norm is channels-last where its input is, and laid out as its input up to torch 2.8. A row's sums are in
 float32, in short chains that are added up in float64 (float64 for float64), of deviations from its mean; the gradients of
 weight and bias are sums over blocks of rows in float32, combined in float64 in an order that depends on the shape alone.
 torch.autocast changes nothing here, as in torch on a CPU. Other dtypes and layouts go to torch. Bad input raises what torch

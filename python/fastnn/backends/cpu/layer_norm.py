@@ -22,7 +22,7 @@ def _rms_norm_is_a_chain() -> bool:
     return torch.nn.functional.rms_norm(x, (2,)).stride() == x.stride()
 
 
-#: Before torch 2.8 rms norm was a chain of elementwise operations, whose result is laid out as the input.
+#: In torch 2.8 and before, rms norm is a chain of elementwise operations, whose result is laid out as the input.
 RMS_NORM_IS_A_CHAIN = _rms_norm_is_a_chain()
 
 
