@@ -346,7 +346,10 @@ void by_channels(const Block& b, int threads) {
 }  // namespace
 
 bool inverted_residual(const Inverted& c) {
-  const Kernel* kernel = strips_kernel(c.type, c.precision, false);
+  // Split products read packed operands alone, so that the hidden layer would go through memory
+  // after all: float32 is multiplied as it is, which is as exact.
+  const bool exact_only = c.precision == Precision::highest;
+  const Kernel* kernel = strips_kernel(c.type, c.precision, exact_only);
   const int64_t hidden = c.depthwise.w.size[0];
   // Tiles have no tails along K: what lies behind the rows would be multiplied with.
   if (!kernel || hidden % kernel->k_step || hidden < conv_kernels().depthwise[int(c.type)].width ||
