@@ -451,7 +451,9 @@ def test_what_is_kept_of_filters(name, dtype, channels_last):
         for again in pool.map(call, [x] * 8):
             assert torch.equal(again, first)
     assert prepared.nbytes == size
-    if name in ("winograd", "first layer", "strips") and dtype is torch.float32:
+    # With AMX the latter two are split products, which pack filters for each call.
+    kept = ("winograd",) if splits(dtype) else ("winograd", "first layer", "strips")
+    if name in kept and dtype is torch.float32:
         assert size > 0
 
 
