@@ -423,6 +423,14 @@ KEPT = {
 }
 
 
+def kept(name, dtype, channels_last):
+    x_shape, w_shape, *geometry = KEPT[name]
+    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
+    if channels_last and x.dim() == 4:
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    return x, w, *geometry
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KEPT)
@@ -430,11 +438,8 @@ def test_what_is_kept_of_filters(name, dtype, channels_last):
     """The first call makes it, and the following ones, of other images and from other threads, give the same numbers."""
     from concurrent.futures import ThreadPoolExecutor
 
-    x_shape, w_shape, stride, padding, groups = KEPT[name]
-    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
-    bias = torch.randn(w_shape[0]).to(dtype)
-    if channels_last and x.dim() == 4:
-        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    x, w, stride, padding, groups = kept(name, dtype, channels_last)
+    bias = torch.randn(len(w)).to(dtype)
     function = getattr(F, f"conv{x.dim() - 2}d")
     exact = function(x.double(), w.double(), bias.double(), stride, padding, 1, groups).relu()
     prepared = fastnn._cpu.Prepared()
@@ -452,8 +457,8 @@ def test_what_is_kept_of_filters(name, dtype, channels_last):
             assert torch.equal(again, first)
     assert prepared.nbytes == size
     # With AMX the latter two are split products, which pack filters for each call.
-    kept = ("winograd",) if splits(dtype) else ("winograd", "first layer", "strips")
-    if name in kept and dtype is torch.float32:
+    surely = ("winograd",) if splits(dtype) else ("winograd", "first layer", "strips")
+    if name in surely and dtype is torch.float32:
         assert size > 0
 
 
@@ -477,10 +482,7 @@ not_amx = pytest.mark.skipif(
 @pytest.mark.parametrize("name", KEPT)
 def test_filters_that_are_gone(name, dtype, channels_last):
     """What was made of them serves; nothing is computed, or written, without."""
-    x_shape, w_shape, stride, padding, groups = KEPT[name]
-    x, w = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype)
-    if channels_last and x.dim() == 4:
-        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    x, w, stride, padding, groups = kept(name, dtype, channels_last)
 
     def call(weight, prepared, residual, overwrite=False):
         with torch.no_grad():

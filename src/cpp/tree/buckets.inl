@@ -34,8 +34,8 @@ struct Buckets {
   int count, by;   // buckets, and bits of a rank within one
   uint32_t first;  // rank
   alignas(64) uint64_t cells[kMostBuckets];
-  alignas(64) uint64_t before[kMostBuckets + 16];
-  alignas(64) float most[kMostBuckets], at_border[kMostBuckets + 16];
+  alignas(64) uint64_t before[kMostBuckets];
+  alignas(64) float most[kMostBuckets], at_border[kMostBuckets];
   alignas(64) uint32_t kept[kMostBuckets / 32];
   uint32_t place[kMostBuckets];
 
@@ -107,10 +107,8 @@ FASTNN_INLINE uint32_t rank_before(const BucketSearch& s, uint32_t rank) {
 static BucketBest best_in_buckets(const BucketSearch& s) {
   const RankSpan span = gather_ranks(s);
   BucketBest best{kNone, 0, 0, 0, 0, false, true};
-  if (!(s.values[span.largest] > s.values[span.least] + kFeatureThreshold)) {
-    best.constant = true;
-    return best;
-  }
+  best.constant = !(s.values[span.largest] > s.values[span.least] + kFeatureThreshold);
+  if (best.constant) return best;
   Buckets b;
   b.first = span.least, b.by = 0;
   int64_t wanted = s.n / 4;
@@ -123,7 +121,6 @@ static BucketBest best_in_buckets(const BucketSearch& s) {
     b.cells[(s.own_ranks[i] - b.first) >> b.by] += s.tally[s.keys[i] & low_bits];
   uint64_t sum = 0;
   for (int k = 0; k < b.count; k++) b.before[k] = sum, sum += b.cells[k];
-  b.before[b.count] = sum;
 
   const auto all = double(s.total), ones = double(s.ones);
   const auto least = int32_t(s.least), most = int32_t(s.most);
