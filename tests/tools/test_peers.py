@@ -82,6 +82,24 @@ def test_a_peer_takes_tokens(name, dtype, bound):
         assert (result - expected).float().norm() <= bound * expected.float().norm()
 
 
+@pytest.mark.parametrize("calibrated", [False, True], ids=["dynamic", "static"])
+def test_onnxruntime_in_int8_is_near_what_torch_computes(model, calibrated):
+    for package in peers._PACKAGES["onnxruntime"]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    layers = [torch.nn.Linear(30, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)]
+    model = model if calibrated else torch.nn.Sequential(*layers).eval()
+    images = [torch.randn(2, 3, 31, 30) for _ in range(4)]
+    compute = peers.int8_onnxruntime(model, images if calibrated else None)
+    for x in images:
+        with torch.inference_mode():
+            expected = model(x)
+        result = compute(x)
+        distance = (result - expected).norm() / expected.norm()
+        # A hundredth of the range a layer; and not the float model.
+        assert 1e-5 < distance < 0.1, distance
+
+
 def test_a_peer_that_is_missing_is_named(model, monkeypatch):
     for package in ("openvino", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
