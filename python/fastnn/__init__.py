@@ -11,7 +11,7 @@ from . import functional, nn
 from ._state import FallbackError, backend, batch_invariant, strict
 from .backends.cpu import empty_cache
 from .convert import ConversionError, convert, report, revert
-from .functional import addmm, baddbmm, bmm, int_mm, matmul, mm, mv
+from .functional import addmm, baddbmm, bmm, dequantize, int_mm, matmul, mm, mv, quantize, quantize_dynamic
 from .info import info
 from .patch import patch
 from .prepack import prepack_
@@ -38,6 +38,7 @@ __all__ = [
     "batch_invariant",
     "bmm",
     "convert",
+    "dequantize",
     "empty_cache",
     "functional",
     "info",
@@ -48,6 +49,8 @@ __all__ = [
     "nn",
     "patch",
     "prepack_",
+    "quantize",
+    "quantize_dynamic",
     "report",
     "revert",
     "strict",

@@ -27,6 +27,7 @@ from .ops.pool import (
     max_pool2d,
     max_pool3d,
 )
+from .ops.quantize import choose_scale, dequantize, quantize, quantize_dynamic
 from .ops.rotary import rotary_embedding
 from .ops.softmax import log_softmax, softmax, softmin
 
@@ -48,6 +49,7 @@ __all__ = [
     "batch_norm_act",
     "bilinear",
     "bmm",
+    "choose_scale",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -55,6 +57,7 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "cross_entropy",
+    "dequantize",
     "dropout",
     "embedding",
     "gelu",
@@ -73,6 +76,8 @@ __all__ = [
     "mm",
     "multi_head_attention_forward",
     "mv",
+    "quantize",
+    "quantize_dynamic",
     "relu",
     "relu6",
     "rms_norm",

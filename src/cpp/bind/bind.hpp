@@ -27,6 +27,7 @@ void bind_dropout_tensors(pybind11::module_& m);
 void bind_layer_norm_tensors(pybind11::module_& m);
 void bind_conv_tensors(pybind11::module_& m);
 void bind_watch(pybind11::module_& m);
+void bind_quant(pybind11::module_& m);
 void bind_pool_tensors(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);

@@ -50,6 +50,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_conv_tensors(m);
   bind_watch(m);
   bind_pool_tensors(m);
+  bind_quant(m);
   bind_softmax(m);
   bind_cross_entropy(m);
   bind_cross_entropy_tensors(m);

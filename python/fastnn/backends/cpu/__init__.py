@@ -42,6 +42,9 @@ PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
 #: What the backward of an activation is given: its output for these, its input for the others.
 SAVES_OUTPUT = frozenset(("relu", "relu6", "sigmoid", "tanh"))
 
+#: Ops that take what was quantized, in integers or floats of eight bits.
+OF_QUANTIZED = frozenset(("dequantize",))
+
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
 LARGE_BYTES = 1 << 20
 #: The most dimensions the kernel's loops take.
@@ -112,7 +115,8 @@ if has_table:
 def supports(op: str, *tensors: Tensor | None) -> str | None:
     """None when the kernels can run ``op`` on these tensors, else the reason why not, for people.
 
-    ``op`` is "gemm" (and all that is made of it), "activation", "int_mm", or "attention", whose masks are booleans.
+    ``op`` is "gemm" (and all that is made of it), "activation", "int_mm", "attention", whose masks are booleans, or one of
+    OF_QUANTIZED, which checks its tensors' dtypes itself.
     """
     for tensor in tensors:
         if tensor is None:
@@ -125,7 +129,9 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
         if tensor.device.type not in ("cpu", "meta"):
             return f"a tensor on {tensor.device.type}, for which no backend is built"
         table = DTYPE if op == "int_mm" else FLOAT
-        if tensor.dtype not in table and not (op == "attention" and tensor.dtype is torch.bool):
+        if op in OF_QUANTIZED or (op == "attention" and tensor.dtype is torch.bool):
+            continue
+        if tensor.dtype not in table:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
