@@ -237,7 +237,7 @@ def _batched(
         return input, scale, zero_point, axis
     front = [_in_front(x, dim, n) for x, dim in zip((scale, zero_point), in_dims[1:3], strict=True) if x is not None]
     if not group:
-        front = [x.reshape(n, *(input.shape[a] for a in axis)) for x in front]
+        front = front if axis else [x.reshape(n) for x in front]
         axis = [0, *axis]
     return input, front[0], front[1] if zero_point is not None else None, axis
 

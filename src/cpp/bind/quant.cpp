@@ -56,14 +56,16 @@ struct Arguments {
     if (has_q && is_packed(Scheme(scheme)) && !empty) check_packed(op);
   }
 
-  // Elements are halves of bytes: the innermost dimensions are dense up to an even size, and all
-  // around them begin at whole bytes.
+  // Elements are halves of bytes: the innermost dimensions are dense up to an even size (so that
+  // they become one loop: those of x are, too), and all around them begin at whole bytes.
   void check_packed(const char* op) {
-    int64_t dense = 1;
+    int64_t dense = 1, x_step = 0;
     int d = numbers.dims - 1;
     for (; d >= 0 && dense % 2; d--) {
-      if (shape[d] != 1 && q_strides[d] != dense)
-        bad_argument(op, "q_strides", "a dense last dimension where two numbers make a byte");
+      if (shape[d] == 1) continue;
+      if (!x_step) x_step = x_strides[d];
+      if (q_strides[d] != dense || x_strides[d] != x_step * dense)
+        bad_argument(op, "x_strides, q_strides", "dense groups where two numbers make a byte");
       dense *= shape[d];
     }
     if (dense % 2)

@@ -1,9 +1,9 @@
 // The quantization kernels of one instruction set. Included by the files in kernels/, which define
 // FASTNN_TARGET; see isa/vec.hpp for why nothing here may be shared between targets.
 //
-// A run is worked on in chunks that stay in L1. What lies strided, in float64, packed or in groups
-// too short for a loop of their own goes through a buffer of a chunk, so that the inner loops know
-// two cases only: one scale, or a scale an element.
+// A run is worked on in chunks that stay in L1. What lies strided, is no float32, is packed or is
+// in groups too short for a loop of their own goes through a buffer of a chunk, so that the inner
+// loops know dense float32, bytes, and two cases of scales: one for all, or one an element.
 #include "isa/float8.hpp"
 #include "isa/philox.hpp"
 #include "isa/rounding.hpp"
@@ -18,90 +18,52 @@ constexpr int64_t kBlock = Bytes::count;  // four vectors
 // A buffer ends so far behind a chunk that whole vectors can be read of it.
 constexpr int64_t kBuffer = kChunk + kBlock;
 
+static FASTNN_INLINE VecF32 load_some(const float* p, int64_t n) {
+  return n == kLanes ? VecF32::load(p) : VecF32::load_partial(p, int(n));
+}
+
+// ---- to and from float32 -----------------------------------------------------------------------
+
 static FASTNN_INLINE float as_f32(double x) { return float(x); }
+static FASTNN_INLINE void put(double& to, float x) { to = x; }
 template <class T>
 static FASTNN_INLINE float as_f32(T x) {
   return to_f32(x);
 }
-static FASTNN_INLINE void put(double& to, float x) { to = x; }
 template <class T>
 static FASTNN_INLINE void put(T& to, float x) {
   from_f32(to, x);
 }
+
+// n numbers from x on, as float32.
+using Gather = void (*)(const void* x, int64_t stride, int64_t n, float* to);
 template <class T>
-static FASTNN_INLINE void gather(const T* x, int64_t stride, int64_t n, float* to) {
-  if (stride == 1)
-    for (int64_t i = 0; i < n; i++) to[i] = as_f32(x[i]);
-  else
-    for (int64_t i = 0; i < n; i++) to[i] = as_f32(x[i * stride]);
+static void gather(const void* x_, int64_t stride, int64_t n, float* to) {
+  const T* x = static_cast<const T*>(x_);
+  int64_t i = 0;
+  if constexpr (sizeof(T) != 8)
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) VecF32::load(x + i).store(to + i);
+  for (; i < n; i++) to[i] = as_f32(x[i * stride]);
 }
 
-// ---- schemes -----------------------------------------------------------------------------------
-
-template <int least, int most>
-struct Integers {
-  template <class Round>
-  static FASTNN_INLINE VecI32 encode(VecF32 y, VecF32 zero, Round round) {
-    y = select(is_nan(y), VecF32::zero(), y);
-    const VecF32 q = round(y) + zero;
-    return to_int(min(VecF32::set1(most), max(VecF32::set1(least), q)));
-  }
-  static FASTNN_INLINE Bytes pack(VecI32 a, VecI32 b, VecI32 c, VecI32 d) {
-    return least < 0 ? pack_s8(a, b, c, d) : pack_u8(a, b, c, d);
-  }
-  static FASTNN_INLINE VecF32 decode(const uint8_t* q, int64_t lanes) {
-    if (least < 0) return to_float(lanes == kLanes ? load_s8(q) : load_s8_partial(q, int(lanes)));
-    return to_float(lanes == kLanes ? load_u8(q) : load_u8_partial(q, int(lanes)));
-  }
-};
-template <class F>
-struct Floats {
-  template <class Round>
-  static FASTNN_INLINE VecI32 encode(VecF32 y, VecF32, Round round) {
-    return F::encode(y, round);
-  }
-  static FASTNN_INLINE Bytes pack(VecI32 a, VecI32 b, VecI32 c, VecI32 d) {
-    return pack_u8(a, b, c, d);
-  }
-  static FASTNN_INLINE VecF32 decode(const uint8_t* q, int64_t lanes) {
-    return F::decode(lanes == kLanes ? load_u8(q) : load_u8_partial(q, int(lanes)));
-  }
-};
-template <Scheme s>
-struct CodeOf;
-template <>
-struct CodeOf<Scheme::s8> : Integers<-128, 127> {};
-template <>
-struct CodeOf<Scheme::u8> : Integers<0, 255> {};
-template <>
-struct CodeOf<Scheme::s4> : Integers<-8, 7> {};
-template <>
-struct CodeOf<Scheme::u4> : Integers<0, 15> {};
-template <>
-struct CodeOf<Scheme::e4m3> : Floats<E4M3> {};
-template <>
-struct CodeOf<Scheme::e5m2> : Floats<E5M2> {};
+// And back, rounded once.
+using Scatter = void (*)(const float* from, void* x, int64_t stride, int64_t n, bool around_caches);
+template <class T>
+static void scatter(const float* from, void* x_, int64_t stride, int64_t n, bool around_caches) {
+  T* x = static_cast<T*>(x_);
+  if constexpr (sizeof(T) != 8)
+    if (stride == 1)
+      return fill<T, VecF32>(x, n, around_caches,
+                             [=](int64_t i, int lanes) __attribute__((always_inline)) {
+                               return load_some(from + i, lanes);
+                             });
+  for (int64_t i = 0; i < n; i++) put(x[i * stride], from[i]);
+}
 
 // ---- which scale -------------------------------------------------------------------------------
 
-// One for all of a segment, or one an element.
-struct Shared {
-  VecF32 factor, zero;
-  FASTNN_INLINE VecF32 factor_at(int64_t, int64_t) const { return factor; }
-  FASTNN_INLINE VecF32 zero_at(int64_t, int64_t) const { return zero; }
-};
-struct Each {
-  const float* factor;
-  const float* zero;
-  static FASTNN_INLINE VecF32 at(const float* p, int64_t n) {
-    return n == kLanes ? VecF32::load(p) : VecF32::load_partial(p, int(n));
-  }
-  FASTNN_INLINE VecF32 factor_at(int64_t i, int64_t n) const { return at(factor + i, n); }
-  FASTNN_INLINE VecF32 zero_at(int64_t i, int64_t n) const { return at(zero + i, n); }
-};
-
-// The scales of a run, chunk by chunk: calls segment(i, n, Shared or Each) for the elements of a
-// chunk, which begin with element `begin` of the run.
+// The scales of a run, chunk by chunk.
 struct Scales {
   const ScaledRun& run;
   // Groups that are as long are segments of their own; of shorter ones the scales are written out.
@@ -117,6 +79,8 @@ struct Scales {
                  (run.group >= kBlock && run.group % kBlock == 0 && run.first % kBlock == 0)),
         same(run.group * run.period <= kChunk && kChunk % (run.group * run.period) == 0) {}
 
+  // Calls segment(i, n, factor, zero, each) for the n elements of a chunk, which begin with element
+  // `begin` of the run: there is one factor, or with `each` one for each of them.
   template <class F>
   FASTNN_INLINE void chunk(int64_t begin, int64_t n, F segment) {
     const int64_t first = run.first + begin;
@@ -124,42 +88,34 @@ struct Scales {
     if (segments) {
       for (int64_t i = 0; i < n;) {
         const int64_t count = n - i < run.group - within ? n - i : run.group - within;
-        const int64_t s = scale * run.stride;
-        segment(i, count, Shared{VecF32::set1(run.factor[s]), VecF32::set1(run.zero[s])});
+        segment(i, count, run.factor + scale * run.stride, run.zero + scale * run.stride, false);
         i += count, within = 0;
         if (++scale == run.period) scale = 0;
       }
-      return;
-    }
-    if (run.group == 1 && run.stride == 1 && run.period >= kBlock) {
+    } else if (run.group == 1 && run.stride == 1 && run.period >= kBlock) {
       for (int64_t i = 0; i < n; scale = 0) {
         const int64_t count = n - i < run.period - scale ? n - i : run.period - scale;
-        segment(i, count, Each{run.factor + scale, run.zero + scale});
+        segment(i, count, run.factor + scale, run.zero + scale, true);
         i += count;
       }
-      return;
+    } else {
+      if (!filled || !same) write_out(scale, within, same && run.n > kChunk ? kChunk : n);
+      filled = true;
+      segment(0, n, factor, zero, true);
     }
-    if (!filled || !same) fill_in(scale, within, same && run.n > kChunk ? kChunk : n);
-    filled = true;
-    segment(0, n, Each{factor, zero});
   }
 
  private:
-  void fill_in(int64_t scale, int64_t within, int64_t n) {
-    if (run.group % kLanes == 0 && within % kLanes == 0) {
-      for (int64_t i = 0; i < n;) {
-        const VecF32 f = VecF32::set1(run.factor[scale * run.stride]);
-        const VecF32 z = VecF32::set1(run.zero[scale * run.stride]);
-        for (; within < run.group && i < n; within += kLanes, i += kLanes)
-          f.store(factor + i), z.store(zero + i);
-        within = 0;
-        if (++scale == run.period) scale = 0;
-      }
-      return;
-    }
-    for (int64_t i = 0; i < n; i++) {
-      factor[i] = run.factor[scale * run.stride], zero[i] = run.zero[scale * run.stride];
-      if (++within < run.group) continue;
+  void write_out(int64_t scale, int64_t within, int64_t n) {
+    const bool vectors = run.group % kLanes == 0 && within % kLanes == 0;
+    for (int64_t i = 0; i < n;) {
+      const float f = run.factor[scale * run.stride], z = run.zero[scale * run.stride];
+      const int64_t end = n - i < run.group - within ? n : i + run.group - within;
+      if (vectors)
+        for (; i < end; i += kLanes)
+          VecF32::set1(f).store(factor + i), VecF32::set1(z).store(zero + i);
+      else
+        for (; i < end; i++) factor[i] = f, zero[i] = z;
       within = 0;
       if (++scale == run.period) scale = 0;
     }
@@ -168,140 +124,180 @@ struct Scales {
 
 // ---- quantize ----------------------------------------------------------------------------------
 
-template <class Code, bool stochastic, class T, class S>
-static FASTNN_INLINE Bytes encode_block(const T* x, const S& scales, int64_t i, int64_t n,
-                                        const uint32_t* words) {
+struct Segment {
+  const float* x;
+  const float* factor;
+  const float* zero;
+  const uint32_t* words;
+  Limits limits;
+  uint8_t* q;
+  int64_t n;
+  bool around_caches;
+};
+using Encode = void (*)(const Segment&);
+
+// Numbers of a scheme, before they are packed: the integers within the limits, or a float's codes.
+struct Signed {
+  static constexpr bool is_signed = true;
+};
+struct Unsigned {
+  static constexpr bool is_signed = false;
+};
+template <class Code, class Round>
+static FASTNN_INLINE VecI32 encode_lanes(VecF32 y, VecF32 zero, VecF32 least, VecF32 most,
+                                         Round round) {
+  if constexpr (requires { Code::is_signed; }) {
+    y = select(is_nan(y), VecF32::zero(), y);
+    return to_int(min(most, max(least, round(y) + zero)));
+  } else {
+    return Code::encode(y, round);
+  }
+}
+
+template <class Code, bool stochastic, bool each>
+static FASTNN_INLINE Bytes encode_block(const Segment& s, VecF32 least, VecF32 most, int64_t i,
+                                        int64_t n) {
   VecI32 q[4];
   for (int64_t k = 0; k < 4; k++) {
     const int64_t at = i + k * kLanes, rest = n - k * kLanes;
     const int64_t lanes = n == kBlock || rest >= kLanes ? kLanes : rest > 0 ? rest : 0;
-    const VecF32 v =
-        lanes == kLanes ? VecF32::load(x + at) : VecF32::load_partial(x + at, int(lanes));
-    const VecF32 y = v * scales.factor_at(at, lanes), zero = scales.zero_at(at, lanes);
+    const VecF32 factor = each ? load_some(s.factor + at, lanes) : VecF32::set1(*s.factor);
+    const VecF32 zero = each ? load_some(s.zero + at, lanes) : VecF32::set1(*s.zero);
+    const VecF32 y = load_some(s.x + at, lanes) * factor;
     if constexpr (stochastic)
-      q[k] = Code::encode(y, zero, Stochastic{words + at});
+      q[k] = encode_lanes<Code>(y, zero, least, most, Stochastic{s.words + at});
     else
-      q[k] = Code::encode(y, zero, Nearest{});
+      q[k] = encode_lanes<Code>(y, zero, least, most, Nearest{});
   }
-  return Code::pack(q[0], q[1], q[2], q[3]);
+  if constexpr (requires { Code::is_signed; })
+    if (Code::is_signed) return pack_s8(q[0], q[1], q[2], q[3]);
+  return pack_u8(q[0], q[1], q[2], q[3]);
 }
 
-template <class Code, bool stochastic, class T, class S>
-static FASTNN_INLINE void encode(const T* x, S scales, const uint32_t* words, uint8_t* out,
-                                 int64_t n, bool around_caches) {
+template <class Code, bool stochastic, bool each>
+static void encode(const Segment& s) {
+  const VecF32 least = VecF32::set1(s.limits.least), most = VecF32::set1(s.limits.most);
   int64_t i = 0;
-  auto part = [&](int64_t count) {
-    encode_block<Code, stochastic>(x, scales, i, count, words).store_partial(out + i, int(count));
+  // The last ones; and before stores around the caches those up to the first whole line.
+  auto part = [&](int64_t count) __attribute__((noinline)) {
+    const Bytes bytes = encode_block<Code, stochastic, each>(s, least, most, i, count);
+    bytes.store_partial(s.q + i, int(count));
     i += count;
   };
-  if (around_caches) {
-    const int64_t beyond = int64_t(uintptr_t(out) % kBlock);
-    if (beyond && n >= 2 * kBlock) part(kBlock - beyond);
-    if (uintptr_t(out + i) % kBlock == 0)
-      for (; i + kBlock <= n; i += kBlock)
-        stream(out + i, encode_block<Code, stochastic>(x, scales, i, kBlock, words));
+  if (s.around_caches) {
+    const int64_t beyond = int64_t(uintptr_t(s.q) % kBlock);
+    if (beyond && s.n >= 2 * kBlock) part(kBlock - beyond);
+    if (uintptr_t(s.q + i) % kBlock == 0)
+      for (; i + kBlock <= s.n; i += kBlock)
+        stream(s.q + i, encode_block<Code, stochastic, each>(s, least, most, i, kBlock));
   }
-  for (; i + kBlock <= n; i += kBlock)
-    encode_block<Code, stochastic>(x, scales, i, kBlock, words).store(out + i);
-  if (i < n) part(n - i);
+  for (; i + kBlock <= s.n; i += kBlock)
+    encode_block<Code, stochastic, each>(s, least, most, i, kBlock).store(s.q + i);
+  if (i < s.n) part(s.n - i);
 }
 
-template <class T, Scheme scheme, bool stochastic>
-static void quantize(const ScaledRun& run) {
-  using Code = CodeOf<scheme>;
-  constexpr bool packed = scheme == Scheme::s4 || scheme == Scheme::u4;
-  constexpr bool converted = sizeof(T) == 8;
-  const T* x = static_cast<const T*>(run.from);
+// n is even.
+static void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    Bytes block;
+    __builtin_memcpy(&block, bytes + i, sizeof(block));
+    store_nibbles(to + i / 2, block);
+  }
+  for (; i < n; i += 2) to[i / 2] = uint8_t((bytes[i] & 15) | bytes[i + 1] << 4);
+}
+
+static void quantize_run(const ScaledRun& run, int64_t item, Gather gather, Limits limits,
+                         bool packed, bool stochastic, Encode shared, Encode each) {
   uint8_t* out = static_cast<uint8_t*>(run.to);
   Scales scales(run);
-  uint32_t words[stochastic ? kBuffer : 1];
+  uint32_t words[kBuffer];
   float numbers[kBuffer];
   uint8_t bytes[kBuffer];
-  const bool direct = !packed && run.to_stride == 1;
+  const bool in_place = item == 4 && run.from_stride == 1, direct = !packed && run.to_stride == 1;
   for (int64_t begin = 0; begin < run.n; begin += kChunk) {
     const int64_t n = run.n - begin < kChunk ? run.n - begin : kChunk;
     if (stochastic) philox_words(run.seed, run.element + uint64_t(begin), n, words);
-    uint8_t* to = direct ? out + begin : bytes;
-    const T* from = x + begin * run.from_stride;
-    const bool around = direct && run.around_caches;
-    auto each = [&](auto source) {
-      scales.chunk(begin, n, [&](int64_t i, int64_t count, auto s) {
-        encode<Code, stochastic>(source + i, s, words + i, to + i, count, around);
-      });
-    };
-    if constexpr (converted) {
-      gather(from, run.from_stride, n, numbers);
-      each(static_cast<const float*>(numbers));
-    } else if (run.from_stride == 1) {
-      each(from);
-    } else {
-      gather(from, run.from_stride, n, numbers);
-      each(static_cast<const float*>(numbers));
-    }
-    if (packed) {
-      uint8_t* half = out + begin / 2;
-      int64_t i = 0;
-      for (; i + kBlock <= n; i += kBlock) {
-        Bytes block;
-        __builtin_memcpy(&block, bytes + i, sizeof(block));
-        store_nibbles(half + i / 2, block);
-      }
-      for (; i < n; i += 2) half[i / 2] = uint8_t((bytes[i] & 15) | bytes[i + 1] << 4);
-    } else if (!direct) {
+    const char* from = static_cast<const char*>(run.from) + begin * run.from_stride * item;
+    if (!in_place) gather(from, run.from_stride, n, numbers);
+    const float* x = in_place ? reinterpret_cast<const float*>(from) : numbers;
+    uint8_t* q = direct ? out + begin : bytes;
+    scales.chunk(
+        begin, n,
+        [&](int64_t i, int64_t count, const float* factor, const float* zero, bool one_each) {
+          (one_each ? each : shared)(
+              {x + i, factor, zero, words + i, limits, q + i, count, direct && run.around_caches});
+        });
+    if (packed)
+      pack_nibbles(bytes, n, out + begin / 2);
+    else if (!direct)
       for (int64_t i = 0; i < n; i++) out[(begin + i) * run.to_stride] = bytes[i];
-    }
   }
   if (run.around_caches) end_stream();
 }
 
 // ---- dequantize --------------------------------------------------------------------------------
 
-template <class T, Scheme scheme>
-static void dequantize(const ScaledRun& run) {
-  using Code = CodeOf<scheme>;
-  constexpr bool packed = scheme == Scheme::s4 || scheme == Scheme::u4;
-  constexpr bool converted = sizeof(T) == 8;
-  const uint8_t* q = static_cast<const uint8_t*>(run.from);
-  T* out = static_cast<T*>(run.to);
+using Decode = void (*)(const uint8_t* q, const float* factor, const float* zero, float* out,
+                        int64_t n, bool around_caches);
+
+template <class Code>
+static FASTNN_INLINE VecF32 decode_lanes(const uint8_t* q, int n) {
+  const bool all = n == kLanes;
+  if constexpr (requires { Code::is_signed; }) {
+    if (Code::is_signed) return to_float(all ? load_s8(q) : load_s8_partial(q, n));
+    return to_float(all ? load_u8(q) : load_u8_partial(q, n));
+  } else {
+    return Code::decode(all ? load_u8(q) : load_u8_partial(q, n));
+  }
+}
+
+template <class Code, bool each>
+static void decode(const uint8_t* q, const float* factor, const float* zero, float* out, int64_t n,
+                   bool around_caches) {
+  const VecF32 f = VecF32::set1(*factor), z = VecF32::set1(*zero);
+  fill<float, VecF32>(out, n, around_caches,
+                      [=](int64_t i, int lanes) __attribute__((always_inline)) {
+                        const VecF32 y = decode_lanes<Code>(q + i, lanes);
+                        if constexpr (each)
+                          return (y - load_some(zero + i, lanes)) * load_some(factor + i, lanes);
+                        return (y - z) * f;
+                      });
+}
+
+static void unpack_nibbles(const uint8_t* from, int64_t n, bool is_signed, uint8_t* bytes) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) load_nibbles(from + i / 2).store(bytes + i);
+  for (; i < n; i++) bytes[i] = uint8_t(from[i / 2] >> 4 * (i % 2) & 15);
+  if (is_signed)
+    for (i = 0; i < n; i++) bytes[i] = uint8_t((bytes[i] ^ 8) - 8);
+}
+
+static void dequantize_run(const ScaledRun& run, int64_t item, Scatter scatter, bool packed,
+                           bool is_signed, Decode shared, Decode each) {
+  const uint8_t* in = static_cast<const uint8_t*>(run.from);
   Scales scales(run);
   float numbers[kBuffer];
   uint8_t bytes[kBuffer];
+  const bool direct = item == 4 && run.to_stride == 1;
   for (int64_t begin = 0; begin < run.n; begin += kChunk) {
     const int64_t n = run.n - begin < kChunk ? run.n - begin : kChunk;
-    const uint8_t* from = q + begin * run.from_stride;
-    if (packed) {
-      const uint8_t* half = q + begin / 2;
-      int64_t i = 0;
-      for (; i + kBlock <= n; i += kBlock) {
-        Bytes block = load_nibbles(half + i / 2);
-        block.store(bytes + i);
-      }
-      for (; i < n; i++) bytes[i] = uint8_t(half[i / 2] >> 4 * (i % 2) & 15);
-      if (scheme == Scheme::s4)
-        for (i = 0; i < n; i++) bytes[i] = uint8_t((bytes[i] ^ 8) - 8);
-      from = bytes;
-    } else if (run.from_stride != 1) {
-      for (int64_t i = 0; i < n; i++) bytes[i] = from[i * run.from_stride];
-      from = bytes;
-    }
-    auto each = [&]<class To>(To* to, bool around) {
-      scales.chunk(begin, n, [&](int64_t start, int64_t count, auto s) {
-        fill<To, VecF32>(to + start, count, around,
-                         [&](int64_t i, int lanes) __attribute__((always_inline)) {
-                           const VecF32 y = Code::decode(from + start + i, lanes);
-                           return (y - s.zero_at(i, lanes)) * s.factor_at(i, lanes);
-                         });
-      });
-    };
-    T* to = out + begin * run.to_stride;
-    if constexpr (!converted) {
-      if (run.to_stride == 1) {
-        each(to, run.around_caches);
-        continue;
-      }
-    }
-    each(static_cast<float*>(numbers), false);
-    for (int64_t i = 0; i < n; i++) put(to[i * run.to_stride], numbers[i]);
+    const uint8_t* q = bytes;
+    if (packed)
+      unpack_nibbles(in + begin / 2, n, is_signed, bytes);
+    else if (run.from_stride == 1)
+      q = in + begin;
+    else
+      for (int64_t i = 0; i < n; i++) bytes[i] = in[(begin + i) * run.from_stride];
+    char* to = static_cast<char*>(run.to) + begin * run.to_stride * item;
+    float* x = direct ? reinterpret_cast<float*>(to) : numbers;
+    scales.chunk(
+        begin, n,
+        [&](int64_t i, int64_t count, const float* factor, const float* zero, bool one_each) {
+          (one_each ? each : shared)(q + i, factor, zero, x + i, count,
+                                     direct && run.around_caches);
+        });
+    if (!direct) scatter(numbers, to, run.to_stride, n, run.around_caches);
   }
   if (run.around_caches) end_stream();
 }
@@ -311,17 +307,23 @@ static void dequantize(const ScaledRun& run) {
 static FASTNN_INLINE VecF32 finite(VecF32 v) {
   return select(lt(abs(v), VecF32::set1(__builtin_inff())), v, VecF32::zero());
 }
-static FASTNN_INLINE void spread_of(VecF32 low, VecF32 high, float& least, float& most) {
-  float l[kLanes], h[kLanes];
-  low.store(l), high.store(h);
-  for (int64_t i = 0; i < kLanes; i++) {
-    least = l[i] < least ? l[i] : least;
-    most = h[i] > most ? h[i] : most;
-  }
+#if FASTNN_TARGET_ID == 2
+static FASTNN_INLINE float least_of(VecF32 v) { return _mm512_reduce_min_ps(v.r); }
+static FASTNN_INLINE float most_of(VecF32 v) { return _mm512_reduce_max_ps(v.r); }
+#else
+static FASTNN_INLINE float least_of(VecF32 v) {
+  float least = v.r[0];
+  for (int i = 1; i < kLanes; i++) least = v.r[i] < least ? v.r[i] : least;
+  return least;
 }
+static FASTNN_INLINE float most_of(VecF32 v) {
+  float most = v.r[0];
+  for (int i = 1; i < kLanes; i++) most = v.r[i] > most ? v.r[i] : most;
+  return most;
+}
+#endif
 
-template <class T>
-static FASTNN_INLINE void range_of(const T* x, int64_t n, float& least, float& most) {
+static FASTNN_INLINE void range_of(const float* x, int64_t n, float& least, float& most) {
   VecF32 low[4], high[4];
   for (int k = 0; k < 4; k++) low[k] = high[k] = VecF32::zero();
   int64_t i = 0;
@@ -331,16 +333,16 @@ static FASTNN_INLINE void range_of(const T* x, int64_t n, float& least, float& m
       low[k] = min(low[k], v), high[k] = max(high[k], v);
     }
   for (; i < n; i += kLanes) {
-    const VecF32 v =
-        finite(n - i >= kLanes ? VecF32::load(x + i) : VecF32::load_partial(x + i, int(n - i)));
+    const VecF32 v = finite(load_some(x + i, n - i < kLanes ? n - i : kLanes));
     low[0] = min(low[0], v), high[0] = max(high[0], v);
   }
-  spread_of(min(min(low[0], low[1]), min(low[2], low[3])),
-            max(max(high[0], high[1]), max(high[2], high[3])), least, most);
+  const float l = least_of(min(min(low[0], low[1]), min(low[2], low[3])));
+  const float h = most_of(max(max(high[0], high[1]), max(high[2], high[3])));
+  least = l < least ? l : least;
+  most = h > most ? h : most;
 }
 
-template <class T>
-static FASTNN_INLINE void range_of_each(const T* x, int64_t n, float* low, float* high) {
+static FASTNN_INLINE void range_of_each(const float* x, int64_t n, float* low, float* high) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const VecF32 v = finite(VecF32::load(x + i));
@@ -354,29 +356,66 @@ static FASTNN_INLINE void range_of_each(const T* x, int64_t n, float* low, float
   max(VecF32::load_partial(high + i, rest), v).store_partial(high + i, rest);
 }
 
-template <class T>
-static void range(const RangeRun& run) {
+static void range_run(const RangeRun& run, int64_t item, Gather gather) {
   float numbers[kBuffer];
   for (int64_t g = 0; g < run.count; g++) {
-    const T* x = static_cast<const T*>(run.x) + g * run.n * run.stride;
-    auto part = [&](auto* from, int64_t begin, int64_t n) {
+    const char* x = static_cast<const char*>(run.x) + g * run.n * run.stride * item;
+    for (int64_t begin = 0; begin < run.n;) {
+      const bool in_place = item == 4 && run.stride == 1;
+      const int64_t rest = run.n - begin, n = in_place || rest < kChunk ? rest : kChunk;
+      const char* from = x + begin * run.stride * item;
+      if (!in_place) gather(from, run.stride, n, numbers);
+      const float* values = in_place ? reinterpret_cast<const float*>(from) : numbers;
       if (run.each)
-        range_of_each(from, n, run.low + begin, run.high + begin);
+        range_of_each(values, n, run.low + begin, run.high + begin);
       else
-        range_of(from, n, run.low[g], run.high[g]);
-    };
-    if constexpr (sizeof(T) != 8) {
-      if (run.stride == 1) {
-        part(x, 0, run.n);
-        continue;
-      }
-    }
-    for (int64_t i = 0; i < run.n; i += kChunk) {
-      const int64_t n = run.n - i < kChunk ? run.n - i : kChunk;
-      gather(x + i * run.stride, run.stride, n, numbers);
-      part(static_cast<const float*>(numbers), i, n);
+        range_of(values, n, run.low[g], run.high[g]);
+      begin += n;
     }
   }
+}
+
+// ---- the table ---------------------------------------------------------------------------------
+
+template <Scheme s>
+struct CodeOf {
+  using Code = Signed;
+};
+template <>
+struct CodeOf<Scheme::u8> {
+  using Code = Unsigned;
+};
+template <>
+struct CodeOf<Scheme::u4> {
+  using Code = Unsigned;
+};
+template <>
+struct CodeOf<Scheme::e4m3> {
+  using Code = E4M3;
+};
+template <>
+struct CodeOf<Scheme::e5m2> {
+  using Code = E5M2;
+};
+
+template <class T, Scheme scheme, bool stochastic>
+static void quantize(const ScaledRun& run) {
+  using Code = typename CodeOf<scheme>::Code;
+  constexpr Limits range = limits(scheme);
+  constexpr bool packed = is_packed(scheme);
+  quantize_run(run, sizeof(T), gather<T>, range, packed, stochastic,
+               encode<Code, stochastic, false>, encode<Code, stochastic, true>);
+}
+template <class T, Scheme scheme>
+static void dequantize(const ScaledRun& run) {
+  using Code = typename CodeOf<scheme>::Code;
+  constexpr bool packed = is_packed(scheme);
+  dequantize_run(run, sizeof(T), scatter<T>, packed, scheme == Scheme::s4, decode<Code, false>,
+                 decode<Code, true>);
+}
+template <class T>
+static void range(const RangeRun& run) {
+  range_run(run, sizeof(T), gather<T>);
 }
 
 #define FASTNN_BOTH(T, s) {quantize<T, s, false>, quantize<T, s, true>}
