@@ -278,10 +278,11 @@ static void bf16_tiles(const TileArgs& t) {
 
 template <bool SignedA>
 static void int8_tiles(const TileArgs& t) {
-  const int64_t a_row = 64, a_part = 0;
+  const int64_t a_row = t.packed_a ? 64 : t.a_row, a_part = 0;
+  const int64_t a_step = t.packed_a ? 2 * kTile : 64;
   const char *a = t.a, *b = t.b;
   clear_sums();
-  for (int64_t w = 0; w < t.words; w += 16, a += 2 * kTile, b += 2 * kTile) {
+  for (int64_t w = 0; w < t.words; w += 16, a += a_step, b += 2 * kTile) {
     FASTNN_LOAD_B(0);
     FASTNN_LOAD_A(0);
     if constexpr (SignedA)
@@ -343,6 +344,7 @@ constexpr Kernel int8_tile_kernel(const char* name, DType type) {
           .pack_b = pack_b_bytes,
           .tile = int8_tiles<(A(-1) < A(0))>,
           .store = store_s32,
+          .direct_a = true,
           .enter = tiles_enter,
           .leave = tiles_leave};
 }

@@ -227,6 +227,10 @@ void gemm(const Gemm& in) {
   }
 }
 
+const Kernel& integer_kernel(DType a) {
+  return *find_kernel({a, DType::s8, Precision::highest, int64_t(1) << 40, false, false});
+}
+
 const Kernel& tile_kernel(DType type, bool exact_only) {
   return *find_kernel({type, type, Precision::highest, int64_t(1) << 40, false, exact_only});
 }

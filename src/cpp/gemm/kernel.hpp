@@ -33,6 +33,10 @@ struct Store {
   int activation;
   const float* row_scale;
   const float* col_scale;
+  // Of sums of integers: row_zero * col_sum is taken away first, exactly. A is then row_zero higher
+  // than the numbers that it stands for, and col_sum holds the sums of B's columns.
+  const int32_t* row_zero;
+  const int32_t* col_sum;
   const Pieces* columns;  // null: evenly apart; for the driver, not for a StoreFn
 };
 
@@ -46,7 +50,7 @@ using FinishFn = void (*)(void* panel, int64_t words);
 struct Finish {
   char* c;
   int64_t c_row;
-  bool narrow;  // bfloat16, not the type of the sums
+  DType type;  // of C: that of the sums or bfloat16; of sums of integers, any that is not float64
   const char* residual;
   int64_t residual_row;
   const char* column_bias;
@@ -54,6 +58,10 @@ struct Finish {
   int64_t row_bias_step;
   bool bounded;
   float low, high;
+  // Of sums of integers alone, to which nothing else is added but a column_bias, of any such type.
+  DType bias_type;
+  const float *row_scale, *column_scale;
+  const int32_t *row_zero, *column_sum;  // both or neither
 };
 // One tile. Strides in bytes; they are those of a panel unless the operand is read where it lies.
 struct TileArgs {
@@ -96,11 +104,11 @@ struct Kernel {
   StoreFn store = nullptr;
   DotFn dot = nullptr;
   const char* dot_name = "";
-  bool direct_a = false;  // can read A where it lies, along K or across
-  bool direct_b = false;  // and B, across
-  bool finishes = false;  // its tiles take a Finish, in the type of the sums or bfloat16, and runs
-  bool split = false;     // a split product: see split_refused
-  bool few_rows = false;  // for at most mr rows, reading B in place
+  bool direct_a = false;      // can read A where it lies, along K or across
+  bool direct_b = false;      // and B, across
+  bool finishes = false;      // its tiles take a Finish, and runs
+  bool split = false;         // a split product: see split_refused
+  bool few_rows = false;      // for at most mr rows, reading B in place
   void (*enter)() = nullptr;  // on each thread before and after its tiles
   void (*leave)() = nullptr;
 };
@@ -124,6 +132,8 @@ double amx_peak(const char*, int64_t);
 
 double timed_rate(PeakFn, const char* kind, double seconds);  // reduce.cpp
 
+// The kernel that multiplies int8 or uint8 (`a`) by int8 on the active instruction set.
+const Kernel& integer_kernel(DType a);
 // The kernel of this type on the active instruction set; and the one that is no split product.
 const Kernel& tile_kernel(DType type, bool exact_only);
 const Kernel& exact_kernel(DType type);

@@ -11,6 +11,7 @@
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
 #pragma once
 #include "gemm/kernel.hpp"
+#include "isa/integers.hpp"
 #include "isa/math.hpp"
 #include "isa/vec.hpp"
 #if FASTNN_TARGET_ID == 2
@@ -101,6 +102,64 @@ FASTNN_INLINE void finish_tile(V (&sum)[ROWS][NV], const Finish& f, int cols) {
   }
 }
 
+// Sums of integers on their way to C: as numbers, scaled, with bias and bounds, in the order of
+// `epilogue` below.
+template <class Sum, int ROWS, int NV>
+FASTNN_INLINE void finish_integers(Sum (&sum)[ROWS][NV], const Finish& f, int cols) {
+  constexpr int W = VecF32::width;
+  const int last = cols - (NV - 1) * W;
+  VecF32 y[ROWS][NV];
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; v++) {
+    const bool whole = v + 1 < NV || last == W;
+    auto load = [&](const auto* p) __attribute__((always_inline)) {
+      return whole ? VecF32::load(p + v * W) : VecF32::load_partial(p + v * W, last);
+    };
+    if (f.row_zero) {
+      const int32_t* at = f.column_sum + v * W;
+      const VecI32 sums = whole ? VecI32::load(at) : VecI32::load_partial(at, last);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++)
+        sum[i][v] = (VecI32{sum[i][v]} - VecI32::set1(f.row_zero[i]) * sums).r;
+    }
+    const VecF32 scale = load(f.column_scale);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+      y[i][v] = to_float(VecI32{sum[i][v]}) * (VecF32::set1(f.row_scale[i]) * scale);
+    if (f.column_bias) {
+      const VecF32 bias = f.bias_type == DType::f32    ? load((const float*)f.column_bias)
+                          : f.bias_type == DType::bf16 ? load((const bf16*)f.column_bias)
+                                                       : load((const f16*)f.column_bias);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) y[i][v] = y[i][v] + bias;
+    }
+    if (f.bounded) {
+      const VecF32 low = VecF32::set1(f.low), high = VecF32::set1(f.high);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) y[i][v] = min(high, max(low, y[i][v]));
+    }
+  }
+  auto put = [&](auto type) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      auto* c = reinterpret_cast<decltype(type)*>(f.c + i * f.c_row);
+      if (NV == 2 && last == W) {
+        put_two(c, y[i][0], y[i][NV - 1]);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++)
+        v + 1 < NV || last == W ? y[i][v].store(c + v * W) : y[i][v].store_partial(c + v * W, last);
+    }
+  };
+  if (f.type == DType::f32)
+    put(float());
+  else if (f.type == DType::bf16)
+    put(bf16());
+  else
+    put(f16());
+}
+
 // ROWS x NV vectors of sums stay in registers over the whole block of K:
 //
 //            b[0]      b[1]          one load each a step of K
@@ -170,9 +229,18 @@ static void tile(const TileArgs& t) {
                 Ops::Sum::load(reinterpret_cast<const Acc*>(acc) + v * Ops::width) + sum[i][v];
       }
       if constexpr (sizeof(Acc) == 4)
-        if (t.finish->narrow) return finish_tile<bf16>(sum, *t.finish, t.cols);
+        if (t.finish->type == DType::bf16) return finish_tile<bf16>(sum, *t.finish, t.cols);
       return finish_tile<Acc>(sum, *t.finish, t.cols);
     }
+  } else if (t.finish) {
+    if (t.add) {
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++, acc += t.acc_row)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++)
+          sum[i][v] = (VecI32{sum[i][v]} + VecI32::load(acc + v * Ops::width * int(sizeof(Acc)))).r;
+    }
+    return finish_integers(sum, *t.finish, t.cols);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++, acc += t.acc_row)
@@ -356,7 +424,8 @@ static void run_dot(const void* x_, int64_t xs, int rows, const void* w_, int64_
 
 // ---- store -------------------------------------------------------------------------------------
 
-// What an accumulator is computed with on its way out: float32 sums in float32, int32 sums too.
+// What an accumulator is computed with on its way out: float32 sums in float32, int32 sums too,
+// once row_zero * col_sum is taken from them. (Of floating-point numbers there is none.)
 template <class Acc>
 struct OutVec {
   using V = VecF32;
@@ -366,16 +435,19 @@ struct OutVec<double> {
   using V = VecF64;
 };
 
-FASTNN_INLINE VecF32 load_acc(const float* p, int n) {
+FASTNN_INLINE VecF32 load_acc(const float* p, int n, const Store&, int64_t, int64_t) {
   return n == VecF32::width ? VecF32::load(p) : VecF32::load_partial(p, n);
 }
-FASTNN_INLINE VecF64 load_acc(const double* p, int n) {
+FASTNN_INLINE VecF64 load_acc(const double* p, int n, const Store&, int64_t, int64_t) {
   return n == VecF64::width ? VecF64::load(p) : VecF64::load_partial(p, n);
 }
-FASTNN_INLINE VecF32 load_acc(const int32_t* p, int n) {
-  float lanes[VecF32::width] = {};
-  for (int i = 0; i < n; i++) lanes[i] = float(p[i]);
-  return VecF32::load(lanes);
+FASTNN_INLINE VecF32 load_acc(const int32_t* p, int n, const Store& s, int64_t i, int64_t j) {
+  auto load = [&](const int32_t* p) __attribute__((always_inline)) {
+    return n == VecI32::width ? VecI32::load(p) : VecI32::load_partial(p, n);
+  };
+  VecI32 v = load(p);
+  if (s.row_zero) v = v - VecI32::set1(s.row_zero[i]) * load(s.col_sum + j);
+  return to_float(v);
 }
 
 // n elements of type T from p, `stride` elements apart (0 repeats one).
@@ -409,8 +481,12 @@ FASTNN_INLINE V epilogue(V v, const Store& s, int64_t i, int64_t j, int n) {
   using T = typename V::T;
   v = v * V::set1(f64 ? T(s.alpha64) : T(s.alpha));
   if constexpr (!f64) {
-    if (s.row_scale) v = v * V::set1(s.row_scale[i]);
-    if (s.col_scale) v = v * load_strided<V>(s.col_scale + j, 1, n);
+    if (s.row_scale && s.col_scale)
+      v = v * (V::set1(s.row_scale[i]) * load_strided<V>(s.col_scale + j, 1, n));
+    else if (s.row_scale)
+      v = v * V::set1(s.row_scale[i]);
+    else if (s.col_scale)
+      v = v * load_strided<V>(s.col_scale + j, 1, n);
   }
   if (s.residual) {
     const V r = load_typed<V>(s.residual, s.type, i * s.r_rs + j * s.r_cs, s.r_cs, n);
@@ -456,7 +532,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
           for (int i = 0; i < 16; i++) {
             V v = V::zero();
             if (i < m) {
-              v = load_acc(acc + (r0 + i) * ld + j, n);
+              v = load_acc(acc + (r0 + i) * ld + j, n, s, i0 + r0 + i, j0 + j);
               if (!s.plain) v = epilogue<narrow>(v, s, i0 + r0 + i, j0 + j, n);
             }
             block[i] = _mm512_castps_si512(v.r);
@@ -474,7 +550,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
     for (int j = 0; j < cols; j += V::width) {
       const int n = int(least(V::width, cols - j));
       for (int i = 0; i < rows; i++) {
-        V v = load_acc(acc + i * ld + j, n);
+        V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
         if (!s.plain) v = epilogue<narrow>(v, s, i0 + i, j0 + j, n);
         v.store(done + i * V::width);
       }
@@ -504,7 +580,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
         const V by_column =
             s.bias_axis == BiasAxis::column ? load_strided<V>(added + j0 + j, 1, n) : V::zero();
         for (int i = 0; i < rows; i++) {
-          V v = load_acc(acc + i * ld + j, n);
+          V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
           if (residual)
             v = v +
                 load_strided<V>(
@@ -521,8 +597,8 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
   if (s.c_cs == 1 && cols % (2 * V::width) == 0) {
     for (int i = 0; i < rows; i++)
       for (int j = 0; j < cols; j += 2 * V::width) {
-        V a = load_acc(acc + i * ld + j, V::width);
-        V b = load_acc(acc + i * ld + j + V::width, V::width);
+        V a = load_acc(acc + i * ld + j, V::width, s, i0 + i, j0 + j);
+        V b = load_acc(acc + i * ld + j + V::width, V::width, s, i0 + i, j0 + j + V::width);
         if (!s.plain) {
           a = epilogue<narrow>(a, s, i0 + i, j0 + j, V::width);
           b = epilogue<narrow>(b, s, i0 + i, j0 + j + V::width, V::width);
@@ -534,7 +610,7 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < cols; j += V::width) {
       const int n = int(least(V::width, cols - j));
-      V v = load_acc(acc + i * ld + j, n);
+      V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
       if (!s.plain) v = epilogue<narrow>(v, s, i0 + i, j0 + j, n);
       put_row(c + i * s.c_rs + j * s.c_cs, s.c_cs, v, n);
     }

@@ -77,7 +77,8 @@ constexpr Kernel pair16_kernel(const char* name, DType a, int64_t kc) {
           .pack_a = pack_panel<Pair16Ops, A, MR>,
           .pack_b = pack_panel<Pair16Ops, int8_t, nr>,
           .tile = run_tile<Pair16Ops, MR, NV, false, false>,
-          .store = store_s32};
+          .store = store_s32,
+          .finishes = true};
 }
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -258,9 +258,15 @@ class Tiles {
  private:
   // What a Finish can do.
   static bool short_epilogue(const Store& s, DType acc) {
-    const bool type = s.type == acc || (s.type == DType::bf16 && acc == DType::f32);
     const bool activation =
         s.activation == kNone || s.activation == kRelu || s.activation == kRelu6;
+    if (acc == DType::s32) {
+      const bool bias =
+          s.bias_axis == BiasAxis::none || (s.bias_axis == BiasAxis::column && s.bias_stride == 1);
+      return s.type != acc && activation && bias && s.c_cs == 1 && s.alpha64 == 1 && s.row_scale &&
+             s.col_scale && !s.residual;
+    }
+    const bool type = s.type == acc || (s.type == DType::bf16 && acc == DType::f32);
     const bool bias =
         s.bias_axis == BiasAxis::none ||
         (s.bias_type == s.type && (s.bias_axis == BiasAxis::row || s.bias_stride == 1));
@@ -272,10 +278,18 @@ class Tiles {
     const int64_t size = dtype_size(s.type);
     Finish f{};
     f.c = s.c + (i * s.c_rs + c_) * size, f.c_row = s.c_rs * size;
-    f.narrow = s.type != kn_.acc;
+    f.type = s.type;
+    if (kn_.acc == DType::s32) {
+      f.bias_type = s.bias_type;
+      if (s.bias_axis == BiasAxis::column)
+        f.column_bias = s.bias + within_ * int64_t(dtype_size(s.bias_type));
+      f.row_scale = s.row_scale + i, f.column_scale = s.col_scale + within_;
+      if (s.row_zero) f.row_zero = s.row_zero + i, f.column_sum = s.col_sum + within_;
+    } else if (s.bias_axis == BiasAxis::column) {
+      f.column_bias = s.bias + within_ * size;
+    }
     if (s.residual)
       f.residual = s.residual + (i * s.r_rs + r_) * size, f.residual_row = s.r_rs * size;
-    if (s.bias_axis == BiasAxis::column) f.column_bias = s.bias + within_ * size;
     if (s.bias_axis == BiasAxis::row)
       f.row_bias = s.bias + i * s.bias_stride * size, f.row_bias_step = s.bias_stride * size;
     f.bounded = s.activation != kNone;

@@ -1,7 +1,8 @@
 // Integers in lanes beside those of VecF32, and bytes made of them and taken apart. Included after
 // FASTNN_TARGET was chosen; see isa/vec.hpp.
 //
-//   VecI32: as many lanes as VecF32. set1(x), load(p) of 32 bits each, + - & |, max (signed),
+//   VecI32: as many lanes as VecF32. set1(x), load(p) of 32 bits each, load_partial(p, n) (the rest
+//           are 0), + - * & |, max (signed),
 //           shift_left<n>, shift_right<n> (zeros come in), select(VecF32::Mask, yes, no)
 //   to_int(v)             rounds to nearest even; v within 32 bits
 //   to_float(i), bits_of(v), float_of(i)   conversion; and the same bits as the other type
@@ -22,9 +23,13 @@ struct VecI32 {
   __m512i r;
   static FASTNN_INLINE VecI32 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static FASTNN_INLINE VecI32 load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static FASTNN_INLINE VecI32 load_partial(const void* p, int n) {
+    return {_mm512_maskz_loadu_epi32(VecF32::first(n), p)};
+  }
 };
 FASTNN_INLINE VecI32 operator+(VecI32 a, VecI32 b) { return {_mm512_add_epi32(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator-(VecI32 a, VecI32 b) { return {_mm512_sub_epi32(a.r, b.r)}; }
+FASTNN_INLINE VecI32 operator*(VecI32 a, VecI32 b) { return {_mm512_mullo_epi32(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator&(VecI32 a, VecI32 b) { return {_mm512_and_si512(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator|(VecI32 a, VecI32 b) { return {_mm512_or_si512(a.r, b.r)}; }
 FASTNN_INLINE VecI32 max(VecI32 a, VecI32 b) { return {_mm512_max_epi32(a.r, b.r)}; }
@@ -97,9 +102,13 @@ struct VecI32 {
   static FASTNN_INLINE VecI32 load(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p)};
   }
+  static FASTNN_INLINE VecI32 load_partial(const void* p, int n) {
+    return {_mm256_maskload_epi32((const int*)p, VecF32::first(n))};
+  }
 };
 FASTNN_INLINE VecI32 operator+(VecI32 a, VecI32 b) { return {_mm256_add_epi32(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator-(VecI32 a, VecI32 b) { return {_mm256_sub_epi32(a.r, b.r)}; }
+FASTNN_INLINE VecI32 operator*(VecI32 a, VecI32 b) { return {_mm256_mullo_epi32(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator&(VecI32 a, VecI32 b) { return {_mm256_and_si256(a.r, b.r)}; }
 FASTNN_INLINE VecI32 operator|(VecI32 a, VecI32 b) { return {_mm256_or_si256(a.r, b.r)}; }
 FASTNN_INLINE VecI32 max(VecI32 a, VecI32 b) { return {_mm256_max_epi32(a.r, b.r)}; }
@@ -180,13 +189,21 @@ struct VecI32 {
     __builtin_memcpy(&v.r, p, sizeof(v.r));
     return v;
   }
+  static FASTNN_INLINE VecI32 load_partial(const void* p, int n) {
+    VecI32 v = set1(0);
+    for (int i = 0; i < n; i++) v.r[i] = ((const int32_t*)p)[i];
+    return v;
+  }
 };
-// Sums may wrap, as they do in the instructions of the others.
+// Sums and products may wrap, as they do in the instructions of the others.
 FASTNN_INLINE VecI32 operator+(VecI32 a, VecI32 b) {
   return {VecI32::Lanes(VecI32::Unsigned(a.r) + VecI32::Unsigned(b.r))};
 }
 FASTNN_INLINE VecI32 operator-(VecI32 a, VecI32 b) {
   return {VecI32::Lanes(VecI32::Unsigned(a.r) - VecI32::Unsigned(b.r))};
+}
+FASTNN_INLINE VecI32 operator*(VecI32 a, VecI32 b) {
+  return {VecI32::Lanes(VecI32::Unsigned(a.r) * VecI32::Unsigned(b.r))};
 }
 FASTNN_INLINE VecI32 operator&(VecI32 a, VecI32 b) { return {a.r & b.r}; }
 FASTNN_INLINE VecI32 operator|(VecI32 a, VecI32 b) { return {a.r | b.r}; }

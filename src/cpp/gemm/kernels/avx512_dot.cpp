@@ -192,8 +192,10 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .pack_a = pack_panel<Int8Pack<is_signed>, A, 14>,
           .pack_b = pack_panel<Int8Pack<false>, int8_t, 32>,
           .finish_b = is_signed ? negative_sums : nullptr,
-          .tile = run_tile<Int8Ops<is_signed>, 14, 2, false, false>,
-          .store = store_s32};
+          .tile = run_tile<Int8Ops<is_signed>, 14, 2, !is_signed, false>,
+          .store = store_s32,
+          .direct_a = !is_signed,
+          .finishes = true};
 }
 
 static const Kernel kernels[] = {

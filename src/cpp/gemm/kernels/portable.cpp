@@ -59,7 +59,8 @@ constexpr Kernel int_kernel(const char* name, DType a) {
           .pack_a = pack_panel<IntOps, A, 4>,
           .pack_b = pack_panel<IntOps, int8_t, 8>,
           .tile = run_tile<IntOps, 4, 2, false, false>,
-          .store = store_s32};
+          .store = store_s32,
+          .finishes = true};
 }
 
 static const Kernel kernels[] = {
