@@ -9,6 +9,7 @@ from .ops.dropout import dropout
 from .ops.embedding import embedding
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.group_norm import group_norm, instance_norm
+from .ops.int8_linear import int8_linear, pack_int8_weight
 from .ops.layer_norm import layer_norm, rms_norm
 from .ops.linear import linear, linear_act
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -63,6 +64,7 @@ __all__ = [
     "gelu",
     "group_norm",
     "instance_norm",
+    "int8_linear",
     "int_mm",
     "layer_norm",
     "linear",
@@ -76,6 +78,7 @@ __all__ = [
     "mm",
     "multi_head_attention_forward",
     "mv",
+    "pack_int8_weight",
     "quantize",
     "quantize_dynamic",
     "relu",

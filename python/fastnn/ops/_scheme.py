@@ -76,23 +76,19 @@ def parameters(
     op: str, scale: Any, zero_point: Any, dtype: str, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point as tensors of this shape (of one element where it is ()), numbers included."""
-    scale = _parameter(op, "scale", scale, _NUMBER, torch.float32, shape, device)
+    scale = parameter(op, "scale", scale, shape, device)
     if zero_point is not None and dtype in FLOAT8:
         raise ValueError(f"fastnn.{op}: zero_point: expected None, as {dtype} has none")
     if zero_point is not None:
-        zero_point = _parameter(op, "zero_point", zero_point, _INTEGER, torch.int32, shape, device)
+        zero_point = parameter(op, "zero_point", zero_point, shape, device, integer=True)
     return scale, zero_point
 
 
-def _parameter(
-    op: str,
-    name: str,
-    value: Any,
-    dtypes: tuple[torch.dtype, ...],
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    device: torch.device,
+def parameter(
+    op: str, name: str, value: Any, shape: Sequence[int], device: torch.device, *, integer: bool = False
 ) -> Tensor:
+    """A scale, or with ``integer`` a zero point, as :func:`parameters` has them."""
+    dtypes, dtype = (_INTEGER, torch.int32) if integer else (_NUMBER, torch.float32)
     if not isinstance(value, Tensor):
         kinds = (int, float) if dtype.is_floating_point else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds):

@@ -15,6 +15,7 @@ void bind_attention_tensors(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_embedding(pybind11::module_& m);
 void bind_embedding_tensors(pybind11::module_& m);
+void bind_int8_linear(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);

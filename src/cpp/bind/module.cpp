@@ -37,6 +37,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_elementwise(m);
   bind_embedding(m);
   bind_embedding_tensors(m);
+  bind_int8_linear(m);
   bind_pool(m);
   bind_norm(m);
   bind_layer_norm(m);

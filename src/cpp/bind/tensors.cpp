@@ -172,6 +172,8 @@ static bool read_any(PyObject* object, Tensor& t, bool flags) {
     t.type = DType::f16;
   } else if (dl.dtype.code == kUnsigned && dl.dtype.bits == 8) {
     t.type = DType::u8;
+  } else if (dl.dtype.code == kInt && dl.dtype.bits == 8) {
+    t.type = DType::s8;
   } else if (dl.dtype.code == kInt && dl.dtype.bits == 32) {
     t.type = DType::s32;
   } else {
@@ -202,7 +204,11 @@ bool read_flags(PyObject* object, Tensor& t) {
 }
 
 bool read_codes(PyObject* object, Tensor& t) {
-  return is_plain(object) && read_new(object, t) && t.type > DType::f16;
+  return is_plain(object) && read_new(object, t) && t.type > DType::s8;
+}
+
+bool read_bytes(PyObject* object, Tensor& t) {
+  return is_plain(object) && read_new(object, t) && (t.type == DType::s8 || t.type == DType::u8);
 }
 
 bool read_number(PyObject* object, double& value) {
@@ -331,6 +337,20 @@ PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* s
   return result;
 }
 
+bool fold_rows(const Tensor& t, int64_t& rows, int64_t& stride) {
+  rows = 1, stride = 0;
+  for (int d = t.dims - 2; d >= 0; d--) {
+    if (t.shape[d] == 1) continue;
+    if (rows == 1)
+      stride = t.strides[d];
+    else if (t.strides[d] != stride * rows)
+      return false;
+    rows *= t.shape[d];
+  }
+  if (rows == 1) stride = t.shape[t.dims - 1];
+  return true;
+}
+
 PyObject* to_tuple(const int64_t* numbers, int count) {
   PyObject* tuple = PyTuple_New(count);
   for (int i = 0; tuple && i < count; i++) {
@@ -401,21 +421,6 @@ const char* end_of(const Tensor& t) {
   return t.data + (last + 1) * int64_t(dtype_size(t.type));
 }
 bool overlap(const Tensor& x, const Tensor& y) { return x.data < end_of(y) && y.data < end_of(x); }
-
-// All dimensions but the last as one, without a copy: how many rows and their stride.
-bool fold_rows(const Tensor& t, int64_t& rows, int64_t& stride) {
-  rows = 1, stride = 0;
-  for (int d = t.dims - 2; d >= 0; d--) {
-    if (t.shape[d] == 1) continue;
-    if (rows == 1)
-      stride = t.strides[d];
-    else if (t.strides[d] != stride * rows)
-      return false;
-    rows *= t.shape[d];
-  }
-  if (rows == 1) stride = t.shape[t.dims - 1];
-  return true;
-}
 
 // The result of a product or a function: fresh, or the caller's `out`. Null where it is not taken.
 PyObject* result_in(PyObject* out_object, const Tensor& like, const int64_t* shape, int dims,

@@ -50,6 +50,8 @@ bool read(PyObject* object, Tensor& t, bool fresh = false);
 bool read_new(PyObject* object, Tensor& t);
 // A pool's codes: as `read`, of uint8 or int32.
 bool read_codes(PyObject* object, Tensor& t);
+// As `read`, of int8 or uint8.
+bool read_bytes(PyObject* object, Tensor& t);
 // As `read`, of booleans, whose type is then u8.
 bool read_flags(PyObject* object, Tensor& t);
 // The number in a tensor without dimensions, of float32 or float64.
@@ -90,6 +92,8 @@ PyObject* new_channels(PyObject* make, const Tensor& x, Tensor& out);
 // like.new_empty_strided(shape, strides). Null with an error set.
 PyObject* new_strided(const Tensor& like, const int64_t* shape, const int64_t* strides, int dims,
                       DType type, Tensor& out);
+// All dimensions but the last as one, without a copy: how many rows and their stride.
+bool fold_rows(const Tensor& t, int64_t& rows, int64_t& stride);
 PyObject* to_tuple(const int64_t* numbers, int count);  // null with an error set
 // torch's precision for products of float32. False where it cannot be known.
 bool precision_of(DType type, double operations, Precision& precision);

@@ -422,7 +422,18 @@ void quantize_dynamic(const Numbers& numbers, bool symmetric, float* scale, int3
 void quantize_rows(const Rows& rows, int64_t begin, int64_t end) {
   const QuantizeKernels& table = kernels();
   const int64_t item = int64_t(dtype_size(rows.type));
-  for (int64_t r = begin; r < end; r++)
+  for (int64_t r = begin; r < end && rows.given; r++) {
+    const float inverse = 1 / rows.scale[r];
+    const float zero = rows.zero_point ? float(rows.zero_point[r]) : 0;
+    ScaledRun run{};
+    run.from = static_cast<const char*>(rows.x) + r * rows.row_stride * item;
+    run.from_stride = rows.column_stride;
+    run.to = static_cast<char*>(rows.q) + r * rows.q_row_stride, run.to_stride = 1;
+    run.n = run.group = rows.columns, run.period = 1;
+    run.factor = &inverse, run.zero = &zero;
+    table.quantize[int(rows.type)][int(rows.scheme)][0](run);
+  }
+  for (int64_t r = begin; r < end && !rows.given; r++)
     quantize_groups(table, {rows.type,
                             static_cast<const char*>(rows.x) + r * rows.row_stride * item,
                             rows.column_stride,

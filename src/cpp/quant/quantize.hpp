@@ -52,14 +52,15 @@ void quantize_dynamic(const Numbers& numbers, bool symmetric, float* scale, int3
 
 // Rows begin to end - 1 of a matrix, each with a scale of its own, on the calling thread, for
 // callers that go on with the rows while they are in the cache. zero_point is null where symmetric.
-// s8, u8 or a float, not packed. q's rows are dense; strides count elements.
+// s8, u8 or a float, not packed. q's rows are dense; strides count elements. With `given`, scales
+// and zero points are not chosen, but there, and good.
 struct Rows {
   DType type;
   const void* x;
   int64_t row_stride, column_stride;
   int64_t columns;
   Scheme scheme;
-  bool symmetric;
+  bool symmetric, given;
   void* q;
   int64_t q_row_stride;
   float* scale;

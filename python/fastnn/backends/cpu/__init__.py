@@ -74,6 +74,7 @@ tensor_embedding = _cpu.tensor_embedding
 tensor_embedding_backward = _cpu.tensor_embedding_backward
 tensor_rotary = _cpu.tensor_rotary
 tensor_group_norm = _cpu.tensor_group_norm
+tensor_int8_linear = _cpu.tensor_int8_linear
 tensor_group_norm_backward = _cpu.tensor_group_norm_backward
 tensor_row_norm = _cpu.tensor_row_norm
 tensor_row_norm_backward = _cpu.tensor_row_norm_backward
