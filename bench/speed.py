@@ -154,6 +154,28 @@ ROWS = (
         "int8",
         least=3.0,
     ),
+    *(
+        Row(
+            f"int8-linear-{m}",
+            f"dynamic int8 linear layer, 1024 to 4096, batch {m}, against torch's dynamic and static ones",
+            (("int8_linear", (m, 4096, 1024)),),
+            least=least,
+        )
+        for m, least in ((1, 1.2), (16, 1.8), (128, 2.5), (1024, 2.5))
+    ),
+    Row(
+        "int8-linear-bfloat16",
+        "dynamic int8 linear layer, 1024 to 4096, batch 1 to 1024, against `nn.Linear` in bfloat16",
+        _each("int8_linear", tuple((m, 4096, 1024) for m in (1, 16, 128, 1024))),
+        "bfloat16",
+        least=1.2,
+    ),
+    Row(
+        "int8-linear-small",
+        "dynamic int8 linear layer of 64, batch 1, against torch's",
+        (("int8_linear", (1, 64, 64)),),
+        least=1.2,
+    ),
     Row(
         "linear-train",
         "`nn.Linear` forward and backward, float32, 256–4096 wide, batch 32–1024",
