@@ -31,6 +31,7 @@ from .ops.pool import (
 from .ops.quantize import choose_scale, dequantize, quantize, quantize_dynamic
 from .ops.rotary import rotary_embedding
 from .ops.softmax import log_softmax, softmax, softmin
+from .ops.weight_only_linear import weight_only_linear
 
 # The very functions of ops, not wrappers: a Python call more would be felt in small layers.
 __all__ = [
@@ -91,4 +92,5 @@ __all__ = [
     "softmax",
     "softmin",
     "tanh",
+    "weight_only_linear",
 ]

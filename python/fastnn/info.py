@@ -43,6 +43,7 @@ _FAMILIES = {
     "pool": _POOLS,
     "norm": _NORMS,
     "softmax": _SOFTMAX,
+    "weight_only": ("weight_only_linear",),
 }
 
 
@@ -144,6 +145,7 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     for family, members in _FAMILIES.items():
         for op in members:
             ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} {family}" for dtype in _FLOATS}, "int8": "torch"}
+    ops["weight_only_linear"]["float64"] = "-"
     for op in _ATTENTION:
         ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
     return ops

@@ -1,4 +1,4 @@
-"""Embedding, rotary position embedding and dropout on memory that ends, or begins, where nothing may be read."""
+"""Embedding, rotary position embedding, dropout and quantized weights on memory that ends, or begins, where nothing may be read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 from fastnn.backends.cpu import dropout as dropout_kernels
 from fastnn.backends.cpu import embedding as kernels
+from fastnn.backends.cpu.weight_only import weight_only_linear
+from fastnn.backends.reference.weight_only import weight_only_linear as formula
 
 from .calls import FLOATS, UNDER_SANITIZER
 
@@ -65,6 +67,23 @@ def test_nothing_beyond_is_touched(isa, dtype, at_end, walled):
         same = table.clone()
         dropped = dropout_kernels.dropout(table, torch.tensor(3), 0.5, walled(same, at_end))
         assert torch.equal(dropped, dropout_kernels.dropout(same, torch.tensor(3), 0.5))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("at_end", [False, True], ids=["begin", "end"])
+def test_quantized_weights_are_not_read_beyond(isa, dtype, at_end, walled):
+    for scheme, n, k, group in (("int8", 5, 77, 0), ("int8", 33, 130, 0), ("int4", 7, 58, 0), ("uint4", 35, 96, 32)):
+        columns = k if scheme == "int8" else k // 2
+        weight = torch.randint(0, 256, (n, columns), dtype=torch.uint8)
+        weight = weight.view(torch.int8) if scheme == "int8" else weight
+        shape = (n, k // group) if group else (n,)
+        scale, zero = torch.rand(shape) + 0.5, torch.randint(0, 8, shape, dtype=torch.int32)
+        for m in (1, 2, 3, 8, 9, 33):
+            x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
+            plain = (x, weight, scale, zero, bias)
+            found = weight_only_linear(*(walled(t, at_end) for t in plain), group, scheme, "none")
+            wanted = formula(*plain, group, scheme, "none")
+            torch.testing.assert_close(found, wanted, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=0.1)
 
 
 def test_the_wall_is_there(walled):

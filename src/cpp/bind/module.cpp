@@ -4,6 +4,7 @@
 
 #include "bind/bind.hpp"
 #include "bind/tree.hpp"
+#include "bind/weight_only.hpp"
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 
@@ -50,6 +51,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind_layer_norm_tensors(m);
   bind_conv_tensors(m);
   bind_watch(m);
+  bind_weight_only(m);
+  bind_weight_only_tensors(m);
   bind_pool_tensors(m);
   bind_quant(m);
   bind_softmax(m);

@@ -84,6 +84,7 @@ tensor_cross_entropy = _cpu.tensor_cross_entropy
 tensor_cross_entropy_backward = _cpu.tensor_cross_entropy_backward
 tensor_softmax = _cpu.tensor_softmax
 tensor_softmax_backward = _cpu.tensor_softmax_backward
+tensor_weight_only = _cpu.tensor_weight_only
 #: What tensor_product computes.
 MATMUL, LINEAR, MM, BMM = range(4)
 #: Whether there is such a table.
