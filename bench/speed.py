@@ -500,6 +500,21 @@ ROWS = (
         _each("tree_predict", ((100_000, 20, 100, 8, 1), (100_000, 20, 100, 8, 2))),
         least=1.8,
     ),
+    *(
+        Row(
+            f"weight-only-{name}",
+            f"linear 1024 to 4096 of a weight alone quantized to int8, and to four bits in groups of 32 and 128, {rows}",
+            tuple(
+                (f"weight_only_{scheme}", (m, 4096, 1024)) for scheme in ("int8", "int4", "int4_128") for m in counts
+            ),
+            "bfloat16",
+            least=least,
+        )
+        for name, rows, counts, least in (
+            ("one-row", "one row", (1,), 1.2),
+            ("rows", "16, 128 and 1024 rows", (16, 128, 1024), 4.0),
+        )
+    ),
 )
 
 

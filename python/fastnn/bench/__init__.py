@@ -23,6 +23,7 @@ from . import (
     softmax,
     transformers,
     tree_predict,
+    weight_only,
 )
 from .benchmark import (
     Benchmark,
@@ -67,4 +68,5 @@ __all__ = [
     "softmax",
     "transformers",
     "tree_predict",
+    "weight_only",
 ]
