@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .gemm import matmul
 from .linear import linear
 from .packed_linear import PackedWeight
 from .softmax import softmax
+
+#: What projections have made: tensors, and how many of query, key and value each of them holds side by side.
+Projected = Sequence[tuple[Tensor, int]]
 
 
 def multi_head_attention_forward(
@@ -69,9 +73,77 @@ def multi_head_attention_forward(
         AssertionError: dimensions, sizes or dtypes of query, key, value or a padding mask that do not fit.
         RuntimeError: an ``attn_mask`` of another shape, or ``is_causal`` without one.
     """
+
+    def project(query: Tensor, key: Tensor, value: Tensor) -> Projected:
+        if not use_separate_proj_weight:
+            if in_proj_weight is None:
+                raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+            return _project(query, key, value, in_proj_weight, in_proj_bias, in_proj_packed)
+        weights = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
+        for name, weight in weights.items():
+            if weight is None:
+                raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        return [
+            (linear(operand, weight, bias), 1)
+            for operand, weight, bias in zip((query, key, value), weights.values(), biases, strict=True)
+        ]
+
+    return attend(
+        query,
+        key,
+        value,
+        embed_dim_to_check,
+        num_heads,
+        project,
+        lambda heads: _linear(heads, out_proj_weight, out_proj_bias, out_proj_packed),
+        bias_k=bias_k,
+        bias_v=bias_v,
+        add_zero_attn=add_zero_attn,
+        dropout_p=dropout_p if training else 0.0,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        separate=use_separate_proj_weight,
+        static_k=static_k,
+        static_v=static_v,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+        batch_first=batch_first,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    project: Callable[[Tensor, Tensor, Tensor], Projected],
+    finish: Callable[[Tensor], Tensor],
+    *,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    separate: bool,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`multi_head_attention_forward` between projections that the caller computes, such as those of quantized layers.
+
+    ``project`` makes of query, key and value, batch or sequence first as they came, up to three projections; ``finish``
+    makes the result of the heads put together. ``separate`` says that key and value may have different widths.
+    """
     if query.is_nested or key.is_nested or value.is_nested:
         raise RuntimeError("multi_head_attention_forward: nested tensors have no sizes to attend over")
-    is_batched = _check(query, key, value, key_padding_mask, attn_mask, num_heads, use_separate_proj_weight)
+    is_batched = _check(query, key, value, key_padding_mask, attn_mask, num_heads, separate)
     if not is_batched:
         batch_first = True
         if query is key and key is value:
@@ -103,23 +175,11 @@ def multi_head_attention_forward(
     if attn_mask is not None:
         attn_mask = _mask_of_scores(attn_mask, batch, num_heads, length, source)
 
-    if use_separate_proj_weight:
-        weights = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
-        for name, weight in weights.items():
-            if weight is None:
-                raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
-        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        projected = [
-            linear(operand, weight, bias)
-            for operand, weight, bias in zip((query, key, value), weights.values(), biases, strict=True)
-        ]
-        q, k, v = (_heads(p, 1, num_heads, head_dim, batch_first)[0] for p in projected)
-    else:
-        if in_proj_weight is None:
-            raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-        q, k, v = _project(
-            query, key, value, in_proj_weight, in_proj_bias, in_proj_packed, num_heads, head_dim, batch_first
-        )
+    q, k, v = (
+        part
+        for projected, parts in project(query, key, value)
+        for part in _heads(projected, parts, num_heads, head_dim, batch_first)
+    )
     if static_k is not None:
         k = _static("static_k", static_k, batch, num_heads, head_dim)
     if static_v is not None:
@@ -142,8 +202,6 @@ def multi_head_attention_forward(
     source = k.shape[2]
     mask = _merge_masks(attn_mask, key_padding_mask, batch, source, extra, query.dtype)
 
-    if not training:
-        dropout_p = 0.0
     weights = None
     if need_weights:
         weights = _attention_weights(q, k, mask, dropout_p)
@@ -155,7 +213,7 @@ def multi_head_attention_forward(
     del q, k, v
     # (N, H, L, d), whose memory is (N, L, H, d): of what is batch first, no copy.
     heads = heads.transpose(1, 2) if batch_first else heads.permute(2, 0, 1, 3)
-    output = _linear(heads.reshape(*heads.shape[:2], embed_dim), out_proj_weight, out_proj_bias, out_proj_packed)
+    output = finish(heads.reshape(*heads.shape[:2], embed_dim))
     if not is_batched:
         output = output.squeeze(0)
         weights = None if weights is None else weights.squeeze(0)
@@ -267,31 +325,19 @@ def _heads(
 
 
 def _project(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: PackedWeight | None,
-    num_heads: int,
-    head_dim: int,
-    batch_first: bool,
-) -> tuple[Tensor, ...] | list[Tensor]:
-    """Query, key and value in heads, by as few products as there are different operands."""
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None
+) -> Projected:
+    """Query, key and value projected by as few products as there are different operands."""
     if key is value:
         if query is key:
-            return _heads(_linear(query, weight, bias, packed), 3, num_heads, head_dim, batch_first)
+            return [(_linear(query, weight, bias, packed), 3)]
         embed_dim = query.shape[-1]
         by_query, by_both = weight.split([embed_dim, 2 * embed_dim])
         bias_query, bias_both = (None, None) if bias is None else bias.split([embed_dim, 2 * embed_dim])
-        return (
-            *_heads(linear(query, by_query, bias_query), 1, num_heads, head_dim, batch_first),
-            *_heads(linear(key, by_both, bias_both), 2, num_heads, head_dim, batch_first),
-        )
+        return [(linear(query, by_query, bias_query), 1), (linear(key, by_both, bias_both), 2)]
     biases = (None, None, None) if bias is None else bias.chunk(3)
     return [
-        _heads(linear(operand, w, b), 1, num_heads, head_dim, batch_first)[0]
-        for operand, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+        (linear(operand, w, b), 1) for operand, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
     ]
 
 
