@@ -24,7 +24,7 @@ except _metadata.PackageNotFoundError:  # run from a source tree that is on the 
 
 def __getattr__(name):
     # The models, the suite and the benchmarks are imported when they are asked for: layers do not need them.
-    if name in ("models", "testing", "bench", "integrations", "tree"):
+    if name in ("models", "testing", "bench", "integrations", "quant", "tree"):
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

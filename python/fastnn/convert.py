@@ -134,16 +134,21 @@ class Row:
     name: str
     #: Its class, or the torch class that it had before it was replaced.
     kind: str
-    #: ``replaced``; ``available`` (``convert`` would replace it); ``kept`` (fastnn cannot replace it); or ``note``.
+    #: ``replaced``; ``quantized``; ``available`` (``convert`` would replace it); ``kept`` (fastnn cannot replace it); or
+    #: ``note``.
     status: str
     #: The fastnn class that runs it or would run it; empty if there is none.
     replacement: str
     #: Why it was kept, or what else there is to know; may be empty.
     reason: str
-    #: How many numbers its own parameters hold.
+    #: How many numbers its own parameters hold, or held before they were quantized.
     parameters: int
     #: Whether ``prepack_`` keeps a packed copy of its weight.
     prepacked: bool = False
+    #: Of a quantized layer: ‖Ŵ - W‖ / ‖W‖ of its weight, None where the one that it was made of is not known.
+    error: float | None = None
+    #: Of a quantized layer: the memory of its weight, scales and bias.
+    bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Report:
     @property
     def replaced(self) -> list[Row]:
         """The modules that fastnn runs."""
-        return self.with_status("replaced")
+        return [row for row in self.rows if row.status in ("replaced", "quantized")]
 
     @property
     def not_replaced(self) -> list[Row]:
@@ -177,7 +182,12 @@ class Report:
         if self.rows:
             cells = [("module", "class", "status", "runs as", "remark")]
             for row in self.rows:
-                remark = "; ".join(part for part in (row.reason, "weight prepacked" if row.prepacked else "") if part)
+                more = ["weight prepacked"] if row.prepacked else []
+                if row.error is not None:
+                    more.append(f"error {row.error:.2%}")
+                if row.bytes is not None:
+                    more.append(f"{row.bytes:,} bytes")
+                remark = "; ".join(part for part in (row.reason, *more) if part)
                 cells.append((row.name, row.kind, row.status, row.replacement, remark))
             widths = [max(len(line[column]) for line in cells) for column in range(4)]
             cells.insert(1, (*tuple("-" * width for width in widths), "-" * 6))
@@ -298,28 +308,28 @@ def _named_modules(model: torch.nn.Module) -> list[tuple[list[str], torch.nn.Mod
     return list(found.values())
 
 
-def _select(argument: str, selection: Selection, model: torch.nn.Module) -> set[int]:
-    """The ids of the modules that an ``only`` or ``skip`` argument means."""
+def _select(argument: str, selection: Selection, model: torch.nn.Module, function: str = "convert") -> set[int]:
+    """The ids of the modules that an ``only`` or ``skip`` argument of this function means."""
     if isinstance(selection, (str, type)) or callable(selection):
         selection = [selection]
     if not isinstance(selection, Iterable):
-        raise TypeError(f"convert: {argument} must be names, module classes or a predicate, got {selection!r}")
+        raise TypeError(f"{function}: {argument} must be names, module classes or a predicate, got {selection!r}")
     chosen: set[int] = set()
     for choice in selection:
         if isinstance(choice, str):
             matches = [m for n, m in model.named_modules(remove_duplicate=False) if fnmatch.fnmatchcase(n, choice)]
             if not matches:
-                raise ValueError(f"convert: {argument}={choice!r} matches the name of no module")
+                raise ValueError(f"{function}: {argument}={choice!r} matches the name of no module")
             chosen.update(_ids_inside(matches))
         elif isinstance(choice, type):
             if not issubclass(choice, torch.nn.Module):
-                raise TypeError(f"convert: {argument} names {choice.__name__}, which is no torch.nn.Module class")
+                raise TypeError(f"{function}: {argument} names {choice.__name__}, which is no torch.nn.Module class")
             chosen.update(_ids_inside(m for m in model.modules() if isinstance(m, choice)))
         elif callable(choice):
             named = model.named_modules(remove_duplicate=False)
             chosen.update(id(module) for name, module in named if choice(name, module))
         else:
-            raise TypeError(f"convert: {argument} must be names, module classes or a predicate, got {choice!r}")
+            raise TypeError(f"{function}: {argument} must be names, module classes or a predicate, got {choice!r}")
     return chosen
 
 
@@ -332,6 +342,8 @@ def _ids_inside(modules: Iterable[torch.nn.Module]) -> Iterator[int]:
 def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str]:
     """The class to give to the module, or None and the reason (empty if there is nothing to replace)."""
     kind = type(module)
+    if hasattr(kind, "quantized_row"):
+        return None, ""
     if isinstance(module, torch.jit.ScriptModule):
         return None, "TorchScript: its code is compiled already"
     target = REPLACEMENTS.get(kind)
@@ -422,6 +434,8 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     """The report's row for a module; None if it computes nothing of its own."""
     kind = type(module)
     name = ", ".join(name or "(model)" for name in names)
+    if hasattr(kind, "quantized_row"):
+        return module.quantized_row(name)
     own = sum(parameter.numel() for parameter in _initialized(module))
     original = _original_class(kind)
     if is_fused(kind):

@@ -276,7 +276,7 @@ def _version(tensor: Tensor) -> int:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
-        ours = module.__class__.__module__.startswith("fastnn.nn.")
+        ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
         return ours or super().is_leaf_module(module, name)
 
 

@@ -101,7 +101,7 @@ def run_layers(layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: T
     while position < len(layers):
         layer = layers[position]
         position += 1
-        if fusing and position < len(layers) and type(layer) is Linear and _unwatched(layer):
+        if fusing and position < len(layers) and fuses_activation(layer) and _unwatched(layer):
             following = layers[position]
             name = activation_name(following)
             if name is not None and _unwatched(following):
@@ -110,6 +110,15 @@ def run_layers(layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: T
                 continue
         input = layer(input)
     return input
+
+
+#: Classes with a ``forward_act`` that goes with their forward, by exact type. fastnn.quant adds its own.
+FUSING: tuple[type[torch.nn.Module], ...] = (Linear,)
+
+
+def fuses_activation(layer: torch.nn.Module) -> bool:
+    """Whether the layer computes an activation after it in the same call."""
+    return type(layer) in FUSING
 
 
 def _any_global_hook() -> bool:

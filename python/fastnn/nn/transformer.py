@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from .. import _state, functional
 from .activation import activation_name
 from .attention import MultiheadAttention
-from .linear import Linear
-from .mlp import _any_global_hook, _unwatched
+from .mlp import _any_global_hook, _unwatched, fuses_activation
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -266,7 +265,7 @@ def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
     name = function
     if name is None and isinstance(activation, torch.nn.Module) and _unwatched(activation):
         name = activation_name(activation)
-    if name is not None and type(linear) is Linear and _unwatched(linear) and not _any_global_hook():
+    if name is not None and fuses_activation(linear) and _unwatched(linear) and not _any_global_hook():
         x = linear.forward_act(x, name)
     elif function is not None:
         x = getattr(functional, function)(linear(x))

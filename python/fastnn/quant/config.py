@@ -1,0 +1,112 @@
+"""The schemes of :func:`fastnn.quant.quantize_`: one frozen dataclass each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .observers import OBSERVERS, Observer
+
+
+class Config:
+    """What all schemes have in common: none is made of this class itself."""
+
+    #: The scheme of the weights, as :func:`fastnn.quantize` names it.
+    weight_dtype: str
+    #: How many neighbours in a row of the weight share a scale; None: the whole row.
+    group_size: int | None = None
+    #: Whether the weights have no zero point.
+    symmetric: bool = True
+
+
+def _check_group_size(config: Config) -> None:
+    size = config.group_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"{type(config).__name__}: group_size must be a positive integer or None, got {size!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Dynamic(Config):
+    """Weights int8, symmetric, a scale a row; inputs uint8, asymmetric, with a scale and zero point for each of their rows,
+    chosen in each call. Products are sums of integers, and exact."""
+
+    weight_dtype = "int8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Static(Config):
+    """Weights as in :class:`Int8Dynamic`; inputs uint8 with one scale and zero point a layer, chosen from what the layer
+    sees while the model runs on ``calibration_data``.
+
+    Args:
+        calibration_data: an iterable of inputs, each a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments. One tensor or one mapping counts as one input. The model runs in eval mode.
+        observer: what chooses the range of a layer's inputs: "minmax", "moving_average", "percentile" or "mse" (see
+            :mod:`fastnn.quant.observers`), or a callable that makes an :class:`~fastnn.quant.observers.Observer` for a layer.
+
+    Raises ValueError for another name, TypeError for data that is no iterable; :func:`~fastnn.quant.quantize_` raises
+    ValueError where there is no data.
+    """
+
+    calibration_data: Iterable[Any] = dataclasses.field(repr=False)
+    observer: str | Callable[[], Observer] = "minmax"
+
+    weight_dtype = "int8"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.calibration_data, Iterable):
+            raise TypeError(
+                f"Int8Static: calibration_data must be an iterable of inputs, got {type(self.calibration_data).__name__}"
+            )
+        if not callable(self.observer) and self.observer not in OBSERVERS:
+            names = ", ".join(repr(name) for name in OBSERVERS)
+            raise ValueError(f"Int8Static: observer must be one of {names} or a callable, got {self.observer!r}")
+
+    def make_observer(self) -> Observer:
+        """A fresh observer. Raises TypeError if the callable makes something else."""
+        made = OBSERVERS[self.observer]() if isinstance(self.observer, str) else self.observer()
+        if not isinstance(made, Observer):
+            raise TypeError(f"Int8Static: observer must make an Observer, it made {type(made).__name__}")
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8WeightOnly(Config):
+    """Weights int8, symmetric, a scale a row or for each ``group_size`` neighbours of one; inputs as they are.
+
+    Raises ValueError for a group size that is no positive integer.
+    """
+
+    group_size: int | None = None
+
+    weight_dtype = "int8"
+    __post_init__ = _check_group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4WeightOnly(Config):
+    """Weights of four bits, a scale for each ``group_size`` neighbours of a row (None: a row); inputs as they are.
+
+    ``symmetric``: int4 without zero points, else uint4 with them, which spends no code on values that a group has not.
+    Raises ValueError for a group size that is no positive integer.
+    """
+
+    group_size: int | None = 32
+    symmetric: bool = True
+
+    __post_init__ = _check_group_size
+
+    @property
+    def weight_dtype(self) -> str:
+        return "int4" if self.symmetric else "uint4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8WeightOnly(Config):
+    """Weights float8 (e4m3fn), a scale a row; inputs as they are."""
+
+    weight_dtype = "float8_e4m3fn"
+
+
+__all__ = ["Config", "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8Static", "Int8WeightOnly"]
