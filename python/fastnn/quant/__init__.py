@@ -11,6 +11,7 @@ from .modules import (
 )
 from .observers import MSE, MinMax, MovingAverage, Observer, Percentile
 from .quantize import dequantize_, quantize_
+from .report import LayerReport, QuantReport, report
 
 __all__ = [
     "MSE",
@@ -22,14 +23,17 @@ __all__ = [
     "Int8Static",
     "Int8StaticLinear",
     "Int8WeightOnly",
+    "LayerReport",
     "MinMax",
     "MovingAverage",
     "Observer",
     "Percentile",
+    "QuantReport",
     "Quantized",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
     "dequantize_",
     "quantize_",
+    "report",
 ]

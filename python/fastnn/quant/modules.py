@@ -99,6 +99,14 @@ class Quantized(torch.nn.Module):
         if self.weight.dtype is not kind:
             self._buffers["weight"] = self.weight.view(kind)
 
+    def scheme(self) -> str:
+        """What is quantized, and how, in a few words."""
+        raise NotImplementedError
+
+    def packed_bytes(self) -> int:
+        """The memory of what the kernels keep of the weight, beside it."""
+        return 0
+
     def quantized_row(self, name: str) -> Row:
         """The row of :func:`fastnn.report`."""
         kind, _ = self.was
@@ -108,7 +116,7 @@ class Quantized(torch.nn.Module):
             _class_name(kind),
             "quantized",
             f"fastnn.quant.{type(self).__name__}",
-            self.extra_repr().split("weight=")[1],
+            self.scheme(),
             self.parameters_before(),
             error=self.weight_error,
             bytes=held,
@@ -126,6 +134,10 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _describe(weight_dtype: str, group_size: int | None) -> str:
+    return f"{weight_dtype} weight" + ("" if group_size is None else f", groups of {group_size}")
 
 
 class QuantizedLinear(Quantized):
@@ -257,12 +269,16 @@ class QuantizedLinear(Quantized):
         made.register_parameter("bias", bias)
         return made
 
+    def packed_bytes(self) -> int:
+        return sum(packed.nbytes for _, packed, _ in self._packed.values() if packed is not None)
+
+    def scheme(self) -> str:
+        return _describe(self.weight_dtype, self.group_size)
+
     def extra_repr(self) -> str:
-        grouped = "" if self.group_size is None else f", group_size={self.group_size}"
-        asymmetric = "" if self.weight_zero_point is None else ", asymmetric"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={self.weight_dtype}{grouped}{asymmetric}"
+            f"{self.scheme()}"
         )
 
 
@@ -312,6 +328,9 @@ class Int8DynamicLinear(QuantizedLinear):
     def _pack(self, weight: Tensor) -> Tensor | None:
         return pack_int8_weight(weight)
 
+    def scheme(self) -> str:
+        return "int8, dynamic"
+
 
 class Int8StaticLinear(Int8DynamicLinear):
     """``y = x̂ Ŵᵀ + b``: as :class:`Int8DynamicLinear`, but with one scale and zero point of the inputs, chosen beforehand.
@@ -346,6 +365,9 @@ class Int8StaticLinear(Int8DynamicLinear):
             activation=activation,
             packed=self._packed_rows(rows),
         )
+
+    def scheme(self) -> str:
+        return "int8, static"
 
 
 class QuantizedMultiheadAttention(torch.nn.Module):
