@@ -1,6 +1,7 @@
 """Quantized models: ``fastnn.quant.quantize_(model, Int8Dynamic())`` and its kin. See docs/quantization.md."""
 
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+from .interop import from_torch_
 from .modules import (
     Int8DynamicLinear,
     Int8StaticLinear,
@@ -34,6 +35,7 @@ __all__ = [
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
     "dequantize_",
+    "from_torch_",
     "quantize_",
     "report",
 ]

@@ -83,17 +83,13 @@ def quantize_(model: Model, config: Config, *, only: Selection | None = None, sk
     if skip is not None:
         chosen -= _select("skip", skip, model, "quantize_")
     _check_first_time(modules, chosen)
-    undo = _Undo()
-    try:
+    with undoing() as undo:
         layers = _plan(modules, chosen, config, undo)
         observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
         made = [(layer, rule.make(layer, config, observers.get(name))) for name, layer, rule in layers]
         for layer, quantized in made:
             undo.remember(layer)
             become(layer, quantized)
-    except BaseException:
-        undo()
-        raise
     return model
 
 
@@ -205,7 +201,7 @@ def _check_first_time(modules: list[tuple[list[str], torch.nn.Module]], chosen: 
 
 
 def _plan(
-    modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int], config: Config, undo: _Undo
+    modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int], config: Config, undo: undoing
 ) -> list[tuple[str, torch.nn.Module, Rule]]:
     """The layers to quantize, each once, with its name; attention is taken apart and encoders get fastnn's classes.
 
@@ -414,8 +410,8 @@ def become(module: torch.nn.Module, other: torch.nn.Module) -> None:
     module.__dict__.update(state)
 
 
-class _Undo:
-    """Puts modules back to where they were when it was told of them."""
+class undoing:
+    """After an exception inside of it, modules are what they were when it was told of them."""
 
     def __init__(self) -> None:
         self._saved: dict[int, tuple[torch.nn.Module, type, dict[str, Any]]] = {}
@@ -423,7 +419,12 @@ class _Undo:
     def remember(self, module: torch.nn.Module) -> None:
         self._saved.setdefault(id(module), (module, type(module), dict(module.__dict__)))
 
-    def __call__(self) -> None:
+    def __enter__(self) -> undoing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            return
         for module, kind, state in self._saved.values():
             module.__class__ = kind
             module.__dict__.clear()
