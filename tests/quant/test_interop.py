@@ -194,6 +194,15 @@ def test_affine_tensors():
     expected = (codes.view(6, 4, 8) - zero[..., None]) * scale.float()[..., None]
     torch.testing.assert_close(model[0].dequantized_weight(), expected.view(6, 32))
 
+    # Of uint8, and of an odd number of four bits.
+    for shape, most in (((6, 32), 255), ((6, 31), 15)):
+        codes = torch.randint(0, most + 1, shape, dtype=torch.uint8)
+        scale, zero = torch.rand(6, 1) + 0.1, torch.randint(0, most + 1, (6, 1))
+        model = from_torch_(layer_of(Affine(codes, scale, zero, (1, shape[1]), 0, most)))
+        assert model[0].weight_dtype == "int8"
+        torch.testing.assert_close(model[0].dequantized_weight(), (codes.int() - zero) * scale)
+        assert model(torch.randn(2, shape[1])).shape == (2, 6)
+
     # One scale for all.
     codes = torch.randint(-128, 128, (6, 31), dtype=torch.int8)
     model = from_torch_(layer_of(Affine(codes, torch.tensor(0.5), None, (6, 31), domain="NONE")))

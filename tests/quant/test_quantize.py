@@ -715,6 +715,8 @@ def test_bad_layers():
     q, scale = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4)
     with pytest.raises(ValueError, match=r"QuantizedLinear: weight: expected two dimensions of torch\.int8 for int8"):
         QuantizedLinear(q[0], scale)
+    with pytest.raises(ValueError, match="weight_dtype: expected int8, int4, uint4 or float8, got uint8"):
+        QuantizedLinear(q.to(torch.uint8), scale)
     with pytest.raises(ValueError, match="weight_dtype: expected one of"):
         QuantizedLinear(q.int(), scale)
     with pytest.raises(ValueError, match=r"weight: expected two dimensions of torch\.uint8 for int4"):

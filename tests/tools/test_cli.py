@@ -140,6 +140,7 @@ SHORT = {
     "char_gpt": ["--steps", "15"],
     "translate_dates": ["--steps", "15"],
     "cascade": ["--png", os.devnull],
+    "quantize_model": ["--epochs", "1", "--width", "64", "--png", os.devnull],
 }
 
 

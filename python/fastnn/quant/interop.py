@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends.reference.quantize import pack
+from ..backends.reference.quantize import PACKED, pack
 from ..convert import _check_model, _named_modules
 from .modules import Int8DynamicLinear, Int8StaticLinear, Quantized, QuantizedLinear, WeightOnlyLinear
 from .quantize import become, undoing
@@ -136,11 +136,14 @@ def _read_torchao(weight: Any, bias: Tensor | None) -> Quantized:
     name = next((n for n, (lo, hi) in _RANGES.items() if lo <= least and most <= hi), None)
     if name is None:
         raise _Unreadable(f"expected integers of at most 8 bits, got a range from {least} to {most}")
-    if name in ("int4", "uint4") and shape[1] % 2:
+    if name in PACKED and shape[1] % 2:
         name = "int8" if name == "int4" else "uint8"
-    codes = pack(codes) if name in ("int4", "uint4") else codes.to(getattr(torch, name)).contiguous()
+    if name == "uint8":  # the kernels read int8: everything is 128 less
+        zero_point = torch.full_like(scale, 0, dtype=torch.int32) if zero_point is None else zero_point
+        name, codes, args = "int8", codes.int() - 128, (scale, zero_point - 128, args[2])
+    codes = pack(codes) if name in PACKED else codes.to(torch.int8).contiguous()
     options["weight_dtype"] = name
-    per_row = name == "int8" and group is None and zero_point is None
+    per_row = name == "int8" and group is None and args[1] is None
     if per_row and input_scale is not None:
         if input_scale.numel() != 1:
             raise _Unreadable(f"expected one scale of the inputs, got {tuple(input_scale.shape)}")

@@ -144,7 +144,7 @@ class QuantizedLinear(Quantized):
     """``y = x Ŵᵀ + b`` with a quantized weight Ŵ; shapes as :class:`torch.nn.Linear`. Its kinds differ in ``forward``.
 
     Args, which become buffers:
-        weight: (out_features, in_features): int8, uint8 or float8; or uint8 with two integers of 4 bits a byte, (out_features,
+        weight: (out_features, in_features): int8 or float8; or uint8 with two integers of 4 bits a byte, (out_features,
             in_features / 2).
         weight_scale: (out_features,), or (out_features, in_features / group_size); float32.
         weight_zero_point: of the same shape, int32; None where there is none.
@@ -170,6 +170,8 @@ class QuantizedLinear(Quantized):
         super().__init__()
         name = type(self).__name__
         self.weight_dtype = scheme(name, weight.dtype if weight_dtype is None else weight_dtype, "weight_dtype")
+        if self.weight_dtype == "uint8":
+            raise ValueError(f"{name}: weight_dtype: expected int8, int4, uint4 or float8, got uint8")
         if weight.dim() != 2 or weight.dtype is not STORAGE[self.weight_dtype]:
             raise ValueError(
                 f"{name}: weight: expected two dimensions of {STORAGE[self.weight_dtype]} for {self.weight_dtype}, got "
