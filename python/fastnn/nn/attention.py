@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _state, functional
-from ..ops.multi_head_attention import ragged_self_attention
+from ..ops.multi_head_attention import linear_or_packed, ragged_self_attention
 from ..ops.packed_linear import PackedWeight
 from .linear import NonDynamicallyQuantizableLinear, PackableWeight
 
@@ -95,7 +95,11 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
         out_weight, out_bias = _weight_and_bias(out_proj, "weight", "bias")
         in_packed, out_packed = _current(self, in_weight), _current(out_proj, out_weight)
         return ragged_self_attention(
-            input, lengths, self.num_heads, in_weight, in_bias, out_weight, out_bias, in_packed, out_packed
+            input,
+            lengths,
+            self.num_heads,
+            lambda x: linear_or_packed(x, in_weight, in_bias, in_packed),
+            lambda heads: linear_or_packed(heads, out_weight, out_bias, out_packed),
         )
 
 

@@ -164,13 +164,17 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return output
 
 
+#: Attention with a ``forward_ragged``, by exact type. fastnn.quant adds its own.
+RAGGED: tuple[type[torch.nn.Module], ...] = (MultiheadAttention,)
+
+
 def _runs_ragged(layer: torch.nn.Module) -> bool:
     """Whether nobody can tell in which shape the layer runs, and nothing in it needs to know."""
     if type(layer) is not TransformerEncoderLayer or layer.training:
         return False
     attention = layer.self_attn
     return (
-        type(attention) is MultiheadAttention
+        type(attention) in RAGGED
         and attention._qkv_same_embed_dim
         and attention.bias_k is None
         and not attention.add_zero_attn

@@ -96,7 +96,7 @@ def multi_head_attention_forward(
         embed_dim_to_check,
         num_heads,
         project,
-        lambda heads: _linear(heads, out_proj_weight, out_proj_bias, out_proj_packed),
+        lambda heads: linear_or_packed(heads, out_proj_weight, out_proj_bias, out_proj_packed),
         bias_k=bias_k,
         bias_v=bias_v,
         add_zero_attn=add_zero_attn,
@@ -224,26 +224,22 @@ def ragged_self_attention(
     input: Tensor,
     lengths: list[int],
     num_heads: int,
-    in_proj_weight: Tensor,
-    in_proj_bias: Tensor | None,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    in_proj_packed: PackedWeight | None = None,
-    out_proj_packed: PackedWeight | None = None,
+    project: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Self-attention of sequences that lie one after the other, (sum of lengths, E), each to itself alone; no masks.
 
-    The projections are one product each for all of them, as if they were one sequence.
+    ``project`` makes query, key and value side by side, ``finish`` the result of the heads put together; each is called once for
+    all sequences, as if they were one.
     """
     rows, embed_dim = input.shape
-    projected = _linear(input, in_proj_weight, in_proj_bias, in_proj_packed)
-    projected = projected.view(rows, 3, num_heads, embed_dim // num_heads)
+    projected = project(input).view(rows, 3, num_heads, embed_dim // num_heads)
     heads = []
     for sequence in projected.split(lengths):
         if sequence.shape[0]:
             q, k, v = sequence.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             heads.append(scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).reshape(-1, embed_dim))
-    return _linear(torch.cat(heads), out_proj_weight, out_proj_bias, out_proj_packed)
+    return finish(torch.cat(heads))
 
 
 def _check(
@@ -301,7 +297,8 @@ def _check_mask_dtype(name: str, mask: Tensor) -> None:
         raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
+def linear_or_packed(input: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
+    """``input @ weightᵀ + bias``, from the packed copy where that can be used."""
     output = None if packed is None else packed.linear(input, weight, bias, "none")
     return linear(input, weight, bias) if output is None else output
 
@@ -330,7 +327,7 @@ def _project(
     """Query, key and value projected by as few products as there are different operands."""
     if key is value:
         if query is key:
-            return [(_linear(query, weight, bias, packed), 3)]
+            return [(linear_or_packed(query, weight, bias, packed), 3)]
         embed_dim = query.shape[-1]
         by_query, by_both = weight.split([embed_dim, 2 * embed_dim])
         bias_query, bias_both = (None, None) if bias is None else bias.split([embed_dim, 2 * embed_dim])

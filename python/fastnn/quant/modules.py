@@ -16,11 +16,11 @@ from torch import Tensor
 from .. import nn
 from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
 from ..convert import Row, _class_name
-from ..nn import mlp
+from ..nn import mlp, transformer
 from ..nn.conv1d import conv1d_class
 from ..ops._scheme import scheme
 from ..ops.int8_linear import int8_linear, pack_int8_weight
-from ..ops.multi_head_attention import Projected, attend
+from ..ops.multi_head_attention import Projected, attend, ragged_self_attention
 from ..ops.quantize import dequantize
 from ..ops.weight_only_linear import weight_only_linear
 
@@ -432,6 +432,10 @@ class QuantizedMultiheadAttention(torch.nn.Module):
             batch_first=self.batch_first,
         )
 
+    def forward_ragged(self, input: Tensor, lengths: list[int]) -> Tensor:
+        """As :meth:`fastnn.nn.MultiheadAttention.forward_ragged`."""
+        return ragged_self_attention(input, lengths, self.num_heads, self.in_proj, self.out_proj)
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Projected:
         if not self._qkv_same_embed_dim:
             return [(self.q_proj(query), 1), (self.k_proj(key), 1), (self.v_proj(value), 1)]
@@ -507,6 +511,7 @@ def relative_error(weight: Tensor, found: Tensor) -> float:
 
 
 mlp.FUSING += (WeightOnlyLinear, Int8DynamicLinear, Int8StaticLinear)
+transformer.RAGGED += (QuantizedMultiheadAttention,)
 
 __all__ = [
     "Int8DynamicLinear",
