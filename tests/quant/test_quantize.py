@@ -515,6 +515,15 @@ def test_gradients_reach_the_input_of_weight_only_layers():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_inference_mode_leaves_nothing_behind():
+    with torch.inference_mode():
+        quantized = quantize_(mlp(), Int8Dynamic())
+        quantized(torch.randn(40, 64))
+    x = torch.randn(40, 64, requires_grad=True)
+    quantized(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 @schemes
 def test_compiled(scheme):
     model = fastnn.nn.MLP(64, [96], 10).eval()
@@ -635,6 +644,12 @@ FAILURES = {
         Int4WeightOnly(None),
         ValueError,
         "other: its 7 inputs are odd in number",
+    ),
+    "long rows": (
+        lambda: encoder_and(nn.Linear(65_794, 1)),
+        Int8Dynamic(),
+        ValueError,
+        "other: its 65,794 inputs are more than the 65,793",
     ),
     "float64": (
         lambda: encoder_and(nn.Linear(8, 4).double()),

@@ -242,7 +242,9 @@ class QuantizedLinear(Quantized):
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         found = kept.get(key)
         if found is None or found[0] != state:
-            packed = self._pack(weight if rows is None else weight[rows])
+            # Tensors of inference mode could not be used outside of it where there are gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self._pack(weight if rows is None else weight[rows])
             # The memory is held, so that no other weight can come to lie there.
             found = state, packed, weight
             self._packed = {**{k: v for k, v in kept.items() if v[0] == state}, key: found}

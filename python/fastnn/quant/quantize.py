@@ -32,6 +32,8 @@ from .observers import Observer
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: 255 · 128 · 65,793 < 2³¹.
+_MOST_INPUTS = 65_793
 _ATTENTION = (torch.nn.MultiheadAttention, nn.MultiheadAttention)
 
 
@@ -83,7 +85,7 @@ def quantize_(model: Model, config: Config, *, only: Selection | None = None, sk
     if skip is not None:
         chosen -= _select("skip", skip, model, "quantize_")
     _check_first_time(modules, chosen)
-    with undoing() as undo:
+    with undoing() as undo, torch.inference_mode(False), torch.no_grad():
         layers = _plan(modules, chosen, config, undo)
         observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
         made = [(layer, rule.make(layer, config, observers.get(name))) for name, layer, rule in layers]
@@ -140,6 +142,10 @@ def _why_not_linear(layer: torch.nn.Module, config: Config) -> str | None:
     columns = weight.shape[0 if _is_conv1d(layer) else 1]
     if config.weight_dtype in PACKED and columns % 2:
         return f"its {columns} inputs are odd in number, and a byte holds two numbers of 4 bits"
+    if isinstance(config, (Int8Dynamic, Int8Static)) and columns > _MOST_INPUTS:
+        return (
+            f"its {columns:,} inputs are more than the {_MOST_INPUTS:,} of which a sum of products surely fits 32 bits"
+        )
     if config.group_size is not None and columns % config.group_size:
         return f"its {columns} inputs do not divide into groups of group_size={config.group_size}"
     return None
