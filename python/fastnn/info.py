@@ -34,6 +34,7 @@ _EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
 _ATTENTION = ("scaled_dot_product_attention", "attention", "multi_head_attention_forward")
 _SOFTMAX = ("softmax", "log_softmax", "softmin", "cross_entropy")
+_QUANTIZATION = ("quantize", "quantize_dynamic", "choose_scale", "dequantize")
 _NORMS = ("batch_norm", "batch_norm_act", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 #: Family -> its ops, where a family has one kernel an instruction set, for every dtype.
 _FAMILIES = {
@@ -135,7 +136,15 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     """Op -> dtype -> what runs it."""
     if backend == "reference":
         names = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
-        every = (*_PRODUCTS, *_CONVOLUTIONS, *itertools.chain.from_iterable(_FAMILIES.values()), *_ATTENTION)
+        every = (
+            *_QUANTIZATION,
+            "int8_linear",
+            "pack_int8_weight",
+            *_PRODUCTS,
+            *_CONVOLUTIONS,
+            *itertools.chain.from_iterable(_FAMILIES.values()),
+            *_ATTENTION,
+        )
         return {op: dict.fromkeys(names, "reference") for op in every}
     ops: dict[str, dict[str, str]] = {}
     products = {_name(dtype): f"cpu: {cpu.gemm_path(dtype)}" for dtype in _FLOATS}
@@ -146,6 +155,11 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
         for op in members:
             ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} {family}" for dtype in _FLOATS}, "int8": "torch"}
     ops["weight_only_linear"]["float64"] = "-"
+    for op in _QUANTIZATION:  # of these dtypes, or to them
+        ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} quantize" for dtype in _FLOATS}, "int8": "-"}
+    of_integers = f"cpu: {cpu.gemm_path(torch.int8)}"
+    ops["int8_linear"] = {**{_name(dtype): of_integers for dtype in _FLOATS}, "float64": "-", "int8": "-"}
+    ops["pack_int8_weight"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": of_integers}
     for op in _ATTENTION:
         ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
     return ops

@@ -529,9 +529,11 @@ def test_compiled(scheme):
     model = fastnn.nn.MLP(64, [96], 10).eval()
     quantized = quantize_(model, SCHEMES[scheme][0])
     x = torch.randn(5, 64)
+    torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), quantized(x), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_report_has_errors_and_bytes():
