@@ -412,6 +412,12 @@ ROWS = (
         least=1.3,
     ),
     Row(
+        "bert-int8",
+        "BERT-base in int8, dynamic, 128 tokens, batch 1 and 8",
+        _each("bert_base_int8_dynamic", ((1, 128), (8, 128))),
+        least=1.3,
+    ),
+    Row(
         "exact-tree",
         "exact tree of depth 8, 100,000×20 and 10,000×500, one thread and two",
         _each("exact_tree", ((100_000, 20, 8, 1), (100_000, 20, 8, 2), (10_000, 500, 8, 1), (10_000, 500, 8, 2))),
