@@ -195,18 +195,15 @@ def _fake(
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
     if all(d is None for d in in_dims[1:]):
-        return int8_linear_on(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        return INT8_LINEAR(args[0].movedim(in_dims[0], 0), *args[1:]), 0
     samples = [
         [arg if d is None else arg.select(d, i) for arg, d in zip(args, in_dims, strict=True)]
         for i in range(info.batch_size)
     ]
-    return torch.stack([int8_linear_on(*sample) for sample in samples]), 0
+    return torch.stack([INT8_LINEAR(*sample) for sample in samples]), 0
 
 
-def int8_linear_on(*args: Any) -> Tensor:
-    return INT8_LINEAR(*args)
-
-
+#: The layer, its weight packed or not.
 INT8_LINEAR = Op(
     "int8_linear(Tensor input, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
     "Tensor? input_zero_point, str activation, Tensor? packed) -> Tensor",
