@@ -1,4 +1,5 @@
-"""Embedding, rotary position embedding, dropout and quantized weights on memory that ends, or begins, where nothing may be read."""
+"""Embedding, rotary position embedding, dropout, quantized weights and int8 convolution on memory that ends, or begins, where
+nothing may be read."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from fastnn.backends.cpu import dropout as dropout_kernels
 from fastnn.backends.cpu import embedding as kernels
 from fastnn.backends.cpu.weight_only import weight_only_linear
 from fastnn.backends.reference.weight_only import weight_only_linear as formula
+from fastnn.functional import int8_conv2d
 
 from .calls import FLOATS, UNDER_SANITIZER
 
@@ -84,6 +86,24 @@ def test_quantized_weights_are_not_read_beyond(isa, dtype, at_end, walled):
             found = weight_only_linear(*(walled(t, at_end) for t in plain), group, scheme, "none")
             wanted = formula(*plain, group, scheme, "none")
             torch.testing.assert_close(found, wanted, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=0.1)
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["begin", "end"])
+def test_int8_convolution_touches_nothing_beyond(isa, at_end, walled):
+    for c, m, k, groups in ((4, 20, 1, 1), (3, 17, 3, 1), (64, 33, 1, 1), (64, 8, 3, 1), (21, 21, 3, 21), (6, 4, 3, 2)):
+        x, residual = torch.randint(256, (2, 5, 7, c)).byte(), torch.randint(256, (2, 5, 7, m)).byte()
+        w, bias = torch.randint(-128, 128, (m, c // groups, k, k)).to(torch.int8), torch.randn(m)
+        options = dict(padding=k // 2, groups=groups, input_scale=0.1, input_zero_point=7, residual_scale=0.5)
+        options |= dict(output_scale=0.3, output_zero_point=9, dtype=torch.uint8)
+        expected, found = (
+            int8_conv2d(
+                *(place(x).permute(0, 3, 1, 2), place(w), place(torch.ones(m)), place(bias)),
+                **options,
+                residual=place(residual).permute(0, 3, 1, 2),
+            )
+            for place in (torch.clone, lambda t: walled(t, at_end))
+        )
+        assert torch.equal(found, expected)
 
 
 def test_the_wall_is_there(walled):

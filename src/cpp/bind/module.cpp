@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/bind.hpp"
+#include "bind/int8_conv.hpp"
 #include "bind/tree.hpp"
 #include "bind/weight_only.hpp"
 #include "common/cpu_features.hpp"
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_group_norm(m);
   bind_allocator(m);
   bind_conv(m);
+  bind_int8_conv(m);
   bind_tensors(m);
   bind_norm_tensors(m);
   bind_dropout_tensors(m);

@@ -11,6 +11,7 @@
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/depthwise.hpp"
+#include "conv/parts.hpp"
 #include "conv/patches.hpp"
 #include "conv/phases.hpp"
 #include "conv/scatter.hpp"
@@ -24,9 +25,6 @@ namespace fastnn {
 namespace {
 
 void want_filters(const Conv& c) { Prepared::want(c.w.data, c.w.count()); }
-
-// Threads are worth waking for about 20 microseconds of work.
-int threads_for(double multiplications) { return multiplications < 1e6 ? 1 : max_threads(); }
 
 double work(const Conv& c) {
   return double(c.y.count()) * double(c.w.size[1]) * double(c.w.spatial());
@@ -51,22 +49,6 @@ bool channels_inner(const Tensor5& w) {
   return true;
 }
 
-// The spatial dimensions as one that runs over all of them at one stride, if they lie so.
-bool flat(const Tensor5& t, int64_t& stride) {
-  stride = 0;
-  int64_t seen = 1;
-  for (int d = 4; d >= 2; d--) {
-    if (t.size[d] == 1) continue;
-    if (seen == 1)
-      stride = t.stride[d];
-    else if (t.stride[d] != stride * seen)
-      return false;
-    seen *= t.size[d];
-  }
-  if (seen == 1) stride = 1;
-  return true;
-}
-
 // Columns (n, o) of a result whose rows are channels.
 void place_columns(Gemm& g, const Tensor5& out) {
   int64_t stride;
@@ -84,44 +66,6 @@ void place_columns(Gemm& g, const Tensor5& out) {
       g.columns.counts[d] = out.size[from[d]], g.columns.c[d] = out.stride[from[d]];
   }
   std::copy(g.columns.c, g.columns.c + Pieces::kDims, g.columns.residual);
-}
-
-Patches patches_of(const Tensor5& in, int64_t channels, DType type) {
-  Patches p;
-  p.data = in.data;
-  p.element = int64_t(dtype_size(type));
-  p.images = in.size[0], p.channels = channels;
-  p.image_stride = in.stride[0], p.channel_stride = in.stride[1];
-  for (int d = 0; d < kSpatial; d++) p.size[d] = in.size[2 + d], p.stride[d] = in.stride[2 + d];
-  return p;
-}
-
-Tensor5 channels_from(Tensor5 t, int64_t first, int64_t count, DType type) {
-  t.data += first * t.stride[1] * int64_t(dtype_size(type));
-  t.size[1] = count;
-  return t;
-}
-
-// Groups whole to the threads where there are enough of them, else one after the other.
-template <class F>
-void for_groups(const Conv& c, F f) {
-  const int threads = threads_for(work(c));
-  if (c.groups < 4 * threads) {
-    for (int64_t g = 0; g < c.groups; g++) f(g, threads);
-    scratch_trim();  // what products read may lie in this memory, so that they cannot
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-  parallel(threads, [&](int, int) {
-    try {
-      for (int64_t g; (g = next.fetch_add(1)) < c.groups;) f(g, 1);
-      scratch_trim();
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
-  });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 // The same by strips: out[(n, o), m] = epilogue(sum over (t, c) of patches[(n, o), (t, c)] a[m, (t,
@@ -441,7 +385,7 @@ void conv_forward(const Conv& c) {
   const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
   if (apart || (!outer && !channels_inner(c.w)))
     throw std::invalid_argument("conv: w: expected dense filters, contiguous or channels-last");
-  for_groups(c, [&](int64_t group, int threads) {
+  for_groups(c.groups, work(c), [&](int64_t group, int threads) {
     Patches p =
         patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);
     for (int d = 0; d < kSpatial; d++) {
@@ -508,7 +452,7 @@ void conv_input(const Conv& c) {
     phases[d] =
         phases_of(c.x.size[2 + d], c.w.size[2 + d], c.stride[d], c.padding[d], c.dilation[d]);
   const int64_t step[] = {phases[0].tap_step, phases[1].tap_step, phases[2].tap_step};
-  for_groups(c, [&](int64_t group, int threads) {
+  for_groups(c.groups, work(c), [&](int64_t group, int threads) {
     Tensor5 w = c.w;
     w.data += group * rows * w.stride[0] * size;
     w.size[0] = rows;
@@ -551,7 +495,7 @@ void conv_weight(const Conv& c) {
   }
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
-  for_groups(c, [&](int64_t group, int threads) {
+  for_groups(c.groups, work(c), [&](int64_t group, int threads) {
     const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
     Patches p =
         patches_of(channels_from(c.x, group * channels, channels, c.type), channels, c.type);

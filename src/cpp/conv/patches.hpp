@@ -21,6 +21,8 @@ struct Patches {
   int64_t size[kSpatial], stride[kSpatial];  // of `in`
   int64_t out[kSpatial], step[kSpatial];     // positions of the filter
   int64_t taps[kSpatial], first[kSpatial], delta[kSpatial];
+  // What lies outside, in every byte; 0 but for PatchStrips.
+  int outside = 0;
   // Not 0: the elements of a row are sorted by their remainder to step[2], and those of the next
   // remainder are this far from each other. See SplitRows.
   int64_t remainder_stride = 0;

@@ -17,17 +17,20 @@ constexpr int64_t kTileRows = 14;  // the most that a tile of any kernel reads a
 
 }  // namespace
 
-// `n` pixels of `bytes` each, 8 at most, become 8 with zeros behind: three 16-bit channels are
-// four.
+// `n` pixels of `bytes` each, as many as a Word has at most, become Words with zeros behind: three
+// 16-bit channels are four.
+template <class Word>
 static void widen_pixels(char* to, const char* from, int64_t step, int64_t bytes, int64_t n) {
-  uint64_t pixel = 0;
+  constexpr int64_t size = sizeof(Word);
+  Word pixel = 0;
   if (step >= bytes)  // what lies behind is read too, where there are pixels behind
-    for (const uint64_t mask = ~uint64_t(0) >> 8 * (8 - bytes); n > 8; n--, from += step, to += 8) {
+    for (const Word mask = Word(~Word(0)) >> 8 * (size - bytes); n > size;
+         n--, from += step, to += size) {
       std::memcpy(&pixel, from, sizeof pixel);
       pixel &= mask;
       std::memcpy(to, &pixel, sizeof pixel);
     }
-  for (; n > 0; n--, from += step, to += 8) {
+  for (; n > 0; n--, from += step, to += size) {
     pixel = 0;
     std::memcpy(&pixel, from, size_t(bytes));
     std::memcpy(to, &pixel, sizeof pixel);
@@ -121,7 +124,7 @@ const char* PatchStrips::fill(char* memory, int64_t first, int64_t count) const 
       if (inside)
         copy_row(to, from + (d * p_.stride[0] + h * p_.stride[1]) * p_.element);
       else
-        std::memset(to, 0, size_t(row_ * p_.element));
+        std::memset(to, p_.outside, size_t(row_ * p_.element));
     }
   return memory;
 }
@@ -149,19 +152,22 @@ void PatchStrips::copy_row(char* to, const char* from) const {
     return;
   }
   if (padded_ != p_.channels)
-    std::memset(to, 0, size_t(columns_ * pixel));
+    std::memset(to, p_.outside, size_t(columns_ * pixel));
   else
-    std::memset(to, 0, size_t(lo * pixel));
+    std::memset(to, p_.outside, size_t(lo * pixel));
   if (p_.stride[2] == pixel_ && padded_ == p_.channels)
     std::memcpy(to + lo * pixel, from + lo * pixel, size_t((hi - lo) * pixel));
   else if (pixel == sizeof(uint64_t) && lo < hi)
-    widen_pixels(to + lo * pixel, from + lo * p_.stride[2] * p_.element, p_.stride[2] * p_.element,
-                 p_.channels * p_.element, hi - lo);
+    widen_pixels<uint64_t>(to + lo * pixel, from + lo * p_.stride[2] * p_.element,
+                           p_.stride[2] * p_.element, p_.channels * p_.element, hi - lo);
+  else if (pixel == sizeof(uint32_t) && lo < hi)
+    widen_pixels<uint32_t>(to + lo * pixel, from + lo * p_.stride[2] * p_.element,
+                           p_.stride[2] * p_.element, p_.channels * p_.element, hi - lo);
   else
     for (int64_t i = lo; i < hi; i++)
       std::memcpy(to + i * pixel, from + i * p_.stride[2] * p_.element,
                   size_t(p_.channels * p_.element));
-  std::memset(to + hi * pixel, 0, size_t((columns_ - hi) * pixel));
+  std::memset(to + hi * pixel, p_.outside, size_t((columns_ - hi) * pixel));
 }
 
 }  // namespace fastnn

@@ -276,19 +276,32 @@ static void bf16_tiles(const TileArgs& t) {
     (VecF32::load(acc + i) + VecF32::load(sums + i)).store(acc + i);
 }
 
+// A packed, or, of whole steps of K, in place in any number of runs.
 template <bool SignedA>
 static void int8_tiles(const TileArgs& t) {
-  const int64_t a_row = t.packed_a ? 64 : t.a_row, a_part = 0;
-  const int64_t a_step = t.packed_a ? 2 * kTile : 64;
-  const char *a = t.a, *b = t.b;
+  const int64_t a_part = 0;
+  const char* b = t.b;
+  alignas(64) char rows[32 * 64];
   clear_sums();
-  for (int64_t w = 0; w < t.words; w += 16, a += a_step, b += 2 * kTile) {
-    FASTNN_LOAD_B(0);
-    FASTNN_LOAD_A(0);
-    if constexpr (SignedA)
-      FASTNN_PRODUCTS(TILE_S8S8);
-    else
-      FASTNN_PRODUCTS(TILE_U8S8);
+  for (int64_t run = 0; run < t.runs; run++) {
+    const char* from = t.a + (run ? t.a_runs[run] : 0);
+    for (int64_t w = 0; w < t.words; w += 16, b += 2 * kTile) {
+      const char* a = from;
+      int64_t a_row = t.packed_a ? 64 : t.a_row;
+      if (!t.packed_a && t.a_runs && t.rows < 32) {
+        // A tile is loaded whole, and behind the rows of a strip there may be nothing.
+        for (int r = 0; r < t.rows; r++)
+          _mm512_store_si512(rows + r * 64, _mm512_loadu_si512(from + r * a_row));
+        a = rows, a_row = 64;
+      }
+      FASTNN_LOAD_B(0);
+      FASTNN_LOAD_A(0);
+      if constexpr (SignedA)
+        FASTNN_PRODUCTS(TILE_S8S8);
+      else
+        FASTNN_PRODUCTS(TILE_U8S8);
+      from += t.packed_a ? 2 * kTile : 64;
+    }
   }
   if (!t.add) return store_sums(static_cast<char*>(t.acc), t.acc_row);
   alignas(64) int32_t sums[32 * 32];
@@ -345,6 +358,7 @@ constexpr Kernel int8_tile_kernel(const char* name, DType type) {
           .tile = int8_tiles<(A(-1) < A(0))>,
           .store = store_s32,
           .direct_a = true,
+          .runs = A(-1) > A(0),
           .enter = tiles_enter,
           .leave = tiles_leave};
 }

@@ -23,6 +23,7 @@
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "gemm/tiles.hpp"
+#include "quant/requantize.hpp"
 
 namespace fastnn {
 
@@ -67,8 +68,11 @@ Store make_store(const Gemm& g) {
   s.bias_type = g.bias_type, s.bias_axis = g.bias_axis, s.bias_stride = g.bias_stride;
   s.activation = g.activation;
   s.row_scale = g.row_scale, s.col_scale = g.col_scale;
+  s.requantize = g.requantize;
+  s.residual_size = dtype_size(g.requantize ? g.requantize->residual_type : g.c.type);
   s.columns = g.columns.length ? &g.columns : nullptr;
-  s.plain = g.alpha == 1 && !s.residual && !s.bias && !s.activation && !s.row_scale && !s.col_scale;
+  s.plain = g.alpha == 1 && !s.residual && !s.bias && !s.activation && !s.row_scale &&
+            !s.col_scale && !s.requantize;
   return s;
 }
 
@@ -287,8 +291,9 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const bool collide = a_collides(kn, g);
   const bool little = g.n <= 4 * kn.nr || g.m * g.k * size_a <= kInPlaceBytes;
   const bool ahead = kn.finishes && g.a.cs == 1 && (!collide || g.n <= kColliding * kn.nr);
+  const bool widens = kn.acc == DType::s32 && kn.a_bytes != size_a;  // better once, when packed
   const bool direct_a =
-      kn.direct_a && whole && (kn.k_word == 1 || g.a.cs == 1) &&
+      kn.direct_a && whole && !widens && (kn.k_word == 1 || g.a.cs == 1) &&
       (g.n <= 2 * kn.nr || g.m <= kn.mr || ahead || (little && (kn.finishes || !collide)));
   const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&

@@ -26,12 +26,18 @@ struct Query {
   bool direct_b;    // and only where B can be read in place
   bool exact_only;  // no split products
   bool with_dot = false;
+  int64_t channels = 0;  // not 0: only kernels that read so many where they lie, in runs
 };
+
+constexpr int kFewZeros = 4;  // channels that may be padded to a multiple of it
 
 const Kernel* find_in(const Kernel* list, const Query& q) {
   for (; list && list->name; list++) {
     if (list->a != q.a || list->b != q.b) continue;
     if ((list->split && q.exact_only) || (q.with_dot && !list->dot)) continue;
+    if (q.channels && !(list->direct_a && list->runs &&
+                        (list->k_step <= kFewZeros || q.channels % list->k_step == 0)))
+      continue;
     if (list->few_rows && !(q.rows <= list->mr && q.direct_b)) continue;
     return list;
   }
@@ -268,6 +274,12 @@ const Kernel* runs_kernel(DType type, Precision precision, bool exact_only) {
 const Kernel* strips_kernel(DType type, Precision precision, bool exact_only) {
   const Kernel* kn = runs_kernel(type, precision, exact_only);
   return kn && kn->direct_a ? kn : nullptr;
+}
+
+const Kernel& byte_strips_kernel(int64_t channels) {
+  Query q{DType::u8, DType::s8, Precision::highest, int64_t(1) << 40, false, false};
+  q.channels = channels;
+  return *find_kernel(q);
 }
 
 int64_t strips_step(DType type, Precision precision, bool batch_invariant) {

@@ -19,7 +19,8 @@ enum class BiasAxis : int { none = 0, row = 1, column = 2 };
 constexpr int kMaxBatchDims = 6;
 
 struct Kernel;
-class Prepared;  // gemm/prepared.hpp
+class Prepared;     // gemm/prepared.hpp
+struct Requantize;  // quant/requantize.hpp
 
 // B, split and laid out as one kernel reads it. Valid for the kernel that made it only.
 struct PackedOperand {
@@ -116,6 +117,8 @@ struct Gemm {
   // Likewise, which gemm_strips computes; B is then a matrix, and C's rows lie in pieces of a line.
   const StripSource* a_strips = nullptr;
   Pieces rows;
+  // Of 8-bit operands, in place of scales, bias and activation; the residual has 8 bits.
+  const Requantize* requantize = nullptr;
   Prepared* prepared = nullptr;  // where B is kept as it was packed, as this part of it
   int64_t prepared_part = 0;
 };

@@ -37,6 +37,8 @@ struct Store {
   // than the numbers that it stands for, and col_sum holds the sums of B's columns.
   const int32_t* row_zero;
   const int32_t* col_sum;
+  const Requantize* requantize;
+  int64_t residual_size;  // of an element, in bytes
   const Pieces* columns;  // null: evenly apart; for the driver, not for a StoreFn
 };
 
@@ -107,6 +109,7 @@ struct Kernel {
   bool direct_a = false;      // can read A where it lies, along K or across
   bool direct_b = false;      // and B, across
   bool finishes = false;      // its tiles take a Finish, and runs
+  bool runs = false;          // its tiles take runs of uint8
   bool split = false;         // a split product: see split_refused
   bool few_rows = false;      // for at most mr rows, reading B in place
   void (*enter)() = nullptr;  // on each thread before and after its tiles
@@ -144,6 +147,8 @@ const Kernel& numbers_kernel(const Kernel& kernel);
 // if they read A's rows where they lie as well.
 const Kernel* runs_kernel(DType type, Precision precision, bool exact_only);
 const Kernel* strips_kernel(DType type, Precision precision, bool exact_only);
+// The one of uint8 with int8 that reads so many channels where they lie, without many zeros beside.
+const Kernel& byte_strips_kernel(int64_t channels);
 
 // driver.cpp: one problem without batches, on up to `threads` threads. False where the kernel is a
 // split one and packing noticed what it cannot represent: C is then not what it should be, and to

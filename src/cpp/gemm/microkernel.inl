@@ -14,6 +14,7 @@
 #include "isa/integers.hpp"
 #include "isa/math.hpp"
 #include "isa/vec.hpp"
+#include "quant/requantize.inl"
 #if FASTNN_TARGET_ID == 2
 #include "isa/transpose_avx512.hpp"
 #endif
@@ -282,6 +283,15 @@ static void run_tile(const TileArgs& t) {
     }
   }
   packed.at[v][r](t);
+}
+
+// The same where a word of A in place is another than a packed one: OpsInPlace's.
+template <class Ops, class OpsInPlace, int MR, int NV>
+static void run_tile_apart(const TileArgs& t) {
+  static constexpr Tiles<Ops, MR, NV, true, true> packed;
+  static constexpr Tiles<OpsInPlace, MR, NV, false, true> a_in_place;
+  const int v = (t.cols - 1) / Ops::width, r = t.rows - 1;
+  t.packed_a ? packed.at[v][r](t) : a_in_place.at[v][r](t);
 }
 
 // A kernel for few rows that reads both operands in place: more vectors, to hide the latency.
@@ -637,6 +647,12 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
 [[maybe_unused]] static void store_s32(const void* acc, int ld, int rows, int cols, const Store& s,
                                        int64_t i0, int64_t j0) {
   const auto* a = static_cast<const int32_t*>(acc);
+  if (s.requantize) {
+    const int64_t size = dtype_size(s.type);
+    return requantize_tile(a, ld, rows, cols, *s.requantize, j0, s.type,
+                           s.c + (i0 * s.c_rs + j0) * size, s.c_rs * size,
+                           s.residual ? s.residual + i0 * s.r_rs + j0 : nullptr, s.r_rs);
+  }
   switch (s.type) {
     case DType::bf16:
       return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);

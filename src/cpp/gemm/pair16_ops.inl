@@ -60,9 +60,25 @@ struct Pair16Ops {
   }
 };
 
+// A read where it lies: two bytes a word, widened on the way.
+struct Pair8InPlaceOps : Pair16Ops {
+  static FASTNN_INLINE Vec broadcast(const char* p) {
+    short pair;
+    __builtin_memcpy(&pair, p, 2);
+#if FASTNN_TARGET_ID == 2
+    return _mm512_cvtepu8_epi16(_mm256_set1_epi16(pair));
+#else
+    return _mm256_cvtepu8_epi16(_mm_set1_epi16(pair));
+#endif
+  }
+};
+
 template <class A, int MR, int NV>
 constexpr Kernel pair16_kernel(const char* name, DType a, int64_t kc) {
   constexpr int nr = NV * Pair16Ops::width;
+  constexpr bool in_place = A(-1) > A(0);
+  TileFn tile = run_tile<Pair16Ops, MR, NV, false, false>;
+  if constexpr (in_place) tile = run_tile_apart<Pair16Ops, Pair8InPlaceOps, MR, NV>;
   return {.name = name,
           .a = a,
           .b = DType::s8,
@@ -76,9 +92,11 @@ constexpr Kernel pair16_kernel(const char* name, DType a, int64_t kc) {
           .b_bytes = 2,
           .pack_a = pack_panel<Pair16Ops, A, MR>,
           .pack_b = pack_panel<Pair16Ops, int8_t, nr>,
-          .tile = run_tile<Pair16Ops, MR, NV, false, false>,
+          .tile = tile,
           .store = store_s32,
-          .finishes = true};
+          .direct_a = in_place,
+          .finishes = true,
+          .runs = in_place};
 }
 
 }  // namespace fastnn::FASTNN_TARGET

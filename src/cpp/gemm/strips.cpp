@@ -112,6 +112,7 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
       pack_all(memory_of_b, thread, came);
       if (came > 1) barrier();
     }
+    if (kn.enter) kn.enter();
     char* memory = own + own_bytes * thread;
     Tiles tiles(kn, store, a, sums, memory, s.line, g.n, 0, 0);
     const char* rows = nullptr;
@@ -145,6 +146,7 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
           }
         }
     }
+    if (kn.leave) kn.leave();
   });
 }
 

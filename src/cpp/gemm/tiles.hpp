@@ -184,7 +184,8 @@ class Tiles {
         j0_(j0) {
     // A whole tile that needs nothing done to it is summed in C.
     straight_ = store.plain && store.type == kn.acc && store.c_cs == 1 && sums.blocks == 1;
-    finishes_ = kn.finishes && !sums.two_levels && short_epilogue(store, kn.acc);
+    finishes_ =
+        kn.finishes && !store.requantize && !sums.two_levels && short_epilogue(store, kn.acc);
     acc_row_ = int64_t(kn.nr) * dtype_size(kn.acc);
     t_.packed_a = a.packed;
     t_.a_row = a.lane, t_.a_word = a.word;
@@ -206,7 +207,7 @@ class Tiles {
   void line(int64_t c, int64_t residual) {
     const int64_t size = dtype_size(store_.type);
     store_.c += (c - line_c_) * size;
-    if (store_.residual) store_.residual += (residual - line_r_) * size;
+    if (store_.residual) store_.residual += (residual - line_r_) * store_.residual_size;
     line_c_ = c, line_r_ = residual;
   }
   // For the tiles to come: A's words of K lie in `runs` pieces, at these distances in bytes.
@@ -242,6 +243,11 @@ class Tiles {
       kn_.tile(t_);
       t_.finish = nullptr;
       return;
+    }
+    if (last && store_.requantize) {
+      const int64_t size = dtype_size(store_.type);
+      fetch(store_.c + (i * store_.c_rs + j_) * size, store_.c_rs * size, size);
+      if (store_.residual) fetch(store_.residual + i * store_.r_rs + j_, store_.r_rs, 1);
     }
     if (t_.words)
       kn_.tile(t_);

@@ -131,7 +131,7 @@ class Input {
   Input(const Kernel& kn, const Int8Linear& c) : kn_(kn), c_(c) {
     source.layout = layout_a(kn, c.m, c.k);
     source.layout.kc = std::max<int64_t>(kn.k_step, round_up(c.k, kn.k_step));
-    source.packed = !kn.direct_a;
+    source.packed = !kn.direct_a || kn.a_bytes > 1;  // wider when packed: once is better
     // At multiples of 1024 bytes rows of a panel share few sets of L1.
     row_ = round_up(std::max<int64_t>(c.k, 1), 64);
     if (row_ % 1024 == 0) row_ += 64;

@@ -195,7 +195,8 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .tile = run_tile<Int8Ops<is_signed>, 14, 2, !is_signed, false>,
           .store = store_s32,
           .direct_a = !is_signed,
-          .finishes = true};
+          .finishes = true,
+          .runs = !is_signed};
 }
 
 static const Kernel kernels[] = {

@@ -45,8 +45,16 @@ struct IntOps {
   }
 };
 
+// A read where it lies.
+struct ByteInPlaceOps : IntOps {
+  static FASTNN_INLINE Lanes broadcast(const char* p) { return *(const uint8_t*)p - Lanes{}; }
+};
+
 template <class A>
 constexpr Kernel int_kernel(const char* name, DType a) {
+  constexpr bool in_place = A(-1) > A(0);
+  TileFn tile = run_tile<IntOps, 4, 2, false, false>;
+  if constexpr (in_place) tile = run_tile_apart<IntOps, ByteInPlaceOps, 4, 2>;
   return {.name = name,
           .a = a,
           .b = DType::s8,
@@ -58,9 +66,11 @@ constexpr Kernel int_kernel(const char* name, DType a) {
           .b_bytes = 4,
           .pack_a = pack_panel<IntOps, A, 4>,
           .pack_b = pack_panel<IntOps, int8_t, 8>,
-          .tile = run_tile<IntOps, 4, 2, false, false>,
+          .tile = tile,
           .store = store_s32,
-          .finishes = true};
+          .direct_a = in_place,
+          .finishes = true,
+          .runs = in_place};
 }
 
 static const Kernel kernels[] = {

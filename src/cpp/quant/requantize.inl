@@ -1,0 +1,184 @@
+// Requantize on vectors: see requantize.hpp. Included after isa/vec.hpp, in its namespace.
+#pragma once
+#include "isa/vec.hpp"
+#include "quant/requantize.hpp"
+
+namespace fastnn::FASTNN_TARGET {
+
+// A vector of int32, as many as VecF32 has floats. `n`: only the first n lanes are in memory.
+struct Ints {
+  static constexpr int width = VecF32::width;
+#if FASTNN_TARGET_ID == 2
+  __m512i r;
+  static FASTNN_INLINE Ints zero() { return {_mm512_setzero_si512()}; }
+  static FASTNN_INLINE Ints set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static FASTNN_INLINE Ints load(const int32_t* p, int n) {
+    return {_mm512_maskz_loadu_epi32(VecF32::first(n), p)};
+  }
+  static FASTNN_INLINE Ints widen(const uint8_t* p, int n) {
+    return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(VecF32::first(n), p))};
+  }
+  static FASTNN_INLINE Ints widen(const int8_t* p, int n) {
+    return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(VecF32::first(n), p))};
+  }
+  // Of each lane of an 8-bit x and an 8-bit w, to this.
+  FASTNN_INLINE Ints plus_product(Ints x, Ints w) const {
+    return {_mm512_add_epi32(r, _mm512_madd_epi16(x.r, w.r))};
+  }
+  FASTNN_INLINE VecF32 floats() const { return {_mm512_cvtepi32_ps(r)}; }
+  // To the nearest, half to even; the lowest number of a NaN.
+  static FASTNN_INLINE Ints rounded(VecF32 v) { return {_mm512_cvtps_epi32(v.r)}; }
+  FASTNN_INLINE void store_low_bytes(uint8_t* p, int n) const {
+    _mm512_mask_cvtepi32_storeu_epi8(p, VecF32::first(n), r);
+  }
+#elif FASTNN_TARGET_ID == 1
+  __m256i r;
+  static FASTNN_INLINE Ints zero() { return {_mm256_setzero_si256()}; }
+  static FASTNN_INLINE Ints set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static FASTNN_INLINE Ints load(const int32_t* p, int n) {
+    return {_mm256_maskload_epi32(p, VecF32::first(n))};
+  }
+  static FASTNN_INLINE __m128i bytes(const void* p, int n) {
+    if (n == width) return _mm_loadl_epi64((const __m128i*)p);
+    uint64_t word = 0;
+    for (int i = 0; i < n; i++) word |= uint64_t(((const uint8_t*)p)[i]) << 8 * i;
+    return _mm_cvtsi64_si128((long long)word);
+  }
+  static FASTNN_INLINE Ints widen(const uint8_t* p, int n) {
+    return {_mm256_cvtepu8_epi32(bytes(p, n))};
+  }
+  static FASTNN_INLINE Ints widen(const int8_t* p, int n) {
+    return {_mm256_cvtepi8_epi32(bytes(p, n))};
+  }
+  FASTNN_INLINE Ints plus_product(Ints x, Ints w) const {
+    return {_mm256_add_epi32(r, _mm256_madd_epi16(x.r, w.r))};
+  }
+  FASTNN_INLINE VecF32 floats() const { return {_mm256_cvtepi32_ps(r)}; }
+  static FASTNN_INLINE Ints rounded(VecF32 v) { return {_mm256_cvtps_epi32(v.r)}; }
+  FASTNN_INLINE void store_low_bytes(uint8_t* p, int n) const {
+    const __m256i low = _mm256_and_si256(r, _mm256_set1_epi32(0xff));
+    const __m256i half = _mm256_packus_epi32(low, low);
+    const __m128i four =
+        _mm_packus_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const uint64_t word =
+        uint32_t(_mm_cvtsi128_si32(four)) | uint64_t(uint32_t(_mm_extract_epi32(four, 2))) << 32;
+    if (n == width)
+      __builtin_memcpy(p, &word, 8);
+    else
+      for (int i = 0; i < n; i++) p[i] = uint8_t(word >> 8 * i);
+  }
+#else
+  typedef int32_t Lanes __attribute__((vector_size(4 * width)));
+  Lanes r;
+  static FASTNN_INLINE Ints zero() { return {Lanes{}}; }
+  static FASTNN_INLINE Ints set1(int32_t x) { return {x - Lanes{}}; }
+  template <class T>
+  static FASTNN_INLINE Ints each(const T* p, int n) {
+    Ints v = zero();
+    for (int i = 0; i < n; i++) v.r[i] = p[i];
+    return v;
+  }
+  static FASTNN_INLINE Ints load(const int32_t* p, int n) { return each(p, n); }
+  static FASTNN_INLINE Ints widen(const uint8_t* p, int n) { return each(p, n); }
+  static FASTNN_INLINE Ints widen(const int8_t* p, int n) { return each(p, n); }
+  FASTNN_INLINE Ints plus_product(Ints x, Ints w) const { return {r + x.r * w.r}; }
+  FASTNN_INLINE VecF32 floats() const {
+    VecF32 v;
+    for (int i = 0; i < width; i++) v.r[i] = float(r[i]);
+    return v;
+  }
+  static FASTNN_INLINE Ints rounded(VecF32 v) {
+    v = round(v);
+    Ints out;
+    for (int i = 0; i < width; i++) out.r[i] = v.r[i] == v.r[i] ? int32_t(v.r[i]) : INT32_MIN;
+    return out;
+  }
+  FASTNN_INLINE void store_low_bytes(uint8_t* p, int n) const {
+    for (int i = 0; i < n; i++) p[i] = uint8_t(r[i]);
+  }
+#endif
+};
+#if FASTNN_TARGET_ID == 2
+FASTNN_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.r, b.r)}; }
+FASTNN_INLINE Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.r, b.r)}; }
+#elif FASTNN_TARGET_ID == 1
+FASTNN_INLINE Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.r, b.r)}; }
+FASTNN_INLINE Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.r, b.r)}; }
+#else
+FASTNN_INLINE Ints operator+(Ints a, Ints b) { return {a.r + b.r}; }
+FASTNN_INLINE Ints operator-(Ints a, Ints b) { return {a.r - b.r}; }
+#endif
+
+FASTNN_INLINE void put_result(float* p, VecF32 v, Ints, int n) {
+  n == VecF32::width ? v.store(p) : v.store_partial(p, n);
+}
+FASTNN_INLINE void put_result(bf16* p, VecF32 v, Ints, int n) {
+  n == VecF32::width ? v.store(p) : v.store_partial(p, n);
+}
+FASTNN_INLINE void put_result(uint8_t* p, VecF32 v, Ints zero, int n) {
+  (Ints::rounded(v) + zero).store_low_bytes(p, n);
+}
+
+// What is the same of all elements, and of the columns of one vector, on registers.
+template <class Residual>
+struct Requantizer {
+  VecF32 low, high, residual_scale;
+  Ints zero, residual_zero;
+  Ints start;
+  VecF32 scale, shift;
+  FASTNN_INLINE explicit Requantizer(const Requantize& q)
+      : low(VecF32::set1(q.low)),
+        high(VecF32::set1(q.high)),
+        residual_scale(VecF32::set1(q.residual_scale)),
+        zero(Ints::set1(q.zero)),
+        residual_zero(Ints::set1(q.residual_zero)) {}
+  FASTNN_INLINE void columns(const Requantize& q, int64_t j, int n) {
+    start = Ints::load(q.start + j, n);
+    scale = VecF32::load_partial(q.scale + j, n), shift = VecF32::load_partial(q.shift + j, n);
+  }
+  // `residual` may be null where Residual is void.
+  template <class T>
+  FASTNN_INLINE void put(T* to, Ints sum, const Residual* residual, int n) const {
+    VecF32 v = (sum + start).floats() * scale + shift;
+    if constexpr (sizeof(Residual) == 1)
+      v = v + (Ints::widen(residual, n) - residual_zero).floats() * residual_scale;
+    put_result(to, min(high, max(low, v)), zero, n);  // a NaN is the second operand, and passes
+  }
+};
+struct NoResidual {
+  int32_t unused;
+};
+
+// Rows of a tile of sums, `ld` apart, from column j on; strides in bytes.
+template <class T, class Residual>
+static void requantize_rows(const int32_t* acc, int ld, int rows, int cols, const Requantize& q,
+                            int64_t j, char* c, int64_t c_row, const char* residual,
+                            int64_t residual_row) {
+  Requantizer<Residual> to(q);
+  for (int v = 0; v < cols; v += Ints::width) {
+    const int n = cols - v < Ints::width ? cols - v : Ints::width;
+    to.columns(q, j + v, n);
+    for (int i = 0; i < rows; i++)
+      to.put(reinterpret_cast<T*>(c + i * c_row) + v, Ints::load(acc + i * ld + v, n),
+             reinterpret_cast<const Residual*>(residual + i * residual_row) + v, n);
+  }
+}
+template <class T>
+static void requantize_typed(const int32_t* acc, int ld, int rows, int cols, const Requantize& q,
+                             int64_t j, char* c, int64_t c_row, const char* residual,
+                             int64_t residual_row) {
+  const auto put = !residual                      ? requantize_rows<T, NoResidual>
+                   : q.residual_type == DType::s8 ? requantize_rows<T, int8_t>
+                                                  : requantize_rows<T, uint8_t>;
+  put(acc, ld, rows, cols, q, j, c, c_row, residual, residual ? residual_row : 0);
+}
+static void requantize_tile(const int32_t* acc, int ld, int rows, int cols, const Requantize& q,
+                            int64_t j, DType type, char* c, int64_t c_row, const char* residual,
+                            int64_t residual_row) {
+  const auto put = type == DType::f32    ? requantize_typed<float>
+                   : type == DType::bf16 ? requantize_typed<bf16>
+                                         : requantize_typed<uint8_t>;
+  put(acc, ld, rows, cols, q, j, c, c_row, residual, residual_row);
+}
+
+}  // namespace fastnn::FASTNN_TARGET
