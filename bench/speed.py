@@ -367,6 +367,12 @@ ROWS = (
         least=0.9,
     ),
     Row(
+        "resnet-int8",
+        "ResNet-50 in static int8, batch 1 and 8, against ONNX Runtime's",
+        _each("resnet50_int8", ((1, 224), (8, 224))),
+        least=1.0,
+    ),
+    Row(
         "resnet18-train",
         "ResNet-18, forward and backward, batch 8",
         _each("resnet18_train", ((8, 224),)),

@@ -13,6 +13,7 @@ import torch
 
 import fastnn
 
+from ..quant import Int8Static, quantize_, quantize_cnn_
 from . import peers
 from .benchmark import MODEL_PAUSE, Benchmark, Problem, register
 from .gemm import PEAKS
@@ -98,9 +99,52 @@ def _step(name: str, autocast: bool = False) -> Callable[[tuple[int, ...], torch
     return build
 
 
+def _int8_inference(name: str) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    """Static int8, calibrated with the same data; torch in float32 for scale."""
+
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+        n, edge = shape
+        model = fastnn.revert(getattr(fastnn.models, name)()).eval()
+        data = [torch.randn(n, 3, edge, edge) for _ in range(2)]
+        models = {
+            "fastnn": quantize_(quantize_cnn_(copy.deepcopy(model), Int8Static(data)), Int8Static(data)),
+            "torch": model.to(memory_format=torch.channels_last),
+        }
+
+        def run(label: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            def call(x: torch.Tensor) -> torch.Tensor:
+                with torch.inference_mode():
+                    return models[label](x)
+
+            return call
+
+        absent = {peer: why for peer, why in peers.absent(dtype).items() if peer == "onnxruntime"}
+        others = (
+            {}
+            if absent
+            else {
+                "onnxruntime": peers.int8_onnxruntime(
+                    copy.deepcopy(model).to(memory_format=torch.contiguous_format), data
+                )
+            }
+        )
+        return Problem(
+            lambda: (torch.randn(n, 3, edge, edge),),
+            {"fastnn": run("fastnn"), **others, "torch": run("torch")},
+            2 * n * _MULTIPLICATIONS[name] * (edge / 224) ** 2,
+            peak="int8",
+            absent=absent,
+            tolerance=0.2,
+            pause=MODEL_PAUSE,
+        )
+
+    return build
+
+
 _SHAPES = ((1, 224), (8, 224))
 for _name in ("resnet18", "resnet50", "mobilenet_v2"):
     register(Benchmark(f"{_name}_inference", "NxEDGE", _SHAPES, _inference(_name), (torch.float32, torch.bfloat16)))
+register(Benchmark("resnet50_int8", "NxEDGE", _SHAPES, _int8_inference("resnet50"), (torch.float32,)))
 register(Benchmark("resnet18_train", "NxEDGE", ((8, 224),), _step("resnet18"), (torch.float32,)))
 register(
     Benchmark("resnet18_train_autocast", "NxEDGE", ((8, 224),), _step("resnet18", autocast=True), (torch.bfloat16,))

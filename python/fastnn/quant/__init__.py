@@ -1,6 +1,8 @@
 """Quantized models: ``fastnn.quant.quantize_(model, Int8Dynamic())`` and its kin. See docs/quantization.md."""
 
+from .chain import quantize_cnn_
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+from .conv import QuantizedConv
 from .interop import from_torch_
 from .modules import (
     Int8DynamicLinear,
@@ -31,11 +33,13 @@ __all__ = [
     "Percentile",
     "QuantReport",
     "Quantized",
+    "QuantizedConv",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
     "dequantize_",
     "from_torch_",
     "quantize_",
+    "quantize_cnn_",
     "report",
 ]

@@ -16,8 +16,7 @@ static void int8_depthwise_typed(const uint8_t* const* x, const int32_t* w, int 
                                  int64_t positions, int64_t channels, const Requantize& q,
                                  char* out, int64_t out_step, const char* residual) {
   Requantizer<Residual> to(q);
-  for (int64_t c = 0; c < channels; c += Ints::width) {
-    const int n = channels - c < Ints::width ? int(channels - c) : Ints::width;
+  auto vector = [&](int64_t c, int n) __attribute__((always_inline)) {
     to.columns(q, c, n);
     auto some = [&](int64_t p, auto count) __attribute__((always_inline)) {
       constexpr int P = decltype(count)::value;
@@ -38,7 +37,10 @@ static void int8_depthwise_typed(const uint8_t* const* x, const int32_t* w, int 
     int64_t p = 0;
     for (; p + kInt8Positions <= positions; p += kInt8Positions) some(p, Count<kInt8Positions>{});
     for (; p < positions; p++) some(p, Count<1>{});
-  }
+  };
+  int64_t c = 0;
+  for (; c + Ints::width <= channels; c += Ints::width) vector(c, Ints::width);  // without masks
+  if (c < channels) vector(c, int(channels - c));
 }
 
 static void int8_depthwise(const uint8_t* const* x, const int32_t* w, int taps, int64_t positions,

@@ -13,13 +13,17 @@ struct Ints {
   static FASTNN_INLINE Ints zero() { return {_mm512_setzero_si512()}; }
   static FASTNN_INLINE Ints set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static FASTNN_INLINE Ints load(const int32_t* p, int n) {
-    return {_mm512_maskz_loadu_epi32(VecF32::first(n), p)};
+    return {n == width ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(VecF32::first(n), p)};
+  }
+  static FASTNN_INLINE __m128i bytes(const void* p, int n) {
+    return n == width ? _mm_loadu_si128((const __m128i*)p)
+                      : _mm_maskz_loadu_epi8(VecF32::first(n), p);
   }
   static FASTNN_INLINE Ints widen(const uint8_t* p, int n) {
-    return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(VecF32::first(n), p))};
+    return {_mm512_cvtepu8_epi32(bytes(p, n))};
   }
   static FASTNN_INLINE Ints widen(const int8_t* p, int n) {
-    return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(VecF32::first(n), p))};
+    return {_mm512_cvtepi8_epi32(bytes(p, n))};
   }
   // Of each lane of an 8-bit x and an 8-bit w, to this.
   FASTNN_INLINE Ints plus_product(Ints x, Ints w) const {
@@ -29,7 +33,10 @@ struct Ints {
   // To the nearest, half to even; the lowest number of a NaN.
   static FASTNN_INLINE Ints rounded(VecF32 v) { return {_mm512_cvtps_epi32(v.r)}; }
   FASTNN_INLINE void store_low_bytes(uint8_t* p, int n) const {
-    _mm512_mask_cvtepi32_storeu_epi8(p, VecF32::first(n), r);
+    if (n == width)
+      _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(r));
+    else
+      _mm512_mask_cvtepi32_storeu_epi8(p, VecF32::first(n), r);
   }
 #elif FASTNN_TARGET_ID == 1
   __m256i r;
@@ -155,13 +162,15 @@ static void requantize_rows(const int32_t* acc, int ld, int rows, int cols, cons
                             int64_t j, char* c, int64_t c_row, const char* residual,
                             int64_t residual_row) {
   Requantizer<Residual> to(q);
-  for (int v = 0; v < cols; v += Ints::width) {
-    const int n = cols - v < Ints::width ? cols - v : Ints::width;
+  auto vector = [&](int v, int n) __attribute__((always_inline)) {
     to.columns(q, j + v, n);
     for (int i = 0; i < rows; i++)
       to.put(reinterpret_cast<T*>(c + i * c_row) + v, Ints::load(acc + i * ld + v, n),
              reinterpret_cast<const Residual*>(residual + i * residual_row) + v, n);
-  }
+  };
+  int v = 0;
+  for (; v + Ints::width <= cols; v += Ints::width) vector(v, Ints::width);  // without masks
+  if (v < cols) vector(v, cols - v);
 }
 template <class T>
 static void requantize_typed(const int32_t* acc, int ld, int rows, int cols, const Requantize& q,

@@ -1,0 +1,243 @@
+"""Convolutions with int8 filters and uint8 images, and what runs them one after the other without leaving integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _cpu
+from ..backends.cpu import int8_conv as kernels
+from ..backends.reference.quantize import quantize_dynamic
+from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
+from ..ops.int8_conv import int8_conv1d, int8_conv2d
+from ..ops.quantize import quantize
+
+
+class QuantizedConv(torch.nn.Module):
+    """A convolution of one or two dimensions whose filters are int8, with a scale each, and whose input is taken as uint8 with
+    one scale and zero point. Called as the layer that it was it takes and gives floating-point numbers:
+    ``conv(dequantize(quantize(x)), dequantize(weight)) + bias``, in exact integer sums.
+
+    Args, which become buffers:
+        weight: (M, C / groups, *kernel), int8.
+        weight_scale: (M,), float32.
+        bias: (M,), floating, or None.
+        input_scale, input_zero_point: of no dimensions, float32 and int32.
+        output_scale, output_zero_point: likewise, of the tensor that this layer and what is fused with it hand on where that
+            is uint8, else None.
+
+    The others are those of :class:`torch.nn.Conv2d`. For inference: there are no gradients.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor,
+        input_zero_point: Tensor,
+        output_scale: Tensor | None = None,
+        output_zero_point: Tensor | None = None,
+        *,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        super().__init__()
+        if weight.dim() not in (3, 4) or weight.dtype is not torch.int8:
+            raise ValueError(
+                f"QuantizedConv: weight: expected three or four dimensions of int8, got {tuple(weight.shape)} of {weight.dtype}"
+            )
+        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
+        # As the kernels read them.
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        self.register_buffer("weight", weight.contiguous(memory_format=layout))
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
+        self.register_buffer("output_scale", output_scale)
+        self.register_buffer("output_zero_point", output_zero_point)
+        self._call: Step | None = None
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, inputs: Parameters, outputs: Parameters | None, **geometry: Any
+    ) -> QuantizedConv:
+        """With filters of floating-point numbers, each quantized symmetrically."""
+        q, scale, _ = quantize_dynamic(weight.detach().float(), None, [0], 0, "int8", True)
+        return cls(q, scale, None if bias is None else bias.detach(), *inputs, *(outputs or (None, None)), **geometry)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = input.dtype if input.dtype is torch.bfloat16 else torch.float32
+        if torch.compiler.is_compiling() or not _is_plain(input):
+            function = int8_conv1d if self.weight.dim() == 3 else int8_conv2d
+            return function(
+                *(self.quantized(input), self.weight, self.weight_scale, self.bias),
+                *(self.stride, self.padding, self.dilation, self.groups),
+                **dict(input_scale=self.input_scale, input_zero_point=self.input_zero_point, dtype=dtype),
+            ).to(input.dtype)
+        if self._call is None or self._call.dtype is not dtype:
+            self._call = Step(self, "none", dtype, None)
+        return self._call(input).to(input.dtype)
+
+    def quantized(self, input: Tensor) -> Tensor:
+        """The input as the kernels take it."""
+        if input.dim() == 4 and not input.is_contiguous(memory_format=torch.channels_last):
+            input = input.contiguous(memory_format=torch.channels_last)
+        return quantize(input, self.input_scale, self.input_zero_point, dtype=torch.uint8)
+
+    def dequantized_weight(self) -> Tensor:
+        """The filters that the integers stand for, in float32."""
+        return self.weight.float() * self.weight_scale.view(-1, *(1,) * (self.weight.dim() - 1))
+
+    def extra_repr(self) -> str:
+        filters, channels, *kernel = self.weight.shape
+        return (
+            f"{channels * self.groups}, {filters}, kernel_size={tuple(kernel)}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, weight=int8"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedConv:
+        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None and name != "bias"}
+        before = {name: self._buffers[name] for name in kept}
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            if self._buffers[name].dtype is not dtype:  # a scale of 8 bits of mantissa would be another scale
+                self._buffers[name] = before[name].to(self._buffers[name].device)
+        self._call = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None}
+
+
+#: The scale and zero point of a tensor of uint8.
+Parameters = tuple[Tensor, Tensor]
+
+_BUFFERS = ("weight", "weight_scale", "bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
+class _Unchanged:
+    """Whether the same tensors lie in these dictionaries under these names, with nothing written to them since."""
+
+    def __init__(self, places: list[tuple[dict[str, Tensor | None], str]]) -> None:
+        self._seen = []
+        for buffers, name in places:
+            tensor = buffers.get(name)
+            if tensor is None or tensor.is_inference():  # whose changes nothing counts
+                self._seen.append((buffers, name, tensor, 0 if tensor is None else tensor.data_ptr(), None))
+            else:
+                self._seen.append((buffers, name, tensor, tensor.data_ptr(), tensor._version))
+
+    def same(self) -> bool:
+        for buffers, name, tensor, address, version in self._seen:
+            if buffers.get(name) is not tensor:
+                return False
+            if tensor is not None and (
+                tensor.data_ptr() != address or (version is not None and tensor._version != version)
+            ):
+                return False
+        return True
+
+
+class Step:
+    """A quantized convolution with what follows it: a sum with a residual, an activation, and its result in uint8 with the
+    layer's ``output_scale``, or in floating-point numbers.
+
+    ``residual`` is where the residual's scale and zero point lie: the buffers of a module, and their names. Inputs and residuals
+    in floating-point numbers are quantized first.
+    """
+
+    def __init__(
+        self,
+        conv: QuantizedConv,
+        activation: str,
+        dtype: torch.dtype,
+        residual: tuple[dict[str, Tensor | None], str, str] | None,
+    ) -> None:
+        self.conv = conv
+        self.activation = activation
+        self.dtype = dtype
+        self.residual = residual
+        self._make()
+
+    def _make(self) -> None:
+        conv = self.conv
+        places: list[tuple[dict[str, Any], str]] = [(conv._buffers, name) for name in _BUFFERS]
+        if self.residual is not None:
+            places += [(self.residual[0], name) for name in self.residual[1:]]
+        self._watch = _Unchanged(places)
+        narrow = self.dtype is torch.uint8
+        how = kernels.requantization(
+            *(conv.weight, conv.weight_scale, conv.bias, conv.input_scale, conv.input_zero_point),
+            *((conv.output_scale, conv.output_zero_point) if narrow else (None, None)),
+            *(self.activation, self.dtype, False),
+        )
+        added = (0.0, 0)
+        if self.residual is not None:
+            scale, zero_point = self.residual_parameters()
+            added = (float(scale * torch.tensor(how.inverse)), int(zero_point))
+        self._convolution = kernels.Convolution(
+            *(conv.weight, how, conv.stride, conv.padding, conv.dilation, conv.groups, self.dtype, *added),
+            _cpu.Prepared(),
+        )
+
+    def residual_parameters(self) -> Parameters:
+        buffers, scale, zero_point = self.residual
+        return buffers[scale], buffers[zero_point]
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self._watch.same():
+            self._make()
+        if input.dim() < self.conv.weight.dim():
+            return self(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
+        if input.dtype is not torch.uint8:
+            input = self.conv.quantized(input)
+        if residual is not None and residual.dtype is not torch.uint8:
+            residual = quantize(residual, *self.residual_parameters(), dtype=torch.uint8)
+        return self._convolution(input, residual)
+
+
+class GlobalAverage:
+    """The mean of each channel of a uint8 image, (N, C, H, W) to (N, C, 1, 1) in ``dtype``: a convolution with ones.
+
+    ``parameters`` says where the scale and zero point of the image lie.
+    """
+
+    def __init__(self, parameters: tuple[dict[str, Tensor | None], str, str], dtype: torch.dtype) -> None:
+        self._parameters = parameters
+        self._dtype = dtype
+        self._watch = _Unchanged([(parameters[0], name) for name in parameters[1:]])
+        self._made: dict[tuple[int, ...], kernels.Convolution] = {}
+
+    def __call__(self, input: Tensor) -> Tensor:
+        shape = tuple(input.shape[1:])
+        if not self._watch.same():
+            self.__init__(self._parameters, self._dtype)
+        if shape not in self._made:
+            self._made = {shape: self._make(*shape)}
+        return self._made[shape](input)
+
+    def _make(self, channels: int, height: int, width: int) -> kernels.Convolution:
+        buffers, scale, zero_point = self._parameters
+        ones = torch.ones(channels, 1, height, width, dtype=torch.int8)
+        count = torch.tensor(1.0 / (height * width))
+        how = kernels.requantization(
+            *(ones, count, None, buffers[scale], buffers[zero_point], None, None, "none", self._dtype, False)
+        )
+        return kernels.Convolution(*(ones, how, (1, 1), (0, 0), (1, 1), channels, self._dtype, 0.0, 0, _cpu.Prepared()))
+
+
+def _is_plain(input: Tensor) -> bool:
+    return (
+        type(input) in PLAIN
+        and input.is_cpu
+        and dispatch_modes() == 0
+        and not functorch_active()
+        and tracing_state() is None
+    )

@@ -1,0 +1,202 @@
+"""Convolutional networks in integers: what a chain computes is what its layers' op computes one after the other."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnn.functional as fF
+from fastnn.models.resnet import resnet18
+from fastnn.quant import Int8Static, QuantizedConv, quantize_, quantize_cnn_
+
+
+def snr(y, exact):
+    return (10 * torch.log10(exact.double().pow(2).mean() / (y.double() - exact).pow(2).mean())).item()
+
+
+def settled(model):
+    """With batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.left = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.right = nn.Conv2d(16, 24, 1, stride=2, bias=False)
+        self.right_norm = nn.BatchNorm2d(24)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.norm(self.stem(x))))
+        left = self.depthwise(F.relu6(self.left(x)))
+        x = torch.relu(left + self.right_norm(self.right(x)))
+        return self.fc(torch.flatten(self.average(x), 1))
+
+
+def quantized(model, *inputs):
+    return quantize_cnn_(copy.deepcopy(model), Int8Static(list(inputs)))
+
+
+def test_a_chain_is_its_layers_one_after_the_other():
+    model = settled(Block())
+    x = torch.randn(2, 3, 17, 15)
+    chain = quantized(model, x)
+
+    def conv(layer, x, dtype, output=None, residual=None, **options):
+        buffers = dict(layer.named_buffers())
+        if output is not None:
+            options.update(output_scale=output.output_scale, output_zero_point=output.output_zero_point)
+        if residual is not None:
+            options.update(
+                {name: buffers[name] for name in ("residual_scale", "residual_zero_point")}, residual=residual
+            )
+        return fF.int8_conv2d(
+            *(
+                x,
+                layer.weight,
+                layer.weight_scale,
+                layer.bias,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
+            ),
+            **dict(input_scale=layer.input_scale, input_zero_point=layer.input_zero_point, dtype=dtype, **options),
+        )
+
+    u8 = torch.uint8
+    stem = chain.stem
+    y = torch.clamp((x * (1 / stem.input_scale)).round() + stem.input_zero_point, 0, 255).to(u8)
+    y = conv(stem, y, u8, stem, activation="relu")
+    assert stem.output_scale == chain.left.input_scale == chain.right.input_scale
+    y = F.max_pool2d(y.float(), 3, 2, 1).to(u8)
+    left = conv(chain.left, y, u8, chain.left, activation="relu6")
+    right = conv(chain.right, y, u8, chain.right)
+    y = conv(chain.depthwise, left, u8, chain.depthwise, right, activation="relu")
+    mean = (y.long() - chain.depthwise.output_zero_point).sum((2, 3)).float() * (
+        chain.depthwise.output_scale * torch.tensor(1 / (y.shape[2] * y.shape[3]))
+    )
+    with torch.inference_mode():
+        assert torch.equal(chain(x), chain.fc(mean))
+
+
+def test_resnet():
+    model = settled(resnet18(num_classes=20))
+    data = [torch.randn(2, 3, 40, 40) for _ in range(2)]
+    chain = quantized(model, *data)
+    x = data[0]
+    with torch.inference_mode():
+        exact, y = model(x), chain(x)
+        assert snr(y, exact) > 20
+        # The forward of the class, whose layers take and give floating-point numbers, is as good.
+        assert snr(type(chain)._original_class.forward(chain, x), exact) > 20
+        assert torch.equal(chain(x[:1]), y[:1])
+        assert torch.equal(chain(x.contiguous(memory_format=torch.channels_last)), y)
+    assert all(isinstance(m, QuantizedConv) for m in chain.modules() if "Conv" in type(m).__name__)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in chain.modules())
+    assert [name for name, m in chain.named_modules() if isinstance(m, QuantizedConv) and m.output_scale is None] == []
+
+
+def test_state_dict():
+    model = settled(Block())
+    a, b = torch.randn(2, 3, 17, 15), torch.randn(2, 3, 17, 15) * 3
+    one, other = quantized(model, a), quantized(model, b)
+    with torch.inference_mode():
+        y, different = one(a), other(a)
+        assert not torch.equal(y, different)
+        file = io.BytesIO()
+        torch.save(one.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(other(a), y)
+        assert torch.equal(copy.deepcopy(one.stem)(a), one.stem(a))
+
+
+def test_layers_alone():
+    x, layer = torch.randn(2, 6, 9, 8), nn.Conv2d(6, 10, 3, padding=1)
+    chain = quantized(nn.Sequential(layer), x)
+    with torch.inference_mode():
+        exact = layer(x)
+        for y in (chain(x), chain[0](x), chain[0](x[0])[None]):
+            assert y.dtype is torch.float32 and snr(y, exact[: len(y)]) > 30
+        assert chain[0](x.bfloat16()).dtype is torch.bfloat16
+        assert snr(chain[0].bfloat16()(x.bfloat16()), exact) > 30
+        assert chain[0].weight_scale.dtype is torch.float32
+        compiled = torch.compile(chain[0], fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), chain[0](x))
+
+
+def test_one_dimension():
+    model = settled(
+        nn.Sequential(nn.Conv1d(4, 12, 5, padding=2), nn.BatchNorm1d(12), nn.ReLU(), nn.Conv1d(12, 7, 3, 2))
+    )
+    x = torch.randn(3, 4, 33)
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        assert chain[0].output_scale is not None
+        assert snr(chain(x), model(x)) > 28
+
+
+def test_what_reads_integers_not_gets_numbers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(torch.sigmoid(y)) + y
+
+    model, x = Model().eval(), torch.randn(2, 3, 9, 9)
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        assert chain.a.output_scale is None
+        assert snr(chain(x), model(x)) > 25
+
+
+def test_linear_layers_afterwards():
+    model, x = settled(Block()), torch.randn(4, 3, 17, 15)
+    chain = quantize_(quantized(model, x), Int8Static([x]))
+    with torch.inference_mode():
+        assert chain.fc.weight.dtype is torch.int8
+        assert snr(chain(x), model(x)) > 20
+
+
+def test_bad_input():
+    for call in (lambda: quantize_cnn_(3, Int8Static([])), lambda: quantize_cnn_(nn.Conv2d(1, 1, 1), [])):
+        with pytest.raises(TypeError, match="quantize_cnn_"):
+            call()
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    for model, data in (
+        (Branches(), [torch.randn(1, 3, 5, 5)]),
+        (nn.Linear(3, 4), [torch.randn(1, 3)]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), []),
+    ):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="quantize_cnn_"):
+            quantize_cnn_(model, Int8Static(data))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.training
