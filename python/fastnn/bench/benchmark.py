@@ -42,7 +42,8 @@ class Problem:
         peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy; None where no peak says anything.
         beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
         absent: peers that could not take part, by name, each with the reason.
-        tolerance: how far the results may be apart, where the roundings of one operation do not explain it.
+        tolerance: how far the results may be apart, where the roundings of one operation do not explain it. Without it
+            integers must be equal.
         pause: seconds before each turn, where contestants have pools of threads of their own (`MODEL_PAUSE`,
             `TREE_PAUSE`); see `engine.compare`.
         steady: whether a first call takes no longer than others: nothing is compiled or packed in it. Where it took
@@ -224,14 +225,15 @@ def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: st
     allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
     allowed = allowed if problem.tolerance is None else max(allowed, problem.tolerance)
     what = f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}"
-    error, took = _check(what, allowed, contestants, inputs[0], peers[0])
+    may_differ = problem.tolerance is not None
+    error, took = _check(what, allowed, may_differ, contestants, inputs[0], peers[0])
     # Results of other inputs than the first are not those to compare with.
     steady = problem.steady and len(inputs) == 1
     warm = {name: seconds for name, seconds in took.items() if steady and seconds > _LONG_SECONDS}
     keeping = {name: _Keeping(contestants[name]) for name in warm}
     timing = engine.compare({**contestants, **keeping}, inputs, seconds=seconds, pause=problem.pause, warm=warm)
     kept = {name: each.again for name, each in keeping.items()}
-    _check(what, allowed, {**contestants, **kept}, inputs[0], peers[0])
+    _check(what, allowed, may_differ, {**contestants, **kept}, inputs[0], peers[0])
     if problem.peak is not None:
         top = max(top, _peak(problem.peak))
     best, peer_best = timing.best(ours), timing.best(peers)
@@ -282,6 +284,7 @@ def _peak(kind: str) -> float:
 def _check(
     what: str,
     allowed: float,
+    integers_differ: bool,
     contestants: dict[str, Callable[..., Any]],
     arguments: tuple[Any, ...],
     peer: str,
@@ -305,7 +308,7 @@ def _check(
         if len(got) != len(expected):
             raise WrongResult(f"{what}: {name} returned {len(got)} tensors, {peer} {len(expected)}")
         for mine, theirs in zip(got, expected, strict=True):
-            worst = max(worst, _difference(mine.detach(), theirs))
+            worst = max(worst, _difference(mine.detach(), theirs, integers_differ))
         if not worst <= allowed:
             raise WrongResult(
                 f"{what}: the result of {name} differs from {peer}'s by {worst:.3g}; at most {allowed:.3g} is expected"
@@ -313,11 +316,12 @@ def _check(
     return worst, took
 
 
-def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """‖mine − theirs‖ / ‖theirs‖, infinite for another shape or dtype and where it is NaN."""
+def _difference(mine: torch.Tensor, theirs: torch.Tensor, integers_differ: bool) -> float:
+    """‖mine − theirs‖ / ‖theirs‖, infinite for another shape or dtype, where it is NaN, and for integers that are not
+    equal, unless they may differ."""
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
         return math.inf
-    if not mine.is_floating_point():
+    if not mine.is_floating_point() and not integers_differ:
         return 0.0 if torch.equal(mine, theirs) else math.inf
     # In place and in the dtype at hand where that is wide enough: at 4096² a float64 copy is 128 MB.
     wide = torch.float64 if mine.dtype == torch.float64 else torch.float32

@@ -9,8 +9,8 @@ ones, those with the same indices along them (the scale's shape is that of x alo
 all but the last per token); with ``group_size`` g, each g neighbours along the last dimension (scale (..., K / g)). Scales are
 float32 (other floats are converted), zero points int32 (int8, uint8 and int64 are taken too), of the scale's shape.
 
-Formulas, in float32, to which x is converted first (Jacob et al., CVPR 2018; they are those of torch's own
-quantize_per_channel and fake_quantize)::
+Formulas, in float32, to which x is converted first (Jacob et al., CVPR 2018; those of torch's own fake_quantize, while its
+quantize_per_channel adds the zero point before it rounds, so that of a million integers a few differ)::
 
     integers    q = clamp(rne(x · (1 / scale)) + zero_point, qmin, qmax)
     float8      q = float8(clamp(x · (1 / scale), -max, max))
