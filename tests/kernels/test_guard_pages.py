@@ -1,5 +1,5 @@
-"""Embedding, rotary position embedding, dropout, quantized weights and int8 convolution on memory that ends, or begins, where
-nothing may be read."""
+"""Embedding, rotary position embedding, dropout, quantization, quantized weights and int8 convolution on memory that ends,
+or begins, where nothing may be read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import signal
 import pytest
 import torch
 
+from fastnn import _cpu
 from fastnn.backends.cpu import dropout as dropout_kernels
 from fastnn.backends.cpu import embedding as kernels
+from fastnn.backends.cpu import quantize as quantize_kernels
 from fastnn.backends.cpu.weight_only import weight_only_linear
+from fastnn.backends.reference import quantize as formulas
 from fastnn.backends.reference.weight_only import weight_only_linear as formula
 from fastnn.functional import int8_conv2d
 
-from .calls import FLOATS, UNDER_SANITIZER
+from .calls import DTYPE, FLOATS, UNDER_SANITIZER
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -104,6 +107,35 @@ def test_int8_convolution_touches_nothing_beyond(isa, at_end, walled):
             for place in (torch.clone, lambda t: walled(t, at_end))
         )
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("at_end", [False, True], ids=["begin", "end"])
+def test_quantization_touches_nothing_beyond(isa, dtype, at_end, walled):
+    for columns in (2, 66, 190, 1030):
+        x = walled(torch.randn(3, columns).to(dtype), at_end)
+        for scheme, code in quantize_kernels.SCHEME.items():
+            for axis, per_row, per_column in ((0, 1, 0), (1, 0, 1)):
+                scale = walled(torch.rand(x.shape[axis]) + 0.1, at_end)
+                zero_point = walled(torch.zeros(x.shape[axis], dtype=torch.int32), at_end)
+                shift = zero_point if scheme in formulas.RANGE else None
+                expected = formulas.quantize(x, scale, shift, None, [axis], 0, scheme)
+                q = walled(torch.zeros(expected.shape, dtype=torch.uint8), at_end)
+                parameters = (scale.data_ptr(), zero_point.data_ptr(), tuple(x.shape))
+                rest = (x.stride(), x.stride(), (per_row, per_column), len(scale))
+                _cpu.quantize(x.data_ptr(), q.data_ptr(), *parameters, *rest, DTYPE[dtype], code)
+                assert torch.equal(q, expected.view(torch.uint8))
+                back = walled(torch.zeros(3, columns, dtype=dtype), at_end)
+                _cpu.dequantize(q.data_ptr(), back.data_ptr(), *parameters, *rest, code, DTYPE[dtype])
+                assert torch.equal(back, formulas.dequantize(expected, scale, shift, [axis], 0, scheme, dtype))
+                found = walled(torch.zeros(len(scale)), at_end)
+                if scheme in ("uint8", "int4"):
+                    found_zero = walled(zero_point, at_end)
+                    _cpu.quantize_dynamic(
+                        x.data_ptr(), q.data_ptr(), found.data_ptr(), found_zero.data_ptr(), *parameters[2:], *rest,
+                        DTYPE[dtype], code, False,
+                    )  # fmt: skip
+                    assert torch.equal(found, formulas.choose_scale(x, [axis], 0, scheme, False)[0])
 
 
 def test_the_wall_is_there(walled):

@@ -188,6 +188,22 @@ def test_threads_and_large_results(isa, scheme):
             assert_same(results[0][0], formulas.quantize(x, scale, None, None, [], 128, scheme))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "uint4", "float8_e5m2"])
+def test_long_rows_of_scales(isa, scheme):
+    """Rows of scales longer than a chunk: threads begin at any element of a row."""
+    for columns in (2048, 2050, 3140, 5122):
+        x = torch.randn(57, columns)
+        scale, zero_point = parameters(x.shape, [1], 0, scheme)
+        for view in (x, x[:, :-2]):
+            part = scale[: view.shape[1]], None if zero_point is None else zero_point[: view.shape[1]]
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                q = kernels.quantize(view, *part, None, [1], 0, scheme)
+                assert_same(q, formulas.quantize(view, *part, None, [1], 0, scheme))
+                back = kernels.dequantize(q, *part, [1], 0, scheme, torch.float32)
+                assert_same(back, formulas.dequantize(q, *part, [1], 0, scheme, torch.float32))
+
+
 def test_around_the_caches(isa):
     """More than the last cache holds: results are written around it, from any first address on."""
     x = torch.randn((8 << 20) + 200)
