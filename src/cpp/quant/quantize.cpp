@@ -325,7 +325,7 @@ void quantize_groups(const QuantizeKernels& table, const Groups& groups) {
   float low[kMost], high[kMost], inverse[kMost], zero[kMost];
   const Limits range = limits(groups.scheme);
   // An even count of elements at a time, where two make a byte.
-  int64_t at_once = std::min(kMost, std::max<int64_t>(1, 8192 / groups.group));
+  int64_t at_once = std::min(kMost, 8192 / std::max<int64_t>(groups.group, 1) + 1);
   if (is_packed(groups.scheme) && groups.group % 2) at_once = std::max<int64_t>(at_once & -2, 2);
   const int64_t item = int64_t(dtype_size(groups.type));
   const auto find = table.range[int(groups.type)];
@@ -351,7 +351,7 @@ void quantize_groups(const QuantizeKernels& table, const Groups& groups) {
     run.group = groups.group, run.period = count, run.stride = 1;
     run.seed = groups.rounding.seed, run.element = groups.element + uint64_t(first);
     run.around_caches = groups.around_caches;
-    quantize(run);
+    if (groups.group) quantize(run);
   }
 }
 
@@ -422,7 +422,7 @@ void quantize_dynamic(const Numbers& numbers, bool symmetric, float* scale, int3
 void quantize_rows(const Rows& rows, int64_t begin, int64_t end) {
   const QuantizeKernels& table = kernels();
   const int64_t item = int64_t(dtype_size(rows.type));
-  for (int64_t r = begin; r < end && rows.given; r++) {
+  for (int64_t r = begin; r < end && rows.given && rows.columns; r++) {
     const float inverse = 1 / rows.scale[r];
     const float zero = rows.zero_point ? float(rows.zero_point[r]) : 0;
     ScaledRun run{};
