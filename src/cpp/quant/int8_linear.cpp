@@ -6,7 +6,8 @@
 //           for panel of rows     sum in registers over all of K, correction, scales, bias: y
 //
 // K is not cut into blocks: integers need no short sums, and a panel of w is read from L2 as fast
-// as it is multiplied.
+// as it is multiplied. A weight that is not packed is packed first, unless the rows are so few that
+// dot products along K are done sooner.
 #include "quant/int8_linear.hpp"
 
 #include <cstring>
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;  // rows of x of a block: a share of L2
 constexpr int64_t kFewElements = 16 << 10;  // of x, which each thread quantizes for itself
 constexpr int64_t kShares = 8;              // pieces of w a thread, at least
+constexpr int64_t kFewRows = 4;             // that are multiplied with w as it lies
 
 // ---- the packed weight -------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class Input {
   }
   Source source{};
 
+  int64_t row() const { return row_; }  // where they lie apart, so many bytes
   int64_t bytes() const {
     return source.packed ? source.layout.total()
                          : row_ * source.layout.panels * source.layout.lanes;
@@ -182,6 +185,77 @@ class Input {
   int64_t row_;
 };
 
+// The way of the sums to y.
+Store store_of(const Int8Linear& c, const float* scales, const int32_t* zeros, const float* w_scale,
+               const int32_t* sums) {
+  Store store{};
+  store.c = c.y, store.c_rs = c.y_row, store.c_cs = 1, store.type = c.type;
+  store.alpha = 1, store.alpha64 = 1;
+  if (c.bias) {
+    store.bias = c.bias, store.bias_type = c.bias_type;
+    store.bias_axis = BiasAxis::column, store.bias_stride = 1;
+  }
+  store.activation = c.activation;
+  store.row_scale = scales, store.col_scale = w_scale;
+  store.row_zero = zeros, store.col_sum = sums;
+  return store;
+}
+
+// Scales and zero points, of `copies` times all rows, and the scales of w's rows.
+class Scales {
+ public:
+  Scales(const Int8Linear& c, int64_t copies) : per_row_(round_up(c.m * 4, 64)) {
+    const int64_t columns = c.one_scale ? c.n : 0;
+    rows_ = static_cast<char*>(
+        scratch(Scratch::misc, size_t(2 * per_row_ * copies + columns * int64_t(sizeof(float)))));
+    auto* filled = reinterpret_cast<float*>(rows_ + 2 * per_row_ * copies);
+    std::fill(filled, filled + columns, c.w_scale[0]);
+    of_w = c.one_scale ? filled : c.w_scale;
+  }
+  const float* of_w;
+  float* scales(int64_t copy) const {
+    return reinterpret_cast<float*>(rows_ + 2 * per_row_ * copy);
+  }
+  int32_t* zeros(int64_t copy) const {
+    return reinterpret_cast<int32_t*>(rows_ + 2 * per_row_ * copy + per_row_);
+  }
+
+ private:
+  int64_t per_row_;
+  char* rows_;
+};
+
+// Few rows, and one of ones for the sums of w's, times w as it lies.
+void run_few(const Kernel& kn, const Int8Linear& c, int threads) {
+  count_call(kn.dot_name);
+  const Input input(kn, c);
+  const int64_t row = input.row(), a_bytes = (c.m + 1) * row;
+  char* a = static_cast<char*>(scratch(Scratch::packed_a, size_t(a_bytes * threads)));
+  auto* sums = static_cast<int32_t*>(scratch(Scratch::packed_b, size_t(c.n) * sizeof(int32_t)));
+  const Scales scales(c, threads);
+  parallel(threads, [&](int thread, int came) {
+    char* mine = a + thread * a_bytes;
+    input.run(0, input.source.layout.panels, mine, scales.scales(thread), scales.zeros(thread),
+              nullptr);
+    std::memset(mine + c.m * row, 1, size_t(c.k));
+    const Store store = store_of(c, scales.scales(thread), scales.zeros(thread), scales.of_w, sums);
+    alignas(64) int32_t acc[kDotRows * kDotCols];
+    const Range share = share_of(c.n, kDotCols, thread, came);
+    for (int64_t j = share.begin; j < share.end; j += kDotCols) {
+      const int cols = int(std::min<int64_t>(kDotCols, share.end - j));
+      // The row of ones is the last, and wanted first.
+      for (int64_t i = c.m / kDotRows * kDotRows; i >= 0; i -= kDotRows) {
+        const int rows = int(std::min<int64_t>(kDotRows, c.m + 1 - i));
+        kn.dot(mine + i * row, row, rows, c.w + j * c.w_row, c.w_row, cols, c.k, acc);
+        const bool last = i + rows == c.m + 1;
+        if (last)
+          std::memcpy(sums + j, acc + (rows - 1) * kDotCols, size_t(cols) * sizeof(int32_t));
+        kn.store(acc, kDotCols, rows - last, cols, store, i, j);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 int64_t packed_int8_bytes(int64_t n, int64_t k) {
@@ -211,8 +285,6 @@ void int8_linear(const Int8Linear& c) {
   check(c);
   if (c.m == 0 || c.n == 0) return;
   const Kernel& kn = integer_kernel(DType::u8);
-  count_call(kn.name);
-  const Input input(kn, c);
   const Layout b = panels_of(kn, c.n, c.k);
   const int64_t head = int64_t(sizeof(Header)) + sums_bytes(c.n);
 
@@ -229,6 +301,9 @@ void int8_linear(const Int8Linear& c) {
     std::memcpy(&header, c.packed, sizeof(header));
     packed = header.kernel == hash(kn.name) && header.n == c.n && header.k == c.k;
   }
+  if (!packed && kn.dot && c.m <= kFewRows && c.k && c.w_col == 1) return run_few(kn, c, threads);
+  count_call(kn.name);
+  const Input input(kn, c);
   char* weight = packed ? const_cast<char*>(c.packed)
                         : static_cast<char*>(scratch(Scratch::packed_b, size_t(head + b.total())));
   auto* sums = reinterpret_cast<int32_t*>(weight + sizeof(Header));
@@ -246,16 +321,7 @@ void int8_linear(const Int8Linear& c) {
   const int64_t copies = alone ? threads : 1;
   const int64_t a_bytes = round_up(input.bytes(), 64);
   char* a = static_cast<char*>(scratch(Scratch::packed_a, size_t(a_bytes * copies)));
-  const int64_t per_row = round_up(c.m * 4, 64);
-  char* misc = static_cast<char*>(
-      scratch(Scratch::misc,
-              size_t(2 * per_row * copies + (c.one_scale ? c.n : 0) * int64_t(sizeof(float)))));
-  const float* w_scale = c.w_scale;
-  if (c.one_scale) {
-    auto* columns = reinterpret_cast<float*>(misc + 2 * per_row * copies);
-    std::fill(columns, columns + c.n, c.w_scale[0]);
-    w_scale = columns;
-  }
+  const Scales scales(c, copies);
 
   const int64_t mp = input.source.layout.panels, np = b.panels;
   const int64_t block =
@@ -269,23 +335,12 @@ void int8_linear(const Int8Linear& c) {
     if (kn.enter) kn.enter();
     const int64_t copy = alone ? thread : 0;
     char* my_a = a + copy * a_bytes;
-    auto* scales = reinterpret_cast<float*>(misc + 2 * per_row * copy);
-    auto* zeros = reinterpret_cast<int32_t*>(misc + 2 * per_row * copy + per_row);
     const Range share = alone ? Range{0, mp} : share_of(mp, 1, thread, came);
-    input.run(share.begin, share.end, my_a, scales, zeros, mine + tile);
+    input.run(share.begin, share.end, my_a, scales.scales(copy), scales.zeros(copy), mine + tile);
     if (!packed) packing.run(thread, came, mine + tile);
     if (came > 1 && !alone) barrier();
 
-    Store store{};
-    store.c = c.y, store.c_rs = c.y_row, store.c_cs = 1, store.type = c.type;
-    store.alpha = 1, store.alpha64 = 1;
-    if (c.bias) {
-      store.bias = c.bias, store.bias_type = c.bias_type;
-      store.bias_axis = BiasAxis::column, store.bias_stride = 1;
-    }
-    store.activation = c.activation;
-    store.row_scale = scales, store.col_scale = w_scale;
-    store.row_zero = zeros, store.col_sum = sums;
+    const Store store = store_of(c, scales.scales(copy), scales.zeros(copy), scales.of_w, sums);
     Source source = input.source;
     source.data = my_a;
     Tiles tiles(kn, store, source, Sums(kn, 1, 1), mine, c.m, c.n, 0, 0);

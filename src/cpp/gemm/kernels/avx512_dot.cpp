@@ -102,6 +102,23 @@ struct Int8Ops {
   }
 };
 
+// Along K, for few rows: 64 bytes at a time of both operands.
+struct ByteDotOps {
+  using Acc = int32_t;
+  using Vec = __m512i;
+  using Sum = VecI32;
+  static constexpr int dot_width = 64;
+  static FASTNN_INLINE VecI32 zero() { return VecI32::set1(0); }
+  static FASTNN_INLINE VecI32 multiply_add(VecI32 sum, Vec a, Vec b) {
+    return {_mm512_dpbusd_epi32(sum.r, a, b)};
+  }
+  static FASTNN_INLINE Vec dot_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE Vec dot_load_partial(const uint8_t* p, int n) {
+    return _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, p);
+  }
+};
+FASTNN_INLINE int32_t reduce_add(VecI32 a) { return _mm512_reduce_add_epi32(a.r); }
+
 // Packing of one side; Flip turns a signed A into a + 128.
 template <bool Flip>
 struct Int8Pack {
@@ -194,6 +211,8 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .finish_b = is_signed ? negative_sums : nullptr,
           .tile = run_tile<Int8Ops<is_signed>, 14, 2, !is_signed, false>,
           .store = store_s32,
+          .dot = is_signed ? nullptr : run_dot<ByteDotOps, uint8_t>,
+          .dot_name = is_signed ? "" : "avx512 u8s8 vpdpbusd dot",
           .direct_a = !is_signed,
           .finishes = true,
           .runs = !is_signed};
