@@ -3,6 +3,7 @@
 from .chain import quantize_cnn_
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from .conv import QuantizedConv
+from .equalization import equalize_
 from .interop import from_torch_
 from .modules import (
     Int8DynamicLinear,
@@ -38,6 +39,7 @@ __all__ = [
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
     "dequantize_",
+    "equalize_",
     "from_torch_",
     "quantize_",
     "quantize_cnn_",
