@@ -14,6 +14,7 @@ from .modules import (
     WeightOnlyLinear,
 )
 from .observers import MSE, MinMax, MovingAverage, Observer, Percentile
+from .pruning import prunable_channels, prune_channels_, prune_magnitude_, remove_masks_
 from .quantize import dequantize_, quantize_
 from .report import LayerReport, QuantReport, report
 
@@ -41,7 +42,11 @@ __all__ = [
     "dequantize_",
     "equalize_",
     "from_torch_",
+    "prunable_channels",
+    "prune_channels_",
+    "prune_magnitude_",
     "quantize_",
     "quantize_cnn_",
+    "remove_masks_",
     "report",
 ]
