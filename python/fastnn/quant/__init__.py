@@ -1,5 +1,6 @@
 """Quantized models: ``fastnn.quant.quantize_(model, Int8Dynamic())`` and its kin. See docs/quantization.md."""
 
+from .adaround import round_weights
 from .chain import quantize_cnn_
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from .conv import QuantizedConv
@@ -49,4 +50,5 @@ __all__ = [
     "quantize_cnn_",
     "remove_masks_",
     "report",
+    "round_weights",
 ]

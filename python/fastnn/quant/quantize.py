@@ -7,17 +7,18 @@ class and other tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import nn
-from ..backends.reference.quantize import PACKED
+from ..backends.reference.quantize import PACKED, RANGE
 from ..convert import Selection, _check_model, _class_name, _named_modules, _original_class, _select
 from ..nn.conv1d import is_conv1d
 from ..ops.quantize import choose_scale, quantize_dynamic
+from .adaround import Moments, refine
 from .config import Config, Int8Dynamic, Int8Static
 from .modules import (
     Int8DynamicLinear,
@@ -51,7 +52,15 @@ class Rule:
     make: Callable[[torch.nn.Module, Config, Observer | None], Quantized]
 
 
-def quantize_(model: Model, config: Config, *, only: Selection | None = None, skip: Selection | None = None) -> Model:
+def quantize_(
+    model: Model,
+    config: Config,
+    *,
+    only: Selection | None = None,
+    skip: Selection | None = None,
+    rounding: str = "nearest",
+    calibration_data: Iterable[Any] | None = None,
+) -> Model:
     """Replace, in place, layers by quantized ones; return the model. :func:`dequantize_` undoes it.
 
     Linear layers (``torch.nn.Linear``, ``fastnn.nn.Linear``, transformers' ``Conv1D``) become
@@ -67,12 +76,19 @@ def quantize_(model: Model, config: Config, *, only: Selection | None = None, sk
         config: :class:`Int8Dynamic`, :class:`Int8Static`, :class:`Int8WeightOnly`, :class:`Int4WeightOnly` or
             :class:`Float8WeightOnly`.
         only, skip: these layers alone, or all but these; forms as for :func:`fastnn.convert`.
+        rounding: ``"nearest"``: scales hold the largest weight, and weights are rounded to the nearest integer. ``"mse"``:
+            scales are those with the least squared error. ``"adaround"``: the same scales, and weights are rounded so that the
+            layer's results on ``calibration_data`` change least (:mod:`fastnn.quant.adaround`), which few-bit weights gain
+            most from. Neither is for float8.
+        calibration_data: for ``"adaround"``, inputs as :class:`Int8Static` takes them; its own by default. They are read more
+            than once if the layers are many.
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no configuration, ``only`` or ``skip`` none of their forms.
         ValueError: a layer in question is quantized already; a layer that cannot be quantized so (its size has no such
             groups, is odd for 4 bits, its dtype is float64); a subclass of torch's encoder layer that would not call the layers
-            in it; nothing to quantize; no calibration data, or a layer that saw none; a pattern that meets no module.
+            in it; nothing to quantize; no calibration data, or a layer that saw none; a pattern that meets no module; another
+            ``rounding``, one that float8 has not, or ``calibration_data`` that nothing reads.
 
     After an exception, of the model's forward in calibration as well, the model is as it was.
     """
@@ -80,6 +96,7 @@ def quantize_(model: Model, config: Config, *, only: Selection | None = None, sk
     if not isinstance(config, Config):
         hint = f"; make one: {config.__name__}()" if isinstance(config, type) and issubclass(config, Config) else ""
         raise TypeError(f"quantize_: config must be one of fastnn.quant's, such as Int8Dynamic(), got {config!r}{hint}")
+    _check_rounding(config, rounding, calibration_data)
     modules = _named_modules(model)
     chosen = _select("only", only, model, "quantize_") if only is not None else {id(module) for _, module in modules}
     if skip is not None:
@@ -89,6 +106,10 @@ def quantize_(model: Model, config: Config, *, only: Selection | None = None, sk
         layers = _plan(modules, chosen, config, undo)
         observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
         made = [(layer, rule.make(layer, config, observers.get(name))) for name, layer, rule in layers]
+        if rounding != "nearest":
+            names = [name for name, _, _ in layers]
+            data = getattr(config, "calibration_data", None) if calibration_data is None else calibration_data
+            _refine(model, list(zip(names, made, strict=True)), data if rounding == "adaround" else None)
         for layer, quantized in made:
             undo.remember(layer)
             become(layer, quantized)
@@ -382,6 +403,57 @@ def _calibrate(
                 " calibration_data; leave it with skip=, or give data that reaches it"
             ) from error
     return observers
+
+
+def _check_rounding(config: Config, rounding: str, data: Any) -> None:
+    if rounding not in ("nearest", "mse", "adaround"):
+        raise ValueError(f"quantize_: rounding must be 'nearest', 'mse' or 'adaround', got {rounding!r}")
+    if rounding != "nearest" and config.weight_dtype not in RANGE:
+        raise ValueError(f"quantize_: rounding={rounding!r} is for integers, not for {config.weight_dtype}")
+    if rounding != "adaround" and data is not None:
+        raise ValueError(f"quantize_: calibration_data is for rounding='adaround', got rounding={rounding!r}")
+    if rounding == "adaround" and data is None and not isinstance(config, Int8Static):
+        raise ValueError("quantize_: rounding='adaround' needs calibration_data, a few batches of the model's inputs")
+    if data is not None and not isinstance(data, Iterable):
+        raise TypeError(f"quantize_: calibration_data must be an iterable of inputs, got {type(data).__name__}")
+
+
+#: The layers' moments, of 8 bytes times their inputs squared, that are in memory at a time.
+_MOMENTS = 1 << 29
+
+
+def _refine(
+    model: torch.nn.Module, made: list[tuple[str, tuple[torch.nn.Module, Quantized]]], data: Any | None
+) -> None:
+    """Better scales for each layer that was made, and with data better roundings."""
+    inputs = [] if data is None else list(inputs_of(data))
+    if data is not None and not inputs:
+        raise ValueError("quantize_: calibration_data must hold an input at least, got none")
+    waiting = list(made)
+    while waiting:
+        some, size = [], 0
+        while waiting and (not some or size <= _MOMENTS):
+            some.append(waiting.pop(0))
+            _, (layer, quantized) = some[-1]
+            columns = layer.weight.numel() // max(1, quantized.weight.shape[0])
+            size += 8 * columns**2 * getattr(layer, "groups", 1)
+        moments = {name: Moments() for name, _ in some}
+        hooks = [layer.register_forward_hook(moments[name], with_kwargs=True) for name, (layer, _) in some]
+        try:
+            with in_eval_mode(model):
+                for input in inputs:
+                    run_on(model, input)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, (layer, quantized) in some:
+            moment = moments[name].total
+            if inputs and moment is None:
+                raise ValueError(
+                    f"quantize_: {name or 'the model'} was not called while the model ran on {len(inputs)} inputs of"
+                    " calibration_data; leave it with skip=, or give data that reaches it"
+                )
+            refine(quantized, layer.weight.t() if _is_conv1d(layer) else layer.weight, moment)
 
 
 # ---- in place ----------------------------------------------------------------------------------------------------
