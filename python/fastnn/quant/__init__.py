@@ -1,6 +1,7 @@
 """Quantized models: ``fastnn.quant.quantize_(model, Int8Dynamic())`` and its kin. See docs/quantization.md."""
 
 from .adaround import round_weights
+from .bias_correction import correct_bias_
 from .chain import quantize_cnn_
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from .conv import QuantizedConv
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
+    "correct_bias_",
     "dequantize_",
     "equalize_",
     "from_torch_",
