@@ -135,6 +135,7 @@ class QuantReport:
         left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 2))
         names = [layer.name or "(model)" for layer in self.layers]
         places = range(len(names))
+        below = {"fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
         # What is exact has no noise.
         highest = max([x for y in self.layers for x in (y.snr, y.own_snr) if math.isfinite(x)], default=0.0) + 10
         for offset, label, colour in ((-0.2, "snr", "tab:blue"), (0.2, "own_snr", "tab:orange")):
@@ -144,22 +145,23 @@ class QuantReport:
         left.set_yticks(places, names, fontsize=7)
         left.invert_yaxis()
         left.set(title="Signal to noise of each layer, dB")
-        left.legend(fontsize=7)
+        left.legend(**below)
         for offset, which, label, colour in ((-0.2, 0, "before", "0.7"), (0.2, 1, "after", "tab:blue")):
             sizes = [layer.bytes[which] for layer in self.layers]
             middle.barh([place + offset for place in places], sizes, 0.4, color=colour, label=label)
         middle.set_yticks(places, [])
         middle.invert_yaxis()
         middle.set(title="Bytes of each layer")
-        middle.legend(fontsize=7)
+        middle.legend(**below)
         shares = {"bytes": self.bytes[1] / max(self.bytes[0], 1), "time": self.seconds[1] / self.seconds[0]}
         if self.accuracy is not None:
             shares["accuracy"] = self.accuracy[1] / self.accuracy[0] if self.accuracy[0] else math.nan
         right.bar(list(shares), [1.0] * len(shares), 0.7, color="0.85", label="before")
         bars = right.bar(list(shares), list(shares.values()), 0.5, color="tab:blue", label="after")
         right.bar_label(bars, [f"{value:.2f}" for value in shares.values()])
+        right.margins(y=0.1)
         right.set(title="The model, before = 1")
-        right.legend(fontsize=7)
+        right.legend(**below)
         figure.savefig(path, dpi=110, format=None if os.path.splitext(path)[1] else "png")
 
 
@@ -393,7 +395,10 @@ def _times(before: float, after: float) -> str:
 
 
 def _faster(ratio: tuple[float, float, float]) -> str:
-    return f"{ratio[0]:.2f}x faster ({ratio[1]:.2f} to {ratio[2]:.2f})"
+    middle, low, high = ratio
+    if middle >= 1.0:
+        return f"{middle:.2f}x faster ({low:.2f} to {high:.2f})"
+    return f"{1 / middle:.2f}x slower ({1 / high:.2f} to {1 / low:.2f})"
 
 
 def _aligned(cells: list[tuple[str, ...]], right: int) -> str:
