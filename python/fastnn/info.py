@@ -34,6 +34,7 @@ _EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
 _ATTENTION = ("scaled_dot_product_attention", "attention", "multi_head_attention_forward")
 _SOFTMAX = ("softmax", "log_softmax", "softmin", "cross_entropy")
+_INTEGER_CONVOLUTIONS = ("int8_conv1d", "int8_conv2d")
 _QUANTIZATION = ("quantize", "quantize_dynamic", "choose_scale", "dequantize")
 _NORMS = ("batch_norm", "batch_norm_act", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 #: Family -> its ops, where a family has one kernel an instruction set, for every dtype.
@@ -140,6 +141,7 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
             *_QUANTIZATION,
             "int8_linear",
             "pack_int8_weight",
+            *_INTEGER_CONVOLUTIONS,
             *_PRODUCTS,
             *_CONVOLUTIONS,
             *itertools.chain.from_iterable(_FAMILIES.values()),
@@ -160,6 +162,8 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     of_integers = f"cpu: {cpu.gemm_path(torch.int8)}"
     ops["int8_linear"] = {**{_name(dtype): of_integers for dtype in _FLOATS}, "float64": "-", "int8": "-"}
     ops["pack_int8_weight"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": of_integers}
+    for op in _INTEGER_CONVOLUTIONS:
+        ops[op] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.isa()} int8 convolution"}
     for op in _ATTENTION:
         ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
     return ops
