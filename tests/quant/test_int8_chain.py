@@ -10,7 +10,7 @@ from torch import nn
 
 import fastnn.functional as fF
 from fastnn.models.resnet import resnet18
-from fastnn.quant import Int8Static, QuantizedConv, quantize_, quantize_cnn_
+from fastnn.quant import Int8Static, QuantizedConv, dequantize_, quantize_, quantize_cnn_
 
 
 def snr(y, exact):
@@ -200,3 +200,20 @@ def test_bad_input():
             quantize_cnn_(model, Int8Static(data))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.training
+
+
+def test_a_chain_is_quantized_once_and_for_all():
+    x = torch.randn(2, 3, 17, 15)
+    chain = quantized(settled(Block()), x)
+    expected = chain(x)
+    with pytest.raises(ValueError, match="stem is a QuantizedConv already"):
+        quantize_cnn_(chain, Int8Static(x))
+    with pytest.raises(ValueError, match=r"stem is a QuantizedConv: .* cannot be undone"):
+        dequantize_(chain)
+    assert torch.equal(chain(x), expected)
+
+
+def test_one_tensor_is_one_input():
+    model, x = settled(Block()), torch.randn(2, 3, 17, 15)
+    one = quantize_cnn_(copy.deepcopy(model), Int8Static(x))
+    assert torch.equal(one(x), quantized(model, x)(x))

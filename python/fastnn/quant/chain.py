@@ -23,6 +23,7 @@ from ..nn.mlp import _unwatched
 from .config import Int8Static
 from .conv import GlobalAverage, Parameters, QuantizedConv, Step
 from .observers import Observer
+from .quantize import inputs_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -72,7 +73,8 @@ def quantize_cnn_(model: Model, config: Int8Static) -> Model:
     """Replace, in place, the convolutions of one and two dimensions by :class:`~fastnn.quant.QuantizedConv`, batch norms after
     them by nothing, and the model's forward by one that keeps to integers between them; return the model, in eval mode.
 
-    Linear layers are left to :func:`~fastnn.quant.quantize_`, which can be called afterwards.
+    Linear layers are left to :func:`~fastnn.quant.quantize_`, which can be called afterwards. Nothing undoes this: quantize a
+    copy.
 
     Args:
         model: a module whose forward ``torch.fx`` can follow.
@@ -80,12 +82,15 @@ def quantize_cnn_(model: Model, config: Int8Static) -> Model:
             what chooses the range of a tensor.
 
     Raises TypeError where these are something else; ValueError where the forward cannot be followed, there is nothing to
-    quantize, or no data. The model is then as it was.
+    quantize, no data, or a convolution is quantized already. The model is then as it was.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"quantize_cnn_: model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, Int8Static):
         raise TypeError(f"quantize_cnn_: config: expected an Int8Static, got {type(config).__name__}")
+    again = next((name for name, module in model.named_modules() if isinstance(module, QuantizedConv)), None)
+    if again is not None:
+        raise ValueError(f"quantize_cnn_: model: {again or 'it'} is a QuantizedConv already")
     graph = _trace(model)
     if graph is None:
         raise ValueError(f"quantize_cnn_: model: torch.fx cannot follow the forward of {type(model).__name__}")
@@ -242,7 +247,7 @@ def _calibrate(
     seen = 0
     try:
         with torch.no_grad():
-            for inputs in config.calibration_data:
+            for inputs in inputs_of(config.calibration_data):
                 if isinstance(inputs, Mapping):
                     inputs = [inputs[name] for name in names if name in inputs]
                 elif not isinstance(inputs, (tuple, list)):

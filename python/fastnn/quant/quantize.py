@@ -20,6 +20,7 @@ from ..nn.conv1d import is_conv1d
 from ..ops.quantize import choose_scale, quantize_dynamic
 from .adaround import Moments, refine
 from .config import Config, Int8Dynamic, Int8Static
+from .conv import QuantizedConv
 from .modules import (
     Int8DynamicLinear,
     Int8StaticLinear,
@@ -67,7 +68,8 @@ def quantize_(
     :class:`~fastnn.quant.QuantizedLinear`, attention (``MultiheadAttention`` of torch and fastnn)
     :class:`~fastnn.quant.QuantizedMultiheadAttention`. As in :func:`fastnn.convert`, subclasses of these are left, since they
     may compute something else, and so are layers whose weight is computed at each call. torch's encoder layers around
-    quantized ones get fastnn's classes, because torch's read the weights in them and never call them.
+    quantized ones get fastnn's classes, because torch's read the weights in them and never call them. Convolutions are for
+    :func:`~fastnn.quant.quantize_cnn_`, which comes before this.
 
     Quantized layers are for inference: they have buffers and no parameters.
 
@@ -120,9 +122,16 @@ def dequantize_(model: Model) -> Model:
     """Undo :func:`quantize_`, in place: every layer gets the class that it had, with weights that are what the quantized
     ones stood for; return the model. Weights and biases are new parameters, which require gradients.
 
-    Raises TypeError if ``model`` is no module.
+    Raises TypeError if ``model`` is no module, ValueError for one with convolutions of :func:`~fastnn.quant.quantize_cnn_`, in
+    which batch norms have disappeared.
     """
     _check_model("dequantize_", model)
+    for names, module in _named_modules(model):
+        if isinstance(module, QuantizedConv):
+            raise ValueError(
+                f"dequantize_: {names[0] or 'the model'} is a QuantizedConv: what quantize_cnn_ made cannot be undone, since the"
+                " batch norms have become part of the convolutions"
+            )
     for _, module in _named_modules(model):
         if isinstance(module, Quantized):
             become(module, module.dequantized())
