@@ -140,6 +140,8 @@ SHORT = {
     "char_gpt": ["--steps", "15"],
     "translate_dates": ["--steps", "15"],
     "cascade": ["--png", os.devnull],
+    "prune_model": ["--epochs", "1", "--width", "64"],
+    "quantize_improve": ["--epochs", "1", "--steps", "5"],
     "quantize_model": ["--epochs", "1", "--width", "64", "--png", os.devnull],
 }
 
