@@ -301,6 +301,24 @@ ROWS = (
         least=1.5,
     ),
     Row(
+        "fake-quantize",
+        "fake quantization to 8 bits, 4096², per tensor and per channel (rows and columns), forward",
+        tuple((f"fake_quantize_{name}", (4096, 4096)) for name in ("tensor", "rows", "columns")),
+        least=5.0,
+    ),
+    Row(
+        "fake-quantize-train",
+        "the same, forward and backward",
+        tuple((f"fake_quantize_{name}_train", (4096, 4096)) for name in ("tensor", "rows", "columns")),
+        least=3.0,
+    ),
+    Row(
+        "fake-quantize-learned",
+        "the same with learned scales and zero points, against torch's learnable ones",
+        tuple((f"fake_quantize_{name}_learned", (4096, 4096)) for name in ("tensor", "rows", "columns")),
+        least=3.0,
+    ),
+    Row(
         "max-pool",
         "max pooling 2×2 and 3×3, stride 2, forward and backward, contiguous and channels-last",
         tuple(

@@ -11,7 +11,19 @@ from . import functional, nn
 from ._state import FallbackError, backend, batch_invariant, strict
 from .backends.cpu import empty_cache
 from .convert import ConversionError, convert, report, revert
-from .functional import addmm, baddbmm, bmm, dequantize, int_mm, matmul, mm, mv, quantize, quantize_dynamic
+from .functional import (
+    addmm,
+    baddbmm,
+    bmm,
+    dequantize,
+    fake_quantize,
+    int_mm,
+    matmul,
+    mm,
+    mv,
+    quantize,
+    quantize_dynamic,
+)
 from .info import info
 from .patch import patch
 from .prepack import prepack_
@@ -40,6 +52,7 @@ __all__ = [
     "convert",
     "dequantize",
     "empty_cache",
+    "fake_quantize",
     "functional",
     "info",
     "int_mm",

@@ -7,6 +7,11 @@ from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import dropout
 from .ops.embedding import embedding
+from .ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_per_channel_affine,
+    fake_quantize_per_tensor_affine,
+)
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.group_norm import group_norm, instance_norm
 from .ops.int8_conv import int8_conv1d, int8_conv2d
@@ -63,6 +68,9 @@ __all__ = [
     "dequantize",
     "dropout",
     "embedding",
+    "fake_quantize",
+    "fake_quantize_per_channel_affine",
+    "fake_quantize_per_tensor_affine",
     "gelu",
     "group_norm",
     "instance_norm",

@@ -46,6 +46,7 @@ _FAMILIES = {
     "norm": _NORMS,
     "softmax": _SOFTMAX,
     "weight_only": ("weight_only_linear",),
+    "fake_quantize": ("fake_quantize",),
 }
 
 

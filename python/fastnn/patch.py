@@ -191,6 +191,8 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.group_norm: group_norm,
     F.instance_norm: functional.instance_norm,
     torch.instance_norm: instance_norm,
+    torch.fake_quantize_per_tensor_affine: functional.fake_quantize_per_tensor_affine,
+    torch.fake_quantize_per_channel_affine: functional.fake_quantize_per_channel_affine,
     torch.relu: functional.relu,
     torch.sigmoid: functional.sigmoid,
     torch.tanh: functional.tanh,
@@ -267,7 +269,8 @@ class patch(contextlib.ContextDecorator):
     ``linear_cross_entropy``, ``batch_norm``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding`` and the pools
     (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
     ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``,
-    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``; the
+    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``,
+    ``fake_quantize_per_tensor_affine``, ``fake_quantize_per_channel_affine``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

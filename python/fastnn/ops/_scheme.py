@@ -73,22 +73,40 @@ def scale_shape(shape: Sequence[int], axis: Sequence[int], group_size: int) -> l
 
 
 def parameters(
-    op: str, scale: Any, zero_point: Any, dtype: str, shape: Sequence[int], device: torch.device
+    op: str,
+    scale: Any,
+    zero_point: Any,
+    dtype: str,
+    shape: Sequence[int],
+    device: torch.device,
+    learned: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The scale and the zero point as tensors of this shape (of one element where it is ()), numbers included."""
-    scale = parameter(op, "scale", scale, shape, device)
+    """The scale and the zero point as tensors of this shape (of one element where it is ()), numbers included.
+
+    With ``learned`` they keep their gradients, and zero points may be of floating-point numbers.
+    """
+    scale = parameter(op, "scale", scale, shape, device, learned=learned)
     if zero_point is not None and dtype in FLOAT8:
         raise ValueError(f"fastnn.{op}: zero_point: expected None, as {dtype} has none")
     if zero_point is not None:
-        zero_point = parameter(op, "zero_point", zero_point, shape, device, integer=True)
+        zero_point = parameter(op, "zero_point", zero_point, shape, device, integer=True, learned=learned)
     return scale, zero_point
 
 
 def parameter(
-    op: str, name: str, value: Any, shape: Sequence[int], device: torch.device, *, integer: bool = False
+    op: str,
+    name: str,
+    value: Any,
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    integer: bool = False,
+    learned: bool = False,
 ) -> Tensor:
     """A scale, or with ``integer`` a zero point, as :func:`parameters` has them."""
     dtypes, dtype = (_INTEGER, torch.int32) if integer else (_NUMBER, torch.float32)
+    if integer and learned:
+        dtypes += _NUMBER
     if not isinstance(value, Tensor):
         kinds = (int, float) if dtype.is_floating_point else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds):
@@ -104,7 +122,7 @@ def parameter(
     one = not shape and value.dim() == 1 and value.shape[0] == 1
     if list(value.shape) != list(shape) and not one:
         raise ValueError(f"fastnn.{op}: expected {name} of shape {tuple(shape)}, got {describe(name, value)}")
-    return value.detach() if value.requires_grad else value
+    return value if learned or not value.requires_grad else value.detach()
 
 
 def check_even(op: str, name: str, dtype: str, shape: Sequence[int]) -> None:

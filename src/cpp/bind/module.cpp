@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/bind.hpp"
+#include "bind/fake_quantize.hpp"
 #include "bind/int8_conv.hpp"
 #include "bind/tree.hpp"
 #include "bind/weight_only.hpp"
@@ -39,6 +40,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_elementwise(m);
   bind_embedding(m);
   bind_embedding_tensors(m);
+  bind_fake_quantize(m);
   bind_int8_linear(m);
   bind_pool(m);
   bind_norm(m);
