@@ -46,7 +46,7 @@ _FAMILIES = {
     "norm": _NORMS,
     "softmax": _SOFTMAX,
     "weight_only": ("weight_only_linear",),
-    "fake_quantize": ("fake_quantize",),
+    "fake_quantize": ("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
 }
 
 
