@@ -17,6 +17,7 @@ from .modules import (
 )
 from .observers import MSE, MinMax, MovingAverage, Observer, Percentile
 from .pruning import prunable_channels, prune_channels_, prune_magnitude_, remove_masks_
+from .qat import QuantizationAware, convert_qat_, prepare_qat_
 from .quantize import dequantize_, quantize_
 from .report import LayerReport, QuantReport, report
 
@@ -36,15 +37,18 @@ __all__ = [
     "Observer",
     "Percentile",
     "QuantReport",
+    "QuantizationAware",
     "Quantized",
     "QuantizedConv",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "WeightOnlyLinear",
+    "convert_qat_",
     "correct_bias_",
     "dequantize_",
     "equalize_",
     "from_torch_",
+    "prepare_qat_",
     "prunable_channels",
     "prune_channels_",
     "prune_magnitude_",
