@@ -22,7 +22,7 @@ from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
 from .config import Config, Int8Dynamic, Int8Static
 from .observers import Observer
-from .quantize import _calibrate, _check_first_time, _plan, _rule, become, input_parameters, undoing
+from .quantize import _calibrate, _check_first_time, _is_linear, _plan, _rule, become, input_parameters, undoing
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -120,6 +120,9 @@ def prepare_qat_(
             raise ValueError(f"prepare_qat_: {names[0] or 'the model'} is prepared already; call convert_qat_ first")
     with undoing() as undo:
         layers = _plan(modules, chosen, config, undo)
+        others = [name for name, layer, _ in layers if not _is_linear(layer)]
+        if others:
+            raise ValueError(f"prepare_qat_: only linear layers can be trained; leave {', '.join(others)} with skip=")
         observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
         for name, layer, _ in layers:
             undo.remember(layer)
