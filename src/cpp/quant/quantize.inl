@@ -163,7 +163,7 @@ static FASTNN_INLINE Bytes encode_block(const Segment& s, VecF32 least, VecF32 m
     const int64_t lanes = n == kBlock || rest >= kLanes ? kLanes : rest > 0 ? rest : 0;
     const VecF32 factor = each ? load_some(s.factor + at, lanes) : VecF32::set1(*s.factor);
     const VecF32 zero = each ? load_some(s.zero + at, lanes) : VecF32::set1(*s.zero);
-    // Measured with a scale an element: a third quicker, as the scales push the numbers out of L1.
+    // With a scale an element a fifth quicker, measured.
     if (each) __builtin_prefetch(s.x + at + kChunk);
     const VecF32 y = load_some(s.x + at, lanes) * factor;
     if constexpr (stochastic)
