@@ -276,7 +276,7 @@ def revert(model: Model) -> Model:
     _check_model("revert", model)
     for _, module in _named_modules(model):
         original = _original_class(type(module))
-        if original is not None:
+        if original is not None and not _is_quantized_chain(type(module)):
             module.__dict__.pop("_packed_weight", None)
             module.__class__ = original
     return model
@@ -430,6 +430,11 @@ def _original_class(kind: type) -> type | None:
     return None
 
 
+def _is_quantized_chain(kind: type) -> bool:
+    """Whether the class is that of a model whose convolutions fastnn.quant has made integers, which dequantize_ undoes."""
+    return "_is_chain" in kind.__dict__
+
+
 def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     """The report's row for a module; None if it computes nothing of its own."""
     kind = type(module)
@@ -441,6 +446,8 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     if is_fused(kind):
         reason = f"{len(kind._fused_calls)} convolutions run with what follows them, in eval mode without gradients"
         return Row(name, _class_name(original), "note", "", reason, own)
+    if _is_quantized_chain(kind):
+        return Row(name, _class_name(original), "note", "", "its convolutions hand integers to each other", own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
         fast = next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastnn
 import fastnn.functional as fF
 from fastnn.models.resnet import resnet18
-from fastnn.quant import Int8Static, QuantizedConv, dequantize_, quantize_, quantize_cnn_
+from fastnn.quant import Int8Static, QuantizedConv, correct_bias_, dequantize_, quantize_, report
 
 
 def snr(y, exact):
@@ -49,7 +50,8 @@ class Block(nn.Module):
 
 
 def quantized(model, *inputs):
-    return quantize_cnn_(copy.deepcopy(model), Int8Static(list(inputs)))
+    """With linear layers as they were."""
+    return quantize_(copy.deepcopy(model), Int8Static(list(inputs)), skip=nn.Linear)
 
 
 def test_a_chain_is_its_layers_one_after_the_other():
@@ -169,51 +171,132 @@ def test_what_reads_integers_not_gets_numbers():
         assert snr(chain(x), model(x)) > 25
 
 
-def test_linear_layers_afterwards():
+def test_linear_layers_at_the_same_time_or_afterwards():
     model, x = settled(Block()), torch.randn(4, 3, 17, 15)
-    chain = quantize_(quantized(model, x), Int8Static([x]))
-    with torch.inference_mode():
-        assert chain.fc.weight.dtype is torch.int8
-        assert snr(chain(x), model(x)) > 20
+    afterwards = quantize_(quantized(model, x), Int8Static([x]), only="fc")
+    for chain in (afterwards, quantize_(copy.deepcopy(model), Int8Static(x for x in [x]))):
+        with torch.inference_mode():
+            assert chain.stem.weight.dtype is chain.fc.weight.dtype is torch.int8
+            assert snr(chain(x), model(x)) > 20
+
+
+class Branches(nn.Module):
+    """Whose forward cannot be followed."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x) if x.sum() < 1e9 else x
 
 
 def test_bad_input():
-    for call in (lambda: quantize_cnn_(3, Int8Static([])), lambda: quantize_cnn_(nn.Conv2d(1, 1, 1), [])):
-        with pytest.raises(TypeError, match="quantize_cnn_"):
-            call()
-
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            return self.conv(x) if x.sum() > 0 else x
-
-    for model, data in (
-        (Branches(), [torch.randn(1, 3, 5, 5)]),
-        (nn.Linear(3, 4), [torch.randn(1, 3)]),
-        (nn.Sequential(nn.Conv2d(3, 4, 3)), []),
+    x = torch.randn(1, 3, 5, 5)
+    for model, data, problem in (
+        (Branches(nn.Conv2d(3, 4, 3)), [x], "nothing to quantize"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), [], "needs calibration_data"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), [x * torch.nan], "saw no finite value"),
     ):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(ValueError, match="quantize_cnn_"):
-            quantize_cnn_(model, Int8Static(data))
+        modules = dict(model.named_modules())
+        with pytest.raises(ValueError, match=problem):
+            quantize_(model, Int8Static(data))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        assert model.training
+        assert dict(model.named_modules()) == modules and model.training
 
 
-def test_a_chain_is_quantized_once_and_for_all():
+def test_a_part_whose_forward_can_be_followed():
+    x = torch.randn(2, 3, 17, 15)
+    model = Branches(settled(Block())).eval()
+    whole = quantize_(copy.deepcopy(model), Int8Static(x))
+    part = quantize_(copy.deepcopy(model.inside), Int8Static(x))
+    with torch.inference_mode():
+        assert torch.equal(whole(x), part(x))
+
+
+def test_only_and_skip():
+    model, x = settled(Block()), torch.randn(2, 3, 17, 15)
+    chain = quantize_(copy.deepcopy(model), Int8Static(x), skip=["left", nn.Linear])
+    kept = {name for name, module in chain.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    assert kept == {"left", "fc"}
+    with torch.inference_mode():
+        assert snr(chain(x), model(x)) > 20
+
+
+def test_a_chain_is_quantized_once():
     x = torch.randn(2, 3, 17, 15)
     chain = quantized(settled(Block()), x)
     expected = chain(x)
     with pytest.raises(ValueError, match="stem is a QuantizedConv already"):
-        quantize_cnn_(chain, Int8Static(x))
-    with pytest.raises(ValueError, match=r"stem is a QuantizedConv: .* cannot be undone"):
-        dequantize_(chain)
+        quantize_(chain, Int8Static(x))
     assert torch.equal(chain(x), expected)
 
 
-def test_one_tensor_is_one_input():
+def test_dequantized():
     model, x = settled(Block()), torch.randn(2, 3, 17, 15)
-    one = quantize_cnn_(copy.deepcopy(model), Int8Static(x))
-    assert torch.equal(one(x), quantized(model, x)(x))
+    chain = quantize_(copy.deepcopy(model), Int8Static(x))
+    stem, weight = chain.stem, chain.stem.dequantized_weight()
+    assert fastnn.revert(chain) is chain and chain.stem.output_scale is not None
+    floats = dequantize_(chain)
+    assert type(floats) is Block and floats.stem is stem and type(stem) is nn.Conv2d
+    assert torch.equal(stem.weight, weight) and not any("Quantized" in type(m).__name__ for m in floats.modules())
+    with torch.inference_mode():
+        assert snr(floats(x), model(x)) > 25
+
+
+def test_copies_are_of_their_own():
+    x = torch.randn(2, 3, 17, 15)
+    chain = quantized(settled(Block()), x)
+    expected = chain(x)
+    other = copy.deepcopy(chain)
+    with torch.no_grad():
+        assert torch.equal(other(x), expected)
+        other.stem.weight_scale.mul_(2)
+        assert not torch.equal(other(x), expected) and torch.equal(chain(x), expected)
+        file = io.BytesIO()
+        torch.save(chain, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert type(loaded) is Block and snr(loaded(x), expected) > 30
+
+
+def test_layers_that_are_watched():
+    x = torch.randn(2, 3, 17, 15)
+    chain = quantized(settled(Block()), x)
+    seen = []
+    with torch.inference_mode():
+        expected = chain(x)
+        handle = chain.left.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert snr(chain(x), expected) > 30
+        assert len(seen) == 1 and seen[0].dtype is torch.float32
+        handle.remove()
+        assert torch.equal(chain(x), expected)
+
+
+def test_reports():
+    x = torch.randn(2, 3, 17, 15)
+    model = settled(Block())
+    chain = quantize_(copy.deepcopy(model), Int8Static(x))
+    rows = {row.name: row for row in fastnn.report(chain).rows}
+    assert rows["(model)"].status == "note"
+    assert rows["stem"].status == "quantized" and 0 < rows["stem"].error < 0.02
+    layers = {layer.name: layer for layer in report(chain, [x], reference=model).layers}
+    assert set(layers) == {"stem", "left", "depthwise", "right", "fc"}
+    # The batch norms that are part of them, too.
+    assert min(layer.snr for layer in layers.values()) > 20
+
+
+@pytest.mark.parametrize("computed", [True, False], ids=["computed", "measured"])
+def test_bias_correction(computed):
+    model = settled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))
+    )
+    x = torch.randn(64, 3, 9, 9)
+    chain = quantize_(copy.deepcopy(model), Int8Static(x))
+    assert isinstance(chain[3], QuantizedConv) and chain[3].norm == "4"
+    with torch.inference_mode():
+        before = snr(chain(x), model(x))
+        correct_bias_(chain, model, None if computed else [x])
+        # A mean that is wrong by a batch norm would be heard.
+        assert snr(chain(x), model(x)) > before - 1

@@ -13,7 +13,7 @@ import torch
 
 import fastnn
 
-from ..quant import Int8Static, quantize_, quantize_cnn_
+from ..quant import Int8Static, quantize_
 from . import peers
 from .benchmark import MODEL_PAUSE, Benchmark, Problem, register
 from .gemm import PEAKS
@@ -107,7 +107,7 @@ def _int8_inference(name: str) -> Callable[[tuple[int, ...], torch.dtype], Probl
         model = fastnn.revert(getattr(fastnn.models, name)()).eval()
         data = [torch.randn(n, 3, edge, edge) for _ in range(2)]
         models = {
-            "fastnn": quantize_(quantize_cnn_(copy.deepcopy(model), Int8Static(data)), Int8Static(data)),
+            "fastnn": quantize_(copy.deepcopy(model), Int8Static(data)),
             "torch": model.to(memory_format=torch.channels_last),
         }
 

@@ -2,7 +2,6 @@
 
 from .adaround import round_weights
 from .bias_correction import correct_bias_
-from .chain import quantize_cnn_
 from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from .conv import QuantizedConv
 from .equalization import equalize_
@@ -53,7 +52,6 @@ __all__ = [
     "prune_channels_",
     "prune_magnitude_",
     "quantize_",
-    "quantize_cnn_",
     "remove_masks_",
     "report",
     "round_weights",

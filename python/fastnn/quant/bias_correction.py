@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..fuse import _fold
 from ._graph import CONV, Source, find_sources
 from .modules import Quantized, QuantizedMultiheadAttention
 from .quantize import in_eval_mode, inputs_of, run_on
@@ -79,7 +80,7 @@ def _counterpart(
             return None
         name = parent
     try:
-        return layer, reference.get_submodule(name)
+        return layer, reference.get_submodule(getattr(layer, "norm", None) or name)
     except AttributeError:
         raise ValueError(f"correct_bias_: reference has no module {name!r}, which is quantized in model") from None
 
@@ -173,7 +174,7 @@ def _analytic(layers: dict[str, Quantized], reference: torch.nn.Module) -> dict[
         )
     shifts = {}
     for name, source in sources.items():
-        weight = reference.get_submodule(name).weight.detach().double()
+        weight = _weight(reference, name, layers[name]).double()
         error = layers[name].dequantized().weight.detach().double() - weight
         mean = expected_input(source)
         by_input = error.flatten(2).sum(2) if error.dim() > 2 else error
@@ -181,6 +182,19 @@ def _analytic(layers: dict[str, Quantized], reference: torch.nn.Module) -> dict[
         by_group = mean.view(groups, -1, 1)
         shifts[name] = -(by_input.unflatten(0, (groups, -1)) @ by_group).flatten()
     return shifts
+
+
+def _weight(reference: torch.nn.Module, name: str, layer: Quantized) -> Tensor:
+    """The layer's weight before it was quantized, with the batch norm that has become part of it."""
+    before = reference.get_submodule(name)
+    if not getattr(layer, "norm", None):
+        return before.weight.detach()
+    norm = reference.get_submodule(layer.norm)
+    weight, _ = _fold(
+        *(before.weight, before.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),
+        torch.preserve_format,
+    )
+    return weight.detach()
 
 
 def expected_input(source: Source) -> Tensor:

@@ -1,4 +1,4 @@
-"""A whole convolutional network in integers: :func:`quantize_cnn_`.
+"""Convolutional networks in integers: what :func:`fastnn.quant.quantize_` makes of convolutions under ``Int8Static``.
 
 Batch norms are folded into the convolutions before them (Jacob et al., CVPR 2018, section 3.2); convolution, sum with a
 shortcut and relu are one kernel call; and what such calls hand to each other, through maximum pooling and into global
@@ -8,8 +8,9 @@ it was, on the floating-point numbers that the last of these calls give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,12 @@ from torch import Tensor, fx
 from .. import nn
 from ..backends.cpu import int8_conv as kernels
 from ..backends.reference.quantize import choose_scale
-from ..fuse import _fold, _only_user, _other_summand, _trace
+from ..fuse import _fold, _new, _only_user, _other_summand, _trace
 from ..nn.mlp import _unwatched
 from .config import Int8Static
-from .conv import GlobalAverage, Parameters, QuantizedConv, Step
+from .conv import RESIDUAL, GlobalAverage, Parameters, QuantizedConv, Step
+from .modules import class_before
 from .observers import Observer
-from .quantize import inputs_of
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, nn.Conv1d, nn.Conv2d)
 _NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -69,53 +68,66 @@ class _Group:
         )
 
 
-def quantize_cnn_(model: Model, config: Int8Static) -> Model:
-    """Replace, in place, the convolutions of one and two dimensions by :class:`~fastnn.quant.QuantizedConv`, batch norms after
-    them by nothing, and the model's forward by one that keeps to integers between them; return the model, in eval mode.
+class Part:
+    """A module whose forward can be followed, and the convolutions in it that are to be quantized. Nothing of it changes before
+    :meth:`commit`, which cannot fail once :meth:`make` has not."""
 
-    Linear layers are left to :func:`~fastnn.quant.quantize_`, which can be called afterwards. Nothing undoes this: quantize a
-    copy.
+    def __init__(
+        self, module: torch.nn.Module, name: str, graph: fx.Graph, groups: list[_Group], config: Int8Static
+    ) -> None:
+        self.module = module
+        self.prefix = name + "." if name else ""
+        self.graph = graph
+        self.groups = groups
+        self.modules = dict(module.named_modules())
+        self.whole = _quantized_nodes(graph, self.modules, groups)
+        watched = {group.input for group in groups}
+        watched |= {group.residual for group in groups if group.residual is not None}
+        watched = {_origin(node, self.whole, self.modules) for node in watched | self.whole}
+        self._observers = {node: config.make_observer() for node in watched}
+        self._recorder = _Recorder(fx.GraphModule(module, graph))
+        # The interpreter runs a copy of the graph, whose nodes have the same names.
+        named = {node.name: node for node in self._recorder.module.graph.nodes}
+        self._recorder.observers = {named[node.name]: observer for node, observer in self._observers.items()}
+        self._names = [node.target for node in graph.nodes if node.op == "placeholder"]
 
-    Args:
-        model: a module whose forward ``torch.fx`` can follow.
-        config: the calibration data (inputs: tensors, tuples of positional arguments, or mappings of keyword arguments) and
-            what chooses the range of a tensor.
+    def observe(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: the ranges of what is between the layers, for these inputs."""
+        rest = self._names[len(args) :]
+        self._recorder.run(*args, *(kwargs[name] for name in rest if name in kwargs))
 
-    Raises TypeError where these are something else; ValueError where the forward cannot be followed, there is nothing to
-    quantize, no data, or a convolution is quantized already. The model is then as it was.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"quantize_cnn_: model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, Int8Static):
-        raise TypeError(f"quantize_cnn_: config: expected an Int8Static, got {type(config).__name__}")
-    again = next((name for name, module in model.named_modules() if isinstance(module, QuantizedConv)), None)
-    if again is not None:
-        raise ValueError(f"quantize_cnn_: model: {again or 'it'} is a QuantizedConv already")
-    graph = _trace(model)
+    def make(self) -> None:
+        """The quantized layers, from the ranges that were observed. ValueError where there were none."""
+        ranges = {node: _parameters(observer.range()) for node, observer in self._observers.items()}
+        self._made = [_quantize(group, ranges, self.whole, self.modules) for group in self.groups]
+        for group, made in zip(self.groups, self._made, strict=True):
+            made.norm = None if group.norm_name is None else self.prefix + group.norm_name
+
+    def commit(self) -> None:
+        """The layers take their places, and the module gets a forward that runs them one after the other."""
+        _rewrite(self.module, self.graph, self.modules, self.groups, self._made, self.whole)
+
+
+def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, name: str = "") -> list[Part]:
+    """The model, or else the largest modules in it that ``torch.fx`` can follow, with convolutions of which ``chosen`` has the
+    ids; ``name`` is the model's own. What is chosen and in no part cannot be quantized: its forward cannot be followed, or it is called more than once."""
+    if not any(isinstance(inner, _CONVOLUTIONS) and id(inner) in chosen for inner in model.modules()):
+        return []
+    # torch's own layers do not run their children one after the other, except for Sequential.
+    library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn.", "fastnn.quant."))
+    graph = _trace(model) if not library or isinstance(model, torch.nn.Sequential) else None
     if graph is None:
-        raise ValueError(f"quantize_cnn_: model: torch.fx cannot follow the forward of {type(model).__name__}")
-    modules = dict(model.named_modules())
-    groups = _find_groups(graph, modules)
-    if not groups:
-        raise ValueError("quantize_cnn_: model: expected a convolution of one or two dimensions that can be quantized")
-    whole = _quantized_nodes(graph, modules, groups)
-    watched = {group.input for group in groups} | {group.residual for group in groups if group.residual is not None}
-    watched = {_origin(node, whole, modules) for node in watched | whole}
-    ranges = _calibrate(model, graph, watched, config)
-    made = [_quantize(group, ranges, whole, modules) for group in groups]
-    # From here on nothing fails.
-    steps = [
-        Step(conv, group.activation, torch.uint8 if group.last in whole else group.conv.weight.dtype, place)
-        for group, (conv, place) in zip(groups, made, strict=True)
-    ]
-    _rewrite(model, graph, modules, groups, [conv for conv, _ in made], steps, whole)
-    return model.eval()
+        prefix = name + "." if name else ""
+        inner = dict(model.named_children()).items()
+        return [part for label, child in inner for part in find_parts(child, chosen, config, prefix + label)]
+    groups = _find_groups(graph, dict(model.named_modules()), chosen)
+    return [Part(model, name, graph, groups, config)] if groups else []
 
 
 # ---- which nodes -------------------------------------------------------------------------------------------------
 
 
-def _find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[_Group]:
+def _find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: set[int]) -> list[_Group]:
     calls: dict[int, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -131,7 +143,7 @@ def _find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[_
     groups, taken = [], set()
     for node in graph.nodes:
         conv = module_of(node, _CONVOLUTIONS)
-        if conv is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if conv is None or id(conv) not in chosen or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
         if conv.weight.dtype not in _FLOATS or not conv.weight.is_cpu or conv.weight[0].numel() > 65793:
             continue
@@ -222,44 +234,13 @@ def _origin(node: fx.Node, whole: set[fx.Node], modules: dict[str, torch.nn.Modu
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, observers: dict[fx.Node, Observer]) -> None:
-        super().__init__(module)
-        self.observers = observers
+    observers: dict[fx.Node, Observer]
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.observers:
             self.observers[n].observe(result)
         return result
-
-
-def _calibrate(
-    model: torch.nn.Module, graph: fx.Graph, watched: set[fx.Node], config: Int8Static
-) -> dict[fx.Node, Parameters]:
-    recorder = _Recorder(fx.GraphModule(model, graph), {})
-    # The interpreter runs a copy of the graph, whose nodes have the same names.
-    named = {node.name: node for node in recorder.module.graph.nodes}
-    observers = {node: config.make_observer() for node in watched}
-    recorder.observers = {named[node.name]: observer for node, observer in observers.items()}
-    names = [node.target for node in graph.nodes if node.op == "placeholder"]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    seen = 0
-    try:
-        with torch.no_grad():
-            for inputs in inputs_of(config.calibration_data):
-                if isinstance(inputs, Mapping):
-                    inputs = [inputs[name] for name in names if name in inputs]
-                elif not isinstance(inputs, (tuple, list)):
-                    inputs = [inputs]
-                recorder.run(*inputs)
-                seen += 1
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if not seen:
-        raise ValueError("quantize_cnn_: calibration_data: expected inputs, got none")
-    return {node: _parameters(observer.range()) for node, observer in observers.items()}
 
 
 def _parameters(ends: tuple[float, float]) -> Parameters:
@@ -272,8 +253,7 @@ def _parameters(ends: tuple[float, float]) -> Parameters:
 
 def _quantize(
     group: _Group, ranges: dict[fx.Node, Parameters], whole: set[fx.Node], modules: dict[str, torch.nn.Module]
-) -> tuple[QuantizedConv, Any]:
-    """The layer, and where the scale of its residual lies."""
+) -> QuantizedConv:
     conv = group.conv
     outputs = ranges[group.last] if group.last in whole else None
     made = QuantizedConv.of(
@@ -281,15 +261,43 @@ def _quantize(
         *(ranges[_origin(group.input, whole, modules)], outputs),
         **dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups),
     )
-    made.was = type(conv)
-    if group.residual is None:
-        return made, None
-    for name, value in zip(_RESIDUAL, ranges[_origin(group.residual, whole, modules)], strict=True):
-        made.register_buffer(name, value.clone())
-    return made, (made._buffers, *_RESIDUAL)
+    made.was, made.float_dtype = class_before(conv), conv.weight.dtype
+    if group.residual is not None:
+        for name, value in zip(RESIDUAL, ranges[_origin(group.residual, whole, modules)], strict=True):
+            made.register_buffer(name, value.clone())
+    return made
 
 
-_RESIDUAL = ("residual_scale", "residual_zero_point")
+class _Chain:
+    """What the rewritten forward of one model calls. It belongs to that very model: copies make theirs anew."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        steps: list[tuple[str, str, torch.dtype, bool]],
+        averages: list[tuple[str, torch.dtype]],
+    ) -> None:
+        self.layers = [model.get_submodule(name) for name, *_ in steps]
+        self.steps = [
+            Step(conv, activation, dtype, (conv._buffers, *RESIDUAL) if added else None)
+            for conv, (_, activation, dtype, added) in zip(self.layers, steps, strict=True)
+        ]
+        self.averages = [
+            GlobalAverage((model.get_submodule(name)._buffers, "output_scale", "output_zero_point"), dtype)
+            for name, dtype in averages
+        ]
+
+
+def _run_step(chain: _Chain, index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    return chain.steps[index](input, residual)
+
+
+def _run_average(chain: _Chain, index: int, input: Tensor) -> Tensor:
+    return chain.averages[index](input)
+
+
+def _run_max(input: Tensor, *windows: tuple[int, int]) -> Tensor:
+    return kernels.max_pool(input, *windows)
 
 
 def _rewrite(
@@ -298,71 +306,94 @@ def _rewrite(
     modules: dict[str, torch.nn.Module],
     groups: list[_Group],
     made: list[QuantizedConv],
-    steps: list[Step],
     whole: set[fx.Node],
 ) -> None:
-    averages: list[GlobalAverage] = []
-
-    def run_step(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return steps[index](input, residual)
-
-    def run_average(input: Tensor, index: int) -> Tensor:
-        return averages[index](input)
-
-    def run_max(input: Tensor, *windows: tuple[int, int]) -> Tensor:
-        return kernels.max_pool(input, *windows)
-
-    producers = {group.last: conv for group, conv in zip(groups, made, strict=True)}
-    dtypes = {conv: group.conv.weight.dtype for group, conv in zip(groups, made, strict=True)}
-    pools: list[tuple[fx.Node, Callable[..., Tensor], tuple[Any, ...]]] = []
-    for node in graph.nodes:
+    names = {id(module): name for name, module in reversed(modules.items())}
+    producers = {group.last: group for group in groups}
+    steps, averages = [], []
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        chain = graph.create_node("get_attr", _CHAIN)
+    for node in list(graph.nodes):
         if node in whole and _is_max_pool(node, modules):
             module = modules[node.target]
             stride = module.kernel_size if module.stride is None else module.stride
             windows = _both(module.kernel_size), _both(stride), _both(module.padding)
-            pools.append((node, run_max, windows))
+            function, arguments = _run_max, (node.args[0], *windows)
         elif _is_global_average(node, modules) and node.args[0] in whole:
-            producer = producers[_origin(node.args[0], whole, modules)]
-            place = producer._buffers, "output_scale", "output_zero_point"
-            averages.append(GlobalAverage(place, dtypes[producer]))
-            pools.append((node, run_average, (len(averages) - 1,)))
-    for node, function, arguments in pools:
+            conv = producers[_origin(node.args[0], whole, modules)].conv
+            function, arguments = _run_average, (chain, len(averages), node.args[0])
+            averages.append((names[id(conv)], conv.weight.dtype))
+        else:
+            continue
         with graph.inserting_before(node):
-            replacement = graph.call_function(function, (node.args[0], *arguments))
+            replacement = graph.call_function(function, arguments)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     for index, group in enumerate(groups):
+        added = () if group.residual is None else (group.residual,)
+        dtype = torch.uint8 if group.last in whole else group.conv.weight.dtype
+        steps.append((names[id(group.conv)], group.activation, dtype, bool(added)))
         with graph.inserting_before(group.last):
-            arguments = (index, group.input) if group.residual is None else (index, group.input, group.residual)
-            call = graph.call_function(run_step, arguments)
+            call = graph.call_function(_run_step, (chain, index, group.input, *added))
         group.last.replace_all_uses_with(call)
         for old in reversed(group.nodes):
             graph.erase_node(old)
     for group, conv in zip(groups, made, strict=True):
-        name = next(name for name, module in modules.items() if module is group.conv)
-        model.set_submodule(name, conv)
+        model.set_submodule(names[id(group.conv)], conv)
         if group.norm_name is not None:
             model.set_submodule(group.norm_name, torch.nn.Identity())
     code = graph.python_code(root_module="self")
     namespace = dict(code.globals)
     exec(code.src, namespace)
-    model.__class__ = _chained_class(type(model), namespace["forward"])
+    model.__class__ = _chained_class(type(model), namespace["forward"], lambda self: _Chain(self, steps, averages))
 
 
-def _chained_class(kind: type, forward: Callable[..., Any]) -> type:
+#: Where a model keeps what its forward calls.
+_CHAIN = "_integer_chain"
+
+
+def _chained_class(
+    kind: type, forward: Callable[..., Any], make_chain: Callable[[torch.nn.Module], _Chain]
+) -> type[torch.nn.Module]:
     """The class of a model in integers. Its own forward, of layers that take and give floating-point numbers, is for those who
-    compile the model."""
+    compile the model, watch its layers, or have unpickled it: a class that was made at run time cannot be pickled."""
 
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return kind.forward(self, *args, **kwargs)
+        chain = self.__dict__.get(_CHAIN)
+        if chain is None:
+            chain = self.__dict__[_CHAIN] = make_chain(self)
+        if not all(map(_unwatched, chain.layers)):
+            return kind.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
+
+    def state(self: torch.nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _CHAIN}
+
+    def deepcopy(self: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(state(self), memo))
+        return made
+
+    def reduce(self: torch.nn.Module, protocol: int) -> Any:
+        return _new, (kind,), state(self)
 
     body = {
         "forward": dispatch,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "_original_class": kind,
+        "_is_chain": True,
     }
     return type(kind.__name__, (kind,), body)
+
+
+def unchain(module: torch.nn.Module) -> None:
+    """Gives a module of a chain its own forward back."""
+    if type(module).__dict__.get("_is_chain"):
+        module.__dict__.pop(_CHAIN, None)
+        module.__class__ = type(module)._original_class

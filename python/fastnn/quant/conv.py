@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _cpu
+from .. import _cpu, nn
 from ..backends.cpu import int8_conv as kernels
 from ..backends.reference.quantize import quantize_dynamic
 from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
 from ..ops.int8_conv import int8_conv1d, int8_conv2d
 from ..ops.quantize import quantize
+from .modules import Quantized, relative_error
+
+#: The buffers of the scale and zero point of a shortcut.
+RESIDUAL = ("residual_scale", "residual_zero_point")
 
 
-class QuantizedConv(torch.nn.Module):
+class QuantizedConv(Quantized):
     """A convolution of one or two dimensions whose filters are int8, with a scale each, and whose input is taken as uint8 with
     one scale and zero point. Called as the layer that it was it takes and gives floating-point numbers:
     ``conv(dequantize(quantize(x)), dequantize(weight)) + bias``, in exact integer sums.
@@ -27,10 +31,13 @@ class QuantizedConv(torch.nn.Module):
         bias: (M,), floating, or None.
         input_scale, input_zero_point: of no dimensions, float32 and int32.
         output_scale, output_zero_point: likewise, of the tensor that this layer and what is fused with it hand on where that
-            is uint8, else None.
+            is uint8, else None. (Where a shortcut is added, ``residual_scale`` and ``residual_zero_point`` are its.)
 
     The others are those of :class:`torch.nn.Conv2d`. For inference: there are no gradients.
     """
+
+    OWN = (*Quantized.OWN, "stride", "padding", "dilation", "groups", "norm", "_call")
+    FIXED = (*Quantized.FIXED, "output_scale", "output_zero_point", *RESIDUAL)
 
     def __init__(
         self,
@@ -62,6 +69,12 @@ class QuantizedConv(torch.nn.Module):
         self.register_buffer("input_zero_point", input_zero_point)
         self.register_buffer("output_scale", output_scale)
         self.register_buffer("output_zero_point", output_zero_point)
+        self.was = (torch.nn.Conv1d if weight.dim() == 3 else torch.nn.Conv2d, False)
+        self.weight_error, self.weight_dtype, self.group_size = None, "int8", None
+        self.float_dtype = torch.float32 if bias is None else bias.dtype
+        #: The name, in the model that was quantized, of the batch norm that became part of this layer.
+        self.norm: str | None = None
+        self._packed: dict[Any, Any] = {}
         self._call: Step | None = None
 
     @classmethod
@@ -69,8 +82,11 @@ class QuantizedConv(torch.nn.Module):
         cls, weight: Tensor, bias: Tensor | None, inputs: Parameters, outputs: Parameters | None, **geometry: Any
     ) -> QuantizedConv:
         """With filters of floating-point numbers, each quantized symmetrically."""
-        q, scale, _ = quantize_dynamic(weight.detach().float(), None, [0], 0, "int8", True)
-        return cls(q, scale, None if bias is None else bias.detach(), *inputs, *(outputs or (None, None)), **geometry)
+        weight = weight.detach()
+        q, scale, _ = quantize_dynamic(weight.float(), None, [0], 0, "int8", True)
+        made = cls(q, scale, None if bias is None else bias.detach(), *inputs, *(outputs or (None, None)), **geometry)
+        made.weight_error = relative_error(weight, made.dequantized_weight())
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = input.dtype if input.dtype is torch.bfloat16 else torch.float32
@@ -95,6 +111,21 @@ class QuantizedConv(torch.nn.Module):
         """The filters that the integers stand for, in float32."""
         return self.weight.float() * self.weight_scale.view(-1, *(1,) * (self.weight.dim() - 1))
 
+    def dequantized(self) -> torch.nn.Module:
+        kind, converted = self.was
+        filters, channels, *kernel = self.weight.shape
+        made = (getattr(nn, kind.__name__) if converted else kind)(
+            *(channels * self.groups, filters, tuple(kernel), self.stride, self.padding, self.dilation, self.groups),
+            bias=False,
+            device="meta",
+        )
+        made.weight = torch.nn.Parameter(self.dequantized_weight().to(self.float_dtype))
+        made.register_parameter("bias", None if self.bias is None else torch.nn.Parameter(self.bias.clone()))
+        return made
+
+    def scheme(self) -> str:
+        return "int8, static"
+
     def extra_repr(self) -> str:
         filters, channels, *kernel = self.weight.shape
         return (
@@ -103,17 +134,12 @@ class QuantizedConv(torch.nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedConv:
-        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None and name != "bias"}
-        before = {name: self._buffers[name] for name in kept}
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            if self._buffers[name].dtype is not dtype:  # a scale of 8 bits of mantissa would be another scale
-                self._buffers[name] = before[name].to(self._buffers[name].device)
         self._call = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None}
+        return {**super().__getstate__(), "_call": None}
 
 
 #: The scale and zero point of a tensor of uint8.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import nn
 from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
-from ..convert import Row, _class_name
+from ..convert import Row, _class_name, _original_class
 from ..nn import mlp, transformer
 from ..nn.conv1d import conv1d_class
 from ..ops._scheme import scheme
@@ -126,6 +126,12 @@ class Quantized(torch.nn.Module):
         """How many numbers the weight and the bias stand for."""
         bias = self._buffers.get("bias")
         return self.weight.numel() * (2 if self.weight_dtype in PACKED else 1) + (0 if bias is None else bias.numel())
+
+
+def class_before(layer: torch.nn.Module) -> tuple[type[torch.nn.Module], bool]:
+    """torch's class of a layer that is to be quantized, and whether it has fastnn's version of it."""
+    original = _original_class(type(layer))
+    return (type(layer), False) if original is None else (original, True)
 
 
 _FLOAT8 = tuple(STORAGE[name] for name in FLOAT8)

@@ -7,7 +7,7 @@ class and other tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +19,15 @@ from ..convert import Selection, _check_model, _class_name, _named_modules, _ori
 from ..nn.conv1d import is_conv1d
 from ..ops.quantize import choose_scale, quantize_dynamic
 from .adaround import Moments, refine
+from .chain import Part, find_parts, unchain
 from .config import Config, Int8Dynamic, Int8Static
-from .conv import QuantizedConv
 from .modules import (
     Int8DynamicLinear,
     Int8StaticLinear,
     Quantized,
     QuantizedMultiheadAttention,
     WeightOnlyLinear,
+    class_before,
     relative_error,
 )
 from .observers import Observer
@@ -68,8 +69,12 @@ def quantize_(
     :class:`~fastnn.quant.QuantizedLinear`, attention (``MultiheadAttention`` of torch and fastnn)
     :class:`~fastnn.quant.QuantizedMultiheadAttention`. As in :func:`fastnn.convert`, subclasses of these are left, since they
     may compute something else, and so are layers whose weight is computed at each call. torch's encoder layers around
-    quantized ones get fastnn's classes, because torch's read the weights in them and never call them. Convolutions are for
-    :func:`~fastnn.quant.quantize_cnn_`, which comes before this.
+    quantized ones get fastnn's classes, because torch's read the weights in them and never call them.
+
+    Under :class:`Int8Static` convolutions of one and two dimensions (torch's and fastnn's) become
+    :class:`~fastnn.quant.QuantizedConv` as well, where ``torch.fx`` can follow the forward of the model or of the largest module
+    around them that it can: batch norms behind them become part of them, and uint8 goes from one to the next. Those of a
+    forward that cannot be followed stay as they are; :func:`fastnn.report` tells.
 
     Quantized layers are for inference: they have buffers and no parameters.
 
@@ -81,7 +86,7 @@ def quantize_(
         rounding: ``"nearest"``: scales hold the largest weight, and weights are rounded to the nearest integer. ``"mse"``:
             scales are those with the least squared error. ``"adaround"``: the same scales, and weights are rounded so that the
             layer's results on ``calibration_data`` change least (:mod:`fastnn.quant.adaround`), which few-bit weights gain
-            most from. Neither is for float8.
+            most from. Neither is for float8; convolutions are rounded to nearest whichever it is.
         calibration_data: for ``"adaround"``, inputs as :class:`Int8Static` takes them; its own by default. They are read more
             than once if the layers are many.
 
@@ -105,8 +110,13 @@ def quantize_(
         chosen -= _select("skip", skip, model, "quantize_")
     _check_first_time(modules, chosen)
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
-        layers = _plan(modules, chosen, config, undo)
-        observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
+        parts: list[Part] = []
+        if isinstance(config, Int8Static):
+            parts = find_parts(model, chosen, config)
+            # Read more than once.
+            config = dataclasses.replace(config, calibration_data=list(inputs_of(config.calibration_data)))
+        layers = _plan(modules, chosen, config, undo, bool(parts))
+        observers = _calibrate(model, config, layers, parts) if isinstance(config, Int8Static) else {}
         made = [(layer, rule.make(layer, config, observers.get(name))) for name, layer, rule in layers]
         if rounding != "nearest":
             names = [name for name, _, _ in layers]
@@ -115,6 +125,8 @@ def quantize_(
         for layer, quantized in made:
             undo.remember(layer)
             become(layer, quantized)
+        for part in parts:
+            part.commit()
     return model
 
 
@@ -122,20 +134,16 @@ def dequantize_(model: Model) -> Model:
     """Undo :func:`quantize_`, in place: every layer gets the class that it had, with weights that are what the quantized
     ones stood for; return the model. Weights and biases are new parameters, which require gradients.
 
-    Raises TypeError if ``model`` is no module, ValueError for one with convolutions of :func:`~fastnn.quant.quantize_cnn_`, in
-    which batch norms have disappeared.
+    Batch norms that have become part of convolutions stay so.
+
+    Raises TypeError if ``model`` is no module.
     """
     _check_model("dequantize_", model)
-    for names, module in _named_modules(model):
-        if isinstance(module, QuantizedConv):
-            raise ValueError(
-                f"dequantize_: {names[0] or 'the model'} is a QuantizedConv: what quantize_cnn_ made cannot be undone, since the"
-                " batch norms have become part of the convolutions"
-            )
     for _, module in _named_modules(model):
         if isinstance(module, Quantized):
             become(module, module.dequantized())
     for _, module in _named_modules(model):
+        unchain(module)
         if isinstance(module, QuantizedMultiheadAttention):
             become(module, module.recomposed())
         else:
@@ -198,13 +206,8 @@ def _quantize_linear(layer: torch.nn.Module, config: Config, observer: Observer 
         made = WeightOnlyLinear(*args, **options)
     if not weight.is_meta:
         made.weight_error = relative_error(weight, made.dequantized_weight())
-    made.was = _was(layer)
+    made.was = class_before(layer)
     return made
-
-
-def _was(layer: torch.nn.Module) -> tuple[type[torch.nn.Module], bool]:
-    original = _original_class(type(layer))
-    return (type(layer), False) if original is None else (original, True)
 
 
 def input_parameters(observer: Observer, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -237,9 +240,14 @@ def _check_first_time(modules: list[tuple[list[str], torch.nn.Module]], chosen: 
 
 
 def _plan(
-    modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int], config: Config, undo: undoing
+    modules: list[tuple[list[str], torch.nn.Module]],
+    chosen: set[int],
+    config: Config,
+    undo: undoing,
+    convolutions: bool = False,
 ) -> list[tuple[str, torch.nn.Module, Rule]]:
-    """The layers to quantize, each once, with its name; attention is taken apart and encoders get fastnn's classes.
+    """The layers to quantize beside the convolutions, each once, with its name; attention is taken apart and encoders get
+    fastnn's classes.
 
     All checks come before the first change.
     """
@@ -283,10 +291,11 @@ def _plan(
     if wrong:
         lines = "\n".join(wrong)
         raise ValueError(f"quantize_: {type(config).__name__} cannot quantize these; leave them with skip=:\n{lines}")
-    if not layers:
+    if not layers and not convolutions:
         raise ValueError(
             f"quantize_: nothing to quantize: {type(config).__name__} knows no layer that was asked for. Linear layers must be"
-            " torch.nn.Linear, fastnn.nn.Linear or transformers' Conv1D themselves, with a weight that is a parameter"
+            " torch.nn.Linear, fastnn.nn.Linear or transformers' Conv1D themselves, with a weight that is a parameter; convolutions, for"
+            " Int8Static, in a module around them whose forward torch.fx can follow"
         )
     around = list(_encoders(modules, touched))
     for _, module, twin in attentions:
@@ -378,9 +387,13 @@ class in_eval_mode:
 
 
 def _calibrate(
-    model: torch.nn.Module, config: Int8Static, layers: list[tuple[str, torch.nn.Module, Rule]]
+    model: torch.nn.Module,
+    config: Int8Static,
+    layers: list[tuple[str, torch.nn.Module, Rule]],
+    parts: Sequence[Part] = (),
 ) -> dict[str, Observer]:
-    """What each layer's observer has seen of its inputs while the model ran on the data; by the layers' names."""
+    """What each layer's observer has seen of its inputs while the model ran on the data; by the layers' names. The parts make
+    their layers from what they have seen."""
     observers = {name: config.make_observer() for name, _, _ in layers}
     handles = []
 
@@ -395,9 +408,15 @@ def _calibrate(
         for name, layer, _ in layers:
             handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         with in_eval_mode(model):
-            for input in inputs_of(config.calibration_data):
+            for input in config.calibration_data:
                 run_on(model, input)
                 count += 1
+            # By themselves: while a part is looked into its layers are called twice.
+            for handle in handles:
+                handle.remove()
+            handles = [part.module.register_forward_pre_hook(part.observe, with_kwargs=True) for part in parts]
+            for input in config.calibration_data if parts else ():
+                run_on(model, input)
     finally:
         for handle in handles:
             handle.remove()
@@ -411,6 +430,14 @@ def _calibrate(
                 f"quantize_: {name or 'the model'} saw no finite value while the model ran on {count} inputs of"
                 " calibration_data; leave it with skip=, or give data that reaches it"
             ) from error
+    try:
+        for part in parts:
+            part.make()
+    except ValueError as error:
+        raise ValueError(
+            f"quantize_: a convolution saw no finite value while the model ran on {count} inputs of calibration_data; leave it"
+            " with skip=, or give data that reaches it"
+        ) from error
     return observers
 
 

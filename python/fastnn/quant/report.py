@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -296,8 +297,10 @@ def _compare(
     labels: list[Tensor] | None,
 ) -> _Found:
     found = _Found({path: (_Noise(), _Noise()) for path in layers}, _Noise(), [0, 0])
+    # What became part of a layer gives the layer's result.
+    ends = {path: reference.get_submodule(layer.norm) for path, layer in layers.items() if getattr(layer, "norm", None)}
     for index, input in enumerate(inputs):
-        expected, before = _watched(reference, twins, input, arguments=True)
+        expected, before = _watched(reference, twins, input, arguments=True, ends=ends)
         answer, after = _watched(model, layers, input)
         for path, layer in layers.items():
             # A layer that the two models call differently often cannot be compared call by call.
@@ -323,15 +326,27 @@ def _compare(
 
 
 def _watched(
-    model: torch.nn.Module, layers: dict[str, torch.nn.Module], input: Any, arguments: bool = False
+    model: torch.nn.Module,
+    layers: dict[str, torch.nn.Module],
+    input: Any,
+    arguments: bool = False,
+    ends: Mapping[str, torch.nn.Module] = types.MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, list[tuple[Any, Any, Tensor]]]]:
-    """The model's result, and the results (and arguments) of the calls of these layers."""
+    """The model's result, and the results (and arguments) of the calls of these layers; of some the results of the modules
+    in ``ends`` that follow them."""
+    begun: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, list[tuple[Any, Any, Tensor]]] = {path: [] for path in layers}
     handles = []
 
+    def begin(path: str) -> Any:
+        def hook(layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            begun[path] = args, kwargs
+
+        return hook
+
     def watch(path: str) -> Any:
         def hook(layer: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            kept = (args, kwargs) if arguments else ((), {})
+            kept = begun.pop(path, (args, kwargs)) if arguments else ((), {})
             # What follows may write into it.
             calls[path].append(
                 (*torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, kept), _tensor(output).clone())
@@ -341,7 +356,9 @@ def _watched(
 
     try:
         for path, layer in layers.items():
-            handles.append(layer.register_forward_hook(watch(path), with_kwargs=True))
+            if path in ends:
+                handles.append(layer.register_forward_pre_hook(begin(path), with_kwargs=True))
+            handles.append(ends.get(path, layer).register_forward_hook(watch(path), with_kwargs=True))
         return _tensor(run_on(model, input)), calls
     finally:
         for handle in handles:
