@@ -172,6 +172,15 @@ def test_only_and_skip_and_undone():
     assert state == {name: type(module) for name, module in model.named_modules()}
 
 
+def test_one_tensor_is_one_input_of_the_calibration():
+    x = torch.randn(3, 24)
+    one, listed = mlp(), mlp()
+    listed.load_state_dict(one.state_dict())
+    prepare_qat_(one, Int8Static(x))
+    prepare_qat_(listed, Int8Static([x]))
+    assert one[0].qat_observer.range() == listed[0].qat_observer.range() == (x.min().item(), x.max().item())
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="model"):
         prepare_qat_(3, Int8Dynamic())

@@ -408,14 +408,14 @@ def _calibrate(
         for name, layer, _ in layers:
             handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         with in_eval_mode(model):
-            for input in config.calibration_data:
+            for input in inputs_of(config.calibration_data):
                 run_on(model, input)
                 count += 1
             # By themselves: while a part is looked into its layers are called twice.
             for handle in handles:
                 handle.remove()
             handles = [part.module.register_forward_pre_hook(part.observe, with_kwargs=True) for part in parts]
-            for input in config.calibration_data if parts else ():
+            for input in inputs_of(config.calibration_data) if parts else ():
                 run_on(model, input)
     finally:
         for handle in handles:
