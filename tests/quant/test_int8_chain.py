@@ -215,6 +215,17 @@ def test_a_part_whose_forward_can_be_followed():
         assert torch.equal(whole(x), part(x))
 
 
+def test_a_fused_model_is_refused():
+    x = torch.randn(2, 3, 17, 15)
+    model = fastnn.convert(settled(Block()), fuse=True)
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"converted with fuse=True.*fastnn\.revert"):
+        quantize_(model, Int8Static(x))
+    assert torch.equal(model(x), expected)
+    with torch.inference_mode():
+        assert snr(quantize_(fastnn.revert(model), Int8Static(x))(x), expected) > 20
+
+
 def test_only_and_skip():
     model, x = settled(Block()), torch.randn(2, 3, 17, 15)
     chain = quantize_(copy.deepcopy(model), Int8Static(x), skip=["left", nn.Linear])

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import nn
 from ..backends.reference.quantize import PACKED, RANGE
 from ..convert import Selection, _check_model, _class_name, _named_modules, _original_class, _select
+from ..fuse import is_fused
 from ..nn.conv1d import is_conv1d
 from ..ops.quantize import choose_scale, quantize_dynamic
 from .adaround import Moments, refine
@@ -92,10 +93,11 @@ def quantize_(
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no configuration, ``only`` or ``skip`` none of their forms.
-        ValueError: a layer in question is quantized already; a layer that cannot be quantized so (its size has no such
-            groups, is odd for 4 bits, its dtype is float64); a subclass of torch's encoder layer that would not call the layers
-            in it; nothing to quantize; no calibration data, or a layer that saw none; a pattern that meets no module; another
-            ``rounding``, one that float8 has not, or ``calibration_data`` that nothing reads.
+        ValueError: a layer in question is quantized already; a model of ``fuse=True`` for Int8Static; a layer that cannot be
+            quantized so (its size has no such groups, is odd for 4 bits, its dtype is float64); a subclass of torch's encoder
+            layer that would not call the layers in it; nothing to quantize; no calibration data, or a layer that saw none; a
+            pattern that meets no module; another ``rounding``, one that float8 has not, or ``calibration_data`` that nothing
+            reads.
 
     After an exception, of the model's forward in calibration as well, the model is as it was.
     """
@@ -112,6 +114,7 @@ def quantize_(
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
         parts: list[Part] = []
         if isinstance(config, Int8Static):
+            _check_not_fused(modules)
             parts = find_parts(model, chosen, config)
             # Read more than once.
             config = dataclasses.replace(config, calibration_data=list(inputs_of(config.calibration_data)))
@@ -236,6 +239,15 @@ def _check_first_time(modules: list[tuple[list[str], torch.nn.Module]], chosen: 
             raise ValueError(
                 f"quantize_: {names[0] or 'the model'} is a {type(module).__name__} already; call dequantize_ first, or choose"
                 " others with only= or skip="
+            )
+
+
+def _check_not_fused(modules: list[tuple[list[str], torch.nn.Module]]) -> None:
+    for names, module in modules:
+        if is_fused(type(module)):
+            raise ValueError(
+                f"quantize_: {names[0] or 'the model'} was converted with fuse=True, and does not call its convolutions; call"
+                " fastnn.revert first (Int8Static folds batch norms by itself)"
             )
 
 
