@@ -90,12 +90,15 @@ def _stochastic(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
+# float32 alone: torch's learnable functions take nothing else, and of float64 torch rounds to float32 on the way.
+_FLOAT = (torch.float32,)
 for _name, _axis in _AXES.items():
-    register(Benchmark(f"fake_quantize_{_name}", "MxN", _SHAPES, _build(_in_torch, _axis, False)))
-    register(Benchmark(f"fake_quantize_{_name}_train", "MxN", _SHAPES, _build(_in_torch, _axis, True)))
-    register(
-        Benchmark(
-            f"fake_quantize_{_name}_learned", "MxN", _SHAPES, _build(_in_torch_learned, _axis, True, learned=True)
-        )
-    )
-register(Benchmark("fake_quantize_stochastic", "MxN", _SHAPES, _stochastic))
+    _kinds = {
+        "": (_in_torch, False, False),
+        "_train": (_in_torch, True, False),
+        "_learned": (_in_torch_learned, True, True),
+    }
+    for _suffix, (_theirs, _train, _learned) in _kinds.items():
+        _how = _build(_theirs, _axis, _train, _learned)
+        register(Benchmark(f"fake_quantize_{_name}{_suffix}", "MxN", _SHAPES, _how, _FLOAT))
+register(Benchmark("fake_quantize_stochastic", "MxN", _SHAPES, _stochastic, _FLOAT))
