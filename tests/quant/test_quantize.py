@@ -730,22 +730,22 @@ def test_twice_where_it_is_another_layer():
 
 def test_bad_layers():
     q, scale = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4)
-    with pytest.raises(ValueError, match=r"QuantizedLinear: weight: expected two dimensions of torch\.int8 for int8"):
-        QuantizedLinear(q[0], scale)
+    with pytest.raises(ValueError, match=r"WeightOnlyLinear: weight: expected two dimensions of torch\.int8 for int8"):
+        WeightOnlyLinear(q[0], scale)
     with pytest.raises(ValueError, match="weight_dtype: expected int8, int4, uint4 or float8, got uint8"):
-        QuantizedLinear(q.to(torch.uint8), scale)
+        WeightOnlyLinear(q.to(torch.uint8), scale)
     with pytest.raises(ValueError, match="weight_dtype: expected one of"):
-        QuantizedLinear(q.int(), scale)
+        WeightOnlyLinear(q.int(), scale)
     with pytest.raises(ValueError, match=r"weight: expected two dimensions of torch\.uint8 for int4"):
-        QuantizedLinear(q, scale, weight_dtype="int4")
+        WeightOnlyLinear(q, scale, weight_dtype="int4")
     with pytest.raises(ValueError, match=r"group_size: expected a divisor of 8, got 3"):
-        QuantizedLinear(q, scale, group_size=3)
+        WeightOnlyLinear(q, scale, group_size=3)
     with pytest.raises(ValueError, match=r"weight_scale: expected the shape \(4,\), got \(5,\)"):
-        QuantizedLinear(q, torch.ones(5))
+        WeightOnlyLinear(q, torch.ones(5))
     with pytest.raises(ValueError, match=r"weight_zero_point: expected the shape \(4,\), got \(3,\)"):
-        QuantizedLinear(q, scale, torch.zeros(3))
+        WeightOnlyLinear(q, scale, torch.zeros(3))
     with pytest.raises(ValueError, match=r"bias: expected the shape \(4,\), got \(3,\)"):
-        QuantizedLinear(q, scale, bias=torch.zeros(3))
+        WeightOnlyLinear(q, scale, bias=torch.zeros(3))
     with pytest.raises(ValueError, match="Int8DynamicLinear: weight: expected int8 with one scale a row"):
         Int8DynamicLinear(q, torch.ones(4, 2), group_size=4)
     with pytest.raises(ValueError, match="input_scale: expected no dimensions"):

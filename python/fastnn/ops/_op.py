@@ -127,5 +127,12 @@ class Op:
         return self.reference(*args)
 
 
+def sample_by_sample(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """What ``vmap`` gives for an op of one result whose samples no larger call can compute: a call each."""
+    pairs = [(arg, dim if isinstance(arg, Tensor) else None) for arg, dim in zip(args, in_dims, strict=True)]
+    samples = [op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs)) for i in range(info.batch_size)]
+    return torch.stack(samples), 0
+
+
 def _resolved(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(resolve(arg) if isinstance(arg, Tensor) else arg for arg in args)

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..backends.cpu import channels_last_strides
 from ..backends.cpu import int8_conv as kernels
 from ..backends.reference import int8_conv as formulas
-from ._op import Op
+from ._op import Op, sample_by_sample
 from ._route import Unsupported, describe, fall_back
 from ._scheme import check_numbers, parameters, scheme
 
@@ -286,11 +286,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]
 
         folded = (fold(input, dims[0]), *args[1:8], fold(residual, dims[8]), *args[9:])
         return INT8_CONV(*folded).unflatten(0, (info.batch_size, -1)), 0
-    results = [
-        INT8_CONV(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(results), 0
+    return sample_by_sample(INT8_CONV, info, in_dims, args)
 
 
 INT8_CONV = Op(

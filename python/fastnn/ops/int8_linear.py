@@ -33,7 +33,7 @@ from ..backends import cpu
 from ..backends.cpu import int8_linear as kernels
 from ..backends.reference import int8_linear as formulas
 from ._library import define
-from ._op import Op
+from ._op import Op, sample_by_sample
 from ._route import Unsupported, describe, fall_back, is_dynamo_compiling
 from ._scheme import check_numbers, parameter
 from .activation import activation_backward, check_kind
@@ -196,11 +196,7 @@ def _fake(
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
     if all(d is None for d in in_dims[1:]):
         return INT8_LINEAR(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-    samples = [
-        [arg if d is None else arg.select(d, i) for arg, d in zip(args, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    ]
-    return torch.stack([INT8_LINEAR(*sample) for sample in samples]), 0
+    return sample_by_sample(INT8_LINEAR, info, in_dims, args)
 
 
 #: The layer, its weight packed or not.

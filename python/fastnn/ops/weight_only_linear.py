@@ -32,7 +32,7 @@ from ..backends import cpu
 from ..backends.cpu import weight_only as kernels
 from ..backends.reference import weight_only as formulas
 from ..backends.reference.quantize import FLOAT8, PACKED
-from ._op import Op
+from ._op import Op, sample_by_sample
 from ._route import Unsupported, describe, fall_back, is_dynamo_compiling
 from ._scheme import check_numbers, granularity, parameters, scale_shape, scheme
 from .activation import activation_backward, check_kind
@@ -182,11 +182,7 @@ def _fake(
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
     if all(d is None for d in in_dims[1:]):
         return WEIGHT_ONLY_LINEAR(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-    samples = [
-        [arg if d is None else arg.select(d, i) for arg, d in zip(args, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    ]
-    return torch.stack([WEIGHT_ONLY_LINEAR(*sample) for sample in samples]), 0
+    return sample_by_sample(WEIGHT_ONLY_LINEAR, info, in_dims, args)
 
 
 #: float8 weights are given as their bytes; ``group_size`` is 0 where a row has one scale.

@@ -6,6 +6,7 @@ optimizer does. ``to(dtype)`` changes the dtype of the bias alone: integers, flo
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from ..ops.quantize import dequantize
 from ..ops.weight_only_linear import weight_only_linear
 
 
-class Quantized(torch.nn.Module):
+class Quantized(torch.nn.Module, abc.ABC):
     """What all layers with quantized weights have in common.
 
     A layer knows which class it had (``was``: torch's class, and whether it was fastnn's version of it), and how far its
@@ -40,9 +41,9 @@ class Quantized(torch.nn.Module):
     was: tuple[type[torch.nn.Module], bool]
     weight_error: float | None
 
+    @abc.abstractmethod
     def dequantized(self) -> torch.nn.Module:
         """A layer of the class that this one was before, whose weights are what the quantized ones stand for."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         before = {name: self._buffers.get(name) for name in self.FIXED}
@@ -99,9 +100,9 @@ class Quantized(torch.nn.Module):
         if self.weight.dtype is not kind:
             self._buffers["weight"] = self.weight.view(kind)
 
+    @abc.abstractmethod
     def scheme(self) -> str:
         """What is quantized, and how, in a few words."""
-        raise NotImplementedError
 
     def packed_bytes(self) -> int:
         """The memory of what the kernels keep of the weight, beside it."""
@@ -225,8 +226,9 @@ class QuantizedLinear(Quantized):
         """``forward(input)[..., start:stop]``, of which nothing else is computed."""
         return self._compute(input, "none", slice(start, stop))
 
+    @abc.abstractmethod
     def _compute(self, input: Tensor, activation: str, rows: slice | None) -> Tensor:
-        raise NotImplementedError
+        """The layer with an activation behind it; of some rows of the weight alone, if these are given."""
 
     def _rows(self, name: str, rows: slice | None) -> Tensor | None:
         value = self._buffers[name]

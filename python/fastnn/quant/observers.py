@@ -16,6 +16,7 @@ then become one bin, exactly, so that the counts do not depend on the order of t
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 
@@ -27,7 +28,7 @@ _BINS = 1 << 13
 _SMALLEST = -120
 
 
-class Observer:
+class Observer(abc.ABC):
     """Sees batches of values and chooses a range for them: :meth:`observe` and :meth:`range`."""
 
     def observe(self, x: Tensor) -> None:
@@ -45,11 +46,13 @@ class Observer:
         lo, hi = found
         return min(lo, 0.0), max(hi, 0.0)
 
+    @abc.abstractmethod
     def _see(self, values: Tensor) -> None:
-        raise NotImplementedError
+        """Takes in finite values: float32, of one dimension, at least one."""
 
+    @abc.abstractmethod
     def _range(self) -> tuple[float, float] | None:
-        raise NotImplementedError
+        """The range of what was seen, or None if nothing was."""
 
 
 class MinMax(Observer):
