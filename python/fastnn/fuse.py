@@ -280,16 +280,16 @@ class _Tracer(fx.Tracer):
         return ours or super().is_leaf_module(module, name)
 
 
-def _trace(module: torch.nn.Module) -> fx.Graph | None:
-    """The module's computation in eval mode, or None where its Python does more than pass tensors on."""
-    training = {inner: inner.training for inner in module.modules()}
-    module.eval()
+def _trace(module: torch.nn.Module, training: bool = False) -> fx.Graph | None:
+    """The module's computation in eval mode, or in training, or None where its Python does more than pass tensors on."""
+    modes = {inner: inner.training for inner in module.modules()}
+    module.train(training)
     try:
         return _Tracer().trace(module)
     except Exception:  # whatever the model's code raises when it meets a proxy
         return None
     finally:
-        for inner, mode in training.items():
+        for inner, mode in modes.items():
             inner.training = mode
 
 

@@ -3,12 +3,14 @@
 Measured over three seeds (two of the GPT), in points of accuracy: at most 0.1 lost by int8 and by int4 after the improvements.
 """
 
+import contextlib
 import copy
 import functools
 
 import pytest
 import torch
 
+import fastnn
 from fastnn import quant
 
 from . import trained
@@ -17,15 +19,21 @@ from . import trained
 MODELS = {"mlp": 94.0, "cnn": 93.0, "gpt": 28.0}
 
 
-@functools.cache
-def model(name):
-    # Tiny layers: two threads would mostly wait for each other.
+@contextlib.contextmanager
+def one_thread():
+    """For tiny layers, in which two threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return getattr(trained, name)()
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def model(name):
+    with one_thread():
+        return getattr(trained, name)()
 
 
 def snr(found, name):
@@ -47,7 +55,11 @@ def test_int8(name, scheme):
     config = quant.Int8Dynamic() if scheme == "dynamic" else quant.Int8Static(of.calibration, scheme)
     before = of.accuracy(of.model)
     assert before >= MODELS[name]
-    assert of.accuracy(quantized(name, config)) >= before - 0.5
+    found = quantized(name, config)
+    kinds = {type(module) for module in found.modules()}
+    if name == "cnn" and scheme != "dynamic":
+        assert quant.QuantizedConv in kinds and not kinds & {torch.nn.Conv2d, fastnn.nn.Conv2d, fastnn.nn.BatchNorm2d}
+    assert of.accuracy(found) >= before - 0.5
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,14 +73,29 @@ def test_int4_after_the_improvements(name, group_size):
     assert of.accuracy(improved) >= of.accuracy(of.model) - 1.0
 
 
+def test_training_gives_back_what_four_bits_cost():
+    """Of convolutions and linear layers; measured: 1.8 points lost, 2.0 regained."""
+    of, config = model("cnn"), quant.Int4WeightOnly(None, symmetric=False)
+    before, after = of.accuracy(of.model), of.accuracy(quantized("cnn", config))
+    assert before - after > 1.0
+    found = quant.prepare_qat_(copy.deepcopy(of.model), config)
+    assert of.accuracy(found) == pytest.approx(after, abs=0.1)
+    with one_thread():
+        trained.fit_cnn(found, 40, 1e-3)
+    quant.convert_qat_(found)
+    assert sum(isinstance(module, quant.WeightOnlyConv) for module in found.modules()) == 4
+    assert of.accuracy(found) >= before - (before - after) / 2
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("group_size", [32, None])
 def test_what_the_steps_gain(name, group_size):
-    """Measured over three seeds (two of the GPT): 7 to 11 dB by adaround, 1.2 to 7 by bias correction after "mse"."""
+    """Measured over three seeds (two of the GPT): 7 to 11 dB by adaround, of the convolutions 2.8 to 3.7, whose filters of nine
+    elements leave little choice; 1.2 to 7 by bias correction after "mse"."""
     config, data = quant.Int4WeightOnly(group_size), model(name).calibration
     naive = snr(quantized(name, config), name)
     rounded = quantized(name, config, rounding="adaround", calibration_data=data)
-    assert snr(rounded, name) > naive + 5
+    assert snr(rounded, name) > naive + (2 if name == "cnn" else 5)
     rough = quantized(name, config, rounding="mse")
     before = snr(rough, name)
     assert snr(quant.correct_bias_(rough, model(name).model, data), name) > before + 0.5

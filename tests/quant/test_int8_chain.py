@@ -11,7 +11,7 @@ from torch import nn
 import fastnn
 import fastnn.functional as fF
 from fastnn.models.resnet import resnet18
-from fastnn.quant import Int8Static, QuantizedConv, correct_bias_, dequantize_, quantize_, report
+from fastnn.quant import Int8Static, QuantizedConv, correct_bias_, dequantize_, prepare_qat_, quantize_, report
 
 
 def snr(y, exact):
@@ -127,6 +127,51 @@ def test_state_dict():
         other.load_state_dict(torch.load(file, weights_only=True))
         assert torch.equal(other(a), y)
         assert torch.equal(copy.deepcopy(one.stem)(a), one.stem(a))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_pooled_twice(pooled):
+    """Maxima, and then the mean of them, of integers."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8, 4)) if pooled else nn.Sequential(*layers)
+    x = torch.randn(2, 3, 10, 12)
+    chain = quantized(model.eval(), x)
+    with torch.inference_mode():
+        assert chain[0].output_scale is not None
+        assert snr(chain(x), model(x)) > 25
+
+
+def test_without_data(tmp_path):
+    """From the state of a model that was calibrated, which safetensors takes as well."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, x = settled(Block()), torch.randn(2, 3, 17, 15)
+    for skip in (None, "left", nn.Linear):
+        chain = quantize_(copy.deepcopy(model), Int8Static([x]), skip=skip)
+        with torch.inference_mode():
+            expected = chain(x)
+        torch.save(chain.state_dict(), tmp_path / "model.pt")
+        safetensors.save_file(chain.state_dict(), tmp_path / "model.safetensors")
+        for state in (
+            torch.load(tmp_path / "model.pt", weights_only=True),
+            safetensors.load_file(tmp_path / "model.safetensors"),
+        ):
+            found = quantize_(Block().eval(), Int8Static.from_state_dict(state))
+            found.load_state_dict(state)
+            with torch.device("meta"):
+                empty = Block().eval()
+            quantize_(empty, Int8Static.from_state_dict(state)).load_state_dict(state, assign=True)
+            with torch.inference_mode():
+                for other in (found, empty):
+                    kinds = [type(module).__name__ for module in other.modules()]
+                    assert kinds == [type(module).__name__ for module in chain.modules()]
+                    assert torch.equal(other(x), expected)
+    for name in ("stem.output_scale", "depthwise.residual_scale"):
+        with pytest.raises(ValueError, match=f"{name} is missing in the state_dict"):
+            quantize_(Block(), Int8Static.from_state_dict({k: v for k, v in state.items() if k != name}))
+    # Ranges that were found before are as good a beginning of training as data.
+    prepared = prepare_qat_(copy.deepcopy(model), Int8Static.from_state_dict(state))
+    with torch.no_grad():
+        assert snr(prepared(x), expected) > 25
 
 
 def test_layers_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -350,6 +351,47 @@ def test_save_and_load(name, tmp_path):
         assert torch.equal(copied(x), expected)
         assert copied[0].weight.data_ptr() != quantized[0].weight.data_ptr()
         assert type(dequantize_(copied)[0]) is nn.Linear
+
+
+def test_static_layers_need_no_data_once_they_are_saved():
+    """All that the state has as integers, and nothing else, whatever its names: attention, a layer by itself, the model."""
+    for model, x in (
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(**ENCODER), 2).eval(), torch.randn(2, 5, 32)),
+        (nn.TransformerDecoderLayer(**ENCODER).eval(), torch.randn(2, 5, 32)),
+        (nn.Linear(8, 3), torch.randn(2, 8)),
+    ):
+        inputs = (x, x) if isinstance(model, nn.TransformerDecoderLayer) else (x,)
+        chosen = {"skip": "layers.0.linear2"} if isinstance(model, nn.TransformerEncoder) else {}
+        quantized = quantize_(copy.deepcopy(model), Int8Static([inputs]), **chosen)
+        state = quantized.state_dict()
+        found = quantize_(copy.deepcopy(model), Int8Static.from_state_dict(state))
+        for name, buffer in found.named_buffers():
+            torch.testing.assert_close(buffer, state[name])
+        for parameter in found.parameters():
+            parameter.data.normal_()
+        found.load_state_dict(state)
+        assert torch.equal(found(*inputs), quantized(*inputs))
+        assert [type(m) for m in found.modules()] == [type(m) for m in quantized.modules()]
+
+
+def test_a_state_that_does_not_fit():
+    state = quantize_(mlp(), Int8Static(torch.randn(5, 64))).state_dict()
+    with pytest.raises(TypeError, match="state_dict must be a mapping of tensors, got list"):
+        Int8Static.from_state_dict(list(state))
+    for config in (Int8Dynamic(), None):
+        other = mlp() if config is None else quantize_(mlp(), config)
+        with pytest.raises(ValueError, match="state_dict: expected that of a model quantized with Int8Static"):
+            Int8Static.from_state_dict(other.state_dict())
+    for value in (torch.tensor(0.0), torch.tensor(math.nan), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"state_dict: expected one positive number as '0\.input_scale'"):
+            Int8Static.from_state_dict({**state, "0.input_scale": value})
+    with pytest.raises(ValueError, match=r"expected 0 to 255 as '0\.input_zero_point', got 256"):
+        Int8Static.from_state_dict({**state, "0.input_zero_point": torch.tensor(256)})
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 96)))
+    before = picture(model)
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        quantize_(model, Int8Static.from_state_dict(state))
+    same_picture(before, picture(model))
 
 
 def test_attention_saves_and_loads():

@@ -83,8 +83,6 @@ def mlp(seed: int = 0) -> Trained:
 
 def cnn(seed: int = 0) -> Trained:
     torch.manual_seed(seed)
-    x, y = _digits()
-    x = x.view(-1, 1, 8, 8)
     model = T.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
@@ -92,13 +90,21 @@ def cnn(seed: int = 0) -> Trained:
         *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(T.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
+    x, y = fit_cnn(model, 250, 5e-3)
+    return Trained(model, list(x[:512].split(128)), _shifted(x[900:]), y[900:].repeat(9))
+
+
+def fit_cnn(model: torch.nn.Module, steps: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trains a model of images of digits, on the first 900; returns all of them and their labels."""
+    x, y = _digits()
+    x = x.view(-1, 1, 8, 8)
 
     def batch():
         rows = torch.randint(900, (64,))
         return torch.roll(x[rows], torch.randint(-1, 2, (2,)).tolist(), (2, 3)), y[rows]
 
-    _fit(model, batch, 250, 5e-3)
-    return Trained(model, list(x[:512].split(128)), _shifted(x[900:]), y[900:].repeat(9))
+    _fit(model, batch, steps, rate)
+    return x, y
 
 
 def gpt(seed: int = 0) -> Trained:

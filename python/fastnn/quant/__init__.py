@@ -19,6 +19,7 @@ from .pruning import prunable_channels, prune_channels_, prune_magnitude_, remov
 from .qat import QuantizationAware, convert_qat_, prepare_qat_
 from .quantize import dequantize_, quantize_
 from .report import LayerReport, QuantReport, report
+from .weight_only_conv import WeightOnlyConv
 
 __all__ = [
     "MSE",
@@ -41,6 +42,7 @@ __all__ = [
     "QuantizedConv",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "WeightOnlyConv",
     "WeightOnlyLinear",
     "convert_qat_",
     "correct_bias_",

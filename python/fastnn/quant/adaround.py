@@ -214,12 +214,12 @@ def search_scale(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, qu
 
 def refine(quantized: Quantized, weight: Tensor, moment: Tensor | None) -> None:
     """Gives a layer the best scales for its weight, and integers by rounding to the nearest, or by the moment if there is one."""
-    rows = weight.detach().float().flatten(1)
+    rows = quantized.as_rows(weight.detach().float())
     name = quantized.weight_dtype
     least, most = RANGE[name]
     scale, zero = (
         None if part is None else part.view(len(rows), -1)
-        for part in (quantized.weight_scale, quantized.weight_zero_point)
+        for part in (quantized.weight_scale, getattr(quantized, "weight_zero_point", None))
     )
     scale = search_scale(rows, scale, zero, quant_min=least, quant_max=most)
     # All-zero rows have a scale of their own choice, which must stay a normal number.
@@ -228,12 +228,15 @@ def refine(quantized: Quantized, weight: Tensor, moment: Tensor | None) -> None:
     if moment is None:
         q = quantize(rows, scale, zero, dtype=name, group_size=size)
     else:
+        beyond = rows.shape[1] - moment.shape[-1]
+        moment = F.pad(moment, (0, beyond, 0, beyond))
         by_weight = [None if part is None else part.repeat_interleave(size, 1) for part in (scale, zero)]
         q = round_weights(rows, moment, *by_weight, quant_min=least, quant_max=most)
         q = pack(q) if name in PACKED else q.to(STORAGE[name])
-    quantized.weight = q.view(quantized.weight.shape)
+    # Into memory of the same strides: the kernels read filters as they lie.
+    quantized.weight = torch.empty_like(quantized.weight).copy_(q.view(quantized.weight.shape))
     quantized.weight_scale = scale.view(quantized.weight_scale.shape)
-    quantized.weight_error = relative_error(rows, quantized.dequantized_weight().flatten(1))
+    quantized.weight_error = relative_error(weight.detach(), quantized.dequantized_weight())
 
 
 __all__ = ["round_weights"]

@@ -9,7 +9,7 @@ it was, on the floating-point numbers that the last of these calls give.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +30,12 @@ _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, nn.Conv1d, nn.Conv2d)
 _NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
 _ACTIVATIONS = {torch.nn.ReLU: "relu", nn.ReLU: "relu", torch.nn.ReLU6: "relu6", nn.ReLU6: "relu6"}
 _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", "relu": "relu", "relu_": "relu"}
-_MAX_POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d)
-_AVERAGES = (torch.nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d)
+MAX_POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d)
+AVERAGES = (torch.nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
-class _Group:
+class Group:
     """A convolution and what is computed with it in one call: its nodes, from the first to the last."""
 
     def __init__(self, nodes: list[fx.Node], conv: torch.nn.Module, norm: torch.nn.Module | None) -> None:
@@ -55,8 +55,23 @@ class _Group:
         return None if self.sum is None else next(arg for arg in self.sum.args if arg not in self.nodes)
 
     @property
+    def layer(self) -> str:
+        """The convolution's name in the module that was traced."""
+        return self.nodes[0].target
+
+    @property
     def last(self) -> fx.Node:
         return self.nodes[-1]
+
+    def replace_in(self, graph: fx.Graph, function: Callable[..., Any], chain: fx.Node, index: int) -> fx.Node:
+        """Puts ``function(chain, index, input[, residual])`` in the place of the nodes, and returns it."""
+        added = () if self.residual is None else (self.residual,)
+        with graph.inserting_before(self.last):
+            call = graph.call_function(function, (chain, index, self.input, *added))
+        self.last.replace_all_uses_with(call)
+        for old in reversed(self.nodes):
+            graph.erase_node(old)
+        return call
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         conv, norm = self.conv, self.norm
@@ -73,7 +88,7 @@ class Part:
     :meth:`commit`, which cannot fail once :meth:`make` has not."""
 
     def __init__(
-        self, module: torch.nn.Module, name: str, graph: fx.Graph, groups: list[_Group], config: Int8Static
+        self, module: torch.nn.Module, name: str, graph: fx.Graph, groups: list[Group], config: Int8Static
     ) -> None:
         self.module = module
         self.prefix = name + "." if name else ""
@@ -83,7 +98,7 @@ class Part:
         self.whole = _quantized_nodes(graph, self.modules, groups)
         watched = {group.input for group in groups}
         watched |= {group.residual for group in groups if group.residual is not None}
-        watched = {_origin(node, self.whole, self.modules) for node in watched | self.whole}
+        watched = {self.origin(node) for node in watched | self.whole}
         self._observers = {node: config.make_observer() for node in watched}
         self._recorder = _Recorder(fx.GraphModule(module, graph))
         # The interpreter runs a copy of the graph, whose nodes have the same names.
@@ -91,21 +106,56 @@ class Part:
         self._recorder.observers = {named[node.name]: observer for node, observer in self._observers.items()}
         self._names = [node.target for node in graph.nodes if node.op == "placeholder"]
 
+    @property
+    def observers(self) -> dict[str, Observer]:
+        """What watches the results of the nodes, by their names. Others may be put in."""
+        return {node.name: observer for node, observer in self._observers.items()}
+
+    @observers.setter
+    def observers(self, given: dict[str, Observer]) -> None:
+        self._observers = {node: given[node.name] for node in self._observers}
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        """The node whose range a node's result is quantized with: maxima of integers are integers of the same scale."""
+        while node in self.whole and _is_max_pool(node, self.modules):
+            node = node.args[0]
+        return node
+
+    def averages(self, node: fx.Node) -> bool:
+        """Whether the node is the mean of each channel of what comes in uint8."""
+        return _is_global_average(node, self.modules) and node.args[0] in self.whole
+
     def observe(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: the ranges of what is between the layers, for these inputs."""
         rest = self._names[len(args) :]
         self._recorder.run(*args, *(kwargs[name] for name in rest if name in kwargs))
 
+    def take_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Has the observers see ranges that were found before, by the names of the layers' scales. KeyError where one is missing."""
+        for group in self.groups:
+            nodes = [("input", group.input), ("residual", group.residual)]
+            if group.last in self.whole:
+                nodes.append(("output", group.last))
+            for name, node in nodes:
+                if node is not None:
+                    ends = ranges[f"{self.prefix}{group.layer}.{name}"]
+                    self._observers[self.origin(node)].observe(torch.tensor(ends))
+
     def make(self) -> None:
         """The quantized layers, from the ranges that were observed. ValueError where there were none."""
         ranges = {node: _parameters(observer.range()) for node, observer in self._observers.items()}
-        self._made = [_quantize(group, ranges, self.whole, self.modules) for group in self.groups]
+        self._made = [_quantize(group, ranges, self) for group in self.groups]
         for group, made in zip(self.groups, self._made, strict=True):
             made.norm = None if group.norm_name is None else self.prefix + group.norm_name
 
+    def made(self) -> Iterator[tuple[str, torch.nn.Module, QuantizedConv, Tensor]]:
+        """Each convolution's name, itself, the quantized layer, and the filters that this has rounded."""
+        for group, made in zip(self.groups, self._made, strict=True):
+            yield self.prefix + group.layer, group.conv, made, group.folded()[0]
+
     def commit(self) -> None:
         """The layers take their places, and the module gets a forward that runs them one after the other."""
-        _rewrite(self.module, self.graph, self.modules, self.groups, self._made, self.whole)
+        _rewrite(self, self._made)
 
 
 def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, name: str = "") -> list[Part]:
@@ -120,14 +170,15 @@ def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, nam
         prefix = name + "." if name else ""
         inner = dict(model.named_children()).items()
         return [part for label, child in inner for part in find_parts(child, chosen, config, prefix + label)]
-    groups = _find_groups(graph, dict(model.named_modules()), chosen)
+    groups = find_groups(graph, dict(model.named_modules()), chosen)
     return [Part(model, name, graph, groups, config)] if groups else []
 
 
 # ---- which nodes -------------------------------------------------------------------------------------------------
 
 
-def _find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: set[int]) -> list[_Group]:
+def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: set[int]) -> list[Group]:
+    """The convolutions whose ids are ``chosen``, each with what is computed in one call with it."""
     calls: dict[int, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -145,13 +196,17 @@ def _find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: s
         conv = module_of(node, _CONVOLUTIONS)
         if conv is None or id(conv) not in chosen or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        if conv.weight.dtype not in _FLOATS or not conv.weight.is_cpu or conv.weight[0].numel() > 65793:
+        if (
+            conv.weight.dtype not in _FLOATS
+            or not (conv.weight.is_cpu or conv.weight.is_meta)
+            or conv.weight[0].numel() > 65793
+        ):
             continue
         after = _only_user(node)
         norm = module_of(after, _NORMS)
         if norm is None or norm.running_mean is None or norm.num_features != conv.out_channels:
             norm = None
-        group = _Group([node], conv, norm)
+        group = Group([node], conv, norm)
         if norm is not None:
             group.norm_name = after.target
             group.nodes.append(after)
@@ -183,21 +238,21 @@ def _activation(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> st
 
 def _is_max_pool(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     module = modules[node.target] if node.op == "call_module" else None
-    if type(module) not in _MAX_POOLS or not _unwatched(module):
+    if type(module) not in MAX_POOLS or not _unwatched(module):
         return False
     return _both(module.dilation) == (1, 1) and not module.ceil_mode and not module.return_indices
 
 
 def _is_global_average(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     module = modules[node.target] if node.op == "call_module" else None
-    return type(module) in _AVERAGES and _unwatched(module) and _both(module.output_size) == (1, 1)
+    return type(module) in AVERAGES and _unwatched(module) and _both(module.output_size) == (1, 1)
 
 
 def _both(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-def _quantized_nodes(graph: fx.Graph, modules: dict[str, torch.nn.Module], groups: list[_Group]) -> set[fx.Node]:
+def _quantized_nodes(graph: fx.Graph, modules: dict[str, torch.nn.Module], groups: list[Group]) -> set[fx.Node]:
     """The nodes that give uint8: all that read them take it."""
     found = {group.last for group in groups}
     for node in graph.nodes:
@@ -223,13 +278,6 @@ def _quantized_nodes(graph: fx.Graph, modules: dict[str, torch.nn.Module], group
         found -= refused
 
 
-def _origin(node: fx.Node, whole: set[fx.Node], modules: dict[str, torch.nn.Module]) -> fx.Node:
-    """The node whose scale this one has: maxima of integers are integers of the same scale."""
-    while node in whole and _is_max_pool(node, modules):
-        node = node.args[0]
-    return node
-
-
 # ---- ranges ------------------------------------------------------------------------------------------------------
 
 
@@ -251,20 +299,23 @@ def _parameters(ends: tuple[float, float]) -> Parameters:
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-def _quantize(
-    group: _Group, ranges: dict[fx.Node, Parameters], whole: set[fx.Node], modules: dict[str, torch.nn.Module]
-) -> QuantizedConv:
+def _quantize(group: Group, ranges: dict[fx.Node, Parameters], part: Part) -> QuantizedConv:
     conv = group.conv
-    outputs = ranges[group.last] if group.last in whole else None
+
+    def of(node: fx.Node) -> Parameters:
+        # Tensors of each layer's own: what is saved may not share memory.
+        scale, zero_point = ranges[part.origin(node)]
+        return scale.clone(), zero_point.clone()
+
     made = QuantizedConv.of(
         *group.folded(),
-        *(ranges[_origin(group.input, whole, modules)], outputs),
+        *(of(group.input), of(group.last) if group.last in part.whole else None),
         **dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups),
     )
     made.was, made.float_dtype = class_before(conv), conv.weight.dtype
     if group.residual is not None:
-        for name, value in zip(RESIDUAL, ranges[_origin(group.residual, whole, modules)], strict=True):
-            made.register_buffer(name, value.clone())
+        for name, value in zip(RESIDUAL, of(group.residual), strict=True):
+            made.register_buffer(name, value)
     return made
 
 
@@ -300,52 +351,53 @@ def _run_max(input: Tensor, *windows: tuple[int, int]) -> Tensor:
     return kernels.max_pool(input, *windows)
 
 
-def _rewrite(
-    model: torch.nn.Module,
-    graph: fx.Graph,
-    modules: dict[str, torch.nn.Module],
-    groups: list[_Group],
-    made: list[QuantizedConv],
-    whole: set[fx.Node],
-) -> None:
+def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
+    model, graph, modules, whole = part.module, part.graph, part.modules, part.whole
     names = {id(module): name for name, module in reversed(modules.items())}
-    producers = {group.last: group for group in groups}
+    producers = {group.last: group for group in part.groups}
     steps, averages = [], []
-    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-        chain = graph.create_node("get_attr", _CHAIN)
+    chain = first_node(graph, _CHAIN)
+    of = {node: producers[part.origin(node.args[0])].conv for node in graph.nodes if part.averages(node)}
     for node in list(graph.nodes):
         if node in whole and _is_max_pool(node, modules):
             module = modules[node.target]
             stride = module.kernel_size if module.stride is None else module.stride
             windows = _both(module.kernel_size), _both(stride), _both(module.padding)
             function, arguments = _run_max, (node.args[0], *windows)
-        elif _is_global_average(node, modules) and node.args[0] in whole:
-            conv = producers[_origin(node.args[0], whole, modules)].conv
+        elif node in of:
             function, arguments = _run_average, (chain, len(averages), node.args[0])
-            averages.append((names[id(conv)], conv.weight.dtype))
+            averages.append((names[id(of[node])], of[node].weight.dtype))
         else:
             continue
         with graph.inserting_before(node):
             replacement = graph.call_function(function, arguments)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-    for index, group in enumerate(groups):
+    for index, group in enumerate(part.groups):
         added = () if group.residual is None else (group.residual,)
         dtype = torch.uint8 if group.last in whole else group.conv.weight.dtype
         steps.append((names[id(group.conv)], group.activation, dtype, bool(added)))
-        with graph.inserting_before(group.last):
-            call = graph.call_function(_run_step, (chain, index, group.input, *added))
-        group.last.replace_all_uses_with(call)
-        for old in reversed(group.nodes):
-            graph.erase_node(old)
-    for group, conv in zip(groups, made, strict=True):
+        group.replace_in(graph, _run_step, chain, index)
+    for group, conv in zip(part.groups, made, strict=True):
         model.set_submodule(names[id(group.conv)], conv)
         if group.norm_name is not None:
             model.set_submodule(group.norm_name, torch.nn.Identity())
+    forward = forward_of(graph)
+    model.__class__ = _chained_class(type(model), forward, lambda self: _Chain(self, steps, averages))
+
+
+def first_node(graph: fx.Graph, attribute: str) -> fx.Node:
+    """A new node, before all others, that reads this attribute of the module."""
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        return graph.create_node("get_attr", attribute)
+
+
+def forward_of(graph: fx.Graph) -> Callable[..., Any]:
+    """The Python function, of a module and its inputs, that a graph stands for."""
     code = graph.python_code(root_module="self")
     namespace = dict(code.globals)
     exec(code.src, namespace)
-    model.__class__ = _chained_class(type(model), namespace["forward"], lambda self: _Chain(self, steps, averages))
+    return namespace["forward"]
 
 
 #: Where a model keeps what its forward calls.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from .observers import OBSERVERS, Observer
 
@@ -45,12 +48,15 @@ class Int8Static(Config):
         observer: what chooses the range of a layer's inputs: "minmax", "moving_average", "percentile" or "mse" (see
             :mod:`fastnn.quant.observers`), or a callable that makes an :class:`~fastnn.quant.observers.Observer` for a layer.
 
+        ranges: instead of data, the ranges that were found before: see :meth:`from_state_dict`.
+
     Raises ValueError for another name, TypeError for data that is no iterable; :func:`~fastnn.quant.quantize_` raises
     ValueError where there is no data.
     """
 
     calibration_data: Iterable[Any] = dataclasses.field(repr=False)
     observer: str | Callable[[], Observer] = "minmax"
+    ranges: Mapping[str, tuple[float, float]] | None = dataclasses.field(default=None, repr=False)
 
     weight_dtype = "int8"
 
@@ -62,6 +68,39 @@ class Int8Static(Config):
         if not callable(self.observer) and self.observer not in OBSERVERS:
             names = ", ".join(repr(name) for name in OBSERVERS)
             raise ValueError(f"Int8Static: observer must be one of {names} or a callable, got {self.observer!r}")
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> Int8Static:
+        """The scheme of a model that was quantized so and whose state this is: its layers, and the scales and zero points of
+        their inputs, without data. The weights are loaded afterwards::
+
+            model = quantize_(Net(), Int8Static.from_state_dict(state))
+            model.load_state_dict(state)
+
+        Layers that the state has as floating-point numbers stay so. Raises TypeError for what is no mapping, ValueError for a
+        state without such layers, or whose scales or zero points are out of range.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"Int8Static: state_dict must be a mapping of tensors, got {type(state_dict).__name__}")
+        ranges = {}
+        for key, scale in state_dict.items():
+            if key.rpartition(".")[2] not in ("input_scale", "output_scale", "residual_scale"):
+                continue
+            name = key.removesuffix("_scale")
+            zero_point = state_dict.get(f"{name}_zero_point")
+            if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor) or zero_point.is_floating_point():
+                continue
+            if scale.numel() != 1 or not 2.0**-126 <= scale.item() < math.inf:
+                raise ValueError(f"Int8Static: state_dict: expected one positive number as {key!r}, got {scale}")
+            if zero_point.numel() != 1 or not 0 <= zero_point.item() <= 255:
+                raise ValueError(f"Int8Static: state_dict: expected 0 to 255 as '{name}_zero_point', got {zero_point}")
+            step, zero = scale.item(), zero_point.item()
+            ranges[name] = (-zero * step, (255 - zero) * step)
+        if not ranges:
+            raise ValueError(
+                "Int8Static: state_dict: expected that of a model quantized with Int8Static, got no scale of inputs"
+            )
+        return cls((), ranges=ranges)
 
     def make_observer(self) -> Observer:
         """A fresh observer. Raises TypeError if the callable makes something else."""

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import _cpu, nn
 from ..backends.cpu import int8_conv as kernels
-from ..backends.reference.quantize import quantize_dynamic
 from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
 from ..ops.int8_conv import int8_conv1d, int8_conv2d
-from ..ops.quantize import quantize
+from ..ops.quantize import quantize, quantize_dynamic
 from .modules import Quantized, relative_error
 
 #: The buffers of the scale and zero point of a shortcut.
@@ -83,9 +82,10 @@ class QuantizedConv(Quantized):
     ) -> QuantizedConv:
         """With filters of floating-point numbers, each quantized symmetrically."""
         weight = weight.detach()
-        q, scale, _ = quantize_dynamic(weight.float(), None, [0], 0, "int8", True)
+        q, scale, _ = quantize_dynamic(weight, axis=0)
         made = cls(q, scale, None if bias is None else bias.detach(), *inputs, *(outputs or (None, None)), **geometry)
-        made.weight_error = relative_error(weight, made.dequantized_weight())
+        if not weight.is_meta:
+            made.weight_error = relative_error(weight, made.dequantized_weight())
         return made
 
     def forward(self, input: Tensor) -> Tensor:
@@ -132,6 +132,11 @@ class QuantizedConv(Quantized):
             f"{channels * self.groups}, {filters}, kernel_size={tuple(kernel)}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, weight=int8"
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Safetensors takes nothing else.
+        destination[prefix + "weight"] = self.weight.contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedConv:
         super()._apply(fn, recurse)

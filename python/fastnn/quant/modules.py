@@ -73,7 +73,7 @@ class Quantized(torch.nn.Module, abc.ABC):
         if own is None or not isinstance(given, Tensor):
             return None  # missing and unexpected ones are torch's business
         if name in self.FIXED and given.dtype is not own.dtype:
-            if name == "weight" and given.dtype in _FLOATS:
+            if name == "weight" and given.dtype in FLOATS:
                 return (
                     f"weight: expected {_name(own.dtype)}, got {_name(given.dtype)}: the weights of a model that is not"
                     " quantized; load them before quantize_, or into the model that dequantize_ gives back"
@@ -108,6 +108,10 @@ class Quantized(torch.nn.Module, abc.ABC):
         """The memory of what the kernels keep of the weight, beside it."""
         return 0
 
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A floating-point weight as the rows that are quantized, one for each output."""
+        return weight.flatten(1)
+
     def quantized_row(self, name: str) -> Row:
         """The row of :func:`fastnn.report`."""
         kind, _ = self.was
@@ -136,14 +140,16 @@ def class_before(layer: torch.nn.Module) -> tuple[type[torch.nn.Module], bool]:
 
 
 _FLOAT8 = tuple(STORAGE[name] for name in FLOAT8)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: What weights can be before they are quantized.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _describe(weight_dtype: str, group_size: int | None) -> str:
+def describe(weight_dtype: str, group_size: int | None) -> str:
+    """A scheme of weights, in a few words."""
     return f"{weight_dtype} weight" + ("" if group_size is None else f", groups of {group_size}")
 
 
@@ -285,7 +291,7 @@ class QuantizedLinear(Quantized):
         return sum(packed.nbytes for _, packed, _ in self._packed.values() if packed is not None)
 
     def scheme(self) -> str:
-        return _describe(self.weight_dtype, self.group_size)
+        return describe(self.weight_dtype, self.group_size)
 
     def extra_repr(self) -> str:
         return (

@@ -4,11 +4,13 @@ Between the two, layers keep their parameters, and compute with what quantizatio
 (:func:`fastnn.fake_quantize`), so that training learns to live with it. Scales are chosen anew in each call, by the very
 formulas of :func:`~fastnn.quant.quantize_`, and gradients go straight through. :func:`convert_qat_` makes of each layer what
 ``quantize_`` would make of it: integers that stand for the numbers the training computed with. What differs is how products
-are added up: in int32, exactly, instead of in float32.
+are added up: in int32, exactly, instead of in float32. Convolutions under ``Int8Static`` hand integers to each other, with what
+is computed between them: see :mod:`fastnn.quant.qat_chain`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,9 +22,23 @@ from ..backends.reference.quantize import FLOAT8
 from ..convert import Selection, _check_model, _named_modules, _select
 from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
+from ._graph import CONV
+from .chain import find_parts
 from .config import Config, Int8Dynamic, Int8Static
 from .observers import Observer
-from .quantize import _calibrate, _check_first_time, _is_linear, _plan, _rule, become, input_parameters, undoing
+from .qat_chain import fake_quantized_filters, is_simulated, part_again, simulate
+from .quantize import (
+    _calibrate,
+    _check_first_time,
+    _check_not_fused,
+    _in_ranges,
+    _plan,
+    _rule,
+    become,
+    input_parameters,
+    inputs_of,
+    undoing,
+)
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -41,7 +57,9 @@ class QuantizationAware:
         return _FORWARD[_kind(self)](self, input)
 
     def fake_quantized_weight(self) -> Tensor:
-        """The weight (rows of outputs first) that the integers will stand for, in float32; differentiable."""
+        """The weight (outputs first) that the integers will stand for, in float32; differentiable."""
+        if _kind(self) == "Conv":
+            return fake_quantized_filters(self.weight, self.qat_config)
         weight = self.weight.t() if _kind(self) == "Conv1D" else self.weight
         config = self.qat_config
         grouping: dict[str, Any] = {"axis": 0} if config.group_size is None else {"group_size": config.group_size}
@@ -74,11 +92,22 @@ def _linear(layer: Any, input: Tensor) -> Tensor:
     return functional.linear(x, weight, None if bias is None else bias.float()).to(input.dtype)
 
 
-_FORWARD: dict[str, Callable[[Any, Tensor], Tensor]] = {"Linear": _linear, "Conv1D": _linear}
+def _conv(layer: Any, input: Tensor) -> Tensor:
+    weight, bias = layer.fake_quantized_weight(), layer.bias
+    if layer.qat_observer is None:
+        # As the converted layer computes, in the input's dtype.
+        dtype = input.dtype
+        return layer._conv_forward(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+    x = layer.fake_quantized_input(input)
+    return layer._conv_forward(x, weight, None if bias is None else bias.float()).to(input.dtype)
+
+
+_FORWARD: dict[str, Callable[[Any, Tensor], Tensor]] = {"Linear": _linear, "Conv1D": _linear, "Conv": _conv}
 
 
 def _kind(layer: torch.nn.Module) -> str:
-    return "Conv1D" if type(layer).was_before_qat.__name__ == "Conv1D" else "Linear"
+    before = type(layer).was_before_qat
+    return "Conv" if before in CONV else "Conv1D" if before.__name__ == "Conv1D" else "Linear"
 
 
 _CLASSES: dict[type, type] = {}
@@ -97,13 +126,15 @@ def prepare_qat_(
     """Let layers compute, in place, with what the scheme leaves of their weights and inputs; return the model, to be trained.
 
     Parameters stay the objects that they were: an optimizer may have them already. Layers, classes of attention and
-    encoders, ``only`` and ``skip`` are as in :func:`~fastnn.quant.quantize_`, and so are the exceptions. With
+    encoders, convolutions, ``only`` and ``skip`` are as in :func:`~fastnn.quant.quantize_`, and so are the exceptions. With
     :class:`~fastnn.quant.Int8Static` the model runs on the calibration data first; in training the observers go on
-    observing, and in eval mode they do not.
+    observing, and in eval mode they do not. Batch norms that will become part of convolutions go on computing with the
+    batch's statistics where they are in training, and are folded where they are in eval mode.
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no configuration, ``only`` or ``skip`` none of their forms.
-        ValueError: as ``quantize_``; a layer is prepared already; a scheme of floats (:class:`Float8WeightOnly`).
+        ValueError: as ``quantize_``; a layer is prepared already; a scheme of floats (:class:`Float8WeightOnly`); a module that
+            in training follows its convolutions with something else than in eval mode.
     """
     _check_model("prepare_qat_", model)
     if not isinstance(config, Config):
@@ -114,20 +145,31 @@ def prepare_qat_(
     chosen = _select("only", only, model, "prepare_qat_") if only is not None else {id(m) for _, m in modules}
     if skip is not None:
         chosen -= _select("skip", skip, model, "prepare_qat_")
+    chosen = _in_ranges(modules, chosen, config)
     _check_first_time(modules, chosen)
+    _check_not_fused(modules, chosen, config)
     for names, module in modules:
         if isinstance(module, QuantizationAware) and id(module) in chosen:
             raise ValueError(f"prepare_qat_: {names[0] or 'the model'} is prepared already; call convert_qat_ first")
     with undoing() as undo:
-        layers = _plan(modules, chosen, config, undo)
-        others = [name for name, layer, _ in layers if not _is_linear(layer)]
-        if others:
-            raise ValueError(f"prepare_qat_: only linear layers can be trained; leave {', '.join(others)} with skip=")
-        observers = _calibrate(model, config, layers) if isinstance(config, Int8Static) else {}
-        for name, layer, _ in layers:
+        parts = []
+        if isinstance(config, Int8Static):
+            parts = find_parts(model, chosen, config)
+            config = dataclasses.replace(config, calibration_data=list(inputs_of(config.calibration_data)))
+        layers = _plan(modules, chosen, config, undo, bool(parts))
+        observers = _calibrate(model, config, layers, parts) if isinstance(config, Int8Static) else {}
+        if isinstance(config, Int8Static):
+            # What was needed of it lies in the observers.
+            config = dataclasses.replace(config, calibration_data=())
+        prepared = [(layer, observers.get(name)) for name, layer, _ in layers]
+        for part in parts:
+            undo.remember(part.module)
+            prepared += [(group.conv, part.observers[part.origin(group.input).name]) for group in part.groups]
+            simulate(part, config)
+        for layer, observer in prepared:
             undo.remember(layer)
             layer.__class__ = _class_on(type(layer))
-            layer.__dict__.update(qat_config=config, qat_observer=observers.get(name))
+            layer.__dict__.update(qat_config=config, qat_observer=observer)
     return model
 
 
@@ -144,12 +186,26 @@ def convert_qat_(model: Model) -> Model:
     layers = [module for _, module in _named_modules(model) if isinstance(module, QuantizationAware)]
     if not layers:
         raise ValueError("convert_qat_: nothing to convert: no layer was prepared by prepare_qat_")
+    named = [(names[0], module) for names, module in _named_modules(model)]
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
+        found = []
         for layer in layers:
             undo.remember(layer)
             config, observer = (layer.__dict__.pop(name) for name in QuantizationAware.OWN)
             layer.__class__ = type(layer).was_before_qat
-            become(layer, _rule(layer, config).make(layer, config, observer))
+            found.append((layer, config, observer))
+        parts = []
+        for name, module in named:
+            if is_simulated(module):
+                undo.remember(module)
+                parts.append(part_again(module, name))
+                parts[-1].make()
+        inside = {id(group.conv) for part in parts for group in part.groups}
+        for layer, config, observer in found:
+            if id(layer) not in inside:
+                become(layer, _rule(layer, config).make(layer, config, observer))
+        for part in parts:
+            part.commit()
     return model
 
 

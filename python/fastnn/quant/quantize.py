@@ -19,9 +19,10 @@ from ..convert import Selection, _check_model, _class_name, _named_modules, _ori
 from ..fuse import is_fused
 from ..nn.conv1d import is_conv1d
 from ..ops.quantize import choose_scale, quantize_dynamic
+from ._graph import CONV
 from .adaround import Moments, refine
 from .chain import Part, find_parts, unchain
-from .config import Config, Int8Dynamic, Int8Static
+from .config import Config, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from .modules import (
     Int8DynamicLinear,
     Int8StaticLinear,
@@ -32,6 +33,7 @@ from .modules import (
     relative_error,
 )
 from .observers import Observer
+from .weight_only_conv import WeightOnlyConv
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -75,7 +77,9 @@ def quantize_(
     Under :class:`Int8Static` convolutions of one and two dimensions (torch's and fastnn's) become
     :class:`~fastnn.quant.QuantizedConv` as well, where ``torch.fx`` can follow the forward of the model or of the largest module
     around them that it can: batch norms behind them become part of them, and uint8 goes from one to the next. Those of a
-    forward that cannot be followed stay as they are; :func:`fastnn.report` tells.
+    forward that cannot be followed stay as they are; :func:`fastnn.report` tells. Under the weight-only schemes convolutions of
+    up to three dimensions become :class:`~fastnn.quant.WeightOnlyConv`, wherever they are. :class:`Int8Dynamic` leaves all
+    convolutions as they are.
 
     Quantized layers are for inference: they have buffers and no parameters.
 
@@ -87,13 +91,13 @@ def quantize_(
         rounding: ``"nearest"``: scales hold the largest weight, and weights are rounded to the nearest integer. ``"mse"``:
             scales are those with the least squared error. ``"adaround"``: the same scales, and weights are rounded so that the
             layer's results on ``calibration_data`` change least (:mod:`fastnn.quant.adaround`), which few-bit weights gain
-            most from. Neither is for float8; convolutions are rounded to nearest whichever it is.
+            most from. Neither is for float8.
         calibration_data: for ``"adaround"``, inputs as :class:`Int8Static` takes them; its own by default. They are read more
             than once if the layers are many.
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no configuration, ``only`` or ``skip`` none of their forms.
-        ValueError: a layer in question is quantized already; a model of ``fuse=True`` for Int8Static; a layer that cannot be
+        ValueError: a layer in question is quantized already; a model of ``fuse=True`` whose convolutions would be quantized; a layer that cannot be
             quantized so (its size has no such groups, is odd for 4 bits, its dtype is float64); a subclass of torch's encoder
             layer that would not call the layers in it; nothing to quantize; no calibration data, or a layer that saw none; a
             pattern that meets no module; another ``rounding``, one that float8 has not, or ``calibration_data`` that nothing
@@ -110,11 +114,12 @@ def quantize_(
     chosen = _select("only", only, model, "quantize_") if only is not None else {id(module) for _, module in modules}
     if skip is not None:
         chosen -= _select("skip", skip, model, "quantize_")
+    chosen = _in_ranges(modules, chosen, config)
     _check_first_time(modules, chosen)
+    _check_not_fused(modules, chosen, config)
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
         parts: list[Part] = []
         if isinstance(config, Int8Static):
-            _check_not_fused(modules)
             parts = find_parts(model, chosen, config)
             # Read more than once.
             config = dataclasses.replace(config, calibration_data=list(inputs_of(config.calibration_data)))
@@ -122,9 +127,13 @@ def quantize_(
         observers = _calibrate(model, config, layers, parts) if isinstance(config, Int8Static) else {}
         made = [(layer, rule.make(layer, config, observers.get(name))) for name, layer, rule in layers]
         if rounding != "nearest":
-            names = [name for name, _, _ in layers]
+            waiting = [
+                (name, layer, quantized, layer.weight.t() if _is_conv1d(layer) else layer.weight)
+                for (name, layer, _), (_, quantized) in zip(layers, made, strict=True)
+            ]
+            waiting += [layer for part in parts for layer in part.made()]
             data = getattr(config, "calibration_data", None) if calibration_data is None else calibration_data
-            _refine(model, list(zip(names, made, strict=True)), data if rounding == "adaround" else None)
+            _refine(model, waiting, data if rounding == "adaround" else None)
         for layer, quantized in made:
             undo.remember(layer)
             become(layer, quantized)
@@ -170,7 +179,8 @@ def _is_conv1d(layer: torch.nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
-def _why_not_linear(layer: torch.nn.Module, config: Config) -> str | None:
+def _why_not(layer: torch.nn.Module) -> str | None:
+    """Why no scheme can quantize this layer, or None."""
     weight = layer.weight
     if type(weight) not in (torch.nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
@@ -180,6 +190,13 @@ def _why_not_linear(layer: torch.nn.Module, config: Config) -> str | None:
         )
     if "forward" in layer.__dict__:
         return "its forward was set on the instance, which would go on calling torch"
+    return None
+
+
+def _why_not_linear(layer: torch.nn.Module, config: Config) -> str | None:
+    weight, reason = layer.weight, _why_not(layer)
+    if reason is not None:
+        return reason
     columns = weight.shape[0 if _is_conv1d(layer) else 1]
     if config.weight_dtype in PACKED and columns % 2:
         return f"its {columns} inputs are odd in number, and a byte holds two numbers of 4 bits"
@@ -220,9 +237,19 @@ def input_parameters(observer: Observer, device: torch.device) -> tuple[Tensor, 
     return scale.reshape(()), zero_point.reshape(())
 
 
-#: All kinds of layers. The first that matches a module is the one.
+def is_convolution(module: torch.nn.Module) -> bool:
+    return type(module) in CONV and "weight" in module._parameters
+
+
+#: All kinds of layers. The first that matches a module is the one. (Convolutions under Int8Static are found by their places.)
 RULES: list[Rule] = [
     Rule(_is_linear, (Config,), _why_not_linear, _quantize_linear),
+    Rule(
+        is_convolution,
+        (Int8WeightOnly, Int4WeightOnly, Float8WeightOnly),
+        lambda layer, config: _why_not(layer),
+        lambda layer, config, observer: WeightOnlyConv.of(layer, config),
+    ),
 ]
 
 
@@ -242,12 +269,30 @@ def _check_first_time(modules: list[tuple[list[str], torch.nn.Module]], chosen: 
             )
 
 
-def _check_not_fused(modules: list[tuple[list[str], torch.nn.Module]]) -> None:
+def _in_ranges(modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int], config: Config) -> set[int]:
+    """Of the chosen modules those whose ranges the scheme knows already, where it knows any."""
+    ranges = getattr(config, "ranges", None)
+    if ranges is None:
+        return chosen
+    inside = ("", "in_proj.", "q_proj.")
+    return {
+        id(module)
+        for names, module in modules
+        if id(module) in chosen and any(_joined(name, f"{part}input") in ranges for name in names for part in inside)
+    }
+
+
+def _check_not_fused(modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int], config: Config) -> None:
+    """ValueError for a model that reads its convolutions' weights and does not call them, if these would change."""
+    if not isinstance(config, Int8Static) and not any(
+        id(module) in chosen and is_convolution(module) and _rule(module, config) for _, module in modules
+    ):
+        return
     for names, module in modules:
         if is_fused(type(module)):
             raise ValueError(
                 f"quantize_: {names[0] or 'the model'} was converted with fuse=True, and does not call its convolutions; call"
-                " fastnn.revert first (Int8Static folds batch norms by itself)"
+                " fastnn.revert first (Int8Static folds batch norms by itself), or leave them with skip="
             )
 
 
@@ -306,8 +351,9 @@ def _plan(
     if not layers and not convolutions:
         raise ValueError(
             f"quantize_: nothing to quantize: {type(config).__name__} knows no layer that was asked for. Linear layers must be"
-            " torch.nn.Linear, fastnn.nn.Linear or transformers' Conv1D themselves, with a weight that is a parameter; convolutions, for"
-            " Int8Static, in a module around them whose forward torch.fx can follow"
+            " torch.nn.Linear, fastnn.nn.Linear or transformers' Conv1D themselves, with a weight that is a parameter; convolutions"
+            " Conv1d to Conv3d themselves, for Int8Static in a module around them whose forward torch.fx can follow, and not for"
+            " Int8Dynamic"
         )
     around = list(_encoders(modules, touched))
     for _, module, twin in attentions:
@@ -407,6 +453,18 @@ def _calibrate(
     """What each layer's observer has seen of its inputs while the model ran on the data; by the layers' names. The parts make
     their layers from what they have seen."""
     observers = {name: config.make_observer() for name, _, _ in layers}
+    if config.ranges is not None:
+        try:
+            for name, observer in observers.items():
+                observer.observe(torch.tensor(config.ranges[_joined(name, "input")]))
+            for part in parts:
+                part.take_ranges(config.ranges)
+                part.make()
+        except KeyError as error:
+            raise ValueError(
+                f"quantize_: {error.args[0]}_scale is missing in the state_dict that Int8Static was given: that of another model"
+            ) from None
+        return observers
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -433,7 +491,10 @@ def _calibrate(
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError("quantize_: Int8Static needs calibration_data, got none: it is empty, or was used up before")
+        raise ValueError(
+            "quantize_: Int8Static needs calibration_data, got none: it is empty, or was used up before (the state of a model that"
+            " is quantized already does without: Int8Static.from_state_dict)"
+        )
     for name, observer in observers.items():
         try:
             observer.range()
@@ -471,22 +532,21 @@ _MOMENTS = 1 << 29
 
 
 def _refine(
-    model: torch.nn.Module, made: list[tuple[str, tuple[torch.nn.Module, Quantized]]], data: Any | None
+    model: torch.nn.Module, waiting: list[tuple[str, torch.nn.Module, Quantized, Tensor]], data: Any | None
 ) -> None:
-    """Better scales for each layer that was made, and with data better roundings."""
+    """Better scales for each layer that was made, and with data better roundings. Of a layer: its name, itself, what was made of
+    it, and the weight that this has rounded."""
     inputs = [] if data is None else list(inputs_of(data))
     if data is not None and not inputs:
         raise ValueError("quantize_: calibration_data must hold an input at least, got none")
-    waiting = list(made)
     while waiting:
         some, size = [], 0
         while waiting and (not some or size <= _MOMENTS):
             some.append(waiting.pop(0))
-            _, (layer, quantized) = some[-1]
-            columns = layer.weight.numel() // max(1, quantized.weight.shape[0])
-            size += 8 * columns**2 * getattr(layer, "groups", 1)
-        moments = {name: Moments() for name, _ in some}
-        hooks = [layer.register_forward_hook(moments[name], with_kwargs=True) for name, (layer, _) in some]
+            _, layer, _, weight = some[-1]
+            size += 8 * (weight.numel() // max(1, weight.shape[0])) ** 2 * getattr(layer, "groups", 1)
+        moments = {name: Moments() for name, *_ in some}
+        hooks = [layer.register_forward_hook(moments[name], with_kwargs=True) for name, layer, _, _ in some]
         try:
             with in_eval_mode(model):
                 for input in inputs:
@@ -494,14 +554,14 @@ def _refine(
         finally:
             for hook in hooks:
                 hook.remove()
-        for name, (layer, quantized) in some:
+        for name, _, quantized, weight in some:
             moment = moments[name].total
             if inputs and moment is None:
                 raise ValueError(
                     f"quantize_: {name or 'the model'} was not called while the model ran on {len(inputs)} inputs of"
                     " calibration_data; leave it with skip=, or give data that reaches it"
                 )
-            refine(quantized, layer.weight.t() if _is_conv1d(layer) else layer.weight, moment)
+            refine(quantized, weight, moment)
 
 
 # ---- in place ----------------------------------------------------------------------------------------------------
