@@ -256,6 +256,13 @@ void many_rows_vectors(const WeightOnly& c, const WeightOnlyKernels& kernels, co
                                                reinterpret_cast<bf16*>(made) + j * length);
           kn.pack_b(panel, made, length, 1, columns, length);
         }
+        // What is made into a panel next comes from rows, each too short to be seen coming.
+        const bool more = k + length < c.k;
+        const uint8_t* next = w + (more ? weight_bytes(c.format, k + length) : nr * c.w_row);
+        const int64_t next_columns = more ? columns : std::min(nr, c.n - j0 - nr);
+        for (int64_t j = 0; j < next_columns; j++)
+          for (int64_t at = 0; at < weight_bytes(c.format, kPanelK); at += 64)
+            __builtin_prefetch(next + j * c.w_row + at, 0, 2);
         const char* x = (copy ? copy : c.x) + i0 * x_row + k * 2;
         kernels.scaled_tile(x, x_row, rows, panel, ceil_div(length / segments, 2), segments, scales,
                             totals, k > 0);
