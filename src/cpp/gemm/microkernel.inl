@@ -644,6 +644,34 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
   store_tile<double>(static_cast<const double*>(acc), ld, rows, cols, s, i0, j0);
 }
 
+// What a layer of integers ends with, with nothing left to decide inside: sums less the zero
+// points' part, scaled, a bias, an activation. They are sums of rounded numbers, so that the
+// activation need not be exact to the last bit.
+template <class T, int kind>
+static void store_scaled(const void* sums, int ld, int rows, int cols, const Store& s, int64_t i0,
+                         int64_t j0) {
+  using V = VecF32;
+  const auto* acc = static_cast<const int32_t*>(sums);
+  T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0;
+  for (int j = 0; j < cols; j += V::width) {
+    const int n = int(least(V::width, cols - j));
+    const V scale = load_strided<V>(s.col_scale + j0 + j, 1, n);
+    const V bias = s.bias_axis == BiasAxis::column
+                       ? load_typed<V>(s.bias, s.bias_type, j0 + j, 1, n)
+                       : V::set1(-0.0f);  // to which a sum adds nothing, not even its sign
+    for (int i = 0; i < rows; i++) {
+      const V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
+      const V scaled = v * (V::set1(s.row_scale[i0 + i]) * scale) + bias;
+      put_row(c + i * s.c_rs + j, 1, activate_narrow_as<kind>(scaled), n);
+    }
+  }
+}
+template <class T>
+static constexpr StoreFn store_scaled_as[kActivations] = {
+    store_scaled<T, kNone>,     store_scaled<T, kRelu>, store_scaled<T, kGelu>,
+    store_scaled<T, kGeluTanh>, store_scaled<T, kSilu>, store_scaled<T, kSigmoid>,
+    store_scaled<T, kTanh>,     store_scaled<T, kRelu6>};
+
 [[maybe_unused]] static void store_s32(const void* acc, int ld, int rows, int cols, const Store& s,
                                        int64_t i0, int64_t j0) {
   const auto* a = static_cast<const int32_t*>(acc);
@@ -653,12 +681,19 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
                            s.c + (i0 * s.c_rs + j0) * size, s.c_rs * size,
                            s.residual ? s.residual + i0 * s.r_rs + j0 : nullptr, s.r_rs);
   }
+  const bool by_row =
+      s.bias_axis == BiasAxis::row || (s.bias_axis == BiasAxis::column && s.bias_stride != 1);
+  const bool scaled =
+      s.row_scale && s.col_scale && s.alpha == 1 && !s.residual && !by_row && s.c_cs == 1;
   switch (s.type) {
     case DType::bf16:
+      if (scaled) return store_scaled_as<bf16>[s.activation](a, ld, rows, cols, s, i0, j0);
       return store_tile<bf16>(a, ld, rows, cols, s, i0, j0);
     case DType::f16:
+      if (scaled) return store_scaled_as<f16>[s.activation](a, ld, rows, cols, s, i0, j0);
       return store_tile<f16>(a, ld, rows, cols, s, i0, j0);
     case DType::f32:
+      if (scaled) return store_scaled_as<float>[s.activation](a, ld, rows, cols, s, i0, j0);
       return store_tile<float>(a, ld, rows, cols, s, i0, j0);
     default:
       break;

@@ -325,21 +325,29 @@ static FASTNN_INLINE float most_of(VecF32 v) {
 }
 #endif
 
-static FASTNN_INLINE void range_of(const float* x, int64_t n, float& least, float& most) {
+template <class Kept>
+static FASTNN_INLINE void extremes(const float* x, int64_t n, float& least, float& most,
+                                   Kept kept) {
   VecF32 low[4], high[4];
   for (int k = 0; k < 4; k++) low[k] = high[k] = VecF32::zero();
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock)
     for (int k = 0; k < 4; k++) {
-      const VecF32 v = finite(VecF32::load(x + i + k * kLanes));
-      low[k] = min(low[k], v), high[k] = max(high[k], v);
+      const VecF32 v = kept(VecF32::load(x + i + k * kLanes));
+      low[k] = min(v, low[k]), high[k] = max(v, high[k]);  // a NaN is the first operand, and goes
     }
   for (; i < n; i += kLanes) {
-    const VecF32 v = finite(load_some(x + i, n - i < kLanes ? n - i : kLanes));
-    low[0] = min(low[0], v), high[0] = max(high[0], v);
+    const VecF32 v = kept(load_some(x + i, n - i < kLanes ? n - i : kLanes));
+    low[0] = min(v, low[0]), high[0] = max(v, high[0]);
   }
-  const float l = least_of(min(min(low[0], low[1]), min(low[2], low[3])));
-  const float h = most_of(max(max(high[0], high[1]), max(high[2], high[3])));
+  least = least_of(min(min(low[0], low[1]), min(low[2], low[3])));
+  most = most_of(max(max(high[0], high[1]), max(high[2], high[3])));
+}
+static FASTNN_INLINE void range_of(const float* x, int64_t n, float& least, float& most) {
+  float l, h;
+  extremes(x, n, l, h, [](VecF32 v) __attribute__((always_inline)) { return v; });
+  if (h - l == __builtin_inff())  // perhaps there is an infinity, which is then left out
+    extremes(x, n, l, h, finite);
   least = l < least ? l : least;
   most = h > most ? h : most;
 }
