@@ -12,18 +12,35 @@ TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
-CPP     := $(shell find src -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+CPP     := $(shell find src -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 RUFF    := python tests bench examples
 
-.PHONY: demo test build lint format bench sanitize clean
+.PHONY: demo test build emulation cuda lint format bench sanitize clean
 
 demo: build
 	$(BIN)/python -m fastnn demo
 
-test: build
-	$(BIN)/python -m pytest
+test: build emulation $(if $(shell command -v nvcc),cuda)
+	$(BIN)/python -m pytest $(PYTEST)
+# Two tests at a time: each uses torch's threads for some of its time only.
+PYTEST ?= --numprocesses 2
 
 build: $(VENV)/stamps/fastnn
+
+# The CUDA kernels with the CPU as the device, for tests/cuda/, and what tests the emulation itself.
+emulation: $(VENV)/stamps/fastnn
+	cmake -S src/cuda/host_emulation -B build/emulation -G Ninja $(CMAKE_QUIET) $(FOR_PYTHON)
+	cmake --build build/emulation $(NINJA_QUIET)
+
+# The CUDA kernels for GPUs, of which tests read the machine code. (`make build` has them where FASTNN_CUDA says so.)
+cuda: $(VENV)/stamps/fastnn
+	cmake -S . -B build/cuda -G Ninja $(CMAKE_QUIET) -DFASTNN_CUDA=ON $(FOR_PYTHON)
+	cmake --build build/cuda --target _cuda $(NINJA_QUIET)
+
+FOR_PYTHON   = -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+CMAKE_QUIET := --log-level=WARNING
+NINJA_QUIET := -- --quiet
 
 lint: $(VENV)/stamps/lint
 	$(BIN)/ruff check $(RUFF)

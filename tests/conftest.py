@@ -1,9 +1,14 @@
 """What every test starts from: one seed, torch's default precision, and two threads."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
+import fastnn
 from fastnn import _cpu, _state
+from fastnn.backends import cuda
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +27,48 @@ def use_isa():
     before = _cpu.isa()
     yield _cpu.set_isa
     _cpu.set_isa(before)
+
+
+def emulated_cuda():
+    """The CUDA kernels with the CPU as their device, from `make emulation`; None where that was not run."""
+    found = sorted((Path(__file__).parents[1] / "build/emulation").glob("_cuda_emulated*.so"))
+    if not found:
+        return None
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    module = emulated_cuda()
+    if module is None:
+        pytest.skip("the emulation of CUDA is not built (make emulation)")
+    return module
+
+
+@pytest.fixture
+def on_cuda(emulation):
+    """Inside the test, ops run the CUDA kernels on CPU tensors."""
+    before = cuda.module()
+    cuda.use(emulation)
+    emulation.set_seed(1)
+    with fastnn.backend("cuda"):
+        yield emulation
+    cuda.use(before)
+
+
+@pytest.fixture(params=[*_cpu.available_isas(), "cuda"])
+def machine(request, use_isa):
+    """Runs the test on the kernels of every instruction set of this CPU, and on those of CUDA."""
+    if request.param == "cuda":
+        request.getfixturevalue("on_cuda")
+        if request.node.callspec.params.get("dtype") is torch.float64:
+            pytest.skip("no CUDA kernel of float64")
+    else:
+        use_isa(request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def _computed(
     before = [layer[3].nbytes for layer in layers]
     result = compute(input, residual, *layers)
     if result is None:
-        if not is_straight(input):
+        if not is_straight("conv", input):
             # What looks on would see the folding.
             for call in calls:
                 input = call.unfused(input, residual if call is calls[-1] else None)

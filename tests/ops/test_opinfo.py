@@ -56,8 +56,21 @@ ELEMENTWISE = (
     "tanh",
 )
 ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
-CASES = [(name, dtype) for name in OURS for dtype in FLOATS]
-IDS = [f"{name}-{str(dtype)[6:]}" for name, dtype in CASES]
+#: What there are CUDA kernels for.
+ON_CUDA = ("nn.functional.linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", *ELEMENTWISE)
+CASES = [
+    *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
+    *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),
+]
+IDS = [f"{name}-{str(dtype)[6:]}{'-cuda' if backend == 'cuda' else ''}" for name, dtype, backend in CASES]
+every_case = pytest.mark.parametrize(("name", "dtype", "backend"), CASES, ids=IDS, indirect=["backend"])
+
+
+@pytest.fixture
+def backend(request):
+    if request.param == "cuda":
+        request.getfixturevalue("on_cuda")
+    return request.param
 
 
 def test_every_function_has_an_entry():
@@ -181,8 +194,8 @@ def terms_of(op, sample):
     return 8 + 2 * max((size for t in tensors for size in t.shape), default=1)
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=IDS)
-def test_samples(name, dtype):
+@every_case
+def test_samples(name, dtype, backend):
     op, count = ENTRIES[name], 0
     for sample in samples(name, dtype):
         result, indices = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))
@@ -205,8 +218,8 @@ def test_samples(name, dtype):
     assert count
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=IDS)
-def test_gradients_of_samples(name, dtype):
+@every_case
+def test_gradients_of_samples(name, dtype, backend):
     """The gradients, against those that torch computes in float64."""
     op = ENTRIES[name]
     loose = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import _route
 
 _LIBRARY = torch.library.Library("fastnn", "DEF")
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+#: The device of torch.autocast and its dispatch key.
+_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
 def define(
@@ -26,24 +27,31 @@ def define(
 ) -> None:
     """Registers ``fastnn::<schema>``.
 
-    ``impl`` takes plain CPU tensors, ``fake`` tensors without data. ``setup_context`` and ``backward`` are as in
+    ``impl`` takes plain tensors on a CPU or a GPU, ``fake`` tensors without data. ``setup_context`` and ``backward`` are as in
     torch.library.register_autograd, ``vmap`` as in torch.library.register_vmap. With ``autocast``, tensors take the
-    dtype of torch.autocast("cpu") (torch.library.register_autocast knows one dtype only, fixed at registration).
+    dtype of torch.autocast (torch.library.register_autocast knows one dtype only, fixed at registration).
     """
     name = schema[: schema.index("(")]
     qualified = f"fastnn::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, impl, "CPU")
+    _LIBRARY.impl(name, impl, "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     if autocast:
         op = getattr(torch.ops.fastnn, name).default
 
-        def cast_and_call(*args: Any, **kwargs: Any) -> Tensor:
-            dtype = torch.get_autocast_dtype("cpu")
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                args = tuple(_route.cast(arg, dtype) if isinstance(arg, Tensor) else arg for arg in args)
-                return op(*args, **kwargs)
+        def cast_and_call(device: str) -> Callable[..., Tensor]:
+            keys = torch._C.DispatchKeySet(_AUTOCAST[device])
 
-        _LIBRARY.impl(name, cast_and_call, "AutocastCPU")
+            def call(*args: Any, **kwargs: Any) -> Tensor:
+                dtype = torch.get_autocast_dtype(device)
+                with torch._C._ExcludeDispatchKeyGuard(keys):
+                    args = tuple(_route.cast(arg, dtype) if isinstance(arg, Tensor) else arg for arg in args)
+                    return op(*args, **kwargs)
+
+            return call
+
+        for device, key in _AUTOCAST.items():
+            _LIBRARY.impl(name, cast_and_call(device), key.name)

@@ -116,7 +116,7 @@ class Op:
         tensors = numbers if numbers or self.of_integers else tensors
         if where is None:
             # In a backward most often nothing looks on.
-            where = EAGER if is_straight(*tensors) else route(self.name, *tensors)
+            where = EAGER if is_straight(self.name, *tensors) else route(self.name, *tensors)
         if where == EAGER:
             args = _resolved(args)
             return self._eager.apply(*args) if wants_grad(*tensors) else self.kernel(*args)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _state
-from ..backends import cpu
+from ..backends import cpu, supports
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_compiling = torch.compiler.is_compiling
@@ -39,6 +39,10 @@ LIBRARY = "library"
 TRANSFORM = "transform"
 #: The formula in plain torch, asked for by ``backend("reference")``.
 REFERENCE = "reference"
+
+
+#: What can be asked for without changing the way of a CPU tensor.
+_ON_CPU = (None, "cpu")
 
 
 class Unsupported(Exception):
@@ -69,7 +73,7 @@ def route(op: str, *tensors: Tensor | None) -> str:
             raise Unsupported("a batch of gradients (is_grads_batched)")
         if not library and not transformed and not _has_memory(tensor):
             raise Unsupported("a tensor without memory of its own")
-    reason = cpu.supports(op, *tensors)
+    reason = supports(op, *tensors)
     if reason is not None:
         raise Unsupported(reason)
     if library:
@@ -86,8 +90,8 @@ def _has_memory(tensor: Tensor) -> bool:
     return not (is_wrapped(tensor) or torch._is_functional_tensor(tensor) or tensor._is_zerotensor())
 
 
-def is_straight(*tensors: Tensor) -> bool:
-    """In a backward: whether the kernels can be called on these as they are, with nothing looking on."""
+def is_straight(op: str, *tensors: Tensor) -> bool:
+    """In a backward: whether the kernels of ``op`` can be called on these as they are, with nothing looking on."""
     return (
         not is_dynamo_compiling()
         and not is_grad_enabled()
@@ -96,10 +100,9 @@ def is_straight(*tensors: Tensor) -> bool:
         and forward_ad._current_level < 0
         and tracing_state() is None
         and dispatch_modes() == 0
-        and _state.settings().backend != "reference"
+        and _runs(op, *tensors)
         and all(
             type(tensor) in PLAIN
-            and tensor.is_cpu
             and tensor.layout is torch.strided
             and tensor.dtype is tensors[0].dtype
             and tensor.dtype in cpu.FLOAT
@@ -108,6 +111,13 @@ def is_straight(*tensors: Tensor) -> bool:
             for tensor in tensors
         )
     )
+
+
+def _runs(op: str, *tensors: Tensor) -> bool:
+    backend = _state.settings().backend
+    if backend in _ON_CPU and all(tensor.is_cpu for tensor in tensors):
+        return True  # the kernels of a CPU are complete
+    return backend != "reference" and supports(op, *tensors) is None
 
 
 def _is_plain_subclass(kind: type) -> bool:
@@ -128,11 +138,16 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as torch.autocast("cpu") hands them to a matrix product, where it is on."""
-    if not is_autocast_enabled("cpu"):
+    """The tensors as torch.autocast hands them to a matrix product, where it is on for the device of the first one."""
+    device = autocast_device(*tensors)
+    if not is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(cast(tensor, dtype) for tensor in tensors)
+
+
+def autocast_device(*tensors: Tensor | None) -> str:
+    return "cuda" if any(tensor is not None and tensor.is_cuda for tensor in tensors) else "cpu"
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import increment_version
 
 from .. import _state
-from ..backends import cpu, reference
+from ..backends import Kernels, cpu, reference
 from ._library import define
 from ._out import has_internal_overlap, write_out
 from ._route import (
@@ -45,6 +45,7 @@ from ._route import (
 KINDS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu6")
 
 _CODE = cpu.ACTIVATION
+_kernels = Kernels()
 _tensor_activation = cpu.tensor_activation
 
 _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -151,7 +152,7 @@ def run(kind: str, input: Tensor, where: str) -> Tensor:
     if where == EAGER:
         if is_grad_enabled() and input.requires_grad:
             return _Activation.apply(resolve(input), kind)
-        return cpu.activation(kind, resolve(input))
+        return _kernels.activation(kind, resolve(input))
     if where == LIBRARY:
         return torch.ops.fastnn.activation(input, kind)
     if where == TRANSFORM:
@@ -179,7 +180,7 @@ def _in_place(kind: str, input: Tensor, where: str) -> Tensor:
                 return _InPlaceActivation.apply(input, kind)
             # What needs its input keeps a copy, since the input is about to be overwritten. So does torch.
             return input.copy_(run(kind, input.clone(), where))
-        cpu.activation(kind, input, input)
+        _kernels.activation(kind, input, input)
         if not input.is_inference():
             increment_version(input)
         return input
@@ -201,7 +202,7 @@ def _apply_out(
             input.shape,
             input.dtype,
             (input,),
-            lambda c: cpu.activation(kind, resolve(input), c),
+            lambda c: _kernels.activation(kind, resolve(input), c),
             lambda: run(kind, input, where),
             in_place_of=input,
         )
@@ -215,8 +216,8 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
         output = cpu.tensor_activation_backward(_CODE[kind], grad, saved)
         if output is not None:
             return output
-    if is_straight(grad, saved):
-        return cpu.activation_backward(kind, resolve(grad), resolve(saved))
+    if is_straight("activation", grad, saved):
+        return _kernels.activation_backward(kind, resolve(grad), resolve(saved))
     try:
         where = route("activation", grad, saved)
     except Unsupported as reason:
@@ -229,7 +230,7 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
         return (grad.double() * _first_derivative(kind, saved.double())).to(saved.dtype)
     if wants_grad(grad, saved):
         return _ActivationBackward.apply(grad, saved, kind)
-    return cpu.activation_backward(kind, resolve(grad), resolve(saved))
+    return _kernels.activation_backward(kind, resolve(grad), resolve(saved))
 
 
 # ---- derivatives -------------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ class _Activation(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, input: Tensor, kind: str, result: tuple[Tensor] | None = None) -> Tensor:
-        output = cpu.activation(kind, input) if result is None else result[0]
+        output = _kernels.activation(kind, input) if result is None else result[0]
         ctx.kind = kind
         ctx.save_for_backward(_saved(kind, input, output))
         return output
@@ -309,7 +310,7 @@ class _InPlaceActivation(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, input: Tensor, kind: str) -> Tensor:
         ctx.kind = kind
-        cpu.activation(kind, input, input)
+        _kernels.activation(kind, input, input)
         ctx.mark_dirty(input)
         ctx.save_for_backward(input)
         return input
@@ -325,7 +326,7 @@ class _ActivationBackward(Function):
     def forward(ctx: FunctionCtx, grad: Tensor, saved: Tensor, kind: str) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(grad, saved)
-        return cpu.activation_backward(kind, resolve(grad), resolve(saved))
+        return _kernels.activation_backward(kind, resolve(grad), resolve(saved))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad2: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -407,11 +408,11 @@ class _TransformedActivationBackward(Function):
 def _on_plain(kind: str, input: Tensor) -> Tensor:
     if _state.settings().backend == "reference":
         return reference.activation(kind, input)
-    return cpu.activation(kind, resolve(input))
+    return _kernels.activation(kind, resolve(input))
 
 
 def _backward_on_plain(grad: Tensor, saved: Tensor, kind: str) -> Tensor:
-    return cpu.activation_backward(kind, resolve(grad), resolve(saved))
+    return _kernels.activation_backward(kind, resolve(grad), resolve(saved))
 
 
 def _vmap_backward(

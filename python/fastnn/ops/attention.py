@@ -484,7 +484,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         if found is not None:
             return *found, None, *[None] * _OPTIONS
     args = (grad, *saved, ctx.scale, ctx.low, ctx.high, ctx.shift, ctx.dropout, seed, by_mask)
-    if is_straight(grad, query, key, value):
+    if is_straight("attention", grad, query, key, value):
         found = kernels.attention_backward(*(resolve(x) for x in (grad, query, key, value, mask)), *args[5:])
     elif forward_ad._current_level >= 0:
         # Forward mode over reverse mode: torch knows how to differentiate the formula.

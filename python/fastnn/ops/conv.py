@@ -180,7 +180,7 @@ def conv_fused(
         input.dim() == rank + 2
         and not isinstance(padding, str)
         and all(type(tensor) in PLAIN for tensor in (input, residual) if tensor is not None)
-        and is_straight(input, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
+        and is_straight("conv", input, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
     )
     if one_pass:
         options = [
@@ -271,7 +271,7 @@ def _inverted_residual(
     if (
         _state.settings() is not _state.PLAIN
         or is_any_autocast_enabled()
-        or not is_straight(*tensors)
+        or not is_straight("conv", *tensors)
         or any(tensor.is_neg() or tensor.numel() == 0 for tensor in tensors)
         or any(tensor.dim() != 4 for tensor in (input, *(layer[0] for layer in layers)))
         or stride not in (1, 2)
@@ -477,7 +477,7 @@ def _transposed(
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    if is_straight(grad):
+    if is_straight("conv", grad):
         return kernels.channel_sum(resolve(grad))
     return grad.sum((0, *range(2, grad.dim())))
 

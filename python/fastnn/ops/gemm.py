@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from .. import _state
-from ..backends import cpu, reference
+from ..backends import Kernels, cpu, reference, supports
 from ._library import define
 from ._out import write_out
 from ._route import (
@@ -41,6 +41,7 @@ from ._route import (
 
 _settings = _state.settings
 _tensor_product = cpu.tensor_product
+_kernels = Kernels()
 
 # ---- the public functions ----------------------------------------------------------------------------------------
 
@@ -231,9 +232,9 @@ def int_mm(
     for name, value in (("a", a), ("b", b), ("row_scale", row_scale), ("col_scale", col_scale), ("bias", bias)):
         if not isinstance(value, Tensor) and (value is not None or name in "ab"):
             raise TypeError(f"fastnn.int_mm: {name}: expected a Tensor, got {type(value).__name__}")
-        if value is not None and (value.layout is not torch.strided or not value.is_cpu or value.is_nested):
+        if value is not None and (value.layout is not torch.strided or value.device != a.device or value.is_nested):
             raise RuntimeError(
-                f"fastnn.int_mm: {name}: expected a dense CPU tensor, got {value.layout}, {value.device}"
+                f"fastnn.int_mm: {name}: expected a dense tensor on {a.device}, got {value.layout}, {value.device}"
             )
     if a.dtype not in (torch.int8, torch.uint8) or b.dtype is not torch.int8:
         raise RuntimeError(f"fastnn.int_mm: expected a int8 or uint8 and b int8, got {a.dtype} and {b.dtype}")
@@ -266,7 +267,10 @@ def int_mm(
     scales = [None if value is None else value.detach().contiguous() for value in (row_scale, col_scale, bias)]
     if _settings().backend == "reference":
         return reference.int_mm(a, b, *scales).to(out_dtype)
-    return cpu.int_mm(a, b, out_dtype, *scales)
+    reason = supports("int_mm", a, b)
+    if reason is not None:
+        raise RuntimeError(f"fastnn.int_mm: {reason}")
+    return _kernels.int_mm(a, b, out_dtype, *scales)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -359,7 +363,7 @@ def _matmul(
     def write(out: Tensor) -> None:
         for dim in reversed(drop):
             out = out.unsqueeze(dim)
-        cpu.product(resolve(a), resolve(b), out)
+        _kernels.product(resolve(a), resolve(b), out)
 
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = [*batch, a.shape[-2], b.shape[-1]]
@@ -384,7 +388,7 @@ def product(a: Tensor, b: Tensor, where: str | None = None) -> Tensor:
     a, b = resolve(a), resolve(b)
     if wants_grad(a, b):
         return _Product.apply(a, b)
-    return cpu.product(a, b)
+    return _kernels.product(a, b)
 
 
 def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
@@ -395,8 +399,8 @@ def kernel_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
             return _apply_product(a, b, result)
         if result is not None:
             return result
-    if is_straight(a, b):
-        return cpu.product(resolve(a), resolve(b), alpha=alpha)
+    if is_straight("gemm", a, b):
+        return _kernels.product(resolve(a), resolve(b), alpha=alpha)
     result = product(a, b)
     return result if alpha == 1 else alpha * result
 
@@ -441,7 +445,7 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor, result: tuple[Tensor] | None = None) -> Tensor:
         ctx.save_for_backward(*_save_operands(ctx, a, b, ctx.needs_input_grad[:2]))
-        return cpu.product(a, b) if result is None else result[0]
+        return _kernels.product(a, b) if result is None else result[0]
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -550,7 +554,7 @@ def _number(name: str, value: Any) -> float:
 
 def _scaled_kernel(input: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor | None = None) -> Tensor:
     # With beta = 0 the added term is not read, so that its NaN do not matter.
-    return cpu.product(a, b, out, alpha=alpha, beta=beta, residual=None if beta == 0 else input)
+    return _kernels.product(a, b, out, alpha=alpha, beta=beta, residual=None if beta == 0 else input)
 
 
 class _Scaled(Function):
@@ -596,7 +600,7 @@ def _scaled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _on_plain(a: Tensor, b: Tensor) -> Tensor:
     if _settings().backend == "reference":
         return reference.matmul(a, b)
-    return cpu.product(resolve(a), resolve(b))
+    return _kernels.product(resolve(a), resolve(b))
 
 
 def _fake(a: Tensor, b: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from .. import _state
-from ..backends import cpu, reference
+from ..backends import Kernels, cpu, reference
 from . import _route
 from ._library import define
 from ._out import write_out
@@ -43,6 +43,7 @@ _torch_linear = torch.nn.functional.linear
 _settings = _state.settings
 _is_dynamo_compiling = _route.is_dynamo_compiling
 _tensor_product = cpu.tensor_product
+_kernels = Kernels()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -120,7 +121,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str)
     input, weight, bias = resolve(input), resolve(weight), resolve(bias)
     if needs_grad:
         return _Linear.apply(input, weight, bias, activation)
-    return cpu.linear(input, weight, bias, activation)
+    return _kernels.linear(input, weight, bias, activation)
 
 
 def _linear_out(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -136,9 +137,11 @@ def _linear_out(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor)
             input.dtype,
             [tensor for tensor in (input, weight, bias) if tensor is not None],
             lambda c: (
-                cpu.product(resolve(input), resolve(weight).t(), c, bias=resolve(bias))
+                _kernels.product(resolve(input), resolve(weight).t(), c, bias=resolve(bias))
                 if input.dim() > 1
-                else cpu.product(resolve(input).unsqueeze(0), resolve(weight).t(), c.unsqueeze(0), bias=resolve(bias))
+                else _kernels.product(
+                    resolve(input).unsqueeze(0), resolve(weight).t(), c.unsqueeze(0), bias=resolve(bias)
+                )
             ),
             lambda: _linear(input, weight, bias, "none"),
         )
@@ -170,7 +173,7 @@ class _Linear(Function):
         activation: str,
         result: tuple[Tensor] | None = None,
     ) -> Tensor:
-        output = cpu.linear(input, weight, bias, activation) if result is None else result[0]
+        output = _kernels.linear(input, weight, bias, activation) if result is None else result[0]
         by_input, by_weight = ctx.needs_input_grad[:2]
         ctx.activation = activation
         ctx.save_for_backward(
@@ -215,8 +218,8 @@ def _gradients(
 
 
 def _column_sum(rows: Tensor) -> Tensor:
-    if _route.is_straight(rows):
-        return cpu.column_sum(resolve(rows))
+    if _route.is_straight("gemm", rows):
+        return _kernels.column_sum(resolve(rows))
     # Traced, mapped or differentiated again: a sum that every tracer knows.
     return rows.sum(0)
 
@@ -227,7 +230,7 @@ def _column_sum(rows: Tensor) -> Tensor:
 def _on_plain(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     if _settings().backend == "reference":
         return reference.linear(input, weight, bias, activation)
-    return cpu.linear(resolve(input), resolve(weight), resolve(bias), activation)
+    return _kernels.linear(resolve(input), resolve(weight), resolve(bias), activation)
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

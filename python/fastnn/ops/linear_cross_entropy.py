@@ -79,7 +79,7 @@ def linear_cross_entropy(
         _check(x, w, b, target, weight, torch.float32 if wide else None)
         if input.numel() == 0 or linear_weight.numel() == 0:
             return ask_torch("linear_cross_entropy", "an input without elements", _in_torch, *everything, **choices)
-        where = route("gemm", input, linear_weight, linear_bias, weight)
+        where = route("linear_cross_entropy", input, linear_weight, linear_bias, weight)
         alone = input.dim() == 1
         if alone:
             x, target = x.unsqueeze(0), target.unsqueeze(0)
@@ -222,7 +222,7 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # asks whether a graph that was freed is gone through again
         # Those that the forward made can be used once, and know nothing of their own derivatives.
-        if ctx.found is None or not is_straight(grad):
+        if ctx.found is None or not is_straight("linear_cross_entropy", grad):
             return _by_everything(ctx, grad, saved)
         found, ctx.found = ctx.found, None
         if grad.item() != 1:

@@ -14,44 +14,16 @@ from torch import Tensor
 
 # After torch: the extension finds its OpenMP symbols in torch's own runtime.
 from ... import _cpu, _state
-
-DTYPE: dict[torch.dtype, int] = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int8: 4,
-    torch.uint8: 5,
-    torch.int32: 6,
-}
-FLOAT: dict[torch.dtype, int] = {dtype: code for dtype, code in DTYPE.items() if dtype.is_floating_point}
-HALF = (torch.bfloat16, torch.float16)
-ACTIVATION: dict[str | None, int] = {
-    None: 0,
-    "none": 0,
-    "relu": 1,
-    "gelu": 2,
-    "gelu_tanh": 3,
-    "silu": 4,
-    "sigmoid": 5,
-    "tanh": 6,
-    "relu6": 7,
-}
-PRECISION: dict[str, int] = {"highest": 0, "high": 1, "medium": 2}
-
-#: What the backward of an activation is given: its output for these, its input for the others.
-SAVES_OUTPUT = frozenset(("relu", "relu6", "sigmoid", "tanh"))
+from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of  # noqa: F401 - ops read some of these
+from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
 OF_QUANTIZED = frozenset(("dequantize",))
 
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
 LARGE_BYTES = 1 << 20
-#: The most dimensions the kernel's loops take.
-MAX_DIMS = 8
 
 # Bound once: an attribute lookup in a module costs 30 ns, and the short ways make dozens.
-get_precision = torch._C._get_float32_matmul_precision
 _from_dlpack = torch.from_dlpack
 
 # The shortest way of small calls: C reads the tensors itself, through the table that DLPack defines for it and torch has
@@ -138,11 +110,6 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def precision(dtype: torch.dtype) -> int:
-    """The code of torch.get_float32_matmul_precision(), which is obeyed for float32."""
-    return PRECISION[get_precision()] if dtype is torch.float32 else 0
-
-
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
     if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
@@ -212,65 +179,11 @@ def empty_like(x: Tensor) -> Tensor:
     return empty_strided(x.shape, strides, x.dtype)
 
 
-def gemm(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    *,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    row_scale: Tensor | None = None,
-    col_scale: Tensor | None = None,
-    packed: Any = None,
-) -> None:
-    """c = activation(alpha * row_scale * col_scale * (a @ b) + bias + beta * residual), rounded once.
-
-    ``a`` (..., M, K), ``b`` (..., K, N), ``c`` and ``residual`` (..., M, N), any strides, batch dimensions equal (expand
-    them); ``bias`` (N,).
-    """
-    dtype = a.dtype
-    options: dict[str, Any] = {}
-    if residual is not None:
-        options.update(beta=beta, residual_ptr=residual.data_ptr(), residual_strides=residual.stride())
-    if bias is not None:
-        options.update(bias_ptr=bias.data_ptr(), bias_axis=2, bias_stride=bias.stride(0))
-    if activation is not None:
-        options["activation"] = ACTIVATION[activation]
-    if row_scale is not None:
-        options["row_scale_ptr"] = row_scale.data_ptr()
-    if col_scale is not None:
-        options["col_scale_ptr"] = col_scale.data_ptr()
+def gemm(a: Tensor, b: Tensor, c: Tensor, *, packed: Any = None, **epilogue: Any) -> None:
+    """See _matmul.gemm."""
     if packed is not None:
-        options["packed"] = packed
-    _cpu.gemm(
-        a.data_ptr(),
-        a.shape,
-        a.stride(),
-        DTYPE[dtype],
-        b.data_ptr(),
-        b.shape,
-        b.stride(),
-        DTYPE[b.dtype],
-        c.data_ptr(),
-        c.shape,
-        c.stride(),
-        DTYPE[c.dtype],
-        precision=precision(dtype),
-        alpha=alpha,
-        batch_invariant=_state.settings().batch_invariant,
-        **options,
-    )
-
-
-def _rows(x: Tensor) -> Tensor | None:
-    """x with all but its last dimension folded into one, or None where that would need a copy."""
-    try:
-        return x.view(math.prod(x.shape[:-1]), x.shape[-1])
-    except RuntimeError:
-        return None
+        epilogue["packed"] = packed
+    multiply(_cpu.gemm, a, b, c, batch_invariant=_state.settings().batch_invariant, **epilogue)
 
 
 def product(
@@ -278,9 +191,6 @@ def product(
     b: Tensor,
     out: Tensor | None = None,
     *,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
     **epilogue: Any,
 ) -> Tensor:
@@ -289,46 +199,11 @@ def product(
     Writes to ``out``, of any strides, or to fresh contiguous memory of type ``dtype``. ``residual`` broadcasts to the
     result. ``out`` may be ``residual`` and must not share memory with ``a`` or ``b``.
     """
-    if a.dim() == 2 and b.dim() == 2:
-        shape: Sequence[int] = (a.shape[0], b.shape[1])
-    else:
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        shape = (*batch, a.shape[-2], b.shape[-1])
+    shape = product_shape(a, b)
     if out is None:
         out = empty(shape, dtype or a.dtype)
-    if residual is not None:
-        residual = residual.expand(shape)
-    c = out
-    if len(shape) > 2:
-        a, b, c, residual = _fold_batch(a, b, c, residual, shape)
-    gemm(a, b, c, alpha=alpha, beta=beta, residual=residual, **epilogue)
+    multiply_batches(gemm, a, b, out, **epilogue)
     return out
-
-
-def _fold_batch(
-    a: Tensor, b: Tensor, c: Tensor, residual: Tensor | None, shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One matrix product where every batch shares b and the rows of a lie evenly, else batches of equal shape."""
-    batch_dims = len(shape) - 2
-    shared = b.dim() == 2 or not any(
-        stride for stride, size in zip(b.stride()[:-2], b.shape[:-2], strict=True) if size != 1
-    )
-    if shared and a.shape[:-2] == shape[:-2] and c.numel():
-        rows = (_rows(a), _rows(c), None if residual is None else _rows(residual))
-        if rows[0] is not None and rows[1] is not None and (residual is None) == (rows[2] is None):
-            return rows[0], b[(0,) * (b.dim() - 2)], rows[1], rows[2]
-    a = a.expand(*shape[:-2], *a.shape[-2:])
-    b = b.expand(*shape[:-2], *b.shape[-2:])
-    if batch_dims + 2 <= MAX_DIMS:
-        return a, b, c, residual
-    # Nobody has met nine dimensions; those that do pay for a copy where the first of them do not fold by themselves.
-    extra = batch_dims + 2 - MAX_DIMS
-
-    def fewer(x: Tensor, read: bool) -> Tensor:
-        folded = (math.prod(x.shape[: extra + 1]), *x.shape[extra + 1 :])
-        return x.reshape(folded) if read else x.view(folded)
-
-    return fewer(a, True), fewer(b, True), fewer(c, False), None if residual is None else fewer(residual, True)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", packed: Any = None) -> Tensor:
@@ -338,7 +213,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
     """
     n, k = weight.shape
     out = empty((*input.shape[:-1], n), input.dtype)
-    x = input if input.dim() == 2 else _rows(input)
+    x = input if input.dim() == 2 else rows_of(input)
     if x is None:
         return product(input, weight.t(), out, bias=bias, activation=activation, packed=packed)
     m = x.shape[0]
@@ -374,7 +249,7 @@ def pack_weight(weight: Tensor) -> Any:
 
 def column_sum(x: Tensor) -> Tensor:
     """The sum over all dimensions but the last, added up in float32 or float64."""
-    rows = _rows(x)
+    rows = rows_of(x)
     if rows is None:
         rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_strided((rows.shape[1],), (1,), dtype=x.dtype)

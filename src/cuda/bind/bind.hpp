@@ -1,0 +1,10 @@
+// The parts of the module fastnn._cuda.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "bind/arguments.hpp"
+#include "cuda/device.hpp"
+
+void bind_gemm(pybind11::module_& m);
+void bind_elementwise(pybind11::module_& m);
+void bind_reduce(pybind11::module_& m);

@@ -1,0 +1,30 @@
+# The module fastnn._cuda. With the static runtime it imports on a machine without a driver.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below
+endif()
+set(CMAKE_CUDA_STANDARD 17)  # the newest that every supported CMake knows how to ask for
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+include(src/cuda/sources.cmake)
+list(TRANSFORM FASTNN_CUDA_KERNELS PREPEND src/cuda/)
+list(TRANSFORM FASTNN_CUDA_BINDINGS PREPEND src/cuda/)
+
+# sm_80 runs on everything from Ampere on, and Hopper gets code of its own, which may use what later GPUs lack
+# ("90a"). PTX of sm_80 is for GPUs that are newer than the compiler.
+set(cuda_codes
+  -gencode=arch=compute_80,code=sm_80
+  -gencode=arch=compute_90a,code=sm_90a
+  -gencode=arch=compute_80,code=compute_80)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+  list(APPEND cuda_codes -gencode=arch=compute_100,code=sm_100)
+endif()
+
+pybind11_add_module(_cuda MODULE NO_EXTRAS ${FASTNN_CUDA_KERNELS} ${FASTNN_CUDA_BINDINGS})
+target_include_directories(_cuda PRIVATE src src/cpp)
+target_compile_options(_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:${cuda_codes} -O3>
+  $<$<COMPILE_LANGUAGE:CXX>:-O2 -Wall -Wextra>)
+set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CXX_VISIBILITY_PRESET hidden
+  CUDA_VISIBILITY_PRESET hidden)
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+install(TARGETS _cuda LIBRARY DESTINATION fastnn)

@@ -1,0 +1,235 @@
+// The matrix product on tensor cores, for sm_80 and later: blocks of threads each compute a tile of
+// C; tiles of A and B are copied to shared memory three steps ahead (cp.async), and each warp
+// multiplies its share with mma.sync.
+#include "cuda/gemm/gemm.hpp"
+
+#include <type_traits>
+
+#include "cuda/gemm/epilogue.cuh"
+#include "cuda/gemm/modes.cuh"
+
+namespace fastnn::cuda {
+namespace {
+
+template <int m, int n, int warps_m, int warps_n>
+struct Shape {
+  static constexpr int kM = m, kN = n, kWarpsN = warps_n, kThreads = 32 * warps_m * warps_n;
+  static constexpr int kRows = m / warps_m / 16, kColumns = n / warps_n / 8;  // fragments of a warp
+};
+using Large = Shape<128, 128, 2, 4>;
+using LargeGroups = Shape<128, 64, 4, 2>;  // half as many sums a thread, which has them twice
+using Small = Shape<64, 64, 2, 2>;
+constexpr int kStages = 4;
+// Blocks of large tiles from which on there are enough for every multiprocessor.
+constexpr int64_t kEnoughBlocks = 96;
+
+// Tiles are taken in strips of so many rows of tiles, so that those computed at a time share their
+// operands in L2.
+constexpr int kStrip = 8;
+
+struct TilePlace {
+  int64_t row, column;
+};
+
+__device__ inline TilePlace tile_place(int64_t index, int64_t rows, int64_t columns) {
+  const int64_t strip = index / (kStrip * columns), first = strip * kStrip;
+  const int64_t height = rows - first < kStrip ? rows - first : kStrip;
+  const int64_t within = index - strip * kStrip * columns;
+  return {first + within % height, within / height};
+}
+
+// Where a tile's sums lie in shared memory between the tensor cores and C. Rows are turned by 8
+// columns each, so that what a warp writes at a time, pairs of four rows, meets every bank once.
+template <class S>
+__device__ __forceinline__ int staged_at(int row, int column) {
+  return row * S::kN + (column + 8 * row) % S::kN;
+}
+
+// The element of C by one thread, without tensor cores.
+template <class Element>
+__device__ float plain_sum(const Gemm& g, const Placed& at, int64_t row, int64_t column) {
+  const auto* a = reinterpret_cast<const Element*>(at.a) + row * g.a.row;
+  const auto* b = reinterpret_cast<const Element*>(at.b) + column * g.b.column;
+  float sum = 0;
+  for (int64_t k = 0; k < g.k; k++)
+    sum = fmaf(to_float(a[k * g.a.column]), to_float(b[k * g.b.row]), sum);
+  return sum;
+}
+
+template <class Mode, class S, bool a_along_k, bool b_along_k>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    product(const Gemm g, const bool a_pieces, const bool b_pieces, const int64_t tile_rows,
+            const int64_t tile_columns, const int64_t first_batch) {
+  using Element = typename Mode::Element;
+  using Sum = typename Mode::Sum;
+  using A = TileOf<Element, S::kM, a_along_k, S::kThreads>;
+  using B = TileOf<Element, S::kN, b_along_k, S::kThreads>;
+  constexpr int kStageBytes = A::kBytes + B::kBytes;
+  constexpr bool kSplit = sizeof(Element) == 4;
+  constexpr float kMost = 3.402823466e38f;
+  static_assert(kStages * kStageBytes >= S::kM * S::kN * int(sizeof(Sum)));
+  char* shared = dynamic_shared<char>();
+
+  const TilePlace tile = tile_place(blockIdx.x, tile_rows, tile_columns);
+  const int64_t first_row = tile.row * S::kM, first_column = tile.column * S::kN;
+  const Placed at = at_batch(g, first_batch + blockIdx.y, sizeof(Element));
+  const Source a{at.a, g.m, g.k, g.a.row, g.a.column, a_pieces};
+  const Source b{at.b, g.n, g.k, g.b.column, g.b.row, b_pieces};
+
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int warp_row = warp / S::kWarpsN * S::kRows * 16,
+            warp_column = warp % S::kWarpsN * S::kColumns * 8;
+  Sum sums[S::kRows][S::kColumns][4] = {};
+  Sum totals[Mode::kGroup ? S::kRows : 1][S::kColumns][4] = {};  // of the groups before
+
+  const int64_t steps = (g.k + A::kDepth - 1) / A::kDepth;
+  auto load = [&](int64_t step) {
+    if (step < steps) {
+      char* stage = shared + step % kStages * kStageBytes;
+      A::load(stage, a, first_row, step * A::kDepth);
+      B::load(stage + A::kBytes, b, first_column, step * A::kDepth);
+    }
+    ptx::cp_async_commit();  // an empty group where nothing is left, so that the count below holds
+  };
+  for (int s = 0; s < kStages - 1; s++) load(s);
+  for (int64_t step = 0; step < steps; step++) {
+    ptx::cp_async_wait<kStages - 2>();
+    // Everyone's copies of this step are there, and nobody reads the stage that is filled next.
+    __syncthreads();
+    load(step + kStages - 1);
+    const char* stage = shared + step % kStages * kStageBytes;
+    Mode::template step<A, B>(sums, stage, stage + A::kBytes, warp_row, warp_column);
+    if constexpr (Mode::kGroup)
+      if (step % Mode::kGroup == Mode::kGroup - 1 || step == steps - 1) {
+#pragma unroll
+        for (int i = 0; i < S::kRows; i++)
+#pragma unroll
+          for (int j = 0; j < S::kColumns; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) totals[i][j][e] += sums[i][j][e], sums[i][j][e] = 0;
+      }
+  }
+  ptx::cp_async_wait<0>();
+
+  // Parts of an infinity, or of a number whose products leave float32's range on the way, multiply
+  // to NaN where float32 has a number or an infinity: such a tile is computed again without parts.
+  bool finite = true;
+  __syncthreads();  // everyone has read the last stage
+  auto* staged = reinterpret_cast<Sum*>(shared);
+#pragma unroll
+  for (int i = 0; i < S::kRows; i++)
+#pragma unroll
+    for (int j = 0; j < S::kColumns; j++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const Sum* sum = (Mode::kGroup ? totals[i] : sums[i])[j] + 2 * half;
+        if constexpr (kSplit) finite = finite && fabsf(sum[0]) <= kMost && fabsf(sum[1]) <= kMost;
+        Sum* to = staged + staged_at<S>(warp_row + 16 * i + lane / 4 + 8 * half,
+                                        warp_column + 8 * j + lane % 4 * 2);
+        to[0] = sum[0], to[1] = sum[1];
+      }
+  const bool again = __syncthreads_or(!finite);
+
+  // Neighbours in C are written by neighbouring threads, whichever way it lies.
+  const bool across = g.c.column != 1 && g.c.row == 1;
+  for (int i = int(threadIdx.x); i < S::kM * S::kN / 4; i += S::kThreads) {
+    const int row = across ? i % S::kM : i / (S::kN / 4);
+    const int column = 4 * (across ? i / S::kM : i % (S::kN / 4));
+    if (first_row + row >= g.m || first_column + column >= g.n) continue;
+    const int count = g.n - first_column - column < 4 ? int(g.n - first_column - column) : 4;
+    Sum four[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) four[e] = staged[staged_at<S>(row, column) + e];
+    if constexpr (kSplit)
+      if (again)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (e < count)
+            four[e] = plain_sum<Element>(g, at, first_row + row, first_column + column + e);
+    finish(g, at, first_row + row, first_column + column, four, count);
+  }
+}
+
+// Whether an operand can be copied 16 bytes at a time: `stride` is that of the dimension which is
+// not contiguous.
+bool in_pieces(const Operand& x, int64_t contiguous, int64_t stride, const Gemm& g, int size) {
+  if (contiguous != 1 || reinterpret_cast<uintptr_t>(x.data) % kPieceBytes ||
+      stride * size % kPieceBytes)
+    return false;
+  for (int d = 0; d < g.batch_dims; d++)
+    if (g.batch[d] > 1 && x.batch[d] * size % kPieceBytes) return false;
+  return true;
+}
+
+constexpr int64_t kMostBatches = 65535;  // of one launch
+
+template <class Mode, class S, bool a_along_k, bool b_along_k>
+void run(const Gemm& g, int64_t batches, void* stream) {
+  constexpr int size = sizeof(typename Mode::Element);
+  const Operand &a = g.a, &b = g.b;
+  const bool a_pieces =
+      a_along_k ? in_pieces(a, a.column, a.row, g, size) : in_pieces(a, a.row, a.column, g, size);
+  const bool b_pieces =
+      b_along_k ? in_pieces(b, b.row, b.column, g, size) : in_pieces(b, b.column, b.row, g, size);
+  const int64_t rows = (g.m + S::kM - 1) / S::kM, columns = (g.n + S::kN - 1) / S::kN;
+  constexpr size_t shared = size_t(kStages) * (S::kM + S::kN) * kRowBytes;
+  for (int64_t first = 0; first < batches; first += kMostBatches) {
+    const int64_t count = batches - first < kMostBatches ? batches - first : kMostBatches;
+    launch(product<Mode, S, a_along_k, b_along_k>, dim3(unsigned(rows * columns), unsigned(count)),
+           dim3(S::kThreads), shared, stream, g, a_pieces, b_pieces, rows, columns, first);
+  }
+}
+
+template <class Mode, class S>
+void choose_layout(const Gemm& g, int64_t batches, void* stream) {
+  // An operand with no contiguous dimension is read element by element, either way.
+  const bool a_along_k = g.a.column == 1 || g.a.row != 1,
+             b_along_k = g.b.row == 1 || g.b.column != 1;
+  if constexpr (sizeof(typename Mode::Element) == 1)
+    run<Mode, S, true, true>(g, batches, stream);  // ldmatrix transposes 16-bit elements only
+  else if (a_along_k)
+    b_along_k ? run<Mode, S, true, true>(g, batches, stream)
+              : run<Mode, S, true, false>(g, batches, stream);
+  else
+    b_along_k ? run<Mode, S, false, true>(g, batches, stream)
+              : run<Mode, S, false, false>(g, batches, stream);
+}
+
+template <class Mode>
+void choose_shape(const Gemm& g, void* stream) {
+  int64_t batches = 1;
+  for (int d = 0; d < g.batch_dims; d++) batches *= g.batch[d];
+  if (g.m == 0 || g.n == 0 || batches == 0) return;
+  // Large tiles read less; small ones fill the GPU where there are few. A sum's order is that of
+  // its tiles of K, which both have alike: the choice changes no bits.
+  const int64_t large =
+      (g.m + Large::kM - 1) / Large::kM * ((g.n + Large::kN - 1) / Large::kN) * batches;
+  if (large >= kEnoughBlocks)
+    choose_layout<Mode, std::conditional_t<(Mode::kGroup > 0), LargeGroups, Large>>(g, batches,
+                                                                                    stream);
+  else
+    choose_layout<Mode, Small>(g, batches, stream);
+}
+
+}  // namespace
+
+void gemm(const Gemm& g, void* stream) {
+  switch (g.a_type) {
+    case DType::f32:
+      return g.parts == 3   ? choose_shape<SplitF32<3>>(g, stream)
+             : g.parts == 2 ? choose_shape<SplitF32<2>>(g, stream)
+                            : choose_shape<SplitF32<1>>(g, stream);
+    case DType::bf16:
+      return choose_shape<Bf16>(g, stream);
+    case DType::f16:
+      return choose_shape<F16>(g, stream);
+    case DType::s8:
+      return choose_shape<S8>(g, stream);
+    case DType::u8:
+      return choose_shape<U8>(g, stream);
+    default:
+      throw std::invalid_argument(std::string("gemm: no CUDA kernel for ") + dtype_name(g.a_type));
+  }
+}
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,113 @@
+// Tiles of an operand in shared memory, and the fragments that the tensor cores take from them.
+//
+// A tile is `extent` rows or columns of the operand (M of A, N of B) times 64 bytes of K. It lies
+// as the operand does: along K (each row's 64 bytes together) or across (each k's `extent` elements
+// together), so that it is copied in pieces of 16 bytes either way. Pieces are exchanged within a
+// row
+// ("swizzled") so that the eight threads of a memory access meet eight different banks of 16 bytes.
+#pragma once
+#include "cuda/ptx.cuh"
+
+namespace fastnn::cuda {
+
+constexpr int kRowBytes = 64;  // of K in a tile
+constexpr int kPieceBytes = 16;
+
+// What a tile is copied from. Offsets in elements.
+struct Source {
+  const char* data;
+  int64_t extent, k;                // how much there is
+  int64_t extent_stride, k_stride;  // in elements
+  bool pieces;                      // whether 16 bytes may be copied at once
+};
+
+template <class Element, int extent, bool along_k, int threads>
+struct TileOf {
+  static constexpr int kSize = sizeof(Element), kDepth = kRowBytes / kSize;
+  static constexpr int kBytes = extent * kRowBytes, kPieces = kBytes / kPieceBytes;
+  static constexpr int kEach = kPieceBytes / kSize;  // elements of a piece
+  static constexpr int kRow =
+      along_k ? kRowBytes / kPieceBytes : extent / kEach;  // pieces of a row
+  static_assert(kPieces % threads == 0);
+
+  // Where a piece lies, in bytes from the tile's beginning. `row` counts M or N where the tile lies
+  // along K, and k where it lies across.
+  __device__ static __forceinline__ int offset(int row, int piece) {
+    // Two rows along K share a set of 128 bytes; float32 lying across is read by columns of four k.
+    const int with = along_k ? (row >> 1) & 3 : kSize == 4 ? ((row >> 2) & 3) << 1 : row & 7;
+    return (row * kRow + (piece ^ with)) * kPieceBytes;
+  }
+
+  // Begins to copy the tile at (first, k0), with zeros where the operand ends.
+  __device__ static __forceinline__ void load(char* tile, const Source& from, int64_t first,
+                                              int64_t k0) {
+#pragma unroll
+    for (int i = 0; i < kPieces / threads; i++) {
+      const int index = i * threads + int(threadIdx.x);
+      const int row = index / kRow, piece = index % kRow;
+      const int64_t at = first + (along_k ? row : piece * kEach);
+      const int64_t k = k0 + (along_k ? piece * kEach : row);
+      char* to = tile + offset(row, piece);
+      // How many of the piece's elements exist.
+      const int64_t left =
+          along_k ? (at < from.extent ? from.k - k : 0) : (k < from.k ? from.extent - at : 0);
+      const int count = left >= kEach ? kEach : left > 0 ? int(left) : 0;
+      const char* source = from.data + (at * from.extent_stride + k * from.k_stride) * kSize;
+      if (from.pieces) {
+        ptx::cp_async<kPieceBytes>(to, count ? source : from.data, count * kSize);
+      } else {
+        const int64_t step = along_k ? from.k_stride : from.extent_stride;
+        Element elements[kEach];
+#pragma unroll
+        for (int e = 0; e < kEach; e++)
+          elements[e] =
+              e < count ? *reinterpret_cast<const Element*>(source + e * step * kSize) : Element{};
+        uint4 together;
+        memcpy(&together, elements, kPieceBytes);
+        *reinterpret_cast<uint4*>(to) = together;
+      }
+    }
+  }
+
+  // ---- fragments of 8- and 16-bit elements: 32 bytes of K in step `step`
+  // ------------------------------
+
+  // A's 16 rows from `first`.
+  __device__ static __forceinline__ void a_fragment(uint32_t (&r)[4], const char* tile, int first,
+                                                    int step) {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (along_k)
+      ptx::ldmatrix_x4(r, tile + offset(first + lane % 16, 2 * step + lane / 16));
+    else
+      ptx::ldmatrix_x4_trans(
+          r, tile + offset(16 * step + lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2));
+  }
+  // B's 16 columns from `first`: r[0], r[1] of the first eight.
+  __device__ static __forceinline__ void b_fragments(uint32_t (&r)[4], const char* tile, int first,
+                                                     int step) {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (along_k)
+      ptx::ldmatrix_x4(r, tile + offset(first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    else
+      ptx::ldmatrix_x4_trans(r, tile + offset(16 * step + lane % 16, first / 8 + lane / 16));
+  }
+
+  // ---- float32: four neighbours along K of one row or column
+  // ----------------------------------------
+
+  // Thread t of a group of four gets k = 4 t to 4 t + 3. The tensor cores take 2 t, 2 t + 1, 2 t +
+  // 8 and 2 t + 9 from it; which k it is does not matter to a sum as long as A and B agree.
+  __device__ static __forceinline__ void four(float (&x)[4], const char* tile, int at) {
+    const int t = int(threadIdx.x) % 4;
+    if constexpr (along_k) {
+      const float4 v = *reinterpret_cast<const float4*>(tile + offset(at, t));
+      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        x[i] = *reinterpret_cast<const float*>(tile + offset(4 * t + i, at / 4) + at % 4 * 4);
+    }
+  }
+};
+
+}  // namespace fastnn::cuda

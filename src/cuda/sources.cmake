@@ -1,0 +1,11 @@
+# The CUDA sources, for the CUDA compiler and for the emulation alike. Paths from src/cuda/.
+set(FASTNN_CUDA_KERNELS
+  device.cu
+  elementwise/elementwise.cu
+  gemm/gemm.cu
+  reduce/column_sum.cu)
+set(FASTNN_CUDA_BINDINGS
+  bind/elementwise.cpp
+  bind/gemm.cpp
+  bind/module.cpp
+  bind/reduce.cpp)

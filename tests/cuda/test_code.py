@@ -1,0 +1,79 @@
+"""What the CUDA compiler made of the kernels: registers, spills, and the instructions that they are written for."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILT = Path(__file__).parents[2] / "build/cuda"
+
+
+def tool():
+    """CUDA's own, or the one that comes with Triton."""
+    spec = importlib.util.find_spec("triton")
+    shipped = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    return shutil.which("cuobjdump") or (str(shipped) if shipped and shipped.exists() else None)
+
+
+TOOL = tool()
+#: Tensor core instructions, by a part of the kernel's name.
+TENSOR_CORES = {
+    "SplitF32": "HMMA.16816.F32.BF16",
+    "4Bf16": "HMMA.16816.F32.BF16",
+    "3F16": "HMMA.16816.F32",
+    "2S8": "IMMA",
+}
+
+
+@pytest.fixture(scope="module")
+def extension():
+    found = sorted(BUILT.glob("_cuda*.so"))
+    if not found or TOOL is None:
+        pytest.skip("the CUDA kernels are not built (make cuda), or there is no cuobjdump")
+    return found[0]
+
+
+def dump(*arguments):
+    return subprocess.run([TOOL, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def kernels(extension, arch):
+    """Kernel -> its resources."""
+    text = dump("--dump-resource-usage", "--gpu-architecture", arch, extension)
+    found = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text)
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_kernel_spills(extension, arch):
+    found = kernels(extension, arch)
+    assert sum("product" in name for name in found) == 2 * (5 * 4 + 2)
+    for name, used in found.items():
+        assert used["STACK"] == 0, name
+        assert used["REG"] <= 255
+        assert used["LOCAL"] == 0, name
+
+
+def test_products_run_on_tensor_cores(extension):
+    names = [name for name in kernels(extension, "sm_80") if "product" in name]
+    for part, instruction in TENSOR_CORES.items():
+        name = next(name for name in names if part in name)
+        code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
+        assert instruction in code, part
+        assert "LDGSTS.E.BYPASS.128" in code, "cp.async of 16 bytes"
+        assert ("LDSM.16" in code) == (part != "SplitF32"), "ldmatrix"
+        assert "STL" not in code, "a store to local memory"
+
+
+def test_it_imports_without_a_driver(extension):
+    code = (
+        "import importlib.util as u; "
+        f"s = u.spec_from_file_location('_cuda', {str(extension)!r}); m = u.module_from_spec(s); "
+        "s.loader.exec_module(m); print(m.emulated, m.devices() >= 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["False", "True"], result.stderr
