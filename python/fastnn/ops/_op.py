@@ -63,11 +63,13 @@ class Op:
             return kernel(*_resolved(args))
 
         def mark(ctx: FunctionCtx, result: Result) -> None:
-            if not isinstance(result, Tensor) and len(result) > differentiable:
-                ctx.mark_non_differentiable(*result[differentiable:])
+            results = (result,) if isinstance(result, Tensor) else result
+            if len(results) > differentiable:
+                ctx.mark_non_differentiable(*results[differentiable:])
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
             ctx.save_for_backward(*save(ctx, inputs, output))
+            mark(ctx, output)
 
         def forward_eager(ctx: FunctionCtx, *args: Any) -> Result:
             result = kernel(*args)

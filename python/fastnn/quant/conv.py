@@ -75,6 +75,7 @@ class QuantizedConv(Quantized):
         self.norm: str | None = None
         self._packed: dict[Any, Any] = {}
         self._call: Step | None = None
+        self._check_values()
 
     @classmethod
     def of(

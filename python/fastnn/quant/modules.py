@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
+from ..backends.reference.quantize import FLOAT8, PACKED, RANGE, STORAGE
 from ..convert import Row, _class_name, _original_class
 from ..nn import mlp, transformer
 from ..nn.conv1d import conv1d_class
@@ -84,7 +84,25 @@ class Quantized(torch.nn.Module, abc.ABC):
                 f"{name}: expected the shape {tuple(own.shape)}, got {tuple(given.shape)}: another layer, or quantized"
                 " another way (bits, group_size)"
             )
-        return None
+        return self._wrong_value(name, given)
+
+    def _wrong_value(self, name: str, given: Tensor) -> str | None:
+        """What is wrong with the numbers in a scale or in zero points, of which no call looks at the weight's; or None."""
+        if given.is_meta or not name.endswith(("scale", "zero_point")):
+            return None
+        if name.endswith("scale"):
+            expected, right = "positive, normal, finite numbers", (given >= _LEAST_SCALE) & given.isfinite()
+        else:
+            least, most = RANGE[self.weight_dtype if name == "weight_zero_point" else "uint8"]
+            expected, right = f"{least} to {most}", (given >= least) & (given <= most)
+        return None if right.all() else f"{name}: expected {expected}, got {given[~right].flatten()[0].item():g}"
+
+    def _check_values(self) -> None:
+        """ValueError for scales and zero points that are out of range: the end of a constructor."""
+        for name in self.FIXED:
+            value = self._buffers.get(name)
+            if value is not None and (wrong := self._wrong_value(name, value)):
+                raise ValueError(f"{type(self).__name__}: {wrong}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies have weights at other addresses.
@@ -131,6 +149,10 @@ class Quantized(torch.nn.Module, abc.ABC):
         """How many numbers the weight and the bias stand for."""
         bias = self._buffers.get("bias")
         return self.weight.numel() * (2 if self.weight_dtype in PACKED else 1) + (0 if bias is None else bias.numel())
+
+
+#: The least normal float32.
+_LEAST_SCALE = 2.0**-126
 
 
 def class_before(layer: torch.nn.Module) -> tuple[type[torch.nn.Module], bool]:
@@ -210,6 +232,7 @@ class QuantizedLinear(Quantized):
         self.was = (torch.nn.Linear, True)
         self.weight_error = None
         self._packed: dict[tuple[int, int] | None, tuple[tuple[int, int], Tensor | None, Tensor]] = {}
+        self._check_values()
 
     @property
     def in_features(self) -> int:
@@ -371,6 +394,7 @@ class Int8StaticLinear(Int8DynamicLinear):
                 raise ValueError(f"Int8StaticLinear: {label}: expected no dimensions, got {tuple(value.shape)}")
         self.register_buffer("input_scale", input_scale.float())
         self.register_buffer("input_zero_point", input_zero_point.int())
+        self._check_values()
 
     def _compute(self, input: Tensor, activation: str, rows: slice | None) -> Tensor:
         return int8_linear(

@@ -146,11 +146,8 @@ def prepare_qat_(
     if skip is not None:
         chosen -= _select("skip", skip, model, "prepare_qat_")
     chosen = _in_ranges(modules, chosen, config)
-    _check_first_time(modules, chosen)
+    _check_first_time("prepare_qat_", modules, chosen)
     _check_not_fused(modules, chosen, config)
-    for names, module in modules:
-        if isinstance(module, QuantizationAware) and id(module) in chosen:
-            raise ValueError(f"prepare_qat_: {names[0] or 'the model'} is prepared already; call convert_qat_ first")
     with undoing() as undo:
         parts = []
         if isinstance(config, Int8Static):

@@ -115,7 +115,7 @@ def quantize_(
     if skip is not None:
         chosen -= _select("skip", skip, model, "quantize_")
     chosen = _in_ranges(modules, chosen, config)
-    _check_first_time(modules, chosen)
+    _check_first_time("quantize_", modules, chosen)
     _check_not_fused(modules, chosen, config)
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
         parts: list[Part] = []
@@ -260,12 +260,17 @@ def _rule(module: torch.nn.Module, config: Config) -> Rule | None:
     return None
 
 
-def _check_first_time(modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int]) -> None:
-    for names, module in modules:
-        if id(module) in chosen and isinstance(module, (Quantized, QuantizedMultiheadAttention)):
+def _check_first_time(op: str, modules: list[tuple[list[str], torch.nn.Module]], chosen: set[int]) -> None:
+    """ValueError for a chosen module that is quantized already, or is being trained for it."""
+    named = [(names[0] or "the model", module) for names, module in modules if id(module) in chosen]
+    for name, module in named:
+        if hasattr(type(module), "was_before_qat"):
+            raise ValueError(f"{op}: {name} is prepared already, by prepare_qat_; call convert_qat_ first")
+    for name, module in named:
+        if isinstance(module, (Quantized, QuantizedMultiheadAttention)):
             raise ValueError(
-                f"quantize_: {names[0] or 'the model'} is a {type(module).__name__} already; call dequantize_ first, or choose"
-                " others with only= or skip="
+                f"{op}: {name} is a {type(module).__name__} already; call dequantize_ first, or choose others with only= or"
+                " skip="
             )
 
 

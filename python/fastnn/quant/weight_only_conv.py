@@ -90,6 +90,7 @@ class WeightOnlyConv(Quantized, _Convolution):
         self.was = class_before(like)
         self.weight_error = None
         self._packed: dict[Any, Any] = {}
+        self._check_values()
 
     @classmethod
     def of(cls, conv: torch.nn.Module, config: Config) -> WeightOnlyConv:

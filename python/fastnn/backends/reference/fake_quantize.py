@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .quantize import _whole as whole
+from .quantize import whole
 
 
 def mask_bytes(count: int) -> int:

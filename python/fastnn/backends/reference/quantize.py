@@ -74,7 +74,7 @@ def _uniform(seed: Tensor, like: Tensor) -> Tensor:
     return (bits.to(torch.float32) * 2.0**-24).view(like.shape)
 
 
-def _whole(y: Tensor, seed: Tensor | None) -> Tensor:
+def whole(y: Tensor, seed: Tensor | None) -> Tensor:
     """y rounded: to the nearest integer, halves to even; or up with the probability of what it is above its floor."""
     if seed is None:
         return y.round()
@@ -98,7 +98,7 @@ def quantize(
     if dtype in FLOAT8:
         return _to_float8(y, seed, dtype)
     least, most = RANGE[dtype]
-    q = _whole(torch.where(y.isnan(), 0.0, y), seed)
+    q = whole(torch.where(y.isnan(), 0.0, y), seed)
     if zero_point is not None:
         q = q + spread(zero_point, input.shape, axis, group_size).to(torch.float32)
     q = q.clamp(least, most)
@@ -110,7 +110,7 @@ def _to_float8(y: Tensor, seed: Tensor | None, dtype: str) -> Tensor:
     largest, digits, least_exponent = FLOAT8[dtype]
     magnitude = torch.where(y.isnan(), 0.0, y.abs()).clamp(max=largest)
     exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=least_exponent) - digits
-    count = _whole(torch.ldexp(magnitude, -exponent), seed)
+    count = whole(torch.ldexp(magnitude, -exponent), seed)
     rounded = torch.ldexp(count, exponent).copysign(y)
     return torch.where(y.isnan(), y, rounded).to(STORAGE[dtype])
 
