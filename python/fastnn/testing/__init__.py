@@ -9,7 +9,7 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, attention, conv, cross_entropy, dropout, embedding, gemm, norm, pool, softmax
+from . import activations, attention, conv, cross_entropy, dropout, embedding, gemm, norm, pool, quantize, softmax
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -40,6 +40,7 @@ __all__ = [
     "norm",
     "poisoned",
     "pool",
+    "quantize",
     "register",
     "relative_error",
     "roundoff",
