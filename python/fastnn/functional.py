@@ -14,7 +14,7 @@ from .ops.fake_quantize import (
 )
 from .ops.gemm import addmm, baddbmm, bilinear, bmm, int_mm, matmul, mm, mv
 from .ops.group_norm import group_norm, instance_norm
-from .ops.int8_conv import int8_conv1d, int8_conv2d
+from .ops.int8_conv import int8_conv1d, int8_conv2d, int8_conv3d
 from .ops.int8_linear import int8_linear, pack_int8_weight
 from .ops.layer_norm import layer_norm, rms_norm
 from .ops.linear import linear, linear_act
@@ -76,6 +76,7 @@ __all__ = [
     "instance_norm",
     "int8_conv1d",
     "int8_conv2d",
+    "int8_conv3d",
     "int8_linear",
     "int_mm",
     "layer_norm",

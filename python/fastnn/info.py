@@ -34,7 +34,7 @@ _EMBEDDINGS = ("embedding", "rotary_embedding")
 _POOLS = tuple(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3))
 _ATTENTION = ("scaled_dot_product_attention", "attention", "multi_head_attention_forward")
 _SOFTMAX = ("softmax", "log_softmax", "softmin", "cross_entropy")
-_INTEGER_CONVOLUTIONS = ("int8_conv1d", "int8_conv2d")
+_INTEGER_CONVOLUTIONS = ("int8_conv1d", "int8_conv2d", "int8_conv3d")
 _QUANTIZATION = ("quantize", "quantize_dynamic", "choose_scale", "dequantize")
 _NORMS = ("batch_norm", "batch_norm_act", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 #: Family -> its ops, where a family has one kernel an instruction set, for every dtype.

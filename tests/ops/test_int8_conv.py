@@ -78,7 +78,7 @@ def scales(m):
 
 def check(x, w, *args, **options):
     weight_scale, *rest = args or (scales(w.shape[0]),)
-    function = fF.int8_conv2d if x.dim() == 4 else fF.int8_conv1d
+    function = (fF.int8_conv1d, fF.int8_conv2d, fF.int8_conv3d)[x.dim() - 3]
     y = function(x, w, weight_scale, *rest, **options)
     correct = expected(x, w, weight_scale, *rest, **options)
     assert y.dtype is correct.dtype and y.shape == correct.shape
@@ -223,6 +223,40 @@ def test_one_dimension(isa, use_isa):
     ):
         where = (scales(m), torch.randn(m), stride, padding, dilation, groups)
         check(images(n, c, length), filters(m, c // groups, k), *where, input_scale=0.1, input_zero_point=99)
+
+
+@isas
+def test_three_dimensions(isa, use_isa):
+    use_isa(isa)
+    for n, c, size, m, kernel, stride, padding, dilation, groups in (
+        (2, 12, (5, 6, 7), 20, (3, 3, 3), 1, 1, 1, 1),
+        (1, 3, (7, 9, 8), 33, (3, 5, 4), (1, 2, 2), (1, 2, 0), 1, 1),  # a first layer
+        (1, 64, (4, 5, 3), 40, (1, 1, 1), 1, 0, 1, 1),
+        (2, 32, (4, 4, 7), 36, (1, 1, 1), 2, 0, 1, 1),
+        (1, 8, (6, 5, 9), 12, (2, 3, 2), (2, 1, 1), (0, 2, 1), (3, 2, 1), 2),
+        (2, 19, (4, 6, 5), 19, (3, 3, 3), (1, 2, 1), 1, 1, 19),  # depthwise
+    ):
+        x, w = images(n, c, *size).contiguous(memory_format=torch.channels_last_3d), filters(m, c // groups, *kernel)
+        where = (scales(m), torch.randn(m), stride, padding, dilation, groups)
+        y = check(x, w, *where, input_scale=0.1, input_zero_point=99)
+        check(
+            *(x.contiguous(), w, *where), input_scale=0.1, input_zero_point=3, output_scale=0.3, output_zero_point=11,
+            dtype=torch.uint8, activation="relu", residual=images(*y.shape), residual_scale=0.2, residual_zero_point=140,
+        )  # fmt: skip
+
+
+@isas
+@pytest.mark.parametrize("zero,activation", [(0, "none"), (255, "none"), (131, "relu"), (7, "relu6")])
+def test_results_far_out_of_range(zero, activation, isa, use_isa):
+    """Integers of 16 bits would not hold them, those of 32 do; or would not either."""
+    use_isa(isa)
+    x, w, residual = images(3, 8, 5, 9), filters(67, 8, 1, 1), images(3, 67, 5, 9)
+    for size in (3e2, 4e4, 1e6, 1e8, 1e12):
+        check(
+            *(x, w, torch.full((67,), size / 1e5), torch.randn(67) * size), input_scale=1.0, input_zero_point=128,
+            output_scale=1.0, output_zero_point=zero, dtype=torch.uint8, activation=activation, residual=residual,
+            residual_scale=1 + size / 256, residual_zero_point=100,
+        )  # fmt: skip
 
 
 def test_no_images():

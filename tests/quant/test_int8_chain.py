@@ -1,5 +1,6 @@
 """Convolutional networks in integers: what a chain computes is what its layers' op computes one after the other."""
 
+import concurrent.futures
 import copy
 import io
 
@@ -197,6 +198,94 @@ def test_one_dimension():
     with torch.inference_mode():
         assert chain[0].output_scale is not None
         assert snr(chain(x), model(x)) > 28
+
+
+def test_three_dimensions():
+    model = settled(
+        nn.Sequential(nn.Conv3d(3, 12, 3, padding=1), nn.BatchNorm3d(12), nn.ReLU(), nn.Conv3d(12, 7, (1, 3, 2), 2))
+    )
+    x = torch.randn(2, 3, 5, 9, 8)
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        assert chain[0].output_scale is not None
+        y = chain(x)
+        assert snr(y, model(x)) > 28
+        assert torch.equal(chain(x.contiguous(memory_format=torch.channels_last_3d)), y)
+        assert torch.equal(chain(x[1]), y[1])
+    assert isinstance(dequantize_(chain)[3], nn.Conv3d)
+
+
+def test_calls_as_one_are_the_calls_one_by_one():
+    chain = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
+    inputs = [torch.randn(*shape) for shape in ((2, 3, 17, 15), (1, 3, 30, 21))]
+    inputs.append(inputs[0].contiguous(memory_format=torch.channels_last))
+    with torch.inference_mode():
+        for x in inputs:
+            first = chain(x)  # one by one, and remembered
+            assert torch.equal(chain(x), first)
+            assert torch.equal(chain(x.clone()), first)
+        (calls,) = chain._integer_chain.runs
+        assert [type(made).__name__ for made in calls._made.values()] == ["_Program"] * 3
+        # From several threads at once.
+        expected = [chain(x) for x in inputs]
+        infer = torch.inference_mode()(chain)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for y, x in zip(pool.map(infer, inputs * 8), range(24), strict=True):
+                assert torch.equal(y, expected[x % 3])
+
+
+def test_one_image_alone():
+    chain = quantized(
+        settled(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3))),
+        torch.randn(2, 3, 17, 15),
+    )
+    x = torch.randn(2, 3, 17, 15)
+    with torch.inference_mode():
+        assert torch.equal(chain(x[1]), chain(x)[1])
+
+
+def test_calls_as_one_notice_changes():
+    chain = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
+    x = torch.randn(2, 3, 17, 15)
+    with torch.inference_mode():
+        before = [chain(x), chain(x)][1]
+    other = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
+    for change in (
+        lambda: chain.left.weight.neg_(),
+        lambda: chain.depthwise.residual_scale.mul_(3),
+        lambda: setattr(chain.stem, "bias", chain.stem.bias + 1),
+        lambda: chain.load_state_dict(other.state_dict()),
+    ):
+        change()
+        with torch.inference_mode():
+            after = chain(x)
+            assert not torch.equal(after, before)
+            assert torch.equal(chain(x), after)
+            assert torch.equal(copy.deepcopy(chain)(x), after)
+            before = after
+    with torch.inference_mode():
+        assert torch.equal(before, other(x))
+
+
+def test_numbers_come_in_and_go_out_between_calls():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            y = F.relu(self.a(x) + x)  # the residual is of floating-point numbers
+            y = torch.sigmoid(self.b(y)) * y
+            return self.c(self.b(x) if False else y), F.relu(y)
+
+    model, x = Model().eval(), torch.randn(2, 6, 9, 9)
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        exact = model(x)
+        for _ in range(2):
+            for y, wanted in zip(chain(x), exact, strict=True):
+                assert snr(y, wanted) > 25
+    assert len(chain._integer_chain.runs) == 2
 
 
 def test_what_reads_integers_not_gets_numbers():

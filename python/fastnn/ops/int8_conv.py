@@ -108,6 +108,35 @@ def int8_conv1d(
     )
 
 
+def int8_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | float,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    input_scale: Tensor | float,
+    input_zero_point: Tensor | int = 0,
+    output_scale: Tensor | float | None = None,
+    output_zero_point: Tensor | int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_scale: Tensor | float | None = None,
+    residual_zero_point: Tensor | int = 0,
+) -> Tensor:
+    """As :func:`int8_conv2d`, in three dimensions: input (N, C, D, H, W), weight (M, C / groups, Kd, Kh, Kw), result
+    (N, M, Do, Ho, Wo)."""
+    return _conv(
+        *("int8_conv3d", 3, input, weight, weight_scale, bias, stride, padding, dilation, groups),
+        *(input_scale, input_zero_point, output_scale, output_zero_point, dtype, activation),
+        *(residual, residual_scale, residual_zero_point),
+    )
+
+
 def _conv(
     op: str,
     rank: int,

@@ -9,6 +9,7 @@ it was, on the floating-point numbers that the last of these calls give.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .. import nn
-from ..backends.cpu import int8_conv as kernels
 from ..backends.reference.quantize import choose_scale
 from ..fuse import _fold, _new, _only_user, _other_summand, _trace
 from ..nn.mlp import _unwatched
@@ -25,9 +25,10 @@ from .config import Int8Static
 from .conv import RESIDUAL, GlobalAverage, Parameters, QuantizedConv, Step
 from .modules import class_before
 from .observers import Observer
+from .program import Call, Calls
 
-_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, nn.Conv1d, nn.Conv2d)
-_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm2d)
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = tuple(getattr(package, f"BatchNorm{rank}d") for package in (torch.nn, nn) for rank in (1, 2, 3))
 _ACTIVATIONS = {torch.nn.ReLU: "relu", nn.ReLU: "relu", torch.nn.ReLU6: "relu6", nn.ReLU6: "relu6"}
 _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", "relu": "relu", "relu_": "relu"}
 MAX_POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d)
@@ -319,6 +320,11 @@ def _quantize(group: Group, ranges: dict[fx.Node, Parameters], part: Part) -> Qu
     return made
 
 
+#: Calls that follow each other: what stands for each in the graph, which step, average or windows, and the numbers of what it
+#: reads; and the numbers of those whose results are wanted.
+_Run = tuple[list[tuple[Any, ...]], list[int]]
+
+
 class _Chain:
     """What the rewritten forward of one model calls. It belongs to that very model: copies make theirs anew."""
 
@@ -327,28 +333,41 @@ class _Chain:
         model: torch.nn.Module,
         steps: list[tuple[str, str, torch.dtype, bool]],
         averages: list[tuple[str, torch.dtype]],
+        runs: list[_Run],
     ) -> None:
         self.layers = [model.get_submodule(name) for name, *_ in steps]
-        self.steps = [
+        made_steps = [
             Step(conv, activation, dtype, (conv._buffers, *RESIDUAL) if added else None)
             for conv, (_, activation, dtype, added) in zip(self.layers, steps, strict=True)
         ]
-        self.averages = [
+        made_averages = [
             GlobalAverage((model.get_submodule(name)._buffers, "output_scale", "output_zero_point"), dtype)
             for name, dtype in averages
         ]
 
+        def what(kind: Callable[..., Tensor], argument: Any) -> Any:
+            return made_steps[argument] if kind is _step else made_averages[argument] if kind is _average else argument
 
-def _run_step(chain: _Chain, index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
-    return chain.steps[index](input, residual)
-
-
-def _run_average(chain: _Chain, index: int, input: Tensor) -> Tensor:
-    return chain.averages[index](input)
+        self.runs = [Calls([Call(what(*call[:2]), *call[2:]) for call in calls], wanted) for calls, wanted in runs]
 
 
-def _run_max(input: Tensor, *windows: tuple[int, int]) -> Tensor:
-    return kernels.max_pool(input, *windows)
+def _run_calls(chain: _Chain, index: int, *inputs: Tensor) -> list[Tensor]:
+    return chain.runs[index](*inputs)
+
+
+# What stands in the graph for calls until those that follow each other become one.
+
+
+def _step(chain: _Chain, index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    raise NotImplementedError
+
+
+def _average(chain: _Chain, index: int, input: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def _maximum(chain: _Chain, windows: tuple[Any, ...], input: Tensor) -> Tensor:
+    raise NotImplementedError
 
 
 def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
@@ -363,9 +382,9 @@ def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
             module = modules[node.target]
             stride = module.kernel_size if module.stride is None else module.stride
             windows = _both(module.kernel_size), _both(stride), _both(module.padding)
-            function, arguments = _run_max, (node.args[0], *windows)
+            function, arguments = _maximum, (chain, windows, node.args[0])
         elif node in of:
-            function, arguments = _run_average, (chain, len(averages), node.args[0])
+            function, arguments = _average, (chain, len(averages), node.args[0])
             averages.append((names[id(of[node])], of[node].weight.dtype))
         else:
             continue
@@ -377,13 +396,14 @@ def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
         added = () if group.residual is None else (group.residual,)
         dtype = torch.uint8 if group.last in whole else group.conv.weight.dtype
         steps.append((names[id(group.conv)], group.activation, dtype, bool(added)))
-        group.replace_in(graph, _run_step, chain, index)
+        group.replace_in(graph, _step, chain, index)
     for group, conv in zip(part.groups, made, strict=True):
         model.set_submodule(names[id(group.conv)], conv)
         if group.norm_name is not None:
             model.set_submodule(group.norm_name, torch.nn.Identity())
+    runs = _join(graph, chain)
     forward = forward_of(graph)
-    model.__class__ = _chained_class(type(model), forward, lambda self: _Chain(self, steps, averages))
+    model.__class__ = _chained_class(type(model), forward, lambda self: _Chain(self, steps, averages, runs))
 
 
 def first_node(graph: fx.Graph, attribute: str) -> fx.Node:
@@ -398,6 +418,35 @@ def forward_of(graph: fx.Graph) -> Callable[..., Any]:
     namespace = dict(code.globals)
     exec(code.src, namespace)
     return namespace["forward"]
+
+
+def _join(graph: fx.Graph, chain: fx.Node) -> list[_Run]:
+    """Makes one node of calls that follow each other in the graph, and tells what they are."""
+    together: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (_step, _average, _maximum):
+            together[-1].append(node)
+        elif together[-1]:
+            together.append([])
+    runs = []
+    for nodes in filter(None, together):
+        numbers = {node: i for i, node in enumerate(nodes)}
+        inputs: dict[fx.Node, int] = {}
+
+        def number(node: fx.Node, numbers: Any = numbers, inputs: Any = inputs) -> int:
+            return numbers[node] if node in numbers else inputs.setdefault(node, -1 - len(inputs))
+
+        calls = [(node.target, node.args[1], *map(number, node.args[2:])) for node in nodes]
+        wanted = [i for node, i in numbers.items() if any(user not in numbers for user in node.users)]
+        with graph.inserting_before(nodes[0]):
+            results = graph.call_function(_run_calls, (chain, len(runs), *inputs))
+            for i, number_wanted in enumerate(wanted):
+                result = graph.call_function(operator.getitem, (results, i))
+                nodes[number_wanted].replace_all_uses_with(result, lambda user, numbers=numbers: user not in numbers)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+        runs.append((calls, wanted))
+    return runs
 
 
 #: Where a model keeps what its forward calls.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _cpu, nn
 from ..backends.cpu import int8_conv as kernels
 from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
-from ..ops.int8_conv import int8_conv1d, int8_conv2d
+from ..ops.int8_conv import int8_conv1d, int8_conv2d, int8_conv3d
 from ..ops.quantize import quantize, quantize_dynamic
 from .modules import Quantized, relative_error
 
@@ -20,7 +21,7 @@ RESIDUAL = ("residual_scale", "residual_zero_point")
 
 
 class QuantizedConv(Quantized):
-    """A convolution of one or two dimensions whose filters are int8, with a scale each, and whose input is taken as uint8 with
+    """A convolution of one to three dimensions whose filters are int8, with a scale each, and whose input is taken as uint8 with
     one scale and zero point. Called as the layer that it was it takes and gives floating-point numbers:
     ``conv(dequantize(quantize(x)), dequantize(weight)) + bias``, in exact integer sums.
 
@@ -54,21 +55,20 @@ class QuantizedConv(Quantized):
         groups: int,
     ) -> None:
         super().__init__()
-        if weight.dim() not in (3, 4) or weight.dtype is not torch.int8:
+        if weight.dim() not in (3, 4, 5) or weight.dtype is not torch.int8:
             raise ValueError(
-                f"QuantizedConv: weight: expected three or four dimensions of int8, got {tuple(weight.shape)} of {weight.dtype}"
+                f"QuantizedConv: weight: expected three to five dimensions of int8, got {tuple(weight.shape)} of {weight.dtype}"
             )
         self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
         # As the kernels read them.
-        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-        self.register_buffer("weight", weight.contiguous(memory_format=layout))
+        self.register_buffer("weight", _channels_last(weight))
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero_point", input_zero_point)
         self.register_buffer("output_scale", output_scale)
         self.register_buffer("output_zero_point", output_zero_point)
-        self.was = (torch.nn.Conv1d if weight.dim() == 3 else torch.nn.Conv2d, False)
+        self.was = ((torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[weight.dim() - 3], False)
         self.weight_error, self.weight_dtype, self.group_size = None, "int8", None
         self.float_dtype = torch.float32 if bias is None else bias.dtype
         #: The name, in the model that was quantized, of the batch norm that became part of this layer.
@@ -92,7 +92,7 @@ class QuantizedConv(Quantized):
     def forward(self, input: Tensor) -> Tensor:
         dtype = input.dtype if input.dtype is torch.bfloat16 else torch.float32
         if torch.compiler.is_compiling() or not _is_plain(input):
-            function = int8_conv1d if self.weight.dim() == 3 else int8_conv2d
+            function = (int8_conv1d, int8_conv2d, int8_conv3d)[self.weight.dim() - 3]
             return function(
                 *(self.quantized(input), self.weight, self.weight_scale, self.bias),
                 *(self.stride, self.padding, self.dilation, self.groups),
@@ -104,9 +104,7 @@ class QuantizedConv(Quantized):
 
     def quantized(self, input: Tensor) -> Tensor:
         """The input as the kernels take it."""
-        if input.dim() == 4 and not input.is_contiguous(memory_format=torch.channels_last):
-            input = input.contiguous(memory_format=torch.channels_last)
-        return quantize(input, self.input_scale, self.input_zero_point, dtype=torch.uint8)
+        return quantize(_channels_last(input), self.input_scale, self.input_zero_point, dtype=torch.uint8)
 
     def dequantized_weight(self) -> Tensor:
         """The filters that the integers stand for, in float32."""
@@ -148,33 +146,38 @@ class QuantizedConv(Quantized):
         return {**super().__getstate__(), "_call": None}
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """In the layout of torch's that has this name; in one dimension there is none."""
+    if x.dim() == 3:
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
 #: The scale and zero point of a tensor of uint8.
 Parameters = tuple[Tensor, Tensor]
 
 _BUFFERS = ("weight", "weight_scale", "bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
-class _Unchanged:
+class Unchanged:
     """Whether the same tensors lie in these dictionaries under these names, with nothing written to them since."""
 
     def __init__(self, places: list[tuple[dict[str, Tensor | None], str]]) -> None:
-        self._seen = []
-        for buffers, name in places:
-            tensor = buffers.get(name)
-            if tensor is None or tensor.is_inference():  # whose changes nothing counts
-                self._seen.append((buffers, name, tensor, 0 if tensor is None else tensor.data_ptr(), None))
-            else:
-                self._seen.append((buffers, name, tensor, tensor.data_ptr(), tensor._version))
+        self._buffers = [buffers for buffers, _ in places]
+        self._names = [name for _, name in places]
+        self._tensors = [buffers.get(name) for buffers, name in places]
+        self._there = [tensor for tensor in self._tensors if tensor is not None]
+        self._counting = [
+            tensor for tensor in self._there if not tensor.is_inference()
+        ]  # others' changes nothing counts
+        self._addresses, self._versions = self._seen()
+
+    def _seen(self) -> tuple[list[int], list[int]]:
+        return [tensor.data_ptr() for tensor in self._there], [tensor._version for tensor in self._counting]
 
     def same(self) -> bool:
-        for buffers, name, tensor, address, version in self._seen:
-            if buffers.get(name) is not tensor:
-                return False
-            if tensor is not None and (
-                tensor.data_ptr() != address or (version is not None and tensor._version != version)
-            ):
-                return False
-        return True
+        found = map(dict.get, self._buffers, self._names)
+        return all(map(operator.is_, found, self._tensors)) and self._seen() == (self._addresses, self._versions)
 
 
 class Step:
@@ -200,10 +203,7 @@ class Step:
 
     def _make(self) -> None:
         conv = self.conv
-        places: list[tuple[dict[str, Any], str]] = [(conv._buffers, name) for name in _BUFFERS]
-        if self.residual is not None:
-            places += [(self.residual[0], name) for name in self.residual[1:]]
-        self._watch = _Unchanged(places)
+        self._watch = Unchanged(self.places)
         narrow = self.dtype is torch.uint8
         how = kernels.requantization(
             *(conv.weight, conv.weight_scale, conv.bias, conv.input_scale, conv.input_zero_point),
@@ -214,10 +214,18 @@ class Step:
         if self.residual is not None:
             scale, zero_point = self.residual_parameters()
             added = (float(scale * torch.tensor(how.inverse)), int(zero_point))
-        self._convolution = kernels.Convolution(
+        self.convolution = kernels.Convolution(
             *(conv.weight, how, conv.stride, conv.padding, conv.dilation, conv.groups, self.dtype, *added),
             _cpu.Prepared(),
         )
+
+    @property
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where all that this is made of lies: dictionaries and names."""
+        places: list[tuple[dict[str, Any], str]] = [(self.conv._buffers, name) for name in _BUFFERS]
+        if self.residual is not None:
+            places += [(self.residual[0], name) for name in self.residual[1:]]
+        return places
 
     def residual_parameters(self) -> Parameters:
         buffers, scale, zero_point = self.residual
@@ -228,11 +236,16 @@ class Step:
             self._make()
         if input.dim() < self.conv.weight.dim():
             return self(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
-        if input.dtype is not torch.uint8:
-            input = self.conv.quantized(input)
-        if residual is not None and residual.dtype is not torch.uint8:
-            residual = quantize(residual, *self.residual_parameters(), dtype=torch.uint8)
-        return self._convolution(input, residual)
+        return self.convolution(self.taken(input), None if residual is None else self.taken_residual(residual))
+
+    def taken(self, input: Tensor) -> Tensor:
+        """The input in integers."""
+        return input if input.dtype is torch.uint8 else self.conv.quantized(input)
+
+    def taken_residual(self, residual: Tensor) -> Tensor:
+        if residual.dtype is torch.uint8:
+            return residual
+        return quantize(residual, *self.residual_parameters(), dtype=torch.uint8)
 
 
 class GlobalAverage:
@@ -244,16 +257,21 @@ class GlobalAverage:
     def __init__(self, parameters: tuple[dict[str, Tensor | None], str, str], dtype: torch.dtype) -> None:
         self._parameters = parameters
         self._dtype = dtype
-        self._watch = _Unchanged([(parameters[0], name) for name in parameters[1:]])
+        self.places = [(parameters[0], name) for name in parameters[1:]]
+        self._watch = Unchanged(self.places)
         self._made: dict[tuple[int, ...], kernels.Convolution] = {}
 
     def __call__(self, input: Tensor) -> Tensor:
+        return self.convolution(input)(input)
+
+    def convolution(self, input: Tensor) -> kernels.Convolution:
+        """What it is for images of this size."""
         shape = tuple(input.shape[1:])
         if not self._watch.same():
             self.__init__(self._parameters, self._dtype)
         if shape not in self._made:
             self._made = {shape: self._make(*shape)}
-        return self._made[shape](input)
+        return self._made[shape]
 
     def _make(self, channels: int, height: int, width: int) -> kernels.Convolution:
         buffers, scale, zero_point = self._parameters

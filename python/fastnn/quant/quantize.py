@@ -74,7 +74,7 @@ def quantize_(
     may compute something else, and so are layers whose weight is computed at each call. torch's encoder layers around
     quantized ones get fastnn's classes, because torch's read the weights in them and never call them.
 
-    Under :class:`Int8Static` convolutions of one and two dimensions (torch's and fastnn's) become
+    Under :class:`Int8Static` convolutions of up to three dimensions (torch's and fastnn's) become
     :class:`~fastnn.quant.QuantizedConv` as well, where ``torch.fx`` can follow the forward of the model or of the largest module
     around them that it can: batch norms behind them become part of them, and uint8 goes from one to the next. Those of a
     forward that cannot be followed stay as they are; :func:`fastnn.report` tells. Under the weight-only schemes convolutions of

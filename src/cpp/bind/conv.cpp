@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind/bind.hpp"
+#include "bind/conv_arguments.hpp"
 #include "common/activation.hpp"
 #include "conv/inverted.hpp"
 #include "gemm/prepared.hpp"
@@ -12,19 +12,6 @@ namespace py = pybind11;
 using namespace fastnn;
 
 namespace {
-
-Tensor5 tensor(const char* op, const char* name, uintptr_t ptr, py::handle shape,
-               py::handle strides) {
-  Tensor5 t;
-  if (read_tuple(op, name, shape, t.size, 5) != 5 ||
-      read_tuple(op, name, strides, t.stride, 5) != 5)
-    bad_argument(op, name, "five sizes and strides");
-  for (const int64_t size : t.size)
-    if (size < 0) bad_argument(op, name, "sizes of 0 or more");
-  if (!ptr && t.count()) bad_argument(op, name, "an address");
-  t.data = reinterpret_cast<char*>(ptr);
-  return t;
-}
 
 // What conv computes.
 enum Which { kForward, kInput, kWeight, kOntoResidual };
@@ -36,33 +23,14 @@ bool conv(Which which, uintptr_t x_ptr, py::handle x_shape, py::handle x_strides
           uintptr_t bias_ptr, uintptr_t residual_ptr, int activation, Prepared* prepared) {
   const char* op = "conv";
   Conv c;
-  c.x = tensor(op, "x", x_ptr, x_shape, x_strides);
-  c.w = tensor(op, "w", w_ptr, w_shape, w_strides);
-  c.y = tensor(op, "y", y_ptr, y_shape, y_strides);
+  c.x = tensor5_argument(op, "x", x_ptr, x_shape, x_strides);
+  c.w = tensor5_argument(op, "w", w_ptr, w_shape, w_strides);
+  c.y = tensor5_argument(op, "y", y_ptr, y_shape, y_strides);
   c.type = dtype_argument(op, "dtype", dtype);
   if (int(c.type) > int(DType::f16)) bad_argument(op, "dtype", "a floating-point type");
-  if (read_tuple(op, "stride", stride, c.stride, kSpatial) != kSpatial ||
-      read_tuple(op, "padding", padding, c.padding, kSpatial) != kSpatial ||
-      read_tuple(op, "dilation", dilation, c.dilation, kSpatial) != kSpatial)
-    bad_argument(op, "stride, padding, dilation", "three numbers each");
-  if (groups < 1 || c.x.size[1] != c.w.size[1] * groups || c.w.size[0] % groups ||
-      c.y.size[1] != c.w.size[0])
-    bad_argument(op, "groups", "channels that groups divide");
-  if (c.x.size[0] != c.y.size[0]) bad_argument(op, "y", "as many images as x");
-  for (int d = 0; d < kSpatial; d++) {
-    if (c.stride[d] < 1 || c.dilation[d] < 1 || c.padding[d] < 0)
-      bad_argument(op, "stride, padding, dilation", "positive numbers");
-    // Each position of the filter starts within the padded input. (Positions beyond what a forward
-    // convolution would have are a transposed one's output padding.)
-    const int64_t reach =
-        c.x.size[2 + d] + 2 * c.padding[d] - c.dilation[d] * (c.w.size[2 + d] - 1) - 1;
-    if (c.w.size[2 + d] < 1 || (c.y.count() && c.y.size[2 + d] != reach / c.stride[d] + 1) ||
-        (c.y.count() && reach < 0))
-      bad_argument(op, "y", "the size that x, w, stride, padding and dilation give");
-  }
+  read_geometry(op, c, stride, padding, dilation, groups);
   if (precision < 0 || precision > 2) bad_argument(op, "precision", "0 to 2");
   if (activation < 0 || activation >= kActivations) bad_argument(op, "activation", "0 to 7");
-  c.groups = groups;
   c.precision = Precision(precision), c.batch_invariant = batch_invariant;
   c.bias = reinterpret_cast<const char*>(bias_ptr);
   c.residual = reinterpret_cast<const char*>(residual_ptr);
@@ -108,7 +76,7 @@ Inverted::Layer layer(const char* name, const py::tuple& t, int64_t m, int64_t c
   const char* op = "inverted_residual";
   if (t.size() != 6) bad_argument(op, name, "six entries");
   Inverted::Layer l;
-  l.w = tensor(op, name, t[0].cast<uintptr_t>(), t[1], t[2]);
+  l.w = tensor5_argument(op, name, t[0].cast<uintptr_t>(), t[1], t[2]);
   const int64_t* size = l.w.size;
   if ((m ? size[0] != m : size[0] < 1) || size[1] != channels || size[2] != 1 ||
       (edge ? size[3] != edge || size[4] != edge : l.w.spatial() < 1))
@@ -127,8 +95,8 @@ bool inverted(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr
               int64_t stride, const py::tuple& project, uintptr_t residual_ptr, int precision) {
   const char* op = "inverted_residual";
   Inverted c;
-  c.x = tensor(op, "x", x_ptr, x_shape, x_strides);
-  c.y = tensor(op, "y", y_ptr, y_shape, y_strides);
+  c.x = tensor5_argument(op, "x", x_ptr, x_shape, x_strides);
+  c.y = tensor5_argument(op, "y", y_ptr, y_shape, y_strides);
   c.type = dtype_argument(op, "dtype", dtype);
   if (int(c.type) > int(DType::f16)) bad_argument(op, "dtype", "a floating-point type");
   if (stride < 1 || stride > 2) bad_argument(op, "stride", "1 or 2");
@@ -190,7 +158,7 @@ void bind_conv(py::module_& m) {
       "channel_sum",
       [](uintptr_t y_ptr, py::handle y_shape, py::handle y_strides, uintptr_t out_ptr, int dtype) {
         const char* op = "channel_sum";
-        const Tensor5 y = tensor(op, "y", y_ptr, y_shape, y_strides);
+        const Tensor5 y = tensor5_argument(op, "y", y_ptr, y_shape, y_strides);
         const DType type = dtype_argument(op, "dtype", dtype);
         if (!out_ptr && y.size[1]) bad_argument(op, "out_ptr", "an address");
         py::gil_scoped_release release;

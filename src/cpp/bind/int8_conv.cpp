@@ -2,11 +2,14 @@
 #include "conv/int8_conv.hpp"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 
-#include "bind/bind.hpp"
+#include "bind/conv_arguments.hpp"
 #include "bind/int8_conv.hpp"
+#include "bind/pool.hpp"
+#include "conv/int8_program.hpp"
 #include "gemm/prepared.hpp"
 
 namespace py = pybind11;
@@ -16,50 +19,23 @@ namespace {
 
 const char* const op = "int8_conv";
 
-Tensor5 tensor(const char* name, uintptr_t ptr, py::handle shape, py::handle strides) {
-  Tensor5 t;
-  if (read_tuple(op, name, shape, t.size, 5) != 5 ||
-      read_tuple(op, name, strides, t.stride, 5) != 5)
-    bad_argument(op, name, "five sizes and strides");
-  for (const int64_t size : t.size)
-    if (size < 0) bad_argument(op, name, "sizes of 0 or more");
-  if (!ptr && t.count()) bad_argument(op, name, "an address");
-  t.data = reinterpret_cast<char*>(ptr);
-  return t;
-}
-
 bool is_last(const Tensor5& t) { return t.size[1] == 1 || t.stride[1] == 1; }
 
-void call(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w_ptr,
-          py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
-          py::handle y_strides, int dtype, py::handle stride, py::handle padding,
-          py::handle dilation, int64_t groups, int outside, uintptr_t start, uintptr_t scale,
-          uintptr_t shift, float low, float high, int zero, uintptr_t residual, int residual_dtype,
-          float residual_scale, int residual_zero, Prepared* prepared) {
+Int8Conv convolution(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w_ptr,
+                     py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
+                     py::handle y_strides, int dtype, py::handle stride, py::handle padding,
+                     py::handle dilation, int64_t groups, int outside, uintptr_t start,
+                     uintptr_t scale, uintptr_t shift, float low, float high, int zero,
+                     uintptr_t residual, int residual_dtype, float residual_scale,
+                     int residual_zero, Prepared* prepared) {
   Int8Conv c;
-  c.x = tensor("x", x_ptr, x_shape, x_strides);
-  c.w = tensor("w", w_ptr, w_shape, w_strides);
-  c.y = tensor("y", y_ptr, y_shape, y_strides);
+  c.x = tensor5_argument(op, "x", x_ptr, x_shape, x_strides);
+  c.w = tensor5_argument(op, "w", w_ptr, w_shape, w_strides);
+  c.y = tensor5_argument(op, "y", y_ptr, y_shape, y_strides);
   c.type = dtype_argument(op, "dtype", dtype);
   if (c.type != DType::f32 && c.type != DType::bf16 && c.type != DType::u8 && c.type != DType::s8)
     bad_argument(op, "dtype", "float32, bfloat16, uint8 or int8");
-  if (read_tuple(op, "stride", stride, c.stride, kSpatial) != kSpatial ||
-      read_tuple(op, "padding", padding, c.padding, kSpatial) != kSpatial ||
-      read_tuple(op, "dilation", dilation, c.dilation, kSpatial) != kSpatial)
-    bad_argument(op, "stride, padding, dilation", "three numbers each");
-  if (groups < 1 || c.x.size[1] != c.w.size[1] * groups || c.w.size[0] % groups ||
-      c.y.size[1] != c.w.size[0])
-    bad_argument(op, "groups", "channels that groups divide");
-  if (c.x.size[0] != c.y.size[0]) bad_argument(op, "y", "as many images as x");
-  for (int d = 0; d < kSpatial; d++) {
-    if (c.stride[d] < 1 || c.dilation[d] < 1 || c.padding[d] < 0)
-      bad_argument(op, "stride, padding, dilation", "positive numbers");
-    const int64_t reach =
-        c.x.size[2 + d] + 2 * c.padding[d] - c.dilation[d] * (c.w.size[2 + d] - 1) - 1;
-    if (c.w.size[2 + d] < 1 || (c.y.count() && c.y.size[2 + d] != reach / c.stride[d] + 1) ||
-        (c.y.count() && reach < 0))
-      bad_argument(op, "y", "the size that x, w, stride, padding and dilation give");
-  }
+  read_geometry(op, c, stride, padding, dilation, groups);
   if (!is_last(c.x) || !is_last(c.y))
     bad_argument(op, "x, y", "images whose channels are neighbours");
   if (c.w.size[1] * c.w.spatial() > kInt8Depth)
@@ -70,7 +46,7 @@ void call(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w
   if (outside < 0 || outside > 255) bad_argument(op, "outside", "0 to 255");
   if (c.y.count() && (!start || !scale || !shift))
     bad_argument(op, "start, scale, shift", "addresses");
-  c.groups = groups, c.outside = outside;
+  c.outside = outside;
   Requantize& q = c.requantize;
   q.start = reinterpret_cast<const int32_t*>(start);
   q.scale = reinterpret_cast<const float*>(scale);
@@ -85,14 +61,28 @@ void call(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w
     bad_argument(op, "residual_dtype", "uint8 or int8");
   q.residual_scale = residual_scale, q.residual_zero = residual_zero;
   c.prepared = prepared;
-  py::gil_scoped_release release;
-  int8_conv(c);
+  return c;
+}
+
+// The same arguments, for a call and for a step of a program, where places are in place of
+// addresses.
+template <class... Arguments>
+auto caller(Int8Conv (*read)(Arguments...)) {
+  return [read](Arguments... arguments) {
+    const Int8Conv c = read(arguments...);
+    py::gil_scoped_release release;
+    int8_conv(c);
+  };
+}
+template <class... Arguments>
+auto adder(Int8Conv (*read)(Arguments...)) {
+  return [read](Int8Program& program, Arguments... arguments) { program.add(read(arguments...)); };
 }
 
 }  // namespace
 
 void bind_int8_conv(py::module_& m) {
-  m.def("int8_conv", &call,
+  m.def("int8_conv", caller(&convolution),
         "y = requantized convolution of x (uint8) with w (int8), see conv/int8_conv.hpp and "
         "quant/requantize.hpp; shapes (N, C, D, H, W), strides in elements, channels of x and y "
         "neighbours; start (int32), scale and shift (float32): one an output channel; the residual "
@@ -104,4 +94,26 @@ void bind_int8_conv(py::module_& m) {
         py::arg("scale"), py::arg("shift"), py::arg("low"), py::arg("high"), py::arg("zero"),
         py::arg("residual") = 0, py::arg("residual_dtype") = 5, py::arg("residual_scale") = 0,
         py::arg("residual_zero") = 0, py::arg("prepared") = py::none());
+  py::class_<Int8Program>(
+      m, "Int8Program",
+      "int8_conv and int8_max_pool, one after the other: see conv/int8_program.hpp.")
+      .def(py::init<>())
+      .def("place", &Int8Program::place, py::arg("base"), py::arg("offset"))
+      .def("conv", adder(&convolution), "As int8_conv, all arguments in their order.")
+      .def(
+          "max_pool",
+          [](Int8Program& program, uintptr_t x, py::handle shape, uintptr_t y, py::handle out,
+             py::handle kernel, py::handle stride, py::handle padding) {
+            Int8MaxPool p;
+            if (int8_max_pool_arguments(p, x, shape, y, out, kernel, stride, padding))
+              program.add(p);
+          },
+          "As int8_max_pool.")
+      .def(
+          "run",
+          [](const Int8Program& program, const std::vector<uintptr_t>& bases) {
+            py::gil_scoped_release release;
+            program.run(bases);
+          },
+          py::arg("bases"));
 }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/bind.hpp"
+#include "bind/pool.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -102,9 +103,19 @@ void pool_call(int job, int dims, uintptr_t x_ptr, py::handle x_shape, py::handl
 
 void int8_max(uintptr_t x, py::handle shape, uintptr_t y, py::handle out, py::handle kernel,
               py::handle stride, py::handle padding) {
+  Int8MaxPool p;
+  if (!int8_max_pool_arguments(p, x, shape, y, out, kernel, stride, padding)) return;
+  py::gil_scoped_release release;
+  int8_max_pool(p);
+}
+
+}  // namespace
+
+bool fastnn::int8_max_pool_arguments(Int8MaxPool& p, uintptr_t x, py::handle shape, uintptr_t y,
+                                     py::handle out, py::handle kernel, py::handle stride,
+                                     py::handle padding) {
   const char* op = "int8_max_pool";
   int64_t size[4];
-  Int8MaxPool p{};
   if (read_tuple(op, "shape", shape, size, 4) != 4) bad_argument(op, "shape", "four sizes");
   if (read_tuple(op, "out", out, p.out, 2) != 2 ||
       read_tuple(op, "kernel", kernel, p.kernel, 2) != 2 ||
@@ -124,14 +135,11 @@ void int8_max(uintptr_t x, py::handle shape, uintptr_t y, py::handle out, py::ha
       bad_argument(op, "out", "windows of neighbours that meet the image");
     empty |= p.out[d] == 0;
   }
-  if (empty) return;
+  if (empty) return false;
   if (!x || !y) bad_argument(op, "x, y", "addresses");
   p.x = reinterpret_cast<const uint8_t*>(x), p.y = reinterpret_cast<uint8_t*>(y);
-  py::gil_scoped_release release;
-  int8_max_pool(p);
+  return true;
 }
-
-}  // namespace
 
 void bind_pool(py::module_& m) {
   m.def("int8_max_pool", &int8_max,

@@ -197,6 +197,7 @@ void product(const Int8Conv& c, int64_t group, int threads) {
   Requantize columns = c.requantize;
   columns.start += group * filters, columns.scale += group * filters;
   columns.shift += group * filters;
+  columns.small = has_small_results(columns, filters);
   Gemm g;
   g.m = p.images * p.positions(), g.n = filters, g.k = p.tap_count() * padded;
   g.a.type = DType::u8, g.b.type = DType::s8, g.c.type = c.type;

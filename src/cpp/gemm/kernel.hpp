@@ -64,6 +64,9 @@ struct Finish {
   DType bias_type;
   const float *row_scale, *column_scale;
   const int32_t *row_zero, *column_sum;  // both or neither
+  // Nothing but this to uint8 elements, from this column on, by kernels that requantize.
+  const Requantize* requantize;
+  int64_t column;
 };
 // One tile. Strides in bytes; they are those of a panel unless the operand is read where it lies.
 struct TileArgs {
@@ -109,6 +112,7 @@ struct Kernel {
   bool direct_a = false;      // can read A where it lies, along K or across
   bool direct_b = false;      // and B, across
   bool finishes = false;      // its tiles take a Finish, and runs
+  bool requantizes = false;   // its tiles of nr columns take a Finish that requantizes
   bool runs = false;          // its tiles take runs of uint8
   bool split = false;         // a split product: see split_refused
   bool few_rows = false;      // for at most mr rows, reading B in place

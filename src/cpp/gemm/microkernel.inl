@@ -161,6 +161,21 @@ FASTNN_INLINE void finish_integers(Sum (&sum)[ROWS][NV], const Finish& f, int co
     put(f16());
 }
 
+// Sums of integers on their way to uint8, of kernels that requantize.
+template <class Sum, int ROWS, int NV>
+FASTNN_INLINE void finish_requantized([[maybe_unused]] Sum (&sum)[ROWS][NV],
+                                      [[maybe_unused]] const Finish& f) {
+#if FASTNN_TARGET_ID == 2
+  if constexpr (NV == 2) {
+    if (f.residual)
+      requantize_registers<true>(sum, *f.requantize, f.column, f.c, f.c_row, f.residual,
+                                 f.residual_row);
+    else
+      requantize_registers<false>(sum, *f.requantize, f.column, f.c, f.c_row, nullptr, 0);
+  }
+#endif
+}
+
 // ROWS x NV vectors of sums stay in registers over the whole block of K:
 //
 //            b[0]      b[1]          one load each a step of K
@@ -241,6 +256,7 @@ static void tile(const TileArgs& t) {
         for (int v = 0; v < NV; v++)
           sum[i][v] = (VecI32{sum[i][v]} + VecI32::load(acc + v * Ops::width * int(sizeof(Acc)))).r;
     }
+    if (t.finish->requantize) return finish_requantized(sum, *t.finish);
     return finish_integers(sum, *t.finish, t.cols);
   }
 #pragma GCC unroll 16

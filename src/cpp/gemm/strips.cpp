@@ -1,10 +1,11 @@
 // The loops for a StripSource: A's strips are made by their user and read in place, B is packed.
 //
 //       for strip of A, some panels of B     shared out among the threads; the strip stays in L2
-//         for panel of B
-//           for block of K                   a panel's block stays in L1
+//         for group of panels of B           more than one where they are short
+//           for block of K                   the group's blocks stay in L1
 //             for line of the strip
-//               for panel of its rows        tile += A . B, on registers
+//               for panel of its rows
+//                 for panel of the group     tile += A . B, on registers
 #include "common/scratch.hpp"
 #include "gemm/prepared.hpp"
 #include "gemm/tiles.hpp"
@@ -14,6 +15,7 @@ namespace fastnn {
 namespace {
 
 constexpr int64_t kStripBytes = 512 << 10;  // a share of L2
+constexpr int64_t kGroupBytes = 16 << 10;   // a share of L1
 constexpr int64_t kLeastTiles = 8;          // of a strip, that a block of B be worth loading
 
 // How the rows are cut into strips, and strips and panels of B into items for the threads.
@@ -105,6 +107,9 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
   else
     packed = memory_of_b = static_cast<char*>(scratch(Scratch::packed_b, size_t(k.b.total())));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
+  // What neighbouring columns of C and of the residual share, lines and pages, is then used at
+  // once.
+  const int64_t group = blocks == 1 ? std::max<int64_t>(1, kGroupBytes / k.b.panel_bytes(0)) : 1;
 
   Shares shares(cut.strips * cut.parts, threads);
   parallel(threads, [&](int thread, int came) {
@@ -122,27 +127,35 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
       const int64_t first = cut.first(strip, s.lines_together),
                     count = cut.count(strip, s.lines_together);
       if (strip != held) rows = s.fill(memory + sums_bytes, first, count), held = strip;
-      for (int64_t q = q0; q < std::min(k.b.panels, q0 + cut.panels); q++)
+      const int64_t q1 = std::min(k.b.panels, q0 + cut.panels);
+      for (int64_t q = q0; q < q1; q += group)
         for (int64_t block = 0; block < blocks; block++) {
+          const int64_t some = std::min(group, q1 - q);
           const int64_t run = k.first_run(block);
           const char* from = rows + (s.runs[size_t(run)] + k.begin(block)) * size;
           tiles.block(block, k.length(block) / kn.k_word);
           tiles.runs(std::min(k.runs, int64_t(s.runs.size()) - run), &k.from_first[size_t(run)]);
-          tiles.panel(packed + k.b.offset(block, q), true, b_word, q);
+          const char* panel = packed + k.b.offset(block, q);
+          const int64_t panel_bytes = k.b.panel_bytes(block);
           // Panels lie one after the other within a block, and the next block after them.
-          const bool goes_on = block + 1 < blocks || q + 1 < k.b.panels;
-          Ahead ahead(goes_on ? packed + (block + 1 < blocks ? k.b.offset(block + 1, q)
-                                                             : k.b.offset(0, q + 1))
-                              : nullptr,
-                      k.b.panel_bytes(block), count * tiles_in_line);
+          const int64_t left = k.b.panels - (q + some);
+          Ahead ahead(block + 1 < blocks ? packed + k.b.offset(block + 1, q)
+                      : left > 0         ? packed + k.b.offset(0, q + some)
+                                         : nullptr,
+                      panel_bytes * (blocks > 1 ? 1 : std::min(group, left)),
+                      count * tiles_in_line);
           for (int64_t line = 0; line < count; line++) {
             int64_t c, residual;
             g.rows.find(first + line, c, residual);
             tiles.line(c, residual);
-            for (int64_t p = 0; p < tiles_in_line; p++)
-              ahead.step(),
-                  tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,
-                            line * tiles_in_line + p);
+            for (int64_t p = 0; p < tiles_in_line; p++) {
+              ahead.step();
+              for (int64_t i = 0; i < some; i++) {
+                tiles.panel(panel + i * panel_bytes, true, b_word, q + i);
+                tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,
+                          line * tiles_in_line + p);
+              }
+            }
           }
         }
     }

@@ -11,6 +11,7 @@
 #include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "gemm/kernel.hpp"
+#include "quant/requantize.hpp"
 
 namespace fastnn {
 
@@ -186,6 +187,9 @@ class Tiles {
     straight_ = store.plain && store.type == kn.acc && store.c_cs == 1 && sums.blocks == 1;
     finishes_ =
         kn.finishes && !store.requantize && !sums.two_levels && short_epilogue(store, kn.acc);
+    requantizes_ = kn.requantizes && store.requantize && store.requantize->small &&
+                   store.type == DType::u8 &&
+                   (!store.residual || store.requantize->residual_type == DType::u8);
     acc_row_ = int64_t(kn.nr) * dtype_size(kn.acc);
     t_.packed_a = a.packed;
     t_.a_row = a.lane, t_.a_word = a.word;
@@ -235,11 +239,12 @@ class Tiles {
       for (int64_t at = 0; at < tile_bytes(kn_); at += 64) __builtin_prefetch(acc + at, 1);
     t_.acc = acc, t_.acc_row = acc_row_;
     const bool last = block_ + 1 == sums_.blocks;
-    if (last && finishes_ && whole_ && t_.words) {
-      const Finish finish = finish_at(i);
+    const bool finishes = requantizes_ ? t_.cols == kn_.nr : finishes_ && whole_;
+    if (last && finishes && t_.words) {
+      const Finish finish = requantizes_ ? requantized_at(i) : finish_at(i);
       t_.finish = &finish;
       fetch(finish.c, finish.c_row, dtype_size(store_.type));
-      if (finish.residual) fetch(finish.residual, finish.residual_row, dtype_size(store_.type));
+      if (finish.residual) fetch(finish.residual, finish.residual_row, store_.residual_size);
       kn_.tile(t_);
       t_.finish = nullptr;
       return;
@@ -302,6 +307,14 @@ class Tiles {
     f.low = 0, f.high = s.activation == kRelu6 ? 6 : std::numeric_limits<float>::infinity();
     return f;
   }
+  Finish requantized_at(int64_t i) const {
+    const Store& s = store_;
+    Finish f{};
+    f.c = s.c + i * s.c_rs + j_, f.c_row = s.c_rs;
+    if (s.residual) f.residual = s.residual + i * s.r_rs + j_, f.residual_row = s.r_rs;
+    f.requantize = s.requantize, f.column = j_;
+    return f;
+  }
   // Asks for the lines of C that a tile is about to write, or the residual's that it will read:
   // short pieces of rows, which the hardware does not see coming, so that each would be waited for.
   void fetch(const char* c, int64_t row, int64_t size) const {
@@ -347,7 +360,7 @@ class Tiles {
   char* memory_;
   int64_t mr_, m_, n_, i0_, j0_, block_ = 0, acc_row_;
   int64_t j_ = 0, c_ = 0, r_ = 0, within_ = 0, line_c_ = 0, line_r_ = 0;
-  bool straight_, finishes_, whole_ = true;
+  bool straight_, finishes_, requantizes_, whole_ = true;
   TileArgs t_;
 };
 

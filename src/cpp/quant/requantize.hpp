@@ -21,6 +21,18 @@ struct Requantize {
   DType residual_type = DType::u8;  // or s8
   float low = 0, high = 0;
   int32_t zero = 0;
+  // Whether every v, before it is bounded, is a number within 31 bits. Saturation then bounds it.
+  bool small = false;
 };
+
+// Whether it is, for `columns` columns and any sum and 8-bit residual.
+inline bool has_small_results(const Requantize& q, int64_t columns) {
+  constexpr float most = 1 << 29;  // of each of the three summands; a NaN is no less
+  int large = !(q.residual_scale <= most / 512 && q.residual_scale >= -most / 512);
+  for (int64_t j = 0; j < columns; j++)
+    large |=
+        !(q.scale[j] <= 0.25f && q.scale[j] >= -0.25f && q.shift[j] <= most && q.shift[j] >= -most);
+  return !large;
+}
 
 }  // namespace fastnn

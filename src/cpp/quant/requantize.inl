@@ -1,5 +1,6 @@
 // Requantize on vectors: see requantize.hpp. Included after isa/vec.hpp, in its namespace.
 #pragma once
+#include "isa/integers.hpp"
 #include "isa/vec.hpp"
 #include "quant/requantize.hpp"
 
@@ -189,5 +190,46 @@ static void requantize_tile(const int32_t* acc, int ld, int rows, int cols, cons
                                          : requantize_typed<uint8_t>;
   put(acc, ld, rows, cols, q, j, c, c_row, residual, residual_row);
 }
+
+#if FASTNN_TARGET_ID == 2
+// Rows of two whole vectors of sums, from column j on, on their way from the registers to uint8,
+// with a residual of uint8 or none, where q is `small`: two rows fill a vector of bytes, and
+// rounding to 32 bits, addition in 16 and packing to 8 all saturate.
+template <bool HasResidual, int ROWS>
+FASTNN_INLINE void requantize_registers(const __m512i (&sum)[ROWS][2], const Requantize& q,
+                                        int64_t j, char* c, int64_t c_row, const char* residual,
+                                        int64_t residual_row) {
+  constexpr int W = Ints::width;
+  const Ints start[] = {Ints::load(q.start + j, W), Ints::load(q.start + j + W, W)};
+  const VecF32 scale[] = {VecF32::load(q.scale + j), VecF32::load(q.scale + j + W)};
+  const VecF32 shift[] = {VecF32::load(q.shift + j), VecF32::load(q.shift + j + W)};
+  const VecF32 residual_scale = VecF32::set1(q.residual_scale);
+  const Ints residual_zero = Ints::set1(q.residual_zero);
+  const __m512i zero = _mm512_set1_epi16(int16_t(q.zero));
+  const __m512i low = _mm512_set1_epi8(int8_t(int(__builtin_rintf(q.low)) + q.zero)),
+                high = _mm512_set1_epi8(int8_t(int(__builtin_rintf(q.high)) + q.zero));
+  auto rounded = [&](int i, int v) __attribute__((always_inline)) {
+    VecF32 y = (Ints{sum[i][v]} + start[v]).floats() * scale[v] + shift[v];
+    if constexpr (HasResidual) {
+      const auto* at = reinterpret_cast<const uint8_t*>(residual + i * residual_row) + v * W;
+      y = y + (Ints::widen(at, W) - residual_zero).floats() * residual_scale;
+    }
+    return Ints::rounded(y).r;
+  };
+  auto words = [&](int i) __attribute__((always_inline)) {
+    return _mm512_adds_epi16(_mm512_packs_epi32(rounded(i, 0), rounded(i, 1)), zero);
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i += 2) {
+    const bool two = i + 1 < ROWS;
+    const __m512i first = words(i), second = two ? words(i + 1) : first;
+    const __m512i bytes =
+        in_order(_mm512_min_epu8(high, _mm512_max_epu8(low, _mm512_packus_epi16(first, second))));
+    _mm256_storeu_si256((__m256i*)(c + i * c_row), _mm512_castsi512_si256(bytes));
+    if (two)
+      _mm256_storeu_si256((__m256i*)(c + (i + 1) * c_row), _mm512_extracti64x4_epi64(bytes, 1));
+  }
+}
+#endif
 
 }  // namespace fastnn::FASTNN_TARGET

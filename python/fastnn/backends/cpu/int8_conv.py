@@ -1,4 +1,4 @@
-"""The convolution of 8-bit images on CPU tensors: x (N, C, *spatial) uint8 or int8, w (M, C / groups, *kernel) int8, 1 or 2
+"""The convolution of 8-bit images on CPU tensors: x (N, C, *spatial) uint8 or int8, w (M, C / groups, *kernel) int8, 1 to 3
 spatial dimensions, any strides; images whose channels are not neighbours are copied."""
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def convolve(
 class Convolution:
     """The same with the same filters, called again and again: what depends on the input's layout alone is found once."""
 
-    __slots__ = ("_after", "_calls", "_how", "_options", "_prepared", "_residual", "_w", "dtype")
+    __slots__ = ("_after", "_calls", "_how", "_options", "_w", "dtype", "prepared", "residual")
 
     #: Layouts remembered.
     MOST = 16
@@ -139,34 +139,35 @@ class Convolution:
         self._w = w
         self._how = how
         self._options = tuple(stride), tuple(padding), tuple(dilation), groups
-        self._residual = residual_scale, residual_zero
-        self._prepared = prepared
+        self.residual = residual_scale, residual_zero
+        self.prepared = prepared
         self._calls: dict[Any, tuple[Any, ...]] = {}
         self.dtype = dtype
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` broadcasts to the result's shape."""
-        x = _channels_last(x)
+        x = channels_last(x)
         key = x.shape, x.stride()
         found = self._calls.get(key)
         if found is None:
             if len(self._calls) >= self.MOST:
                 self._calls.clear()
-            found = self._calls[key] = self._arguments(x)
+            found = self._calls[key] = self.arguments(x)
         shape, strides, before, between = found
         y = empty_strided(shape, strides, self.dtype)
         if residual is None:
-            _int8_conv(x.data_ptr(), *before, y.data_ptr(), *between, 0, 5, 0.0, 0, self._prepared)
+            _int8_conv(x.data_ptr(), *before, y.data_ptr(), *between, 0, 5, 0.0, 0, self.prepared)
             return y
         if residual.shape != shape or residual.stride() != strides:
             residual = torch.empty_strided(shape, strides, dtype=residual.dtype).copy_(residual.expand(shape))
         code = DTYPE[residual.dtype]
         _int8_conv(
-            x.data_ptr(), *before, y.data_ptr(), *between, residual.data_ptr(), code, *self._residual, self._prepared
+            x.data_ptr(), *before, y.data_ptr(), *between, residual.data_ptr(), code, *self.residual, self.prepared
         )
         return y
 
-    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """The result's shape and strides, and what the kernel is told between and behind the addresses of x and of the result."""
         w, how = self._w, self._how
         stride, padding, dilation, groups = self._options
         spatial = [
@@ -198,7 +199,8 @@ def max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: S
     return y
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """Images as the kernels read them."""
     if x.shape[1] == 1 or x.stride(1) == 1:
         return x
     return torch.empty_strided(x.shape, channels_last_strides(x.shape), dtype=x.dtype).copy_(x)

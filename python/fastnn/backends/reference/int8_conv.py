@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .quantize import RANGE, check_values
@@ -37,7 +38,7 @@ def int8_conv(
         check_residual(residual, residual_scale, residual_zero_point)
     # Integers below 2^53: each product and sum is exact.
     shifted = input.to(torch.float64) - input_zero_point
-    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d)[weight.dim() - 3]
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
     sums = convolve(shifted, weight.to(torch.float64), None, stride, padding, dilation, groups)
     channels = (-1, *(1,) * (weight.dim() - 2))
     scale, shift, inverse = columns(weight_scale, bias, input_scale, output_scale, weight.shape[0])
@@ -55,7 +56,7 @@ def int8_conv(
         v = torch.where(v.isnan(), 0.0, v)
         v = (v.round() + zero_point).clamp(least, most)
     v = v.to(dtype)
-    return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.mT.contiguous().mT
+    return v.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def columns(

@@ -215,6 +215,7 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .dot_name = is_signed ? "" : "avx512 u8s8 vpdpbusd dot",
           .direct_a = !is_signed,
           .finishes = true,
+          .requantizes = !is_signed,
           .runs = !is_signed};
 }
 
