@@ -115,6 +115,21 @@ def test_resnet():
         assert_same(convert_qat_(model)(x), simulated, 1e-3)
 
 
+def test_three_dimensions_and_back_without_data():
+    def make():
+        return nn.Sequential(nn.Conv3d(2, 8, 3, bias=False), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 2))
+
+    x = torch.randn(2, 2, 6, 7, 5)
+    model = train(prepare_qat_(make(), Int8Static(x)), x.shape)
+    with torch.no_grad():
+        simulated = model(x)
+        assert_same(convert_qat_(model)(x), simulated, 1e-4)
+        state = model.state_dict()
+        loaded = quantize_(make().eval(), Int8Static.from_state_dict(state))
+        loaded.load_state_dict(state)
+        assert torch.equal(loaded(x), model(x))
+
+
 def test_frozen_batch_norms():
     """In eval mode a norm is folded, in training as well: its statistics stay, and all parameters have gradients."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
