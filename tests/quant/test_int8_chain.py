@@ -244,6 +244,22 @@ def test_one_image_alone():
         assert torch.equal(chain(x[1]), chain(x)[1])
 
 
+def test_calls_as_one_are_for_plain_tensors():
+    chain = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
+    x = torch.randn(2, 3, 17, 15)
+    with torch.inference_mode():
+        y = [chain(x), chain(x)][1]
+        with pytest.raises(Exception):  # noqa: B017 - whichever comes first
+            chain(x.to("meta"))
+        assert torch.equal(chain(x), y)
+        assert chain(x[:0]).shape == chain(x[:0]).shape == (0, 10)
+        for dtype in (torch.float64, torch.float16):
+            other = quantized(settled(Block()), x)
+            other.fc = nn.Identity()
+            first = other(x.to(dtype))
+            assert torch.equal(other(x.to(dtype)), first)
+
+
 def test_calls_as_one_notice_changes():
     chain = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
     x = torch.randn(2, 3, 17, 15)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _cpu, nn
 from ..backends.cpu import int8_conv as kernels
+from ..backends.cpu import quantize as quantize_kernels
 from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
 from ..ops.int8_conv import int8_conv1d, int8_conv2d, int8_conv3d
 from ..ops.quantize import quantize, quantize_dynamic
@@ -61,7 +62,7 @@ class QuantizedConv(Quantized):
             )
         self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
         # As the kernels read them.
-        self.register_buffer("weight", _channels_last(weight))
+        self.register_buffer("weight", channels_last(weight))
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
@@ -91,7 +92,7 @@ class QuantizedConv(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = input.dtype if input.dtype is torch.bfloat16 else torch.float32
-        if torch.compiler.is_compiling() or not _is_plain(input):
+        if torch.compiler.is_compiling() or not is_plain(input):
             function = (int8_conv1d, int8_conv2d, int8_conv3d)[self.weight.dim() - 3]
             return function(
                 *(self.quantized(input), self.weight, self.weight_scale, self.bias),
@@ -104,7 +105,7 @@ class QuantizedConv(Quantized):
 
     def quantized(self, input: Tensor) -> Tensor:
         """The input as the kernels take it."""
-        return quantize(_channels_last(input), self.input_scale, self.input_zero_point, dtype=torch.uint8)
+        return quantize(channels_last(input), self.input_scale, self.input_zero_point, dtype=torch.uint8)
 
     def dequantized_weight(self) -> Tensor:
         """The filters that the integers stand for, in float32."""
@@ -146,12 +147,15 @@ class QuantizedConv(Quantized):
         return {**super().__getstate__(), "_call": None}
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """In the layout of torch's that has this name; in one dimension there is none."""
     if x.dim() == 3:
         return x.contiguous()
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
+
+#: What the kernels quantize themselves.
+_READ = (torch.float32, torch.bfloat16, torch.float16)
 
 #: The scale and zero point of a tensor of uint8.
 Parameters = tuple[Tensor, Tensor]
@@ -242,6 +246,15 @@ class Step:
         """The input in integers."""
         return input if input.dtype is torch.uint8 else self.conv.quantized(input)
 
+    def taken_again(self, input: Tensor) -> Tensor:
+        """The same for a plain input of a layout that was taken before with these buffers: nothing is checked."""
+        conv = self.conv
+        if input.dtype not in _READ:
+            return self.taken(input)
+        return quantize_kernels.quantize(
+            channels_last(input), conv.input_scale, conv.input_zero_point, None, (), 0, "uint8"
+        )
+
     def taken_residual(self, residual: Tensor) -> Tensor:
         if residual.dtype is torch.uint8:
             return residual
@@ -283,7 +296,8 @@ class GlobalAverage:
         return kernels.Convolution(*(ones, how, (1, 1), (0, 0), (1, 1), channels, self._dtype, 0.0, 0, _cpu.Prepared()))
 
 
-def _is_plain(input: Tensor) -> bool:
+def is_plain(input: Tensor) -> bool:
+    """Whether it lies in memory as it says, and nobody watches what is computed with it."""
     return (
         type(input) in PLAIN
         and input.is_cpu

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _cpu
 from ..backends.cpu import DTYPE, empty, empty_strided
 from ..backends.cpu import int8_conv as kernels
-from .conv import GlobalAverage, Step, Unchanged
+from .conv import GlobalAverage, Step, Unchanged, is_plain
 
 #: Results begin at multiples of it.
 _ALIGNMENT = 64
@@ -46,6 +46,8 @@ class Calls:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if inputs[0].dim() < self._dim:
             return [y.squeeze(0) for y in self(*(x.unsqueeze(0) for x in inputs))]
+        if not all(map(is_plain, inputs)):
+            return self._one_by_one(*inputs)[0]
         key = tuple([(x.shape, x.stride(), x.dtype) for x in inputs])
         made = self._made.get(key)
         if made is not None and self._watch.same():
@@ -168,7 +170,7 @@ def _reads(record: _Record) -> list[tuple[int | None, Callable[[Tensor], Tensor]
     if not isinstance(what, Step):
         return [(record.call.input, kernels.channels_last), (None, kernels.channels_last)]
     return [
-        (record.call.input, lambda x: kernels.channels_last(what.taken(x))),
+        (record.call.input, lambda x: kernels.channels_last(what.taken_again(x))),
         (record.call.residual, what.taken_residual),
     ]
 
