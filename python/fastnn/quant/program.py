@@ -41,7 +41,7 @@ class Calls:
         self._wanted = wanted
         self._dim = max((call.what.conv.weight.dim() for call in calls if isinstance(call.what, Step)), default=4)
         self._made: dict[Any, Callable[..., list[Tensor]]] = {}
-        self._watch: Unchanged | None = None
+        self._watch: _cpu.Watch | Unchanged | None = None
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if inputs[0].dim() < self._dim:
@@ -55,7 +55,9 @@ class Calls:
         if made is not None or len(self._made) >= self.MOST:
             self._made.clear()
         results, records = self._one_by_one(*inputs)
-        self._watch = Unchanged([place for call in self._calls for place in _places(call.what)])
+        places = [place for call in self._calls for place in _places(call.what)]
+        watch = _cpu.Watch(places)
+        self._watch = watch if watch.same() else Unchanged(places)  # which reads what C++ cannot
         self._made[key] = _Program.of(records, self._wanted) or (lambda *inputs: self._one_by_one(*inputs)[0])
         return results
 
