@@ -11,6 +11,7 @@
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
 #pragma once
 #include "gemm/kernel.hpp"
+#include "isa/gelu.hpp"
 #include "isa/integers.hpp"
 #include "isa/math.hpp"
 #include "isa/vec.hpp"
@@ -678,7 +679,8 @@ static void store_scaled(const void* sums, int ld, int rows, int cols, const Sto
     for (int i = 0; i < rows; i++) {
       const V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
       const V scaled = v * (V::set1(s.row_scale[i0 + i]) * scale) + bias;
-      put_row(c + i * s.c_rs + j, 1, activate_narrow_as<kind>(scaled), n);
+      const V y = kind == kGelu ? gelu_near(scaled) : activate_narrow_as<kind>(scaled);
+      put_row(c + i * s.c_rs + j, 1, y, n);
     }
   }
 }

@@ -1,0 +1,24 @@
+// gelu for results that are not exact anyway, such as those of sums of rounded numbers: half the
+// instructions of math.hpp's, since the left tail needs no exponential where only its absolute
+// error counts. Included after FASTNN_TARGET was chosen; see isa/vec.hpp.
+#pragma once
+#include "isa/math.hpp"
+
+namespace fastnn::FASTNN_TARGET {
+
+// x times the normal distribution function: within 2^-22 |x|, of which 7.2e-9 are the fit's.
+FASTNN_INLINE VecF32 gelu_near(VecF32 x) {
+  using V = VecF32;
+  // The function less a half as x P(x^2) / Q(x^2), |x| <= 5.5; beyond, it is 0 or 1.
+  const V a = max(V::set1(-5.5f), min(V::set1(5.5f), x));
+  const V s = a * a;
+  const V p = polynomial(s, 0.398942232131958f, 0.03385268151760101f, 0.004677262622863054f,
+                         0.0001688259799266234f, 6.352115178742679e-06f, 2.274934907120496e-08f);
+  const V q = polynomial(s, 1.0f, 0.2515220046043396f, 0.028645891696214676f,
+                         0.0018844465957954526f, 7.364757766481489e-05f, 1.1975032521149842e-06f);
+  const V half = V::set1(0.5f);
+  const V h = max(neg(half), min(half, a * p / q));
+  return x * (half + h);
+}
+
+}  // namespace fastnn::FASTNN_TARGET
