@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/caches.hpp"
 #include "common/scratch.hpp"
 #include "gemm/tiles.hpp"
 #include "quant/quantize.hpp"
@@ -21,7 +22,6 @@
 namespace fastnn {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 << 10;  // rows of x of a block: a share of L2
 constexpr int64_t kFewElements = 16 << 10;  // of x, which each thread quantizes for itself
 constexpr int64_t kShares = 8;              // pieces of w a thread, at least
 constexpr int64_t kFewRows = 4;             // that are multiplied with w as it lies
@@ -325,12 +325,14 @@ void int8_linear(const Int8Linear& c) {
   const Scales scales(c, copies);
 
   const int64_t mp = input.source.layout.panels, np = b.panels;
-  const int64_t most = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, input.bytes() / mp));
+  const int64_t most =
+      std::max<int64_t>(1, core_cache_bytes() / 2 / std::max<int64_t>(1, input.bytes() / mp));
   // Even blocks, as many for each thread: none reads the weight for a few rows.
   const int64_t enough = ceil_div(mp, most);
   const int64_t block = ceil_div(mp, enough > 1 ? std::min(mp, round_up(enough, threads)) : 1);
   const int64_t blocks = ceil_div(mp, block);
-  const int64_t at_once = std::max<int64_t>(1, np * blocks / (kShares * threads));
+  // Pieces of few tiles together, so that taking them is little beside their work.
+  const int64_t at_once = std::max<int64_t>(1, np * blocks / (kShares * threads * block));
   const int64_t b_word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
   Shares shares(np * blocks, threads);
   parallel(threads, [&](int thread, int came) {
