@@ -3,9 +3,11 @@ set(FASTNN_CUDA_KERNELS
   device.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
-  reduce/column_sum.cu)
+  reduce/column_sum.cu
+  softmax/softmax.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/elementwise.cpp
   bind/gemm.cpp
   bind/module.cpp
-  bind/reduce.cpp)
+  bind/reduce.cpp
+  bind/softmax.cpp)

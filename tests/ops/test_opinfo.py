@@ -57,7 +57,12 @@ ELEMENTWISE = (
 )
 ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_name == ""}
 #: What there are CUDA kernels for.
-ON_CUDA = ("nn.functional.linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", *ELEMENTWISE)
+ON_CUDA = (
+    "nn.functional.linear",
+    *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
+    *("softmax", "log_softmax", "nn.functional.softmin"),
+    *ELEMENTWISE,
+)
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
     *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),

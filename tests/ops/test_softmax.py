@@ -72,6 +72,57 @@ def test_no_elements_and_no_dimensions(ours, torchs, shape, no_fallback):
         y.sum().backward()
 
 
+#: Sizes of the dimension around those where a kernel gives way to another: of a row in registers, by lanes, warps and blocks,
+#: and of one that is read twice.
+EDGES = (1, 2, 7, 17, 63, 64, 65, 129, 255, 257, 1023, 1025, 4097)
+LONG = (8192, 8193, 16384, 16387)
+
+
+def laid_out(x):
+    """The same numbers: along the last dimension, along the first, and two apart at an odd address."""
+    yield x
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    apart = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)[..., 1::2]
+    yield apart.copy_(x)
+
+
+@pairs
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_size_in_every_layout(ours, torchs, dtype, machine, no_fallback):
+    """The result and the gradient, against torch in float64."""
+    most = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    shapes = [((2, n), 1) for n in EDGES] + [((n, 3), 0) for n in EDGES if n < 300] + [((3, n, 5), 1) for n in (5, 37)]
+    if torchs is not F.softmin:
+        shapes += [((1, n), 1) for n in LONG if machine != "cuda" or dtype is torch.bfloat16 or n % 2]
+    for shape, dim in shapes:
+        numbers, direction = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+        wide = numbers.double().requires_grad_()
+        exact = torchs(wide, dim)
+        (exact_gradient,) = torch.autograd.grad(exact, wide, direction.double())
+        for x in laid_out(numbers) if numbers.numel() < 3000 else (numbers,):
+            x = x.detach().requires_grad_()
+            y = ours(x, dim)
+            (gradient,) = torch.autograd.grad(y, x, direction)
+            torch.testing.assert_close(y.double(), exact, rtol=most, atol=most)
+            scale = max(exact_gradient.abs().max().item(), 1)
+            torch.testing.assert_close(gradient.double(), exact_gradient, rtol=most, atol=2 * most * scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_that_are_not_finite(machine, dtype, no_fallback):
+    """As torch's, in rows of every kernel; their neighbours are untouched."""
+    for shape, dim in (((6, 40), 1), ((6, 300), 1), ((6, 2000), 1), ((6, 17000), 1), ((9, 6), 0), ((300, 6), 0)):
+        if shape[1] > 10000 and machine == "cuda" and dtype is not torch.float32:
+            continue
+        x = torch.randn(shape).to(dtype)
+        rows = x if dim == 1 else x.t()
+        rows[0, 3], rows[1, 3], rows[2, :3], rows[3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+        rows[4] = torch.finfo(dtype).max
+        for ours, torchs in PAIRS[:2]:
+            found, expected = ours(x, dim), torchs(x.double(), dim)
+            torch.testing.assert_close(found.double(), expected, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
 BAD = {
     "dim": (torch.randn(2, 3), 2),
     "dim below": (torch.randn(2, 3), -3),

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..backends import cpu
-from ..backends.cpu import softmax as kernels
+from ..backends import Kernels, cpu
 from ..backends.reference import softmax as formulas
 from ._op import Op
 from ._out import write_out
@@ -34,6 +33,8 @@ from ._route import (
 )
 
 F = torch.nn.functional
+
+_kernels = Kernels("softmax")
 
 _tensor_softmax = cpu.tensor_softmax
 _tensor_softmax_backward = cpu.tensor_softmax_backward
@@ -109,7 +110,7 @@ def _apply(
             x.shape,
             x.dtype,
             (x,),
-            lambda to: kernels.softmax(resolve(x), d, log, to),
+            lambda to: _kernels.softmax(resolve(x), d, log, to),
             lambda: SOFTMAX(x, d, log, where=where),
             in_place_of=x,
         )
@@ -242,7 +243,7 @@ def _vmap_backward(
 
 SOFTMAX = Op(
     "softmax(Tensor input, int dim, bool log) -> Tensor",
-    kernel=kernels.softmax,
+    kernel=_kernels.softmax,
     reference=formulas.softmax,
     fake=lambda input, dim, log: input.new_empty(input.shape),
     save=_save,
@@ -253,7 +254,7 @@ SOFTMAX = Op(
 
 SOFTMAX_BACKWARD = Op(
     "softmax_backward(Tensor grad, Tensor saved, int dim, bool log) -> Tensor",
-    kernel=kernels.softmax_backward,
+    kernel=_kernels.softmax_backward,
     reference=formulas.softmax_backward,
     fake=lambda grad, saved, dim, log: saved.new_empty(saved.shape),
     save=_save_backward,

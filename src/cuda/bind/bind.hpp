@@ -8,3 +8,4 @@
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
+void bind_softmax(pybind11::module_& m);

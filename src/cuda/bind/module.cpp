@@ -23,4 +23,5 @@ PYBIND11_MODULE(_cuda, m) {
   bind_gemm(m);
   bind_elementwise(m);
   bind_reduce(m);
+  bind_softmax(m);
 }

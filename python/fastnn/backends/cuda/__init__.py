@@ -27,7 +27,7 @@ except ImportError:
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 #: The ops that there are kernels for, as supports() knows them.
-OPS = frozenset(("gemm", "activation", "int_mm"))
+OPS = frozenset(("gemm", "activation", "int_mm", "softmax", "softmax_backward"))
 
 
 def use(module: Any) -> None:
