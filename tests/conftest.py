@@ -71,6 +71,16 @@ def machine(request, use_isa):
     return request.param
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request):
+    """Runs the test on the CPU's kernels, those of the instruction set in use, and on CUDA's."""
+    if request.param == "cuda":
+        request.getfixturevalue("on_cuda")
+        if request.node.callspec.params.get("dtype") is torch.float64:
+            pytest.skip("no CUDA kernel of float64")
+    return request.param
+
+
 @pytest.fixture
 def no_fallback():
     """Fails the test if any call in it went to torch."""

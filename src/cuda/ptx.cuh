@@ -60,6 +60,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return two;
 }
 
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+
 // d += a b, of A's 16 rows and B's 8 columns.
 #define FASTNN_MMA(name, shape, types, constraint, Accumulator)                       \
   __device__ __forceinline__ void name(Accumulator(&d)[4], const uint32_t (&a)[4],    \

@@ -1,11 +1,14 @@
 # The CUDA sources, for the CUDA compiler and for the emulation alike. Paths from src/cuda/.
 set(FASTNN_CUDA_KERNELS
+  attention/backward.cu
+  attention/forward.cu
   device.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
   reduce/column_sum.cu
   softmax/softmax.cu)
 set(FASTNN_CUDA_BINDINGS
+  bind/attention.cpp
   bind/elementwise.cpp
   bind/gemm.cpp
   bind/module.cpp

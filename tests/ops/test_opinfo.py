@@ -60,6 +60,7 @@ ENTRIES = {op.name: op for op in op_db if op.name in OURS and op.variant_test_na
 ON_CUDA = (
     "nn.functional.linear",
     *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
+    "nn.functional.scaled_dot_product_attention",
     *("softmax", "log_softmax", "nn.functional.softmin"),
     *ELEMENTWISE,
 )
@@ -67,15 +68,8 @@ CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
     *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),
 ]
-IDS = [f"{name}-{str(dtype)[6:]}{'-cuda' if backend == 'cuda' else ''}" for name, dtype, backend in CASES]
-every_case = pytest.mark.parametrize(("name", "dtype", "backend"), CASES, ids=IDS, indirect=["backend"])
-
-
-@pytest.fixture
-def backend(request):
-    if request.param == "cuda":
-        request.getfixturevalue("on_cuda")
-    return request.param
+IDS = [f"{name}-{str(dtype)[6:]}{'-cuda' if kernels == 'cuda' else ''}" for name, dtype, kernels in CASES]
+every_case = pytest.mark.parametrize(("name", "dtype", "kernels"), CASES, ids=IDS, indirect=["kernels"])
 
 
 def test_every_function_has_an_entry():
@@ -200,7 +194,7 @@ def terms_of(op, sample):
 
 
 @every_case
-def test_samples(name, dtype, backend):
+def test_samples(name, dtype, kernels):
     op, count = ENTRIES[name], 0
     for sample in samples(name, dtype):
         result, indices = values_and_indices(OURS[name](sample.input, *sample.args, **sample.kwargs))
@@ -224,7 +218,7 @@ def test_samples(name, dtype, backend):
 
 
 @every_case
-def test_gradients_of_samples(name, dtype, backend):
+def test_gradients_of_samples(name, dtype, kernels):
     """The gradients, against those that torch computes in float64."""
     op = ENTRIES[name]
     loose = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]

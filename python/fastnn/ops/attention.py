@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..backends import cpu
+from ..backends import Kernels, cpu
 from ..backends.cpu import attention as kernels
 from ..backends.reference import attention as formulas
 from ._op import Op
@@ -68,6 +68,7 @@ def _keeps_layout() -> bool:
 _KEEPS_LAYOUT = _keeps_layout()
 _LIKE_QUERY = cpu.empty_like if _KEEPS_LAYOUT else None
 _tensor_attention = cpu.tensor_attention
+_kernels = Kernels("attention")
 _tensor_attention_backward = cpu.tensor_attention_backward
 
 
@@ -350,6 +351,8 @@ def _run(
         raise Unsupported(f"query, key, value: expected one floating dtype, got {dtype}, {key.dtype} and {value.dtype}")
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, dtype):
         raise Unsupported(f"attn_mask: expected bool, float32 or the dtype of query, {dtype}, got {mask.dtype}")
+    if slopes is not None:
+        slopes = slopes.detach().to(torch.float32)
     where = route("attention", query, key, value, mask, slopes)
     like_query = dropout == 0 and _takes_layout(query, key, value, mask, gqa)
     shape = None
@@ -359,13 +362,13 @@ def _run(
     if mask is not None:
         mask = _fold_mask(mask, shape)
     if slopes is not None:
-        slopes = slopes.detach().to(torch.float32).reshape(-1, query.shape[1])
+        slopes = slopes.reshape(-1, query.shape[1])
     seed = seed_for(query, dropout) if dropout > 0 else None
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     args = (query, key, value, mask, slopes, float(scale), *bounds, shift, float(dropout), seed, like_query)
     if where is EAGER and not wants_grad(query, key, value, mask):
-        out = kernels.attention_alone(resolve(query), resolve(key), resolve(value), resolve(mask), *args[4:])
+        out = _kernels.attention_alone(resolve(query), resolve(key), resolve(value), resolve(mask), *args[4:])
     else:
         out, _ = ATTENTION(*args, where=where)
     return out if shape is None else out.reshape(shape)
@@ -485,7 +488,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
             return *found, None, *[None] * _OPTIONS
     args = (grad, *saved, ctx.scale, ctx.low, ctx.high, ctx.shift, ctx.dropout, seed, by_mask)
     if is_straight("attention", grad, query, key, value):
-        found = kernels.attention_backward(*(resolve(x) for x in (grad, query, key, value, mask)), *args[5:])
+        found = _kernels.attention_backward(*(resolve(x) for x in (grad, query, key, value, mask)), *args[5:])
     elif forward_ad._current_level >= 0:
         # Forward mode over reverse mode: torch knows how to differentiate the formula.
         found = formulas.attention_backward(*args, dtype=_wide(query.dtype))
@@ -671,7 +674,7 @@ def _fake_backward(
 ATTENTION = Op(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? slopes, float scale, SymInt? low, SymInt? high, "
     "SymInt shift, float dropout, Tensor? seed, bool like_query) -> (Tensor, Tensor)",
-    kernel=kernels.attention,
+    kernel=_kernels.attention,
     reference=formulas.attention,
     fake=_fake,
     save=_save,
@@ -685,7 +688,7 @@ ATTENTION_BACKWARD = Op(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? slopes, Tensor out, "
     "Tensor log_sum, float scale, SymInt? low, SymInt? high, SymInt shift, float dropout, Tensor? seed, bool by_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=kernels.attention_backward,
+    kernel=_kernels.attention_backward,
     reference=formulas.attention_backward,
     fake=_fake_backward,
     save=_save_backward,

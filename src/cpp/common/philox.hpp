@@ -9,7 +9,11 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTNN_PHILOX_INLINE static __host__ __device__ __forceinline__
+#else
 #define FASTNN_PHILOX_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace fastnn {
 

@@ -5,6 +5,7 @@
 #include "bind/arguments.hpp"
 #include "cuda/device.hpp"
 
+void bind_attention(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastnn's CUDA kernels, on raw pointers.";
   m.attr("emulated") = fastnn::cuda::emulated();
   m.def("devices", &fastnn::cuda::devices, "How many devices there are; 0 without a driver.");
+  bind_attention(m);
   bind_gemm(m);
   bind_elementwise(m);
   bind_reduce(m);

@@ -8,6 +8,27 @@ namespace fastnn::cuda {
 // sums[i][j] += A's rows 16 i times B's columns 8 j, over one tile's 64 bytes of K.
 template <class Multiply>
 struct Fragments {
+  // sums[j] += a 16 x 16 matrix, as mma.sync leaves its results in two times four registers, times
+  // rows `first` to `first` + 15 of B, which lies in tiles of 64 bytes of its columns.
+  template <class B, int columns>
+  __device__ static __forceinline__ void step_of_results(float (&sums)[columns][4],
+                                                         const float (&x)[4],
+                                                         const float (&next)[4], const char* tiles,
+                                                         int first) {
+    const uint32_t left[4] = {Multiply::pack(x[0], x[1]), Multiply::pack(x[2], x[3]),
+                              Multiply::pack(next[0], next[1]), Multiply::pack(next[2], next[3])};
+#pragma unroll
+    for (int j = 0; j < columns; j += 2) {
+      uint32_t right[4];
+      B::b_of_rows(right, tiles + j / 4 * B::kBytes, first, j % 4);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t pair[2] = {right[2 * half], right[2 * half + 1]};
+        Multiply::of(sums[j + half], left, pair);
+      }
+    }
+  }
+
   template <class A, class B, int rows, int columns, class Sum>
   __device__ static __forceinline__ void step(Sum (&sums)[rows][columns][4], const char* a,
                                               const char* b, int first_row, int first_column) {
@@ -30,12 +51,18 @@ struct Fragments {
 };
 
 struct MultiplyBf16 {
+  __device__ static __forceinline__ uint32_t pack(float low, float high) {
+    return ptx::pack_bf16(low, high);
+  }
   __device__ static __forceinline__ void of(float (&d)[4], const uint32_t (&a)[4],
                                             const uint32_t (&b)[2]) {
     ptx::mma_m16n8k16_bf16(d, a, b);
   }
 };
 struct MultiplyF16 {
+  __device__ static __forceinline__ uint32_t pack(float low, float high) {
+    return ptx::pack_f16(low, high);
+  }
   __device__ static __forceinline__ void of(float (&d)[4], const uint32_t (&a)[4],
                                             const uint32_t (&b)[2]) {
     ptx::mma_m16n8k16_f16(d, a, b);
@@ -98,6 +125,24 @@ struct SplitF32 {
       }
   }
 
+  // sum += the product. Of the first parts it is a sum of its own, which no other cuts; of the
+  // others the smallest come first.
+  __device__ static __forceinline__ void multiply(float (&sum)[4],
+                                                  const uint32_t (&upper)[parts][2],
+                                                  const uint32_t (&lower)[parts][2],
+                                                  const uint32_t (&right)[parts][2]) {
+    float first[4] = {0, 0, 0, 0}, others[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int order = parts - 1; order >= 0; order--)
+#pragma unroll
+      for (int p = order; p >= 0; p--) {
+        const uint32_t left[4] = {upper[p][0], lower[p][0], upper[p][1], lower[p][1]};
+        ptx::mma_m16n8k16_bf16(order ? others : first, left, right[order - p]);
+      }
+#pragma unroll
+    for (int e = 0; e < 4; e++) sum[e] += first[e] + others[e];
+  }
+
   template <class A, class B, int rows, int columns>
   __device__ static __forceinline__ void step(float (&sums)[rows][columns][4], const char* a,
                                               const char* b, int first_row, int first_column) {
@@ -119,19 +164,27 @@ struct SplitF32 {
       split(lower, x);
 #pragma unroll
       for (int j = 0; j < columns; j++) {
-        // The products of the first parts are a sum of their own, which no other cuts; of the
-        // others the smallest come first.
-        float first[4] = {0, 0, 0, 0}, others[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int order = parts - 1; order >= 0; order--)
-#pragma unroll
-          for (int p = order; p >= 0; p--) {
-            const uint32_t left[4] = {upper[p][0], lower[p][0], upper[p][1], lower[p][1]};
-            ptx::mma_m16n8k16_bf16(order ? others : first, left, right[j][order - p]);
-          }
-#pragma unroll
-        for (int e = 0; e < 4; e++) sums[i][j][e] += first[e] + others[e];
+        multiply(sums[i][j], upper, lower, right[j]);
       }
+    }
+  }
+
+  template <class B, int columns>
+  __device__ static __forceinline__ void step_of_results(float (&sums)[columns][4],
+                                                         const float (&x)[4],
+                                                         const float (&next)[4], const char* tiles,
+                                                         int first) {
+    const int group = int(threadIdx.x) % 32 / 4;
+    float above[4] = {x[0], x[1], next[0], next[1]}, below[4] = {x[2], x[3], next[2], next[3]};
+    uint32_t upper[parts][2], lower[parts][2];
+    split(upper, above), split(lower, below);
+#pragma unroll
+    for (int j = 0; j < columns; j++) {
+      float column[4];
+      uint32_t right[parts][2];
+      B::four_of_rows(column, tiles + j / 2 * B::kBytes, first, j % 2 * 8 + group);
+      split(right, column);
+      multiply(sums[j], upper, lower, right);
     }
   }
 };

@@ -69,8 +69,7 @@ struct TileOf {
     }
   }
 
-  // ---- fragments of 8- and 16-bit elements: 32 bytes of K in step `step`
-  // ------------------------------
+  // ---- fragments of 8- and 16-bit elements: 32 bytes of K in step `step` -----------------------
 
   // A's 16 rows from `first`.
   __device__ static __forceinline__ void a_fragment(uint32_t (&r)[4], const char* tile, int first,
@@ -92,8 +91,16 @@ struct TileOf {
       ptx::ldmatrix_x4_trans(r, tile + offset(16 * step + lane % 16, first / 8 + lane / 16));
   }
 
-  // ---- float32: four neighbours along K of one row or column
-  // ----------------------------------------
+  // B of which K runs along the rows of a tile that lies along the other dimension: rows `first` to
+  // `first` + 15, and the 16 columns from `piece` on. r[0], r[1] of the first eight.
+  __device__ static __forceinline__ void b_of_rows(uint32_t (&r)[4], const char* tile, int first,
+                                                   int piece) {
+    static_assert(along_k);
+    const int lane = int(threadIdx.x) % 32;
+    ptx::ldmatrix_x4_trans(r, tile + offset(first + lane % 16, piece + lane / 16));
+  }
+
+  // ---- float32: four neighbours along K of one row or column -----------------------------------
 
   // Thread t of a group of four gets k = 4 t to 4 t + 3. The tensor cores take 2 t, 2 t + 1, 2 t +
   // 8 and 2 t + 9 from it; which k it is does not matter to a sum as long as A and B agree.
@@ -107,6 +114,18 @@ struct TileOf {
       for (int i = 0; i < 4; i++)
         x[i] = *reinterpret_cast<const float*>(tile + offset(4 * t + i, at / 4) + at % 4 * 4);
     }
+  }
+
+  // Likewise of float32: column `column` of the rows that the tensor cores take from thread t,
+  // counted from `first`.
+  __device__ static __forceinline__ void four_of_rows(float (&x)[4], const char* tile, int first,
+                                                      int column) {
+    static_assert(along_k);
+    const int t = int(threadIdx.x) % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      x[i] = *reinterpret_cast<const float*>(
+          tile + offset(first + 2 * t + i % 2 + i / 2 * 8, column / 4) + column % 4 * 4);
   }
 };
 

@@ -49,8 +49,7 @@ void set_seed(uint64_t seed);
 // Ends the run with a Fault.
 [[noreturn]] void fault(const Where& where, const std::string& message);
 
-// ---- shared memory
-// ----------------------------------------------------------------------------------
+// ---- shared memory -----------------------------------------------------------------------------
 
 // Before a block begins all of it is NaN; behind it lie guards, which are looked at when it ends.
 char* dynamic_shared();
@@ -60,8 +59,7 @@ char* static_shared(const void* key, size_t bytes, size_t align);
 // All bits set: NaN in every floating-point type, -1 in integers.
 void poison(void* memory, size_t bytes);
 
-// ---- barriers
-// ---------------------------------------------------------------------------------------
+// ---- barriers ----------------------------------------------------------------------------------
 
 struct Votes {
   int count;
@@ -74,8 +72,7 @@ void barrier_arrive(int id, int threads, const char* name, const Where& where);
 // Goes on when ready() holds, which another thread makes come true.
 void wait_until(const std::function<bool()>& ready, const char* name, const Where& where);
 
-// ---- warps
-// ------------------------------------------------------------------------------------------
+// ---- warps -------------------------------------------------------------------------------------
 
 // What the lanes of a collective have brought; `value[lane]` is null where a lane is not in the
 // mask.
@@ -88,8 +85,7 @@ struct Lanes {
 void collective(unsigned mask, const void* value, void* result, void (*combine)(Lanes&),
                 const char* name, const Where& where);
 
-// ---- copies that end later
-// ----------------------------------------------------------------------------
+// ---- copies that end later ---------------------------------------------------------------------
 
 // A copy that this thread has begun: the destination is poisoned now and filled when it is waited
 // for.

@@ -27,8 +27,7 @@
 #define gridDim (::fastnn::emulation::place().grid_size)
 constexpr int warpSize = 32;
 
-// ---- vector types
-// -------------------------------------------------------------------------------------
+// ---- vector types ------------------------------------------------------------------------------
 
 #define FASTNN_VECTOR_TYPES(name, type)                            \
   struct name##1 { type x; };                                      \
@@ -48,8 +47,7 @@ struct alignas(16) double2 {
   double x, y;
 };
 
-// ---- 16-bit floats
-// ------------------------------------------------------------------------------------
+// ---- 16-bit floats -----------------------------------------------------------------------------
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -72,8 +70,7 @@ inline __half __float2half_rn(float x) {
   return {std::bit_cast<uint16_t>(_Float16(x))};
 }
 
-// ---- numbers
-// ------------------------------------------------------------------------------------------
+// ---- numbers -----------------------------------------------------------------------------------
 
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -110,8 +107,7 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 
-// ---- barriers and votes of a block
-// ----------------------------------------------------------------------
+// ---- barriers and votes of a block -------------------------------------------------------------
 
 inline void __syncthreads(fastnn::emulation::Where where = fastnn::emulation::Where::current()) {
   fastnn::emulation::barrier(0, 0, false, "__syncthreads", where);

@@ -7,8 +7,7 @@
 
 namespace fastnn::ptx {
 
-// ---- cp.async
-// -----------------------------------------------------------------------------------------
+// ---- cp.async ----------------------------------------------------------------------------------
 
 template <int bytes>
 void cp_async(void* to, const void* from, int valid = bytes, FASTNN_HERE) {
@@ -26,8 +25,7 @@ void cp_async_wait() {
   emulation::copy_wait(groups);
 }
 
-// ---- ldmatrix
-// -----------------------------------------------------------------------------------------
+// ---- ldmatrix ----------------------------------------------------------------------------------
 
 template <bool transposed>
 struct LoadMatrices {
@@ -63,8 +61,11 @@ inline uint32_t pack_bf16(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
 }
 
-// ---- mma.sync
-// -----------------------------------------------------------------------------------------
+inline uint32_t pack_f16(float low, float high) {
+  return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
+}
+
+// ---- mma.sync ----------------------------------------------------------------------------------
 
 // D += A B with A 16 x K and B K x 8, of elements of `bits` bits: a register holds 32 / bits
 // neighbours along K. Thread (group, t) = (lane / 4, lane % 4) has rows group and group + 8 of A

@@ -174,8 +174,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, FASTNN_HERE) {
   fastnn::emulation::reduce<int, unsigned, fastnn::emulation::Ballot>(mask, 1, "__syncwarp", where);
 }
 
-// ---- atomics: threads of one run never run at the same time
-// -------------------------------------------------
+// ---- atomics: threads of one run never run at the same time ------------------------------------
 
 #define FASTNN_ATOMIC(name, T, expression) \
   inline T name(T* at, T value) {          \

@@ -27,7 +27,11 @@ except ImportError:
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 #: The ops that there are kernels for, as supports() knows them.
-OPS = frozenset(("gemm", "activation", "int_mm", "softmax", "softmax_backward"))
+OPS = frozenset(
+    ("gemm", "activation", "int_mm", "attention", "attention_backward", "softmax", "softmax_backward")
+)
+#: The longest rows of attention.
+MAX_SIZE = 128
 
 
 def use(module: Any) -> None:
@@ -52,6 +56,9 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
         return "this build of fastnn has no CUDA kernels"
     if op not in OPS:
         return f"no CUDA kernel for {op}"
+    attention = op.startswith("attention")
+    if attention and any(tensor is not None and tensor.shape[-1] > MAX_SIZE for tensor in tensors[:3]):
+        return f"rows longer than {MAX_SIZE} on CUDA"
     for tensor in tensors:
         if tensor is None:
             continue
@@ -61,6 +68,8 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
             return "a nested tensor"
         if tensor.device.type not in (device_type(), "meta"):
             return f"a tensor on {tensor.device.type}, which a CUDA kernel cannot read"
+        if attention and tensor.dtype is torch.bool:
+            continue  # a mask
         if tensor.dtype not in FLOAT and not (op == "int_mm" and tensor.dtype in (torch.int8, torch.uint8)):
             return f"dtype {str(tensor.dtype).removeprefix('torch.')} on CUDA"
     return None

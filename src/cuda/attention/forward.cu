@@ -1,0 +1,146 @@
+// A block of four warps has 64 queries of one head, 16 a warp, and goes through the keys in blocks.
+// While it works on the scores of one, the values of that one and then the keys of the next are on
+// their way.
+#include "cuda/attention/view.cuh"
+
+namespace fastnn::cuda {
+namespace {
+
+struct Pieces {
+  bool q, k, v;
+};
+
+template <class Mode, int kSize, int kKeys>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward(const AttentionForward a, const Pieces pieces, const int64_t blocks) {
+  using Element = typename Mode::Element;
+  using Queries = TileOf<Element, kRows, true, kThreads>;
+  using Keys = TileOf<Element, kKeys, true, kThreads>;
+  constexpr int kDepth = Queries::kDepth, kChunks = kSize / kDepth;
+  char* q_tiles = dynamic_shared<char>();
+  char* k_tiles = q_tiles + kChunks * Queries::kBytes;
+  char* v_tiles = k_tiles + kChunks * Keys::kBytes;
+
+  const int64_t index = int64_t(blockIdx.x) / blocks, first = int64_t(blockIdx.x) % blocks * kRows;
+  const Head head{index / a.heads, index % a.heads, index % a.heads / (a.heads / a.kv_heads)};
+  const Source q = rows_of<Element>(a.q, head.batch, head.head, a.q_length, a.head_size, pieces.q);
+  const Source k =
+      rows_of<Element>(a.k, head.batch, head.kv_head, a.k_length, a.head_size, pieces.k);
+  const Source v =
+      rows_of<Element>(a.v, head.batch, head.kv_head, a.k_length, a.value_size, pieces.v);
+  const Scores scores(a, head);
+  const int warp_row = int(threadIdx.x) / 32 * 16;
+
+  // The keys that any of these queries sees.
+  const int64_t low = at_least(first + a.low, 0) / kKeys * kKeys;
+  const int64_t high = at_most(first + kRows - 1 + a.high, a.k_length - 1);
+
+  auto load = [&](auto tile, char* to, const Source& from, int64_t row) {
+    using Tile = decltype(tile);
+    if (row <= high || &from == &q)
+      for (int c = 0; c < kChunks; c++) Tile::load(to + c * Tile::kBytes, from, row, c * kDepth);
+    ptx::cp_async_commit();
+  };
+  load(Queries{}, q_tiles, q, first);
+  load(Keys{}, k_tiles, k, low);
+  load(Keys{}, v_tiles, v, low);
+
+  float sums[kSize / 8][4] = {};
+  float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
+  for (int64_t key = low; key <= high; key += kKeys) {
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the keys are there
+    float p[1][kKeys / 8][4] = {};
+#pragma unroll(sizeof(Element) == 4 ? 1 : kChunks)
+    for (int c = 0; c < kChunks; c++)
+      Mode::template step<Queries, Keys>(p, q_tiles + c * Queries::kBytes,
+                                         k_tiles + c * Keys::kBytes, warp_row, 0);
+    __syncthreads();  // and read
+    load(Keys{}, k_tiles, k, key + kKeys);
+
+    float most[2] = {largest[0], largest[1]};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        p[0][j][e] =
+            scores.of(p[0][j][e], first + warp_row + row_of(e), key + 8 * j + column_of(e));
+        most[e / 2] = fmaxf(most[e / 2], p[0][j][e]);
+      }
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      most[half] = row_max(most[half]);
+      // A row that has seen nothing yet has no largest score to take off.
+      const float base = most[half] == -kInfinity ? 0 : most[half];
+      shrink[half] = expf(largest[half] - base);
+      largest[half] = most[half], most[half] = base;
+      total[half] *= shrink[half];
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float x = expf(p[0][j][e] - most[e / 2]);
+        total[e / 2] += x;
+        p[0][j][e] = scores.threshold ? x * scores.keeps(first + warp_row + row_of(e),
+                                                         key + 8 * j + column_of(e))
+                                      : x;
+      }
+#pragma unroll
+    for (int d = 0; d < kSize / 8; d++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[d][e] *= shrink[e / 2];
+
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the values are there
+#pragma unroll
+    for (int s = 0; s < kKeys / 16; s++)
+      Mode::template step_of_results<Keys>(sums, p[0][2 * s], p[0][2 * s + 1], v_tiles, 16 * s);
+    __syncthreads();
+    load(Keys{}, v_tiles, v, key + kKeys);
+  }
+  ptx::cp_async_wait<0>();
+
+  auto* out = reinterpret_cast<Element*>(a.out.data) + offset(a.out, head.batch, head.head);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    total[half] = row_sum(total[half]);
+    const int64_t row = first + warp_row + row_of(2 * half);
+    if (row >= a.q_length) continue;
+    // A query that sees nothing: the sum is 0, and so is its result.
+    const bool nothing = largest[half] == -kInfinity && total[half] == 0;
+    const float inverse = nothing ? 0 : 1 / total[half];
+#pragma unroll
+    for (int d = 0; d < kSize / 8; d++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) {
+        const int64_t column = 8 * d + column_of(e);
+        if (column < a.value_size)
+          out[row * a.out.strides[2] + column * a.out.strides[3]] =
+              from_float<Element>(sums[d][e] * inverse);
+      }
+    if (a.log_sum && threadIdx.x % 4 == 0)
+      static_cast<float*>(a.log_sum)[index * a.q_length + row] =
+          nothing ? kInfinity : largest[half] + logf(total[half]);
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionForward& a, void* stream) {
+  with_kernel(a, [&](auto mode, auto size) {
+    using Mode = decltype(mode);
+    using Element = typename Mode::Element;
+    // float32's parts take registers, of which fewer keys at a time leave more.
+    constexpr int kSize = decltype(size)::value, kKeys = sizeof(Element) == 4 ? 32 : 64;
+    const int64_t blocks = (a.q_length + kRows - 1) / kRows;
+    constexpr size_t shared = size_t(kRows + 2 * kKeys) * kSize * sizeof(Element);
+    const Pieces pieces{in_pieces(a.q, sizeof(Element)), in_pieces(a.k, sizeof(Element)),
+                        in_pieces(a.v, sizeof(Element))};
+    launch(forward<Mode, kSize, kKeys>, dim3(unsigned(blocks * a.batch * a.heads)), dim3(kThreads),
+           shared, stream, a, pieces, blocks);
+  });
+}
+
+}  // namespace fastnn::cuda
