@@ -121,6 +121,19 @@ def test_other_activations(activation, isa, no_fallback):
     torch.testing.assert_close(fF.int8_linear(x, weight, scale / 10, activation=activation), want, rtol=2e-6, atol=1e-7)
 
 
+def test_gelu_everywhere(isa, no_fallback):
+    """Of exactly known arguments: 1 · ±1 · weight_scale."""
+    y = torch.cat((torch.linspace(-9, 9, 3001), torch.tensor([1e-30, -1e-30, 100.0, -100.0, 3e38, -3e38])))
+    y = y[y != 0]
+    found = fF.int8_linear(
+        torch.ones(1, 1), y.sign().to(torch.int8).unsqueeze(1), y.abs(), input_scale=1.0, activation="gelu"
+    )[0]
+    want = F.gelu(y.double())
+    assert ((found - want).abs() <= 3e-7 * y.double().abs()).all()
+    assert (found[y < -6] == 0).all()
+    assert torch.equal(found[y > 6], y[y > 6])
+
+
 def layouts(x):
     yield x
     yield x.t().contiguous().t()

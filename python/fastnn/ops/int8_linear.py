@@ -9,7 +9,7 @@ finite values and 0, as ``quantize_dynamic(input, dtype=torch.uint8, axis=<all b
 it is static: one scale and zero point for all. Sums are exact in int32, the rest is float32 in the order of the formula, rounded
 once to the input's dtype, and a division by the scale is a product with its float32 inverse. So the result does not depend on the
 instruction set (but for the last bits of gelu, silu, sigmoid and tanh), on threads, or on what other rows there are. Those four are computed
-in float32: gelu(x) with an error of 2^-22 |x|, the others with a relative one of 2^-20. Infinities saturate; NaN counts as 0.
+in float32: gelu(x) with an error of 3e-7 |x|, the others with a relative one of 2^-20. Infinities saturate; NaN counts as 0.
 
 Shapes: input (..., K) in float32, bfloat16 or float16; weight (N, K) int8, K at most 65793; weight_scale (N) or one element; bias (N)
 in any of those dtypes; result (..., N), contiguous, of the input's dtype. Any strides.
