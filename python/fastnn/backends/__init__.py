@@ -54,12 +54,13 @@ class Kernels:
     def __getattr__(self, function: str) -> Callable[..., Any]:
         if function.startswith("__"):
             raise AttributeError(function)
-        on_cpu = getattr(self.module("cpu"), function)
+        on_cpu = self.module("cpu")
+        getattr(on_cpu, function)  # an AttributeError now, not at the call
 
         def call(*args: Any, **kwargs: Any) -> Any:
             backend = name_of(*args)
             if backend == "cpu":
-                return on_cpu(*args, **kwargs)
+                return getattr(on_cpu, function)(*args, **kwargs)
             return getattr(self.module(backend), function)(*args, **kwargs)
 
         setattr(self, function, call)  # found at once from now on
