@@ -5,6 +5,7 @@ set(FASTNN_CUDA_KERNELS
   device.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
+  norm/layer_norm.cu
   reduce/column_sum.cu
   softmax/softmax.cu)
 set(FASTNN_CUDA_BINDINGS
@@ -12,5 +13,6 @@ set(FASTNN_CUDA_BINDINGS
   bind/elementwise.cpp
   bind/gemm.cpp
   bind/module.cpp
+  bind/norm.cpp
   bind/reduce.cpp
   bind/softmax.cpp)

@@ -62,6 +62,7 @@ ON_CUDA = (
     *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
     "nn.functional.scaled_dot_product_attention",
     *("softmax", "log_softmax", "nn.functional.softmin"),
+    *("nn.functional.layer_norm", "nn.functional.rms_norm"),
     *ELEMENTWISE,
 )
 CASES = [

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..backends import cpu
+from ..backends import Kernels, cpu
 from ..backends.cpu import layer_norm as kernels
 from ..backends.reference import layer_norm as formulas
 from ._op import Op
@@ -34,6 +34,7 @@ _torch_rms_norm = torch.nn.functional.rms_norm
 _tensor_row_norm = cpu.tensor_row_norm
 _tensor_row_norm_backward = cpu.tensor_row_norm_backward
 _empty = kernels.empty_contiguous
+_kernels = Kernels("layer_norm")
 
 
 def _default_eps(dtype: torch.dtype) -> float:
@@ -362,7 +363,7 @@ def _fake_backward(
 
 ROW_NORM = Op(
     "row_norm(Tensor input, int dims, Tensor? weight, Tensor? bias, float eps, bool centered) -> Tensor",
-    kernel=kernels.row_norm,
+    kernel=_kernels.row_norm,
     reference=formulas.row_norm,
     fake=_fake,
     save=_save,
@@ -375,7 +376,7 @@ ROW_NORM = Op(
 ROW_NORM_BACKWARD = Op(
     "row_norm_backward(Tensor grad, Tensor input, int dims, Tensor? weight, float eps, bool centered, bool bias) "
     "-> (Tensor, Tensor, Tensor)",
-    kernel=kernels.row_norm_backward,
+    kernel=_kernels.row_norm_backward,
     reference=formulas.row_norm_backward,
     fake=_fake_backward,
     save=_save_backward,

@@ -24,5 +24,6 @@ PYBIND11_MODULE(_cuda, m) {
   bind_gemm(m);
   bind_elementwise(m);
   bind_reduce(m);
+  bind_norm(m);
   bind_softmax(m);
 }

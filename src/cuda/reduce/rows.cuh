@@ -33,9 +33,16 @@ struct HeldRow {
   static constexpr int threads = threads_, mine = mine_, kEach = Pack<T>::kEach;
   static_assert(mine % kEach == 0);
   int n, thread;
+  int count;  // of the row's elements that are this thread's; they come first
+
+  __device__ HeldRow(int n, int thread) : n(n), thread(thread) {
+    const int step = in_packs() ? threads * kEach : threads, each = in_packs() ? kEach : 1;
+    const int rest = n - thread * each;
+    count = rest > 0 ? (rest + step - 1) / step * each : 0;
+  }
 
   __device__ bool in_packs() const { return n % kEach == 0; }
-  // The element that is this thread's j-th; n or more where there is none.
+  // The element that is this thread's j-th, if j < count.
   __device__ int index(int j) const {
     return in_packs() ? (j / kEach * threads + thread) * kEach + j % kEach : j * threads + thread;
   }
@@ -49,12 +56,12 @@ struct HeldRow {
     if (in_packs() && aligned(data, step)) {
 #pragma unroll
       for (int p = 0; p < mine / kEach; p++) {
-        const int first = index(p * kEach);
+        const bool there = p * kEach < count;
         Pack<T> pack;
-        if (first < n) pack = *reinterpret_cast<const Pack<T>*>(data + first);
+        if (there) pack = *reinterpret_cast<const Pack<T>*>(data + index(p * kEach));
 #pragma unroll
         for (int e = 0; e < kEach; e++)
-          to[p * kEach + e] = first < n ? to_float(pack.element[e]) : rest;
+          to[p * kEach + e] = there ? to_float(pack.element[e]) : rest;
       }
     } else {
       one_by_one(data, step, [&](int j, const T* from) { to[j] = from ? to_float(*from) : rest; });
@@ -66,12 +73,11 @@ struct HeldRow {
     if (in_packs() && aligned(data, step)) {
 #pragma unroll
       for (int p = 0; p < mine / kEach; p++) {
-        const int first = index(p * kEach);
-        if (first >= n) continue;
+        if (p * kEach >= count) continue;
         Pack<T> pack;
 #pragma unroll
         for (int e = 0; e < kEach; e++) pack.element[e] = from_float<T>(of(p * kEach + e));
-        *reinterpret_cast<Pack<T>*>(data + first) = pack;
+        *reinterpret_cast<Pack<T>*>(data + index(p * kEach)) = pack;
       }
     } else {
       one_by_one(data, step, [&](int j, T* to) {
@@ -88,17 +94,56 @@ struct HeldRow {
     const int within = in_packs() ? 1 : threads,
               across = in_packs() ? threads * kEach - kEach + 1 : threads;
     const int64_t within_step = within * step, across_step = across * step;
-    int i = index(0);
-    U* at = data + i * step;
+    U* at = data + index(0) * step;
 #pragma unroll
     for (int j = 0; j < mine; j++) {
-      f(j, i < n ? at : nullptr);
+      f(j, j < count ? at : nullptr);
       const bool pack_ends = (j + 1) % kEach == 0;
-      i += pack_ends ? across : within;
       at += pack_ends ? across_step : within_step;
     }
   }
 };
+
+// Longer rows are a block's, in pieces. f(i, count) for those of this thread; neighbouring threads
+// have neighbouring pieces.
+constexpr int kLongThreads = 512;
+template <class T, class F>
+__device__ __forceinline__ void for_each_piece(int64_t n, F f) {
+  constexpr int each = Pack<T>::kEach;
+  const bool packs = n % each == 0;
+  const int64_t size = packs ? each : 1;
+  for (int64_t i = int64_t(threadIdx.x) * size; i < n; i += kLongThreads * size)
+    f(i, packs ? each : 1);
+}
+template <class T>
+__device__ __forceinline__ void read_piece(float (&to)[Pack<T>::kEach], const T* data, int64_t step,
+                                           int64_t i, int count) {
+  const T* from = data + i * step;
+  if (count > 1 && step == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kEach; e++) to[e] = to_float(pack.element[e]);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < Pack<T>::kEach; e++)
+    if (e < count) to[e] = to_float(from[e * step]);
+}
+template <class T>
+__device__ __forceinline__ void write_piece(const float (&x)[Pack<T>::kEach], T* data, int64_t step,
+                                            int64_t i, int count) {
+  T* to = data + i * step;
+  if (count > 1 && step == 1 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    Pack<T> pack;
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kEach; e++) pack.element[e] = from_float<T>(x[e]);
+    *reinterpret_cast<Pack<T>*>(to) = pack;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < Pack<T>::kEach; e++)
+    if (e < count) to[e * step] = from_float<T>(x[e]);
+}
 
 struct Add {
   __device__ static float of(float a, float b) { return a + b; }

@@ -12,8 +12,7 @@ namespace fastnn::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 1 << 20;
-constexpr int kBlock = 128;  // threads, of groups that are no more than a warp
-constexpr int kLongThreads = 512;
+constexpr int kBlock = 128;                 // threads, of groups that are no more than a warp
 constexpr int kLongest[2] = {16384, 8192};  // forward and backward
 
 // e^(x - most) of sums that are added up while the largest element is still looked for. What is
@@ -101,45 +100,7 @@ __global__ void __launch_bounds__(threads > 32 ? threads : kBlock)
 // ---- rows that are longer
 // ------------------------------------------------------------------------------------
 
-// A block a row. f(i, count) for the pieces of the row, whose neighbours are neighbouring threads'.
-template <class T, class F>
-__device__ __forceinline__ void for_each_piece(int64_t n, F f) {
-  constexpr int each = Pack<T>::kEach;
-  const bool packs = n % each == 0;
-  const int64_t size = packs ? each : 1;
-  for (int64_t i = int64_t(threadIdx.x) * size; i < n; i += kLongThreads * size)
-    f(i, packs ? each : 1);
-}
-template <class T>
-__device__ __forceinline__ void read_piece(float (&to)[Pack<T>::kEach], const T* data, int64_t step,
-                                           int64_t i, int count) {
-  const T* from = data + i * step;
-  if (count > 1 && step == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
-#pragma unroll
-    for (int e = 0; e < Pack<T>::kEach; e++) to[e] = to_float(pack.element[e]);
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < Pack<T>::kEach; e++)
-    if (e < count) to[e] = to_float(from[e * step]);
-}
-template <class T>
-__device__ __forceinline__ void write_piece(const float (&x)[Pack<T>::kEach], T* data, int64_t step,
-                                            int64_t i, int count) {
-  T* to = data + i * step;
-  if (count > 1 && step == 1 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    Pack<T> pack;
-#pragma unroll
-    for (int e = 0; e < Pack<T>::kEach; e++) pack.element[e] = from_float<T>(x[e]);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < Pack<T>::kEach; e++)
-    if (e < count) to[e * step] = from_float<T>(x[e]);
-}
-
+// A block a row.
 template <class T, bool backward>
 __global__ void __launch_bounds__(kLongThreads) long_rows(const Rows rows, const bool log) {
   constexpr int each = Pack<T>::kEach;

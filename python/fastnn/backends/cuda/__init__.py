@@ -27,7 +27,14 @@ except ImportError:
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 #: The ops that there are kernels for, as supports() knows them.
-OPS = frozenset(("gemm", "activation", "int_mm", "attention", "attention_backward", "softmax", "softmax_backward"))
+OPS = frozenset(
+    (
+        *("gemm", "activation", "int_mm"),
+        *("attention", "attention_backward"),
+        *("softmax", "softmax_backward"),
+        *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
+    )
+)
 #: The longest rows of attention.
 MAX_SIZE = 128
 
