@@ -21,8 +21,8 @@ demo: build
 	$(BIN)/python -m fastnn demo
 
 test: build emulation $(if $(shell command -v nvcc),cuda)
-	$(BIN)/python -m pytest $(PYTEST)
-# Two tests at a time: each uses torch's threads for some of its time only.
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
+# Two tests at a time: each uses torch's threads for some of its time only. Threads that wait leave the core to the other.
 PYTEST ?= --numprocesses 2
 
 build: $(VENV)/stamps/fastnn

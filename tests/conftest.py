@@ -1,14 +1,18 @@
 """What every test starts from: one seed, torch's default precision, and two threads."""
 
 import importlib.util
+import os
 from pathlib import Path
+
+# Triton's kernels are run by its interpreter, which has to be chosen before anything imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 
 import fastnn
 from fastnn import _cpu, _state
-from fastnn.backends import cuda
+from fastnn.backends import cuda, triton
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +63,22 @@ def on_cuda(emulation):
     cuda.use(before)
 
 
-@pytest.fixture(params=[*_cpu.available_isas(), "cuda"])
+@pytest.fixture
+def on_triton():
+    """Inside the test, ops run the Triton kernels, interpreted, on CPU tensors."""
+    if triton.why_not() is not None:
+        pytest.skip(triton.why_not())
+    with fastnn.backend("triton"):
+        yield
+
+
+@pytest.fixture(params=[*_cpu.available_isas(), "cuda", "triton"])
 def machine(request, use_isa):
-    """Runs the test on the kernels of every instruction set of this CPU, and on those of CUDA."""
-    if request.param == "cuda":
-        request.getfixturevalue("on_cuda")
+    """Runs the test on the kernels of every instruction set of this CPU, on those of CUDA, and on Triton's."""
+    if request.param in ("cuda", "triton"):
+        request.getfixturevalue(f"on_{request.param}")
         if request.node.callspec.params.get("dtype") is torch.float64:
-            pytest.skip("no CUDA kernel of float64")
+            pytest.skip("no kernel of float64 for GPUs")
     else:
         use_isa(request.param)
     return request.param
@@ -74,10 +87,10 @@ def machine(request, use_isa):
 @pytest.fixture(params=["cpu", "cuda"])
 def kernels(request):
     """Runs the test on the CPU's kernels, those of the instruction set in use, and on CUDA's."""
-    if request.param == "cuda":
-        request.getfixturevalue("on_cuda")
+    if request.param != "cpu":
+        request.getfixturevalue(f"on_{request.param}")
         if request.node.callspec.params.get("dtype") is torch.float64:
-            pytest.skip("no CUDA kernel of float64")
+            pytest.skip("no kernel of float64 for GPUs")
     return request.param
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 #: The backends that can be asked for by name. Without a name, the tensors' device chooses.
-BACKENDS = ("cpu", "cuda", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 class Settings(NamedTuple):
@@ -64,8 +64,9 @@ def _changed(**changes: object) -> Iterator[None]:
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Inside ``with fastnn.backend(name):`` this thread's ops run on the named backend, whatever the tensors' device.
 
-    ``"cpu"`` and ``"cuda"`` are the kernels of this package, of which each reads the tensors of its own device;
-    ``"reference"`` is the formula in plain torch, computed in float64. The variable ``FASTNN_BACKEND`` does the same for a whole process. Raises ValueError for another name.
+    ``"cpu"``, ``"cuda"`` and ``"triton"`` are the kernels of this package, of which each reads the tensors of its own device;
+    ``"reference"`` is the formula in plain torch, computed in float64. The variable ``FASTNN_BACKEND`` does the same for a
+    whole process. Raises ValueError for another name.
     """
     return _changed(backend=_check_backend(name))
 

@@ -65,11 +65,14 @@ ON_CUDA = (
     *("nn.functional.layer_norm", "nn.functional.rms_norm"),
     *ELEMENTWISE,
 )
+#: And Triton kernels.
+ON_TRITON = tuple(name for name in ON_CUDA if "attention" not in name)
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
     *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),
+    *((name, dtype, "triton") for name in ON_TRITON for dtype in FLOATS if dtype is not torch.float64),
 ]
-IDS = [f"{name}-{str(dtype)[6:]}{'-cuda' if kernels == 'cuda' else ''}" for name, dtype, kernels in CASES]
+IDS = [f"{name}-{str(dtype)[6:]}{'' if kernels == 'cpu' else f'-{kernels}'}" for name, dtype, kernels in CASES]
 every_case = pytest.mark.parametrize(("name", "dtype", "kernels"), CASES, ids=IDS, indirect=["kernels"])
 
 

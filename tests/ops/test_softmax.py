@@ -94,6 +94,8 @@ def test_every_size_in_every_layout(ours, torchs, dtype, machine, no_fallback):
     shapes = [((2, n), 1) for n in EDGES] + [((n, 3), 0) for n in EDGES if n < 300] + [((3, n, 5), 1) for n in (5, 37)]
     if torchs is not F.softmin:
         shapes += [((1, n), 1) for n in LONG if machine != "cuda" or dtype is torch.bfloat16 or n % 2]
+    if machine == "triton":  # whose interpreter is slow: every kind, and a row of two blocks
+        shapes = [((2, 17), 1), ((7, 3), 0), ((2, 5, 3), 1), ((1, 5000), 1)]
     for shape, dim in shapes:
         numbers, direction = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
         wide = numbers.double().requires_grad_()
@@ -113,6 +115,8 @@ def test_rows_that_are_not_finite(machine, dtype, no_fallback):
     """As torch's, in rows of every kernel; their neighbours are untouched."""
     for shape, dim in (((6, 40), 1), ((6, 300), 1), ((6, 2000), 1), ((6, 17000), 1), ((9, 6), 0), ((300, 6), 0)):
         if shape[1] > 10000 and machine == "cuda" and dtype is not torch.float32:
+            continue
+        if machine == "triton" and shape not in ((6, 300), (6, 17000), (9, 6)):
             continue
         x = torch.randn(shape).to(dtype)
         rows = x if dim == 1 else x.t()

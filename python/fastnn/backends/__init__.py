@@ -1,12 +1,14 @@
-"""What can run an op. ``cpu`` and ``cuda``: the kernels of this package; ``reference``: the formula in plain torch.
+"""What can run an op. ``cpu``, ``cuda`` and ``triton``: the kernels of this package; ``reference``: the formula in plain torch.
 
-The device of a call's tensors chooses, unless ``with fastnn.backend(name):`` has chosen. Ops ask :func:`supports` whether the
-chosen one has a kernel, and call it through a :class:`Kernels`.
+The device of a call's tensors chooses, unless ``with fastnn.backend(name):`` has chosen: on a GPU the CUDA kernel or, where
+there is none, Triton's. Ops ask :func:`supports` whether there is a kernel, and call it through a :class:`Kernels`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -15,53 +17,73 @@ import torch
 from torch import Tensor
 
 from .. import _state
-from . import cpu, cuda
+from . import cpu, cuda, triton
 
-_MODULES = {"cpu": cpu, "cuda": cuda}
+_MODULES = {"cpu": cpu, "cuda": cuda, "triton": triton}
+#: Of the device of a call's tensors: the backends that have kernels for it. The first that has one runs an op.
+_ON_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def name_of(*tensors: Any) -> str:
-    """Whose kernels these tensors go to, "cpu" or "cuda". (Under "reference" nothing asks.)"""
+def names_of(*tensors: Any) -> tuple[str, ...]:
+    """The backends that these tensors may go to, the first choice first. (Under "reference" nothing asks.)"""
     # Dynamo cannot read a ContextVar; what it traces asks again when it runs.
     asked = None if torch.compiler.is_dynamo_compiling() else _state.settings().backend
     if asked in _MODULES:
-        return asked
+        return (asked,)
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            return "cuda" if tensor.is_cuda else "cpu"
-    return "cpu"
+            return _ON_DEVICE["cuda" if tensor.is_cuda else "cpu"]
+    return _ON_DEVICE["cpu"]
 
 
 def supports(op: str, *tensors: Tensor | None) -> str | None:
-    """None when the kernels of the backend of these tensors can run ``op`` on them, else the reason why not, for people."""
-    return _MODULES[name_of(*tensors)].supports(op, *tensors)
+    """None when a backend of these tensors has kernels that can run ``op`` on them, else the reasons why not, for people."""
+    reasons = []
+    for name in names_of(*tensors):
+        reason = _MODULES[name].supports(op, *tensors)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return "; ".join(reasons)
+
+
+@functools.cache
+def _module(backend: str, family: str) -> ModuleType | None:
+    """A backend's file for a family, "" for the backend itself; None where it has none."""
+    module = _MODULES[backend]
+    if not family:
+        return module
+    name = f"{module.__name__}.{family}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 class Kernels:
     """The functions of one family, each on the backend that its tensors go to.
 
-    ``Kernels("softmax").softmax(x, ...)`` is ``backends.cpu.softmax.softmax(x, ...)`` for a tensor on the CPU, and that of
-    ``backends.cuda`` for one on a GPU; ``Kernels()`` has what the backends' own modules have.
+    ``Kernels("softmax").softmax(x, ...)`` is ``backends.cpu.softmax.softmax(x, ...)`` for a tensor on the CPU; for one on a
+    GPU it is that of ``backends.cuda``, or where there is none that of ``backends.triton``. ``Kernels()`` has what the
+    backends' own modules have.
     """
 
     def __init__(self, family: str = "") -> None:
         self._family = family
 
-    def module(self, backend: str) -> ModuleType:
-        name = f"{_MODULES[backend].__name__}.{self._family}" if self._family else _MODULES[backend].__name__
-        return importlib.import_module(name)
-
     def __getattr__(self, function: str) -> Callable[..., Any]:
         if function.startswith("__"):
             raise AttributeError(function)
-        on_cpu = self.module("cpu")
+        on_cpu = _module("cpu", self._family)
         getattr(on_cpu, function)  # an AttributeError now, not at the call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            backend = name_of(*args)
-            if backend == "cpu":
+            names = names_of(*args)
+            if names == ("cpu",):
                 return getattr(on_cpu, function)(*args, **kwargs)
-            return getattr(self.module(backend), function)(*args, **kwargs)
+            for name in names:
+                module = _module(name, self._family) if _MODULES[name].why_not() is None else None
+                found = getattr(module, function, None)
+                if found is not None:
+                    return found(*args, **kwargs)
+            raise NotImplementedError(f"no kernel {function!r} on {' or '.join(names)}")
 
         setattr(self, function, call)  # found at once from now on
         return call

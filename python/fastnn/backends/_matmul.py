@@ -92,6 +92,46 @@ def multiply_batches(
     gemm(a, b, c, residual=residual, **epilogue)
 
 
+def product(
+    gemm: Callable[..., None],
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **epilogue: Any,
+) -> Tensor:
+    """alpha * (a @ b) + beta * residual, as backends.cpu.product, by a GPU's ``gemm``."""
+    if out is None:
+        out = a.new_empty(product_shape(a, b), dtype=dtype or a.dtype)
+    multiply_batches(gemm, a, b, out, **epilogue)
+    return out
+
+
+def linear(
+    gemm: Callable[..., None], input: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"
+) -> Tensor:
+    """activation(input @ weight.T + bias), as backends.cpu.linear."""
+    out = input.new_empty((*input.shape[:-1], weight.shape[0]))
+    rows = rows_of(input)
+    if rows is None:
+        return product(gemm, input, weight.t(), out, bias=bias, activation=activation)
+    gemm(rows, weight.t(), out.view(rows.shape[0], weight.shape[0]), bias=bias, activation=activation)
+    return out
+
+
+def int_mm(
+    gemm: Callable[..., None],
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return product(gemm, a, b, dtype=dtype, row_scale=row_scale, col_scale=col_scale, bias=bias)
+
+
 def _fold_batch(
     a: Tensor, b: Tensor, c: Tensor, residual: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ play the device for CPU tensors under ``fastnn.backend("cuda")``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of
+from .. import _matmul
+from .._matmul import MAX_DIMS, rows_of
+from .._tensors import reason_against
 from ..codes import ACTIVATION, DTYPE
 
 try:
@@ -25,7 +28,6 @@ try:
 except ImportError:
     _module = None
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 #: The ops that there are kernels for, as supports() knows them.
 OPS = frozenset(
     (
@@ -55,29 +57,21 @@ def device_type() -> str:
     return "cpu" if _module is not None and _module.emulated else "cuda"
 
 
+def why_not() -> str | None:
+    """None where kernels can run at all, else the reason why not, for people."""
+    return None if _module is not None else "this build of fastnn has no CUDA kernels"
+
+
 def supports(op: str, *tensors: Tensor | None) -> str | None:
     """None when the kernels can run ``op`` on these tensors, else the reason why not, for people."""
-    if _module is None:
-        return "this build of fastnn has no CUDA kernels"
+    reason = why_not()
+    if reason is not None:
+        return reason
     if op not in OPS:
         return f"no CUDA kernel for {op}"
-    attention = op.startswith("attention")
-    if attention and any(tensor is not None and tensor.shape[-1] > MAX_SIZE for tensor in tensors[:3]):
+    if op.startswith("attention") and any(x is not None and x.shape[-1] > MAX_SIZE for x in tensors[:3]):
         return f"rows longer than {MAX_SIZE} on CUDA"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.layout is not torch.strided:
-            return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}"
-        if tensor.is_nested:
-            return "a nested tensor"
-        if tensor.device.type not in (device_type(), "meta"):
-            return f"a tensor on {tensor.device.type}, which a CUDA kernel cannot read"
-        if attention and tensor.dtype is torch.bool:
-            continue  # a mask
-        if tensor.dtype not in FLOAT and not (op == "int_mm" and tensor.dtype in (torch.int8, torch.uint8)):
-            return f"dtype {str(tensor.dtype).removeprefix('torch.')} on CUDA"
-    return None
+    return reason_against(op, device_type(), *tensors)
 
 
 def where(tensor: Tensor) -> dict[str, int]:
@@ -90,39 +84,12 @@ def where(tensor: Tensor) -> dict[str, int]:
 
 def gemm(a: Tensor, b: Tensor, c: Tensor, **epilogue: Any) -> None:
     """See _matmul.multiply."""
-    multiply(_module.gemm, a, b, c, **where(c), **epilogue)
+    _matmul.multiply(_module.gemm, a, b, c, **where(c), **epilogue)
 
 
-def product(
-    a: Tensor, b: Tensor, out: Tensor | None = None, *, dtype: torch.dtype | None = None, **epilogue: Any
-) -> Tensor:
-    """alpha * (a @ b) + beta * residual, as backends.cpu.product."""
-    shape = product_shape(a, b)
-    if out is None:
-        out = a.new_empty(shape, dtype=dtype or a.dtype)
-    multiply_batches(gemm, a, b, out, **epilogue)
-    return out
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """activation(input @ weight.T + bias), as backends.cpu.linear."""
-    out = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    rows = rows_of(input)
-    if rows is None:
-        return product(input, weight.t(), out, bias=bias, activation=activation)
-    gemm(rows, weight.t(), out.view(rows.shape[0], weight.shape[0]), bias=bias, activation=activation)
-    return out
-
-
-def int_mm(
-    a: Tensor,
-    b: Tensor,
-    dtype: torch.dtype,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    return product(a, b, dtype=dtype, row_scale=row_scale, col_scale=col_scale, bias=bias)
+product = functools.partial(_matmul.product, gemm)
+linear = functools.partial(_matmul.linear, gemm)
+int_mm = functools.partial(_matmul.int_mm, gemm)
 
 
 def column_sum(x: Tensor) -> Tensor:

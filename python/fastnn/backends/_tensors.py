@@ -1,0 +1,45 @@
+"""What the kernels of GPUs have in common, in CUDA C++ and in Triton: which tensors they take, and how those lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reason_against(op: str, device: str, *tensors: Tensor | None) -> str | None:
+    """None when kernels that read memory of ``device`` can take these tensors, else the reason why not, for people."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}"
+        if tensor.is_nested:
+            return "a nested tensor"
+        if tensor.device.type not in (device, "meta"):
+            return f"a tensor on {tensor.device.type}, which a kernel for {device} cannot read"
+        if op.startswith("attention") and tensor.dtype is torch.bool:
+            continue  # a mask
+        if tensor.dtype not in FLOAT and not (op == "int_mm" and tensor.dtype in (torch.int8, torch.uint8)):
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')} on a GPU"
+    return None
+
+
+def merge(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The shape and each tensor's strides, with dimensions whose elements follow each other in all tensors made one.
+
+    At least one dimension is left.
+    """
+    kept: list[list[int]] = []  # of a dimension its size, and its stride in each tensor
+    for size, *steps in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if kept and all(outer == step * size for outer, step in zip(kept[-1][1:], steps, strict=True)):
+            kept[-1] = [kept[-1][0] * size, *steps]
+        else:
+            kept.append([size, *steps])
+    merged = list(zip(*(kept or [[1] * (1 + len(strides))]), strict=True))
+    return merged[0], merged[1:]

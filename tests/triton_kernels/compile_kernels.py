@@ -1,0 +1,101 @@
+"""Compiles each Triton kernel for the architecture in argv, without a GPU, and prints as JSON what came out.
+
+A process of its own: the interpreter, which the other tests run, is chosen when Triton is imported.
+"""
+
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastnn.backends.triton import elementwise, gemm, reduce, softmax
+
+LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
+
+
+def compiled(kernel, types, constants, arch, **options):
+    """``types`` of arguments; all others are ``constants``. Sizes and addresses are multiples of 16, as they mostly are."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    at = {name: i for i, name in enumerate(kernel.arg_names)}
+    known = {(at[name],): constants.get(name) for name in at if name not in types}
+    divisible = {}
+    for name, type in types.items():
+        if isinstance(type, tuple):  # strides, of which the last is 1
+            for i, part in enumerate(type):
+                if part == "constexpr":
+                    known[at[name], i] = 1
+                else:
+                    divisible[at[name], i] = [["tt.divisibility", 16]]
+        elif type.startswith(("*", "i")):
+            divisible[at[name],] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, known, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
+
+
+def products(arch):
+    strides = {f"{name}_strides": ("i32", "constexpr") for name in ("a", "b", "c", "residual")}
+    batches = {name: ("i32",) for name in ("batch", "a_batch", "b_batch", "c_batch", "residual_batch")}
+    numbers = dict(m="i32", n="i32", k="i32", a_step="i32", b_step="i32", alpha="fp32", beta="fp32")
+    cases = [
+        ("fp32", "fp32", 3, SMALL),
+        ("bf16", "bf16", 0, LARGE),
+        ("fp16", "fp16", 0, SMALL),
+        ("i8", "i8", 0, SMALL),
+        ("u8", "i8", 0, SMALL),
+    ]
+    for a, b, parts, (rows, columns, warps, stages) in cases:
+        c = "fp32" if a in ("i8", "u8") else a
+        pointers = dict(a=f"*{a}", b=f"*{b}", c=f"*{c}", bias=f"*{c}", residual=f"*{c}")
+        constants = dict(
+            bias_stride=1,
+            ACTIVATION="gelu",
+            PARTS=parts,
+            GROUP=512,
+            DIMS=1,
+            EVEN_K=False,
+            BLOCK_M=rows,
+            BLOCK_N=columns,
+            BLOCK_K=64 if c != a else 32,
+            BAND=8,
+        )
+        types = {**pointers, **strides, **batches, **numbers}
+        yield a, compiled(gemm.multiply, types, constants, arch, num_warps=warps, num_stages=stages)
+
+
+def others(arch):
+    matrix = dict(x="*bf16", to="*fp32", rows="i32", columns="i32", row_stride="i32", piece="i32")
+    yield "sum_pieces", compiled(reduce.sum_pieces, matrix, dict(column_stride=1, ROWS=32, COLUMNS=64), arch)
+    lies = {f"{name}strides": ("i32", "constexpr") for name in ("x_", "saved_", "y_")}
+    tensors = dict(x="*bf16", y="*bf16", count="i32", shape=("i32", "i32"), **lies)
+    for name, saved in (("activation", {}), ("activation_backward", {"saved": "*bf16"})):
+        constants = dict(KIND="gelu_tanh", DIMS=2, BLOCK=1024)
+        yield name, compiled(elementwise.each, {**tensors, **saved}, constants, arch)
+    # A row's stride is 1, those of the rows any.
+    sizes = dict(size="i32", shape=("i32", "i32"))
+    for log in (False, True):
+        constants = dict(LOG=log, DIMS=2, BLOCK=1024)
+        for kernel, names in ((softmax.rows_forward, "x y"), (softmax.rows_backward, "grad saved to")):
+            types = {name: "*bf16" for name in names.split()} | sizes
+            types |= {f"{name}_strides": ("i32", "i32") for name in names.split()}
+            steps = {f"{name}_step": 1 for name in names.split()}
+            yield f"{kernel.fn.__name__} {log}", compiled(kernel, types, constants | steps, arch)
+
+
+def main():
+    arch = int(sys.argv[1])
+    found = {}
+    for name, kernel in (*products(arch), *others(arch)):
+        ptx = kernel.asm["ptx"]
+        found[name] = {
+            "tensor_cores": sorted(set(re.findall(r"(?:mma|wgmma\.mma_async)\.sync\.aligned\S*", ptx))),
+            "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+            "shared": kernel.metadata.shared,
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

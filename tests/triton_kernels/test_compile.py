@@ -1,0 +1,36 @@
+"""The Triton kernels compile for GPUs, and their products run on tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnn.backends import triton
+
+#: What the operands of a product are -> the types in the instruction for them.
+OPERANDS = {"fp32": "bf16.bf16", "bf16": "bf16.bf16", "fp16": "f16.f16", "i8": "s8.s8", "u8": "s8.s8"}
+SHARED = {80: 163 << 10, 90: 227 << 10}
+
+
+@pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.why_not()))
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles(arch):
+    program = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, program, str(arch)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.keys() > OPERANDS.keys()
+    for name, kernel in found.items():
+        assert kernel["shared"] <= SHARED[arch]
+        if name not in OPERANDS:
+            continue
+        assert any(OPERANDS[name] in instruction for instruction in kernel["tensor_cores"]), (name, kernel)
+        if arch == 90 and name == "bf16":
+            assert any(instruction.startswith("wgmma") for instruction in kernel["tensor_cores"])
+        assert kernel["asynchronous_copies"], name
