@@ -74,7 +74,11 @@ def on_triton():
 
 @pytest.fixture(params=[*_cpu.available_isas(), "cuda", "triton"])
 def machine(request, use_isa):
-    """Runs the test on the kernels of every instruction set of this CPU, on those of CUDA, and on Triton's."""
+    """Runs the test on the kernels of every instruction set of this CPU, on those of CUDA, and on Triton's, but on none
+    that its mark ``not_on`` names."""
+    mark = request.node.get_closest_marker("not_on")
+    if mark is not None and request.param in mark.args:
+        pytest.skip(f"no kernel on {request.param}")
     if request.param in ("cuda", "triton"):
         request.getfixturevalue(f"on_{request.param}")
         if request.node.callspec.params.get("dtype") is torch.float64:
