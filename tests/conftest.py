@@ -72,6 +72,13 @@ def on_triton():
         yield
 
 
+def _go_to(backend, request):
+    """To the kernels for GPUs, of which there are none of float64."""
+    request.getfixturevalue(f"on_{backend}")
+    if request.node.callspec.params.get("dtype") is torch.float64:
+        pytest.skip("no kernel of float64 for GPUs")
+
+
 @pytest.fixture(params=[*_cpu.available_isas(), "cuda", "triton"])
 def machine(request, use_isa):
     """Runs the test on the kernels of every instruction set of this CPU, on those of CUDA, and on Triton's, but on none
@@ -80,9 +87,7 @@ def machine(request, use_isa):
     if mark is not None and request.param in mark.args:
         pytest.skip(f"no kernel on {request.param}")
     if request.param in ("cuda", "triton"):
-        request.getfixturevalue(f"on_{request.param}")
-        if request.node.callspec.params.get("dtype") is torch.float64:
-            pytest.skip("no kernel of float64 for GPUs")
+        _go_to(request.param, request)
     else:
         use_isa(request.param)
     return request.param
@@ -92,9 +97,7 @@ def machine(request, use_isa):
 def kernels(request):
     """Runs the test on the CPU's kernels, those of the instruction set in use, and on CUDA's."""
     if request.param != "cpu":
-        request.getfixturevalue(f"on_{request.param}")
-        if request.node.callspec.params.get("dtype") is torch.float64:
-            pytest.skip("no kernel of float64 for GPUs")
+        _go_to(request.param, request)
     return request.param
 
 

@@ -336,17 +336,18 @@ class _Chain:
         runs: list[_Run],
     ) -> None:
         self.layers = [model.get_submodule(name) for name, *_ in steps]
-        made_steps = [
+        made: dict[type, list[Any]] = {}
+        made[Step] = [
             Step(conv, activation, dtype, (conv._buffers, *RESIDUAL) if added else None)
             for conv, (_, activation, dtype, added) in zip(self.layers, steps, strict=True)
         ]
-        made_averages = [
+        made[GlobalAverage] = [
             GlobalAverage((model.get_submodule(name)._buffers, "output_scale", "output_zero_point"), dtype)
             for name, dtype in averages
         ]
 
-        def what(kind: Callable[..., Tensor], argument: Any) -> Any:
-            return made_steps[argument] if kind is _step else made_averages[argument] if kind is _average else argument
+        def what(kind: type, argument: Any) -> Any:
+            return made[kind][argument] if kind in made else argument
 
         self.runs = [Calls([Call(what(*call[:2]), *call[2:]) for call in calls], wanted) for calls, wanted in runs]
 
@@ -355,19 +356,8 @@ def _run_calls(chain: _Chain, index: int, *inputs: Tensor) -> list[Tensor]:
     return chain.runs[index](*inputs)
 
 
-# What stands in the graph for calls until those that follow each other become one.
-
-
-def _step(chain: _Chain, index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
-    raise NotImplementedError
-
-
-def _average(chain: _Chain, index: int, input: Tensor) -> Tensor:
-    raise NotImplementedError
-
-
-def _maximum(chain: _Chain, windows: tuple[Any, ...], input: Tensor) -> Tensor:
-    raise NotImplementedError
+#: What stands in the graph for calls until those that follow each other become one: the types of Call.what.
+_KINDS = (Step, GlobalAverage, tuple)
 
 
 def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
@@ -382,21 +372,21 @@ def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
             module = modules[node.target]
             stride = module.kernel_size if module.stride is None else module.stride
             windows = _both(module.kernel_size), _both(stride), _both(module.padding)
-            function, arguments = _maximum, (chain, windows, node.args[0])
+            kind, arguments = tuple, (chain, windows, node.args[0])
         elif node in of:
-            function, arguments = _average, (chain, len(averages), node.args[0])
+            kind, arguments = GlobalAverage, (chain, len(averages), node.args[0])
             averages.append((names[id(of[node])], of[node].weight.dtype))
         else:
             continue
         with graph.inserting_before(node):
-            replacement = graph.call_function(function, arguments)
+            replacement = graph.call_function(kind, arguments)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     for index, group in enumerate(part.groups):
         added = () if group.residual is None else (group.residual,)
         dtype = torch.uint8 if group.last in whole else group.conv.weight.dtype
         steps.append((names[id(group.conv)], group.activation, dtype, bool(added)))
-        group.replace_in(graph, _step, chain, index)
+        group.replace_in(graph, Step, chain, index)
     for group, conv in zip(part.groups, made, strict=True):
         model.set_submodule(names[id(group.conv)], conv)
         if group.norm_name is not None:
@@ -424,7 +414,7 @@ def _join(graph: fx.Graph, chain: fx.Node) -> list[_Run]:
     """Makes one node of calls that follow each other in the graph, and tells what they are."""
     together: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in (_step, _average, _maximum):
+        if node.op == "call_function" and node.target in _KINDS:
             together[-1].append(node)
         elif together[-1]:
             together.append([])
