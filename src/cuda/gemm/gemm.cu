@@ -1,49 +1,18 @@
 // The matrix product on tensor cores, for sm_80 and later: blocks of threads each compute a tile of
 // C; tiles of A and B are copied to shared memory three steps ahead (cp.async), and each warp
-// multiplies its share with mma.sync.
+// multiplies its share with mma.sync (mainloop.cuh).
 #include "cuda/gemm/gemm.hpp"
 
 #include <type_traits>
 
 #include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/modes.cuh"
+#include "cuda/gemm/mainloop.cuh"
 
 namespace fastnn::cuda {
 namespace {
 
-template <int m, int n, int warps_m, int warps_n>
-struct Shape {
-  static constexpr int kM = m, kN = n, kWarpsN = warps_n, kThreads = 32 * warps_m * warps_n;
-  static constexpr int kRows = m / warps_m / 16, kColumns = n / warps_n / 8;  // fragments of a warp
-};
-using Large = Shape<128, 128, 2, 4>;
-using LargeGroups = Shape<128, 64, 4, 2>;  // half as many sums a thread, which has them twice
-using Small = Shape<64, 64, 2, 2>;
-constexpr int kStages = 4;
 // Blocks of large tiles from which on there are enough for every multiprocessor.
 constexpr int64_t kEnoughBlocks = 96;
-
-// Tiles are taken in strips of so many rows of tiles, so that those computed at a time share their
-// operands in L2.
-constexpr int kStrip = 8;
-
-struct TilePlace {
-  int64_t row, column;
-};
-
-__device__ inline TilePlace tile_place(int64_t index, int64_t rows, int64_t columns) {
-  const int64_t strip = index / (kStrip * columns), first = strip * kStrip;
-  const int64_t height = rows - first < kStrip ? rows - first : kStrip;
-  const int64_t within = index - strip * kStrip * columns;
-  return {first + within % height, within / height};
-}
-
-// Where a tile's sums lie in shared memory between the tensor cores and C. Rows are turned by 8
-// columns each, so that what a warp writes at a time, pairs of four rows, meets every bank once.
-template <class S>
-__device__ __forceinline__ int staged_at(int row, int column) {
-  return row * S::kN + (column + 8 * row) % S::kN;
-}
 
 // The element of C by one thread, without tensor cores.
 template <class Element>
@@ -64,10 +33,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   using Sum = typename Mode::Sum;
   using A = TileOf<Element, S::kM, a_along_k, S::kThreads>;
   using B = TileOf<Element, S::kN, b_along_k, S::kThreads>;
-  constexpr int kStageBytes = A::kBytes + B::kBytes;
   constexpr bool kSplit = sizeof(Element) == 4;
-  constexpr float kMost = 3.402823466e38f;
-  static_assert(kStages * kStageBytes >= S::kM * S::kN * int(sizeof(Sum)));
   char* shared = dynamic_shared<char>();
 
   const TilePlace tile = tile_place(blockIdx.x, tile_rows, tile_columns);
@@ -76,59 +42,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Source a{at.a, g.m, g.k, g.a.row, g.a.column, a_pieces};
   const Source b{at.b, g.n, g.k, g.b.column, g.b.row, b_pieces};
 
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int warp_row = warp / S::kWarpsN * S::kRows * 16,
-            warp_column = warp % S::kWarpsN * S::kColumns * 8;
-  Sum sums[S::kRows][S::kColumns][4] = {};
-  Sum totals[Mode::kGroup ? S::kRows : 1][S::kColumns][4] = {};  // of the groups before
-
   const int64_t steps = (g.k + A::kDepth - 1) / A::kDepth;
-  auto load = [&](int64_t step) {
-    if (step < steps) {
-      char* stage = shared + step % kStages * kStageBytes;
-      A::load(stage, a, first_row, step * A::kDepth);
-      B::load(stage + A::kBytes, b, first_column, step * A::kDepth);
-    }
-    ptx::cp_async_commit();  // an empty group where nothing is left, so that the count below holds
-  };
-  for (int s = 0; s < kStages - 1; s++) load(s);
-  for (int64_t step = 0; step < steps; step++) {
-    ptx::cp_async_wait<kStages - 2>();
-    // Everyone's copies of this step are there, and nobody reads the stage that is filled next.
-    __syncthreads();
-    load(step + kStages - 1);
-    const char* stage = shared + step % kStages * kStageBytes;
-    Mode::template step<A, B>(sums, stage, stage + A::kBytes, warp_row, warp_column);
-    if constexpr (Mode::kGroup)
-      if (step % Mode::kGroup == Mode::kGroup - 1 || step == steps - 1) {
-#pragma unroll
-        for (int i = 0; i < S::kRows; i++)
-#pragma unroll
-          for (int j = 0; j < S::kColumns; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) totals[i][j][e] += sums[i][j][e], sums[i][j][e] = 0;
-      }
-  }
-  ptx::cp_async_wait<0>();
-
-  // Parts of an infinity, or of a number whose products leave float32's range on the way, multiply
-  // to NaN where float32 has a number or an infinity: such a tile is computed again without parts.
-  bool finite = true;
-  __syncthreads();  // everyone has read the last stage
-  auto* staged = reinterpret_cast<Sum*>(shared);
-#pragma unroll
-  for (int i = 0; i < S::kRows; i++)
-#pragma unroll
-    for (int j = 0; j < S::kColumns; j++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const Sum* sum = (Mode::kGroup ? totals[i] : sums[i])[j] + 2 * half;
-        if constexpr (kSplit) finite = finite && fabsf(sum[0]) <= kMost && fabsf(sum[1]) <= kMost;
-        Sum* to = staged + staged_at<S>(warp_row + 16 * i + lane / 4 + 8 * half,
-                                        warp_column + 8 * j + lane % 4 * 2);
-        to[0] = sum[0], to[1] = sum[1];
-      }
-  const bool again = __syncthreads_or(!finite);
+  const bool again =
+      tile_sums<Mode, S, A, B>(shared, steps, [&](int64_t step, char* to_a, char* to_b) {
+        A::load(to_a, a, first_row, step * A::kDepth);
+        B::load(to_b, b, first_column, step * A::kDepth);
+      });
+  const auto* staged = reinterpret_cast<const Sum*>(shared);
 
   // Neighbours in C are written by neighbouring threads, whichever way it lies.
   const bool across = g.c.column != 1 && g.c.row == 1;
