@@ -15,7 +15,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
 CPP     := $(shell find src -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 RUFF    := python tests bench examples
 
-.PHONY: demo test build emulation cuda lint format bench sanitize clean
+.PHONY: demo test build emulation cuda gpu lint format bench sanitize clean
 
 demo: build
 	$(BIN)/python -m fastnn demo
@@ -36,6 +36,27 @@ emulation: $(VENV)/stamps/fastnn
 cuda: $(VENV)/stamps/fastnn
 	cmake -S . -B build/cuda -G Ninja $(CMAKE_QUIET) -DFASTNN_CUDA=ON $(FOR_PYTHON)
 	cmake --build build/cuda --target _cuda $(NINJA_QUIET)
+
+# On a machine with a GPU, with the torch that its Python has and nothing from a network: builds, runs the tests of the GPU's
+# kernels there, some of them under compute-sanitizer, and times them. All is run, whatever fails; each part has its time.
+GPU_PYTHON ?= python3
+GPU        := build/gpu
+gpu:
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch finds no GPU')"
+	$(GPU_PYTHON) -m venv --system-site-packages $(GPU)
+	$(GPU)/bin/python -m pip --disable-pip-version-check --quiet install --no-index --no-deps --no-build-isolation \
+	    --editable . -C cmake.define.FASTNN_CUDA=ON
+	$(GPU)/bin/python -m fastnn info
+	status=0; \
+	timeout 150 $(GPU)/bin/python -m pytest -q -k "cuda or triton" $(GPU_TESTS) || status=1; \
+	for tool in memcheck racecheck synccheck; do \
+	    timeout 40 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(GPU)/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED_ON_GPU) || status=1; \
+	done; \
+	timeout 150 $(GPU)/bin/python bench/gpu.py || status=1; \
+	exit $$status
+GPU_TESTS        ?= tests/cuda tests/triton_kernels tests/ops
+SANITIZED_ON_GPU ?= tests/cuda -k "edges or same_bits or order_of_threads"
 
 FOR_PYTHON   = -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
     -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)

@@ -1,14 +1,17 @@
 """What every test starts from: one seed, torch's default precision, and two threads."""
 
+import contextlib
 import importlib.util
 import os
+import types
 from pathlib import Path
-
-# Triton's kernels are run by its interpreter, which has to be chosen before anything imports Triton.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels are run by its interpreter, which has to be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastnn
 from fastnn import _cpu, _state
@@ -52,9 +55,19 @@ def emulation():
     return module
 
 
+#: Whether there is a GPU and this build has kernels for it: they are tested there, and not in the emulation.
+ON_GPU = cuda.module() is not None and torch.cuda.is_available()
+
+
 @pytest.fixture
-def on_cuda(emulation):
-    """Inside the test, ops run the CUDA kernels on CPU tensors."""
+def on_cuda(request):
+    """Inside the test, ops run the CUDA kernels: on a GPU, where new tensors then are, or emulated, on CPU tensors. Its
+    value has the function `set_seed`, of the order in which emulated warps run."""
+    if ON_GPU:
+        with torch.device("cuda"), fastnn.backend("cuda"):
+            yield types.SimpleNamespace(set_seed=lambda seed: None)
+        return
+    emulation = request.getfixturevalue("emulation")
     before = cuda.module()
     cuda.use(emulation)
     emulation.set_seed(1)
@@ -65,10 +78,11 @@ def on_cuda(emulation):
 
 @pytest.fixture
 def on_triton():
-    """Inside the test, ops run the Triton kernels, interpreted, on CPU tensors."""
+    """Inside the test, ops run the Triton kernels: compiled, on a GPU, where new tensors then are, or interpreted, on CPU
+    tensors."""
     if triton.why_not() is not None:
         pytest.skip(triton.why_not())
-    with fastnn.backend("triton"):
+    with torch.device("cuda") if ON_GPU else contextlib.nullcontext(), fastnn.backend("triton"):
         yield
 
 

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("op", nargs="*", help="which (default: all)")
     verify.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
     verify.add_argument("--precision", choices=("highest", "high", "medium"), help="of float32 products")
+    _add_device(verify)
     verify.add_argument("--threads", type=_positive, help="torch.set_num_threads")
     _add_json(verify)
     verify.set_defaults(run=_verify)
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--shape", action="append", metavar="MxNxK", help="such as 1024x1024x1024; may be repeated")
     bench.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, or what the op has")
     bench.add_argument("--against", metavar="PEER", help="such as torch (default: the fastest of all there are)")
+    _add_device(bench)
     bench.add_argument("--threads", type=_positive, help="torch.set_num_threads")
     bench.add_argument("--precision", choices=("highest", "high", "medium"), help="of float32 products")
     bench.add_argument("--seconds", type=float, default=1.0, help="for each shape (default: 1)")
@@ -67,6 +69,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return value
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="of the tensors: cpu, cuda or cuda:1 (default: cpu)")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
@@ -107,6 +113,15 @@ def _dtypes(options: argparse.Namespace) -> list[Any] | None:
     return [getattr(torch, name) for name in options.dtype] if options.dtype else None
 
 
+def _device(options: argparse.Namespace) -> Any:
+    import torch
+
+    try:
+        return torch.device(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {error}") from None
+
+
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
 
@@ -121,7 +136,10 @@ def _verify(options: argparse.Namespace) -> int:
     console = _console(options)
     with console.status("verifying") as status:
         reports = testing.verify_all(
-            options.op, dtypes=_dtypes(options), progress=lambda name: status.update(f"verifying {name}")
+            options.op,
+            dtypes=_dtypes(options),
+            device=_device(options),
+            progress=lambda name: status.update(f"verifying {name}"),
         )
     if not reports:
         raise ValueError("verify: none of these ops has that dtype")
@@ -132,12 +150,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from . import bench
-    from .bench import machine, table
+    from . import FallbackError, bench
+    from .bench import gpu, table
 
     _set_torch(options)
     console = _console(options)
-    described = machine.describe()
+    device = _device(options)
+    described = gpu.machine_of(device).describe()
     ops = [bench.benchmark(name) for name in options.op] or list(bench.benchmarks().values())
     found = []
     with console.status("timing") as status:
@@ -150,8 +169,12 @@ def _bench(options: argparse.Namespace) -> int:
                     _dtypes(options),
                     against=options.against,
                     seconds=options.seconds,
+                    device=device,
                     progress=lambda label: status.update(f"timing {label}"),
                 )
+            except FallbackError as error:
+                print(f"fastnn: {op.name} is not timed: {error}", file=sys.stderr)
+                continue
             except bench.WrongResult as error:
                 print(f"fastnn: {error}", file=sys.stderr)
                 return 1

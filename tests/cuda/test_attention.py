@@ -50,7 +50,7 @@ def test_unaligned_rows_are_read_by_elements(on_cuda, no_fallback):
     torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_is_that_of_the_cpu(emulation, on_cuda, no_fallback):
+def test_dropout_is_that_of_the_cpu(on_cuda, no_fallback):
     args = [torch.randn(2, 3, n, 16) for n in (70, 45, 45)]
     torch.manual_seed(7)
     on_a_gpu = fF.scaled_dot_product_attention(*args, dropout_p=0.4)

@@ -21,7 +21,7 @@ EDGES = (1, 2, 3, 7, 13, 15, 16, 17, 31, 33, 63, 65, 97, 127, 129)
 
 def shapes(seed, count):
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(EDGES), (count, 3), generator=generator)
+    picks = torch.randint(len(EDGES), (count, 3), generator=generator, device="cpu")
     return [tuple(EDGES[i] for i in row) for row in picks.tolist()]
 
 

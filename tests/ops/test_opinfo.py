@@ -97,7 +97,9 @@ def samples(name, dtype, requires_grad=False):
         return
     # Where torch has no kernel for a dtype, its float32 samples rounded.
     there = dtype in ENTRIES[name].supported_dtypes("cpu")
-    for sample in ENTRIES[name].sample_inputs("cpu", dtype if there else torch.float32, requires_grad=requires_grad):
+    # Where the fixture `kernels` puts new tensors: on a GPU, if there is one to test.
+    device = torch.get_default_device().type
+    for sample in ENTRIES[name].sample_inputs(device, dtype if there else torch.float32, requires_grad=requires_grad):
         if sample.kwargs.get("dropout_p"):
             continue  # what is dropped differs from torch: tests/ops/test_attention.py
         if not there:

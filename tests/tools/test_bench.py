@@ -286,6 +286,6 @@ def test_numbers_for_people():
 
 
 def test_the_machine_is_described():
-    assert machine.cache_bytes() > 0
-    assert machine.copy_bandwidth(1 << 20, 2) > 0
+    assert machine.Cpu().cache_bytes() > 0
+    assert machine.Cpu().copy_bandwidth(1 << 20, 2) > 0
     assert {"cpu", "threads", "isa", "torch"} <= machine.describe().keys()

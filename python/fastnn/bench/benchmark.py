@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 
-from . import engine, machine
+from .. import _state
+from . import engine
+from .gpu import machine_of
+from .machine import Cpu
 
 __all__ = ["Benchmark", "Problem", "Result", "WrongResult", "benchmark", "benchmarks", "parse_shape", "register", "run"]
 
@@ -39,7 +43,7 @@ class Problem:
             what the others are compared with. Each returns the result as a tensor, or as a tuple of tensors.
         work: operations (or bytes, where `unit` is "B") in one call.
         unit: "FLOP", "OP" or "B".
-        peak: the `machine.peak` kind to compare with; "copy" for the bandwidth of a copy; None where no peak says anything.
+        peak: the `machine.Cpu.peak` kind to compare with; "copy" for the bandwidth of a copy; None where no peak says anything.
         beyond_cache: whether calls must go round enough sets of inputs to pass the last cache.
         absent: peers that could not take part, by name, each with the reason.
         tolerance: how far the results may be apart, where the roundings of one operation do not explain it. Without it
@@ -171,6 +175,7 @@ def run(
     *,
     against: str | None = None,
     seconds: float = 1.0,
+    device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[Result]:
     """Times a benchmark at each shape and dtype, fastnn against its peers.
@@ -184,13 +189,17 @@ def run(
         dtypes: instead of float32, or the first that the benchmark has.
         against: the one peer to compare with, by the first word of its contestants' names; by default all that there are.
         seconds: for each shape, all contestants together.
+        device: where the tensors are. On a GPU a call that fastnn hands to torch is an error, as it is under
+            `fastnn.backend`: it would time torch twice.
         progress: called with a label before each shape.
 
     Raises:
-        KeyError: for an unknown name, ValueError for a peer or dtype that the benchmark does not have.
+        KeyError: for an unknown name, ValueError for a peer, dtype or device that is not there.
+        FallbackError: on a GPU, or with a backend asked for, where there is no kernel.
         WrongResult: if the results of two contestants differ.
     """
     the = benchmark(what) if isinstance(what, str) else what
+    machine = machine_of(device)
     results = []
     for dtype in tuple(dtypes or the.dtypes[:1]):
         if dtype not in the.dtypes:
@@ -199,12 +208,18 @@ def run(
         for shape in tuple(shapes or the.shapes):
             shape = tuple(shape)
             progress(f"{the.name} {'×'.join(map(str, shape))} {_name(dtype)}")
-            results.append(_one(the, shape, dtype, against, seconds))
+            results.append(_one(the, shape, dtype, against, seconds, machine))
     return results
 
 
-def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: str | None, seconds: float) -> Result:
-    problem = the.build(shape, dtype)
+def _one(
+    the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: str | None, seconds: float, machine: Cpu
+) -> Result:
+    on_cpu = machine.device.type == "cpu"
+    # A default device costs every call of torch some time, so that of the CPU is left as it is, and none is set while timing.
+    place = contextlib.nullcontext() if on_cpu else machine.device
+    with place:
+        problem = the.build(shape, dtype)
     there = list(dict.fromkeys(name.split()[0] for name in problem.contestants if not _is_ours(name)))
     if against is not None and against not in there:
         reason = f" ({problem.absent[against]})" if against in problem.absent else ""
@@ -216,26 +231,37 @@ def _one(the: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, against: st
     }
     ours = [name for name in contestants if _is_ours(name)]
     peers = [name for name in contestants if not _is_ours(name)]
-    inputs = [problem.inputs()]
-    if problem.beyond_cache:
-        size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
-        sets = min(64, math.ceil(2 * machine.cache_bytes() / max(size, 1)))
-        inputs += [problem.inputs() for _ in range(sets - 1)]
-    top = None if problem.peak is None else _peak(problem.peak)
+    with place:
+        inputs = [problem.inputs()]
+        if problem.beyond_cache:
+            size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
+            sets = min(64, math.ceil(2 * machine.cache_bytes() / max(size, 1)))
+            inputs += [problem.inputs() for _ in range(sets - 1)]
+    top = None if problem.peak is None else machine.peak(problem.peak)
     allowed = max(_TOLERANCE.get(dtype, 0.0), _LOWERED[torch.get_float32_matmul_precision()])
     allowed = allowed if problem.tolerance is None else max(allowed, problem.tolerance)
     what = f"{the.name} {'x'.join(map(str, shape))} {_name(dtype)}"
     may_differ = problem.tolerance is not None
-    error, took = _check(what, allowed, may_differ, contestants, inputs[0], peers[0])
+    # What was asked for by name, or by the device, is what has to run: torch would be timed against itself.
+    with contextlib.nullcontext() if on_cpu and _state.settings().backend is None else _state.strict():
+        error, took = _check(what, allowed, may_differ, contestants, inputs[0], peers[0])
     # Results of other inputs than the first are not those to compare with.
     steady = problem.steady and len(inputs) == 1
     warm = {name: seconds for name, seconds in took.items() if steady and seconds > _LONG_SECONDS}
     keeping = {name: _Keeping(contestants[name]) for name in warm}
-    timing = engine.compare({**contestants, **keeping}, inputs, seconds=seconds, pause=problem.pause, warm=warm)
+    timing = engine.compare(
+        {**contestants, **keeping},
+        inputs,
+        seconds=seconds,
+        pause=problem.pause,
+        warm=warm,
+        clock=machine.clock,
+        turn_seconds=machine.turn_seconds,
+    )
     kept = {name: each.again for name, each in keeping.items()}
     _check(what, allowed, may_differ, {**contestants, **kept}, inputs[0], peers[0])
     if problem.peak is not None:
-        top = max(top, _peak(problem.peak))
+        top = max(top, machine.peak(problem.peak))
     best, peer_best = timing.best(ours), timing.best(peers)
     return Result(
         name=the.name,
@@ -275,10 +301,6 @@ class _Keeping:
 
 def _is_ours(contestant: str) -> bool:
     return contestant.split()[0] == "fastnn"
-
-
-def _peak(kind: str) -> float:
-    return machine.copy_bandwidth(repeats=3) if kind == "copy" else machine.peak(kind, 0.05)
 
 
 def _check(

@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["Timing", "compare", "quartiles"]
 
 #: A turn lasts at least this long: the clock and the loop around the call are then below a percent of it.
-_TURN_SECONDS = 200e-6
+TURN_SECONDS = 200e-6
 _WARM_UP_SECONDS = 0.02
 _FEWEST_ROUNDS, _MIN_ROUNDS, _MAX_ROUNDS = 2, 5, 300
 #: Calls that take longer than this are few, but three rounds at least: two where a third would end past the limit.
@@ -89,6 +89,7 @@ def compare(
     pause: float = 0.0,
     warm: Mapping[str, float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    turn_seconds: float = TURN_SECONDS,
 ) -> Timing:
     """Times each contestant on the same inputs by turns, for about `seconds` in all.
 
@@ -100,17 +101,19 @@ def compare(
         pause: seconds to sleep before each turn. The threads of a pool wait for more work by spinning, for some
             milliseconds, on cores that a contestant with another pool already needs.
         warm: contestants that need no warm-up, each with the seconds that a call took.
-        clock: in seconds; replaced in tests.
+        clock: in seconds; it waits for what the calls have begun.
+        turn_seconds: a turn lasts at least this long.
     """
     warm = warm or {}
     if not contestants or not inputs:
         raise ValueError("compare: needs at least one contestant and one set of inputs")
     load = os.getloadavg()[0]
-    calls = {
-        name: _turn(warm[name]) if name in warm else _warm_up(function, inputs, clock)
+    took = {
+        name: warm[name] if name in warm else _warm_up(function, inputs, clock)
         for name, function in contestants.items()
     }
-    slowest = max(time_of_call for _, time_of_call in calls.values())
+    slowest = max(took.values())
+    calls = {name: max(1, math.ceil(turn_seconds / max(seconds_a_call, 1e-9))) for name, seconds_a_call in took.items()}
     least = 3 if slowest > _SLOW_SECONDS else _MIN_ROUNDS
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     on_cores: dict[str, list[float]] = {name: [] for name in contestants}
@@ -118,14 +121,14 @@ def compare(
     begin = clock()
     position = dict.fromkeys(names, 0)
     for number in range(_MAX_ROUNDS):
-        took = clock() - begin
-        if number >= least and took >= seconds:
+        so_far = clock() - begin
+        if number >= least and so_far >= seconds:
             break
-        if number >= _FEWEST_ROUNDS and took * (number + 1) / number > max(seconds, _LIMIT_SECONDS):
+        if number >= _FEWEST_ROUNDS and so_far * (number + 1) / number > max(seconds, _LIMIT_SECONDS):
             break
         # Whoever comes first finds the cache as the last one left it; so the first place goes round.
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            function, count = contestants[name], calls[name][0]
+            function, count = contestants[name], calls[name]
             turn = [inputs[(position[name] + i) % len(inputs)] for i in range(count)]
             position[name] += count
             if pause:
@@ -135,13 +138,11 @@ def compare(
                 function(*arguments)
             measured[name].append((clock() - start) / count)
             on_cores[name].append((time.process_time() - start_on_cores) / count)
-    return Timing(measured, {name: count for name, (count, _) in calls.items()}, load, on_cores)
+    return Timing(measured, calls, load, on_cores)
 
 
-def _warm_up(
-    function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], clock: Callable[[], float]
-) -> tuple[int, float]:
-    """Calls until caches, clocks and thread pools are warm; returns the calls in a turn, and the seconds of a call."""
+def _warm_up(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], clock: Callable[[], float]) -> float:
+    """Calls until caches, clocks and thread pools are warm; returns the seconds of a call."""
     fastest = math.inf
     end = clock() + _WARM_UP_SECONDS
     calls = 0
@@ -153,9 +154,4 @@ def _warm_up(
         calls += 1
         if took > _SLOW_SECONDS:
             break
-    return _turn(fastest)
-
-
-def _turn(seconds: float) -> tuple[int, float]:
-    """The calls in a turn where one takes so many seconds; and these."""
-    return max(1, math.ceil(_TURN_SECONDS / max(seconds, 1e-9))), seconds
+    return fastest

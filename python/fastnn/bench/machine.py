@@ -1,4 +1,4 @@
-"""What is measured on, and how fast it could be at best."""
+"""What is measured on, and how fast it could be at best: a CPU here, a GPU in :mod:`.gpu`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,61 @@ from typing import Any
 import torch
 
 from ..backends import cpu
-from . import peers
+from . import engine, peers
 
-__all__ = ["cache_bytes", "copy_bandwidth", "describe", "peak"]
+__all__ = ["Cpu", "describe"]
+
+
+class Cpu:
+    """This machine's CPU. The other kinds of machine have the same attributes and methods."""
+
+    device = torch.device("cpu")
+    turn_seconds = engine.TURN_SECONDS
+
+    def clock(self) -> float:
+        """Seconds, once everything that was asked for is done."""
+        return time.perf_counter()
+
+    def describe(self) -> dict[str, Any]:
+        """The machine and the software, for a benchmark's record."""
+        return describe()
+
+    def peak(self, kind: str, seconds: float = 0.05) -> float:
+        """Operations a second of a register-only loop on all of torch's threads; kind is "f32", "bf16", "int8" or "f64".
+        Of the kind "copy" the bytes a second of a copy."""
+        if kind == "copy":
+            return self.copy_bandwidth(repeats=3)
+        return cpu.peak_flops(kind, torch.get_num_threads(), seconds)
+
+    def copy_bandwidth(self, nbytes: int = 64 << 20, repeats: int = 7) -> float:
+        """Bytes a second, read and written, of torch's copy of a warm buffer."""
+        source = torch.ones(nbytes // 4, device=self.device)
+        target = torch.empty_like(source)
+        fastest = float("inf")
+        for _ in range(repeats):
+            start = self.clock()
+            target.copy_(source)
+            fastest = min(fastest, self.clock() - start)
+        return 2 * nbytes / fastest
+
+    def cache_bytes(self) -> int:
+        """The size of the last cache of the first core; 32 MB where the system does not tell."""
+        largest = 0
+        folder = "/sys/devices/system/cpu/cpu0/cache"
+        try:
+            for index in os.listdir(folder):
+                with open(os.path.join(folder, index, "size")) as file:
+                    text = file.read().strip()
+                scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+                size = int(text[:-1]) * scale[text[-1]] if text[-1] in scale else int(text)
+                largest = max(largest, size)
+        except (OSError, ValueError):
+            return 32 << 20
+        return largest or 32 << 20
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the software, for a benchmark's record."""
+    """The CPU and the software, for a benchmark's record."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -29,39 +77,6 @@ def describe() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def peak(kind: str, seconds: float = 0.1) -> float:
-    """Operations a second of a register-only loop on all of torch's threads; kind is "f32", "bf16", "int8" or "f64"."""
-    return cpu.peak_flops(kind, torch.get_num_threads(), seconds)
-
-
-def copy_bandwidth(nbytes: int = 64 << 20, repeats: int = 7) -> float:
-    """Bytes a second, read and written, of torch's copy of a warm buffer."""
-    source = torch.ones(nbytes // 4)
-    target = torch.empty_like(source)
-    fastest = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        target.copy_(source)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * nbytes / fastest
-
-
-def cache_bytes() -> int:
-    """The size of the last cache of the first core; 32 MB where the system does not tell."""
-    largest = 0
-    folder = "/sys/devices/system/cpu/cpu0/cache"
-    try:
-        for index in os.listdir(folder):
-            with open(os.path.join(folder, index, "size")) as file:
-                text = file.read().strip()
-            scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-            size = int(text[:-1]) * scale[text[-1]] if text[-1] in scale else int(text)
-            largest = max(largest, size)
-    except (OSError, ValueError):
-        return 32 << 20
-    return largest or 32 << 20
 
 
 def _cpu_name() -> str:

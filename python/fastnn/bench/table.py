@@ -82,7 +82,7 @@ def show(results: Sequence[Result], machine: dict[str, Any], console: Console) -
             peaks[r.peak_kind] = max(r.peak, peaks.get(r.peak_kind, 0.0))
     text = ", ".join(f"{kind} {value / 1e9:.4g} G/s" for kind, value in peaks.items())
     console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {machine['torch']}; "
+        f"{machine['gpu'] + '; ' if 'gpu' in machine else ''}{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {machine['torch']}; "
         f"{f'peak {text}; ' if text else ''}load average {machine['load_average']:.2f}",
         highlight=False,
     )

@@ -24,7 +24,8 @@ def _indices(make: Maker) -> Iterator[Sample]:
     for shape in _SHAPES:
         classes = _classes(shape)
         positions = () if len(shape) == 1 else (shape[0], *shape[2:])
-        target = torch.arange(max(1, torch.Size(positions).numel())).mul_(7).remainder_(classes).view(positions)
+        positions_in_all = max(1, torch.Size(positions).numel())
+        target = torch.arange(positions_in_all, device=make.device).mul_(7).remainder_(classes).view(positions)
         for reduction in ("none", "sum"):
             for smoothing in (0.0, 0.2):
                 options = {"target": target, "reduction": reduction, "label_smoothing": smoothing}
@@ -39,7 +40,7 @@ def _probabilities(make: Maker) -> Iterator[Sample]:
 
 def _linear(make: Maker) -> Iterator[Sample]:
     for rows, classes, features in ((5, 3, 7), (17, 65, 33), (1, 129, 5), (70, 11, 130)):
-        target = torch.arange(rows).mul_(5).remainder_(classes)
+        target = torch.arange(rows, device=make.device).mul_(5).remainder_(classes)
         for reduction in ("none", "sum"):
             options = {"target": target, "reduction": reduction}
             yield Sample((make(rows, features), make(classes, features), make(classes)), options)

@@ -22,7 +22,8 @@ def _rows(make: Maker) -> Iterator[Sample]:
         (257, 5, (300,)),
     ):
         for options in ({}, {"padding_idx": 0, "scale_grad_by_freq": True}):
-            yield Sample((torch.randint(rows, shape, generator=indices), make(rows, columns)), options)
+            which = torch.randint(rows, shape, generator=indices).to(make.device)
+            yield Sample((which, make(rows, columns)), options)
 
 
 register(

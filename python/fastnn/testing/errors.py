@@ -74,7 +74,7 @@ def first_wrong_class(
 
     More than one reference may be given because a sum that overflows in one order of additions may not in another.
     """
-    agrees = torch.zeros(value.shape, dtype=torch.bool) if skip is None else skip.clone()
+    agrees = torch.zeros_like(value, dtype=torch.bool) if skip is None else skip.clone()
     for reference in references:
         agrees |= _classes(value) == _classes(reference)
     wrong = (~agrees).nonzero()

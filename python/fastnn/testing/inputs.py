@@ -35,16 +35,18 @@ def _poison(dtype: torch.dtype) -> float | int:
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int = 0) -> torch.Tensor:
+def poisoned(
+    shape: tuple[int, ...], dtype: torch.dtype, *, offset: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """An uninitialised-looking contiguous tensor: it and 64 elements on either side are NaN (or the largest integer)."""
     count = math.prod(shape)
-    buffer = torch.full((_GUARD + offset + count + _GUARD,), _poison(dtype), dtype=dtype)
+    buffer = torch.full((_GUARD + offset + count + _GUARD,), _poison(dtype), dtype=dtype, device=device)
     return buffer[_GUARD + offset : _GUARD + offset + count].view(shape)
 
 
 def surroundings_intact(tensor: torch.Tensor) -> bool:
     """Whether the poison around a tensor from `poisoned` is still there, that is, nothing wrote past its ends."""
-    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    whole = tensor.new_empty(0).set_(tensor.untyped_storage())
     begin = tensor.storage_offset()
     outside = torch.cat([whole[:begin], whole[begin + tensor.numel() :]])
     if tensor.dtype.is_floating_point:
@@ -56,15 +58,17 @@ class Maker:
     """Makes tensors of given shapes in one dtype, kind of values (see `VALUES`) and layout (see `LAYOUTS`).
 
     The same seed gives the same numbers. `tensors` counts what was made; the first one of a sample is treated
-    differently from the others when values have to cancel.
+    differently from the others when values have to cancel. On every device the numbers are the same.
     """
 
-    def __init__(self, dtype: torch.dtype, values: str, layout: str, seed: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, values: str, layout: str, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         if values not in VALUES:
             raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
-        self.dtype, self.values, self.layout = dtype, values, layout
+        self.dtype, self.values, self.layout, self.device = dtype, values, layout, device
         self.tensors = 0
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -110,14 +114,16 @@ class Maker:
 
     def _lay_out(self, numbers: torch.Tensor) -> torch.Tensor:
         shape = tuple(numbers.shape)
+
+        def there(*size: int, offset: int = 0) -> torch.Tensor:
+            return poisoned(size, numbers.dtype, offset=offset, device=self.device)
+
         if self.layout == "misaligned":
-            return poisoned(shape, numbers.dtype, offset=1).copy_(numbers)
+            return there(*shape, offset=1).copy_(numbers)
         if self.layout == "transposed" and numbers.dim() >= 2:
-            swapped = (*shape[:-2], shape[-1], shape[-2])
-            return poisoned(swapped, numbers.dtype).transpose(-1, -2).copy_(numbers)
+            return there(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).copy_(numbers)
         if self.layout == "sliced" and numbers.dim() >= 1:
-            doubled = poisoned((*shape[:-1], 2 * shape[-1]), numbers.dtype)
-            return doubled[..., ::2].copy_(numbers)
+            return there(*shape[:-1], 2 * shape[-1])[..., ::2].copy_(numbers)
         if self.layout == "expanded" and numbers.dim() >= 3 and shape[0] > 0:
-            return poisoned((1, *shape[1:]), numbers.dtype).copy_(numbers[:1]).expand(shape)
-        return poisoned(shape, numbers.dtype).copy_(numbers)
+            return there(1, *shape[1:]).copy_(numbers[:1]).expand(shape)
+        return there(*shape).copy_(numbers)

@@ -51,6 +51,8 @@ def show(reports: Sequence[Report], console: Console) -> None:
             )
     console.print(table)
     for report in reports:
+        for dtype, reason in report.not_ours.items():
+            console.print(f"{report.op}, {dtype}: not verified: {escape(reason)}", highlight=False)
         for finding in report.findings:
             console.print(f"[red]{report.op}[/]: {escape(str(finding))}", highlight=False)
         if report.precision != "highest":
@@ -59,7 +61,7 @@ def show(reports: Sequence[Report], console: Console) -> None:
     if failed:
         console.print(f"[bold red]FAILED[/]: {', '.join(failed)}")
     else:
-        console.print(f"[bold green]PASSED[/]: {len(reports)} ops")
+        console.print(f"[bold green]PASSED[/]: {sum(bool(report.rows) for report in reports)} ops")
 
 
 def _integers(rows: list) -> str:

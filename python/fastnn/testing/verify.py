@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._state import FallbackError, strict
 from .case import Case, Sample, cases
 from .case import case as case_named
 from .errors import Roundoff, first_wrong_class, gamma, looks_like, relative_error
@@ -72,6 +73,8 @@ class Report:
     precision: str
     rows: list[Row] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    #: dtype -> why there was nothing of fastnn's to verify: on a GPU, calls that go to torch.
+    not_ours: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -86,6 +89,7 @@ class Report:
             "op": self.op,
             "precision": self.precision,
             "passed": self.passed,
+            "not_ours": self.not_ours,
             "rows": [
                 {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(row).items()}
                 for row in self.rows
@@ -106,6 +110,7 @@ def verify(
     dtypes: Iterable[torch.dtype] | None = None,
     gradients: bool | None = None,
     out: bool | None = None,
+    device: torch.device | str = "cpu",
 ) -> Report:
     """Verifies that `function` computes what `case` declares, called as torch's op is.
 
@@ -125,21 +130,30 @@ def verify(
         dtypes: instead of the case's own.
         gradients: whether to verify gradients; by default whatever the case says.
         out: whether to verify `out=`; by default whatever the case says.
+        device: where the tensors are. On a GPU a dtype whose calls go to torch is not verified, and the report says so.
+
+    Raises:
+        ValueError: if there is no such device.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r}: torch {torch.__version__} finds no GPU")
     the_case = case_named(case) if isinstance(case, str) else case
     precision = torch.get_float32_matmul_precision() if the_case.product else "highest"
     gradients = the_case.differentiable if gradients is None else gradients
     out = the_case.out if out is None else out
     report = Report(the_case.name, precision)
     for dtype in tuple(the_case.dtypes if dtypes is None else dtypes):
-        judge = _Judge(function, the_case, dtype, precision, report)
-        for values in VALUES:
-            if dtype.is_floating_point or values == "integer":
-                judge.results(values)
-        if out:
-            judge.out()
-        if gradients and dtype.is_floating_point:
-            judge.gradients()
+        judge = _Judge(function, the_case, dtype, precision, report, device)
+        if torch.device(device).type == "cpu":
+            judge.everything(out, gradients)
+            continue
+        rows = len(report.rows)
+        try:
+            with strict():
+                judge.everything(out, gradients)
+        except FallbackError as error:
+            del report.rows[rows:]
+            report.not_ours[_name(dtype)] = str(error)
     return report
 
 
@@ -147,17 +161,23 @@ def verify_all(
     only: Iterable[str] = (),
     *,
     dtypes: Iterable[torch.dtype] | None = None,
+    device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Report]:
-    """Verifies fastnn's own functions: those named, or all. `dtypes` limits each case's own. KeyError for an unknown name."""
+    """Verifies fastnn's own functions: those named, or all. `dtypes` limits each case's own; `device` is that of the
+    tensors. KeyError for an unknown name, ValueError for a device that is not there."""
     wanted = [case_named(name) for name in only] or list(cases().values())
     reports = []
     for each in wanted:
         progress(each.name)
         chosen = [d for d in each.dtypes if dtypes is None or d in tuple(dtypes)]
         if chosen:
-            reports.append(verify(each.resolve(), each, dtypes=chosen))
+            reports.append(verify(each.resolve(), each, dtypes=chosen, device=device))
     return reports
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Pool:
@@ -184,21 +204,32 @@ class _Judge:
         dtype: torch.dtype,
         precision: str,
         report: Report,
+        device: torch.device | str,
     ) -> None:
+        self.device = device
         self.function, self.case, self.dtype, self.report = function, case, dtype, report
         self.roundoff = Roundoff.of(dtype, precision)
         self.full_precision = precision == "highest" or dtype != torch.float32
         self.relative = _Pool()
         self.limit = _WIDE_LIMIT if dtype in (torch.float32, torch.float64) else _HALF_LIMIT
 
+    def everything(self, out: bool, gradients: bool) -> None:
+        for values in VALUES:
+            if self.dtype.is_floating_point or values == "integer":
+                self.results(values)
+        if out:
+            self.out()
+        if gradients and self.dtype.is_floating_point:
+            self.gradients()
+
     def _row(self, values: str) -> Row:
-        row = Row(str(self.dtype).removeprefix("torch."), values)
+        row = Row(_name(self.dtype), values)
         self.report.rows.append(row)
         return row
 
     def _samples(self, values: str, layout: str) -> Iterable[Sample]:
         # The seed is a constant: a verdict must not change from run to run.
-        maker = Maker(self.dtype, values, layout, seed=len(values) + 101 * LAYOUTS.index(layout))
+        maker = Maker(self.dtype, values, layout, seed=len(values) + 101 * LAYOUTS.index(layout), device=self.device)
         for sample in self.case.samples(maker):
             maker.tensors = 0
             yield sample
@@ -311,8 +342,8 @@ class _Judge:
             with torch.no_grad():
                 expected = sample.call(self.function)
                 shape = tuple(expected.shape)
-                plain = poisoned(shape, expected.dtype)
-                spread = poisoned((*shape[:-1], 2 * shape[-1]), expected.dtype) if shape else plain
+                plain = poisoned(shape, expected.dtype, device=self.device)
+                spread = poisoned((*shape[:-1], 2 * shape[-1]), expected.dtype, device=self.device) if shape else plain
                 strided = spread[..., ::2] if shape else plain
                 for out, layout in ((plain, "contiguous"), (strided, "sliced")):
                     returned = sample.call(self.function, out=out)
@@ -342,7 +373,7 @@ class _Judge:
                 cotangent = torch.randn(
                     wide.call(self.case.reference or self.case.peer).shape,
                     generator=torch.Generator().manual_seed(row.samples),
-                ).to(self.dtype)
+                ).to(self.device, self.dtype)
                 exact = _gradients(self.case.reference or self.case.peer, wide, cotangent.double())
                 peer = _gradients(self.case.peer, sample, cotangent)
                 mine = _gradients(self.function, sample, cotangent)
