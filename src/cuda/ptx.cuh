@@ -1,6 +1,6 @@
-// Every instruction that CUDA C++ has no name for. Elsewhere in this folder there is no inline PTX,
-// so that host_emulation/ptx.hpp, which has a twin of each function here, is all that a machine
-// without a GPU needs to run the kernels.
+// Every instruction that CUDA C++ has no name for (those of sm_90 in ptx_sm90.cuh). Elsewhere in
+// this folder there is no inline PTX, so that host_emulation/ptx.hpp, which has a twin of each
+// function here, is all that a machine without a GPU needs to run the kernels.
 #pragma once
 #include "cuda/device.cuh"
 

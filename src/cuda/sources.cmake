@@ -7,7 +7,8 @@ set(FASTNN_CUDA_KERNELS
   gemm/gemm.cu
   norm/layer_norm.cu
   reduce/column_sum.cu
-  softmax/softmax.cu)
+  softmax/softmax.cu
+  tensor_map.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/elementwise.cpp

@@ -10,7 +10,9 @@
 #include <random>
 #include <vector>
 
+#include "cuda/host_emulation/async.hpp"
 #include "cuda/host_emulation/fiber.hpp"
+#include "cuda/host_emulation/wgmma.hpp"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -224,6 +226,8 @@ void run_block(std::mt19937_64& random, bool shuffled) {
   if (count % 32) block.alive[warps - 1] = (1u << count % 32) - 1;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.statics.clear();
+  begin_async();
+  begin_warpgroups();
   block.unended = count;
   for (unsigned i = 0; i < count; i++) {
     Thread& t = block.threads[i];
@@ -250,9 +254,17 @@ void run_block(std::mt19937_64& random, bool shuffled) {
       }
       if (block.faulted) break;
     }
-    if (!moved && !block.faulted) check_deadlock();
+    if (block.faulted) break;
+    // The copy engine works at its own pace; where nobody else can go on, it does.
+    if ((!moved || (shuffled && (random() & 1))) && end_a_copy(random, shuffled)) continue;
+    if (!moved) check_deadlock();
   }
   if (block.faulted) return;
+  block.message = left_by_async() + left_by_warpgroups();
+  if (!block.message.empty()) {
+    block.faulted = true;
+    return;
+  }
   bool intact = !block.dynamic.memory || block.dynamic.intact();
   for (const auto& [key, memory] : block.statics) intact &= memory.intact();
   if (!intact) {
@@ -265,6 +277,7 @@ void run_block(std::mt19937_64& random, bool shuffled) {
 
 const Self& self() { return block.now->self; }
 const Place& place() { return block.place; }
+unsigned thread_index() { return self().warp * 32 + self().lane; }
 
 void set_seed(uint64_t value) { seed = value; }
 

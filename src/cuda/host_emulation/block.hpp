@@ -39,6 +39,7 @@ struct Place {
 };
 const Self& self();
 const Place& place();
+unsigned thread_index();  // of the block's, counted
 
 // Runs kernel() once for each thread of the grid. Throws Fault.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
