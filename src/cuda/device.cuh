@@ -69,6 +69,7 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(int x) { return float(x); }
+__device__ inline float to_float(double x) { return float(x); }
 
 template <class T>
 __device__ T from_float(float x);

@@ -6,6 +6,8 @@ set(FASTNN_CUDA_KERNELS
   elementwise/elementwise.cu
   gemm/gemm.cu
   norm/layer_norm.cu
+  quant/dynamic.cu
+  quant/quantize.cu
   reduce/column_sum.cu
   softmax/softmax.cu
   tensor_map.cu)
@@ -15,5 +17,6 @@ set(FASTNN_CUDA_BINDINGS
   bind/gemm.cpp
   bind/module.cpp
   bind/norm.cpp
+  bind/quantize.cpp
   bind/reduce.cpp
   bind/softmax.cpp)

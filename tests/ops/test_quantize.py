@@ -73,7 +73,7 @@ def test_there_and_back(scheme, dtype, no_fallback):
         assert ((back - x.double()).abs() <= step * 0.5001).all()
 
 
-def test_granularities_by_hand(no_fallback):
+def test_granularities_by_hand(kernels, no_fallback):
     x = torch.tensor([[1.0, -2.0, 3.0, -4.0], [10.0, 20.0, -30.0, 40.0]])
     q, scale, zero_point = fastnn.quantize_dynamic(x)
     assert zero_point is None
@@ -90,7 +90,7 @@ def test_granularities_by_hand(no_fallback):
     assert fastnn.quantize(x, torch.tensor([0.5]), dtype="int8").tolist() == [[2, -4, 6, -8], [20, 40, -60, 80]]
 
 
-def test_packing_of_four_bits(no_fallback):
+def test_packing_of_four_bits(kernels, no_fallback):
     x = torch.tensor([-8.0, -1.0, 7.0, 3.0])
     q = fastnn.quantize(x, 1.0, dtype=torch.int4)
     assert q.dtype is torch.uint8
@@ -111,7 +111,7 @@ def test_packing_of_four_bits(no_fallback):
 
 
 @dtypes
-def test_what_is_not_finite(dtype, no_fallback):
+def test_what_is_not_finite(dtype, kernels, no_fallback):
     x = torch.tensor([math.nan, math.inf, -math.inf, 1.0]).to(dtype)
     q = fastnn.quantize(x, 0.5, 7, dtype="uint8")
     assert q.tolist() == [7, 255, 0, 9]
@@ -134,7 +134,7 @@ def test_what_is_not_finite(dtype, no_fallback):
     assert zero_point in (127, 128)
 
 
-def test_no_elements(no_fallback):
+def test_no_elements(kernels, no_fallback):
     for shape, options in (((0, 4), {"axis": 0}), ((3, 0), {"axis": 0}), ((3, 0), {}), ((2, 0, 6), {"group_size": 3})):
         x = torch.empty(shape)
         for scheme in ("int8", "int4"):
@@ -147,7 +147,7 @@ def test_no_elements(no_fallback):
 
 @schemes
 @dtypes
-def test_layouts(scheme, dtype, no_fallback):
+def test_layouts(scheme, dtype, kernels, no_fallback):
     x = torch.randn(3, 5, 4, 6).to(dtype)
     expected, scale, zero_point = fastnn.quantize_dynamic(x, dtype=scheme, axis=1, symmetric=is_float(scheme))
     for view in (
@@ -173,7 +173,7 @@ def test_layouts(scheme, dtype, no_fallback):
     assert_same(fastnn.quantize(x, strided, zero_point, dtype=scheme, axis=1), expected)
 
 
-def test_kinds_of_scales_and_zero_points(no_fallback):
+def test_kinds_of_scales_and_zero_points(kernels, no_fallback):
     x, scale = torch.randn(4, 6), torch.tensor([0.5, 0.25, 1.0, 2.0])
     expected = fastnn.quantize(x, scale, torch.tensor([0, 1, 2, 3], dtype=torch.int32), dtype="uint8", axis=0)
     for kind in (torch.bfloat16, torch.float16, torch.float64):
@@ -186,7 +186,7 @@ def test_kinds_of_scales_and_zero_points(no_fallback):
 # ---- stochastic rounding -----------------------------------------------------------------------------------------
 
 
-def test_the_generator_decides(no_fallback):
+def test_the_generator_decides(kernels, no_fallback):
     x = torch.randn(64, 64)
 
     def call(**options):
@@ -446,6 +446,7 @@ BAD_QUANTIZE = {
     "rounding": ((X, 1.0), {"rounding": "up"}, ValueError, "rounding.*up"),
     "rounding no text": ((X, 1.0), {"rounding": []}, ValueError, "rounding"),
 }
+OF_VALUES = ("scale below 0", "scale too large", "zero point of int4")
 BAD_DEQUANTIZE = {
     "scale 0": ((Q, 0.0), {}, ValueError, "scale"),
     "zero point": ((Q, 1.0, 200), {}, ValueError, "zero_point"),
@@ -478,8 +479,10 @@ BAD_DYNAMIC = {
 
 
 @pytest.mark.parametrize("name", BAD_QUANTIZE)
-def test_bad_arguments_of_quantize(name):
+def test_bad_arguments_of_quantize(name, kernels):
     args, kwargs, error, named = BAD_QUANTIZE[name]
+    if kernels == "cuda" and name in OF_VALUES:
+        pytest.skip("on a GPU nobody waits for the values in a tensor")
     with pytest.raises(error, match=named):
         fastnn.quantize(*args, **{"dtype": "int8", **kwargs})
 

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+_BYTES = (torch.int8, torch.uint8)
+#: What some ops take beside these.
+_BESIDE: dict[str, tuple[torch.dtype, ...]] = {
+    "int_mm": _BYTES,
+    "quantize": (torch.float64,),
+    "quantize_dynamic": (torch.float64,),
+    "choose_scale": (torch.float64,),
+    "dequantize": (torch.float64, *_BYTES, torch.float8_e4m3fn, torch.float8_e5m2),
+}
 
 
 def reason_against(op: str, device: str, *tensors: Tensor | None) -> str | None:
@@ -23,9 +32,17 @@ def reason_against(op: str, device: str, *tensors: Tensor | None) -> str | None:
             return f"a tensor on {tensor.device.type}, which a kernel for {device} cannot read"
         if op.startswith("attention") and tensor.dtype is torch.bool:
             continue  # a mask
-        if tensor.dtype not in FLOAT and not (op == "int_mm" and tensor.dtype in (torch.int8, torch.uint8)):
+        if tensor.dtype not in FLOAT and tensor.dtype not in _BESIDE.get(op, ()):
             return f"dtype {str(tensor.dtype).removeprefix('torch.')} on a GPU"
     return None
+
+
+def contiguous(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * max(shape[i], 1)
+    return strides
 
 
 def merge(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

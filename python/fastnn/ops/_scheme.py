@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
+from ..backends.reference.quantize import FLOAT8, PACKED, RANGE, STORAGE
 from ._route import describe
 
 _INTEGER = (torch.int32, torch.int8, torch.uint8, torch.int64)
+_LEAST_SCALE, _MOST_SCALE = 2.0**-126, torch.finfo(torch.float32).max
 _NUMBER = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -85,12 +86,21 @@ def parameters(
 
     With ``learned`` they keep their gradients, and zero points may be of floating-point numbers.
     """
+    _check_number(op, "scale", scale, _LEAST_SCALE, _MOST_SCALE, "a positive, normal, finite number")
     scale = parameter(op, "scale", scale, shape, device, learned=learned)
     if zero_point is not None and dtype in FLOAT8:
         raise ValueError(f"fastnn.{op}: zero_point: expected None, as {dtype} has none")
     if zero_point is not None:
+        least, most = RANGE[dtype]
+        _check_number(op, "zero_point", zero_point, least, most, f"{least} to {most} for {dtype}")
         zero_point = parameter(op, "zero_point", zero_point, shape, device, integer=True, learned=learned)
     return scale, zero_point
+
+
+def _check_number(op: str, name: str, value: Any, least: float, most: float, expected: str) -> None:
+    """Of Python's numbers, which cost no wait for a GPU. Kernels of CPUs check those in tensors."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value <= most:
+        raise ValueError(f"fastnn.{op}: {name}: expected {expected}, got {value}")
 
 
 def parameter(
@@ -113,7 +123,7 @@ def parameter(
             raise TypeError(f"fastnn.{op}: {name}: expected a Tensor or a number, got {type(value).__name__}")
         if not dtype.is_floating_point and not -(2**31) <= value < 2**31:
             raise ValueError(f"fastnn.{op}: {name}: expected 32 bits, got {value}")
-        value = torch.tensor(value, dtype=dtype, device=device)
+        value = torch.full((), value, dtype=dtype, device=device)  # which, unlike torch.tensor, does not wait for a GPU
     if value.dtype not in dtypes or value.is_nested or value.layout is not torch.strided:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"fastnn.{op}: expected {name} to be dense, of one of {names}, got {describe(name, value)}")

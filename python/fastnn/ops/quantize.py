@@ -36,7 +36,8 @@ contiguous. None of these functions is differentiable: results require no grad. 
 
 ValueError for an unknown scheme, an axis or a group_size that does not fit, a scale or zero point of another shape, a scale
 that is not positive, normal and finite, a zero point out of range or with float8, an odd size where two numbers make a
-byte; TypeError for what is no tensor of numbers.
+byte; TypeError for what is no tensor of numbers. On a GPU nobody waits for the values in tensors of scales and zero points:
+there a bad one is no error but unspecified results.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import Kernels
 from ..backends.cpu import FLOAT
-from ..backends.cpu import quantize as kernels
 from ..backends.reference import quantize as formulas
 from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
 from ._op import Op
@@ -55,6 +56,7 @@ from ._random import seed_like
 from ._route import Unsupported, describe, fall_back, route
 from ._scheme import check_even, check_numbers, check_rounding, granularity, parameters, scale_shape, scheme
 
+kernels = Kernels("quantize")
 _UNSIGNED = ("uint8", "uint4")
 
 

@@ -10,4 +10,5 @@ void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);

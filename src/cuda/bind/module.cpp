@@ -25,5 +25,6 @@ PYBIND11_MODULE(_cuda, m) {
   bind_elementwise(m);
   bind_reduce(m);
   bind_norm(m);
+  bind_quantize(m);
   bind_softmax(m);
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 # After torch: the extension finds its OpenMP symbols in torch's own runtime.
 from ... import _cpu, _state
 from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of  # noqa: F401 - ops read some of these
+from .._tensors import contiguous
 from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
@@ -114,7 +115,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
     if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
         return _from_dlpack(_Capsule(_cpu.empty_dlpack(tuple(shape), DTYPE[dtype])))
-    return torch.empty_strided(shape, _contiguous(shape), dtype=dtype)
+    return torch.empty_strided(shape, contiguous(shape), dtype=dtype)
 
 
 class _Capsule:
@@ -132,13 +133,6 @@ class _Capsule:
         return (1, 0)
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 1, 0, -1):
-        strides[i - 1] = strides[i] * max(shape[i], 1)
-    return strides
-
-
 def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory without gaps, of any order of dimensions. No view: autograd refuses to change those in place
     where a Function of one's own has made them."""
@@ -154,7 +148,7 @@ def empty_channels(shape: Sequence[int], dtype: torch.dtype, channels_last: bool
 
 
 def image_strides(shape: Sequence[int], channels_last: bool) -> Sequence[int]:
-    return channels_last_strides(shape) if channels_last else _contiguous(shape)
+    return channels_last_strides(shape) if channels_last else contiguous(shape)
 
 
 def empty_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -165,7 +159,7 @@ def empty_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: 
 def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Of (N, C, *spatial) with C fastest."""
     n, c, *spatial = shape
-    outer, *inner = _contiguous((n, *spatial, c))
+    outer, *inner = contiguous((n, *spatial, c))
     return (outer, 1, *inner[:-1])
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from .._quantize import SCHEME, address, halves, loop, scale_shape, scales, split, zero_points
+from .._tensors import contiguous
 from ..reference.quantize import PACKED, STORAGE
-from . import DTYPE, LARGE_BYTES, _contiguous, empty, empty_strided
-
-#: The numbers of the schemes in src/cpp/quant/scheme.hpp.
-SCHEME: dict[str, int] = {"int8": 0, "uint8": 1, "int4": 2, "uint4": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
+from . import DTYPE, LARGE_BYTES, empty, empty_strided
 
 
 def _empty_as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,50 +24,7 @@ def _empty_as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return empty(shape, dtype) if dtype in DTYPE else empty_strided(shape, _contiguous(shape), dtype)
-
-
-def _scales(scale: Tensor) -> Tensor:
-    return scale.to(torch.float32).contiguous()
-
-
-def _zero_points(zero_point: Tensor | None) -> Tensor | None:
-    if zero_point is None:
-        return None
-    if zero_point.dtype is torch.int64:  # what is out of range stays out of range
-        zero_point = zero_point.clamp(-(1 << 31), (1 << 31) - 1)
-    return zero_point.to(torch.int32).contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _split(strides: Sequence[int], group_size: int) -> tuple[int, ...]:
-    """Strides of a tensor whose last dimension is seen as groups."""
-    return (*strides[:-1], strides[-1] * group_size, strides[-1]) if group_size else tuple(strides)
-
-
-def _halves(strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a packed tensor, of which the last dimension is dense, in elements of four bits."""
-    return (*(2 * stride for stride in strides[:-1]), 1)
-
-
-def _loop(shape: Sequence[int], axis: Sequence[int], group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape, groups being one more dimension, and for each dimension the stride of the scales."""
-    if group_size:
-        outer = (*shape[:-1], shape[-1] // group_size)
-        return (*outer, group_size), (*_contiguous(outer), 0)
-    strides = [0] * len(shape)
-    step = 1
-    for a in reversed(axis):
-        strides[a] = step
-        step *= max(shape[a], 1)
-    return tuple(shape), tuple(strides)
-
-
-def _scale_shape(shape: Sequence[int], axis: Sequence[int], group_size: int) -> tuple[int, ...]:
-    return (*shape[:-1], shape[-1] // group_size) if group_size else tuple(shape[a] for a in axis)
+    return empty(shape, dtype) if dtype in DTYPE else empty_strided(shape, contiguous(shape), dtype)
 
 
 def _result(input: Tensor, dtype: str) -> tuple[Tensor, Sequence[int]]:
@@ -77,7 +33,7 @@ def _result(input: Tensor, dtype: str) -> tuple[Tensor, Sequence[int]]:
         q = _empty_as(input, STORAGE[dtype])
         return q, q.stride()
     q = _empty((*input.shape[:-1], input.shape[-1] // 2), torch.uint8)
-    return q, _halves(q.stride())
+    return q, halves(q.stride())
 
 
 def quantize(
@@ -90,16 +46,16 @@ def quantize(
     dtype: str,
 ) -> Tensor:
     q, q_strides = _result(input, dtype)
-    shape, scale_strides = _loop(input.shape, axis, group_size)
-    scale, zero_point = _scales(scale), _zero_points(zero_point)
+    shape, scale_strides = loop(input.shape, axis, group_size)
+    scale, zero_point = scales(scale), zero_points(zero_point)
     _cpu.quantize(
         input.data_ptr(),
         q.data_ptr(),
         scale.data_ptr(),
-        _address(zero_point),
+        address(zero_point),
         shape,
-        _split(input.stride(), group_size),
-        _split(q_strides, group_size),
+        split(input.stride(), group_size),
+        split(q_strides, group_size),
         scale_strides,
         scale.numel(),
         DTYPE[input.dtype],
@@ -123,20 +79,20 @@ def dequantize(
         if input.stride(-1) != 1:
             input = input.contiguous()
         x = _empty((*input.shape[:-1], 2 * input.shape[-1]), dtype)
-        q_strides = _halves(input.stride())
+        q_strides = halves(input.stride())
     else:
         x = _empty_as(input, dtype)
         q_strides = input.stride()
-    shape, scale_strides = _loop(x.shape, axis, group_size)
-    scale, zero_point = _scales(scale), _zero_points(zero_point)
+    shape, scale_strides = loop(x.shape, axis, group_size)
+    scale, zero_point = scales(scale), zero_points(zero_point)
     _cpu.dequantize(
         input.data_ptr(),
         x.data_ptr(),
         scale.data_ptr(),
-        _address(zero_point),
+        address(zero_point),
         shape,
-        _split(q_strides, group_size),
-        _split(x.stride(), group_size),
+        split(q_strides, group_size),
+        split(x.stride(), group_size),
         scale_strides,
         scale.numel(),
         SCHEME[from_dtype],
@@ -149,14 +105,14 @@ def choose_scale(
     input: Tensor, axis: Sequence[int], group_size: int, dtype: str, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """The scale, and the zero point: of no elements where the scheme is symmetric."""
-    shape, scale_strides = _loop(input.shape, axis, group_size)
+    shape, scale_strides = loop(input.shape, axis, group_size)
     scale, zero_point = _parameters(input, axis, group_size, symmetric)
     _cpu.choose_scale(
         input.data_ptr(),
         scale.data_ptr(),
         0 if symmetric else zero_point.data_ptr(),
         shape,
-        _split(input.stride(), group_size),
+        split(input.stride(), group_size),
         scale_strides,
         scale.numel(),
         DTYPE[input.dtype],
@@ -170,7 +126,7 @@ def quantize_dynamic(
     input: Tensor, seed: Tensor | None, axis: Sequence[int], group_size: int, dtype: str, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, q_strides = _result(input, dtype)
-    shape, scale_strides = _loop(input.shape, axis, group_size)
+    shape, scale_strides = loop(input.shape, axis, group_size)
     scale, zero_point = _parameters(input, axis, group_size, symmetric)
     _cpu.quantize_dynamic(
         input.data_ptr(),
@@ -178,8 +134,8 @@ def quantize_dynamic(
         scale.data_ptr(),
         0 if symmetric else zero_point.data_ptr(),
         shape,
-        _split(input.stride(), group_size),
-        _split(q_strides, group_size),
+        split(input.stride(), group_size),
+        split(q_strides, group_size),
         scale_strides,
         scale.numel(),
         DTYPE[input.dtype],
@@ -192,5 +148,5 @@ def quantize_dynamic(
 
 
 def _parameters(input: Tensor, axis: Sequence[int], group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    shape = _scale_shape(input.shape, axis, group_size)
+    shape = scale_shape(input.shape, axis, group_size)
     return _empty(shape, torch.float32), torch.empty((0,) if symmetric else shape, dtype=torch.int32)

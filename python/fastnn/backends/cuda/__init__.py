@@ -35,6 +35,7 @@ OPS = frozenset(
         *("attention", "attention_backward"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
+        *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
     )
 )
 #: The longest rows of attention.

@@ -1,0 +1,91 @@
+// Quantization, for Python.
+#include "cuda/quant/quantize.hpp"
+
+#include "bind/quant_arguments.hpp"
+#include "cuda/bind/bind.hpp"
+
+namespace py = pybind11;
+using namespace fastnn;
+
+namespace {
+
+void quantize_call(uintptr_t x, uintptr_t q, uintptr_t scale, uintptr_t zero_point,
+                   py::handle shape, py::handle x_strides, py::handle q_strides,
+                   py::handle scale_strides, int64_t scales, int dtype, int scheme, uintptr_t seed,
+                   int device, uintptr_t stream) {
+  const char* op = "quantize";
+  const NumbersArgument arguments(op, shape, dtype, x, x_strides, scheme, q, q_strides,
+                                  scale_strides, scales, true);
+  const float* scale_ = scale_argument(op, scale, scales);
+  py::gil_scoped_release release;
+  cuda::OnDevice on(device);
+  cuda::quantize(arguments.numbers, scale_, reinterpret_cast<const int32_t*>(zero_point),
+                 reinterpret_cast<const uint64_t*>(seed), reinterpret_cast<void*>(stream));
+}
+
+void dequantize_call(uintptr_t q, uintptr_t x, uintptr_t scale, uintptr_t zero_point,
+                     py::handle shape, py::handle q_strides, py::handle x_strides,
+                     py::handle scale_strides, int64_t scales, int scheme, int dtype, int device,
+                     uintptr_t stream) {
+  const char* op = "dequantize";
+  const NumbersArgument arguments(op, shape, dtype, x, x_strides, scheme, q, q_strides,
+                                  scale_strides, scales, true);
+  const float* scale_ = scale_argument(op, scale, scales);
+  py::gil_scoped_release release;
+  cuda::OnDevice on(device);
+  cuda::dequantize(arguments.numbers, scale_, reinterpret_cast<const int32_t*>(zero_point),
+                   reinterpret_cast<void*>(stream));
+}
+
+void choose_scale_call(uintptr_t x, uintptr_t scale, uintptr_t zero_point, py::handle shape,
+                       py::handle x_strides, py::handle scale_strides, int64_t scales, int dtype,
+                       int scheme, int device, uintptr_t stream) {
+  const char* op = "choose_scale";
+  const NumbersArgument arguments(op, shape, dtype, x, x_strides, scheme, 0, {}, scale_strides,
+                                  scales, false);
+  scale_argument(op, scale, scales);
+  py::gil_scoped_release release;
+  cuda::OnDevice on(device);
+  cuda::choose_scale(arguments.numbers, reinterpret_cast<float*>(scale),
+                     reinterpret_cast<int32_t*>(zero_point), reinterpret_cast<void*>(stream));
+}
+
+void quantize_dynamic_call(uintptr_t x, uintptr_t q, uintptr_t scale, uintptr_t zero_point,
+                           py::handle shape, py::handle x_strides, py::handle q_strides,
+                           py::handle scale_strides, int64_t scales, int dtype, int scheme,
+                           uintptr_t seed, int device, uintptr_t stream) {
+  const char* op = "quantize_dynamic";
+  const NumbersArgument arguments(op, shape, dtype, x, x_strides, scheme, q, q_strides,
+                                  scale_strides, scales, true);
+  scale_argument(op, scale, scales);
+  py::gil_scoped_release release;
+  cuda::OnDevice on(device);
+  cuda::quantize_dynamic(arguments.numbers, reinterpret_cast<float*>(scale),
+                         reinterpret_cast<int32_t*>(zero_point),
+                         reinterpret_cast<const uint64_t*>(seed), reinterpret_cast<void*>(stream));
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& m) {
+  m.def("quantize", &quantize_call,
+        "As that of fastnn._cpu, but that values of scales and zero points are not checked, and "
+        "that `seed` is an address on the device: 0 is to nearest.",
+        py::arg("x"), py::arg("q"), py::arg("scale"), py::arg("zero_point"), py::arg("shape"),
+        py::arg("x_strides"), py::arg("q_strides"), py::arg("scale_strides"), py::arg("scales"),
+        py::arg("dtype"), py::arg("scheme"), py::arg("seed"), py::arg("device"), py::arg("stream"));
+  m.def("dequantize", &dequantize_call, "x = (q - zero_point) * scale.", py::arg("q"), py::arg("x"),
+        py::arg("scale"), py::arg("zero_point"), py::arg("shape"), py::arg("q_strides"),
+        py::arg("x_strides"), py::arg("scale_strides"), py::arg("scales"), py::arg("scheme"),
+        py::arg("dtype"), py::arg("device"), py::arg("stream"));
+  m.def("choose_scale", &choose_scale_call,
+        "The scales that fit the finite values of x, and the zero points, unless their address is "
+        "0: symmetric.",
+        py::arg("x"), py::arg("scale"), py::arg("zero_point"), py::arg("shape"),
+        py::arg("x_strides"), py::arg("scale_strides"), py::arg("scales"), py::arg("dtype"),
+        py::arg("scheme"), py::arg("device"), py::arg("stream"));
+  m.def("quantize_dynamic", &quantize_dynamic_call, "choose_scale and quantize.", py::arg("x"),
+        py::arg("q"), py::arg("scale"), py::arg("zero_point"), py::arg("shape"),
+        py::arg("x_strides"), py::arg("q_strides"), py::arg("scale_strides"), py::arg("scales"),
+        py::arg("dtype"), py::arg("scheme"), py::arg("seed"), py::arg("device"), py::arg("stream"));
+}

@@ -1,0 +1,103 @@
+// Who has which elements of what is quantized (quant/loop.hpp): 16 bytes of x a thread where all
+// lies so, and else one by one.
+#pragma once
+#include "cuda/divide.cuh"
+#include "cuda/gemm/epilogue.cuh"
+#include "cuda/reduce/rows.cuh"
+#include "quant/loop.hpp"
+
+namespace fastnn::cuda {
+
+// Elements from the first of x and q, and of the scale.
+struct Offsets {
+  int64_t x, q, s;
+};
+
+__device__ inline Offsets offsets_of(const Loop& loop, int64_t element) {
+  const int last = loop.dims - 1;
+  int64_t rest = element / loop.size[last];
+  const int64_t within = element - rest * loop.size[last];
+  Offsets at{within * loop.x[last], within * loop.q[last],
+             within / loop.group % loop.period * loop.stride};
+  for (int d = last - 1; d >= 0; d--) {
+    const int64_t index = d ? rest % loop.size[d] : rest;
+    if (d) rest /= loop.size[d];
+    at.x += index * loop.x[d], at.q += index * loop.q[d], at.s += index * loop.s[d];
+  }
+  return at;
+}
+
+// A loop whose elements lie in pieces of 16 bytes of x, with one scale a piece, or (`each`) as many
+// as elements, one behind the other.
+constexpr int kMostOuter = 3;
+struct Pieces {
+  uint32_t count = 0;
+  int outer = 0;
+  bool each = false;
+  Divisor inner, group, period, size[kMostOuter];  // in pieces
+  int64_t stride = 0, x[kMostOuter] = {}, q[kMostOuter] = {}, s[kMostOuter] = {};
+
+  // `n` elements are the piece.
+  template <int n>
+  __device__ __forceinline__ Offsets at(uint32_t piece) const {
+    uint32_t rest = piece;
+    const uint32_t within = inner.split(rest);
+    Offsets at{int64_t(within) * n, int64_t(within) * n, 0};
+    if (each) {
+      uint32_t index = within;
+      at.s = int64_t(period.split(index)) * n;
+    } else {
+      uint32_t index = group.divide(within);
+      at.s = int64_t(period.split(index)) * stride;
+    }
+#pragma unroll
+    for (int d = kMostOuter - 1; d >= 0; d--) {
+      if (d >= outer) continue;
+      const int64_t index = size[d].split(rest);
+      at.x += index * x[d], at.q += index * q[d], at.s += index * s[d];
+    }
+    return at;
+  }
+};
+
+// False where elements do not lie so. `zero_point` may be null.
+inline bool in_pieces(const Loop& loop, const Numbers& numbers, const float* scale,
+                      const int32_t* zero_point, Pieces& pieces) {
+  const int64_t size = int64_t(dtype_size(numbers.type)), n = 16 / size;
+  const int last = loop.dims - 1;
+  const auto multiple = [](const void* p, int64_t of) {
+    return reinterpret_cast<uintptr_t>(p) % uintptr_t(of) == 0;
+  };
+  if (numbers.type == DType::f64 || last > kMostOuter || loop.x[last] != 1 || loop.q[last] != 1 ||
+      loop.size[last] % n || loop.elements / n >= int64_t{1} << 31 || !multiple(numbers.x, 16) ||
+      !multiple(numbers.q, is_packed(numbers.scheme) ? n / 2 : n))
+    return false;
+  pieces.each = loop.group == 1 && loop.stride == 1 && loop.period % n == 0;
+  if (!pieces.each && loop.group % n) return false;
+  if (pieces.each && (!multiple(scale, 16) || !multiple(zero_point, 16))) return false;
+  pieces.count = uint32_t(loop.elements / n), pieces.outer = last;
+  pieces.inner = Divisor(loop.size[last] / n);
+  pieces.group = Divisor(pieces.each ? 1 : loop.group / n);
+  pieces.period = Divisor(pieces.each ? loop.period / n : loop.period);
+  pieces.stride = loop.stride;
+  for (int d = 0; d < last; d++) {
+    if (loop.x[d] % n || loop.q[d] % n || (pieces.each && loop.s[d] % n)) return false;
+    pieces.size[d] = Divisor(loop.size[d]);
+    pieces.x[d] = loop.x[d], pieces.q[d] = loop.q[d], pieces.s[d] = loop.s[d];
+  }
+  return true;
+}
+
+// ---- one element, of a type that is known at run time ------------------------------------------
+
+__device__ inline float read_number(DType type, const void* x, int64_t at) {
+  return type == DType::f64 ? to_float(static_cast<const double*>(x)[at]) : read(type, x, at);
+}
+__device__ inline void write_number(DType type, void* x, int64_t at, float value) {
+  if (type == DType::f64)
+    static_cast<double*>(x)[at] = value;
+  else
+    write(type, x, at, value);
+}
+
+}  // namespace fastnn::cuda
