@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
 from .backends import cpu
-from .backends.cpu.conv import is_channels_last
+from .backends._conv import is_channels_last
 from .nn.activation import activation_name
 from .nn.mlp import _unwatched
 from .ops._route import is_straight

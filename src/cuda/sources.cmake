@@ -2,6 +2,10 @@
 set(FASTNN_CUDA_KERNELS
   attention/backward.cu
   attention/forward.cu
+  conv/conv.cu
+  conv/implicit.cu
+  conv/pixels.cu
+  conv/weight.cu
   device.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
@@ -13,6 +17,7 @@ set(FASTNN_CUDA_KERNELS
   tensor_map.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
+  bind/conv.cpp
   bind/elementwise.cpp
   bind/gemm.cpp
   bind/module.cpp

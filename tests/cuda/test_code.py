@@ -60,9 +60,12 @@ def test_no_kernel_spills(extension, arch):
         assert used["LOCAL"] == 0, name
 
 
-def test_products_run_on_tensor_cores(extension):
-    names = [name for name in kernels(extension, "sm_80") if "product" in name]
+@pytest.mark.parametrize("kernel", ["product", "implicit", "weight_gradient"])
+def test_products_run_on_tensor_cores(extension, kernel):
+    names = [name for name in kernels(extension, "sm_80") if kernel in name]
     for part, instruction in TENSOR_CORES.items():
+        if part == "2S8" and kernel != "product":
+            continue  # convolutions of integers have no kernel
         name = next(name for name in names if part in name)
         code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
         assert instruction in code, part

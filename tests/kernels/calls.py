@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastnn import _cpu
+from fastnn import _cpu, _state
+from fastnn.backends.cuda import conv as cuda_conv
 
 #: Whether `make sanitize` runs: AddressSanitizer needs memory of its own, and turns a SIGSEGV into an abort.
 UNDER_SANITIZER = "libasan" in os.environ.get("LD_PRELOAD", "")
@@ -108,6 +109,12 @@ def convolve(
     precision: str = "highest",
 ) -> Tensor:
     """One of the three products of a 3-d convolution, "forward", "input" or "weight"; returns what was written."""
+    written = {"forward": y, "input": x, "weight": w}[product]
+    if _state.settings().backend == "cuda":
+        torch.set_float32_matmul_precision(precision)
+        options = (stride, padding, dilation, groups, bias, activation, residual)
+        cuda_conv.convolve(product, x, w, y, *options)
+        return written
     getattr(_cpu, f"conv_{product}")(
         x.data_ptr(),
         tuple(x.shape),
@@ -129,7 +136,7 @@ def convolve(
         0 if residual is None else residual.data_ptr(),
         0 if activation is None else KIND[activation],
     )
-    return {"forward": y, "input": x, "weight": w}[product]
+    return written
 
 
 class Capsule:

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _cpu, _state
-from ..backends import cpu
+from ..backends import Kernels, cpu
+from ..backends._conv import gives_channels_last, is_channels_last, result_shape
 from ..backends.cpu import channels_last_strides
-from ..backends.cpu import conv as kernels
+from ..backends.cpu.conv import Layer
 from ..backends.reference import conv as reference
 from ._op import Op
 from ._route import (
@@ -43,6 +44,8 @@ from ._route import (
 from .activation import activation as apply_activation
 
 _Numbers = int | Sequence[int]
+
+kernels = Kernels("conv")
 
 _tensor_convolution = cpu.tensor_convolution
 _tensor_convolution_gradients = cpu.tensor_convolution_gradients
@@ -212,7 +215,7 @@ def conv_fused(
 
 
 #: A layer of an inverted residual.
-FusedLayer = kernels.Layer
+FusedLayer = Layer
 
 
 def inverted_residual(
@@ -519,18 +522,14 @@ def _with_bias(y: Tensor, b: Tensor | None, dim: int | None) -> Tensor:
 def _forward_fake(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    spatial = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in range(x.dim() - 2)
-    ]
-    channels_last = kernels.gives_channels_last(x, w, False, stride, padding, dilation, groups)
-    return _fake_layout(x, (x.shape[0], w.shape[0], *spatial), channels_last)
+    channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
+    return _fake_layout(x, result_shape(x, w, stride, padding, dilation), channels_last)
 
 
 def _forward_save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> tuple[Tensor | None, ...]:
     x, w, _, *ctx.options = args
     ctx.size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
-    ctx.channels_last = kernels.is_channels_last(w)
+    ctx.channels_last = is_channels_last(w)
     return x, w
 
 
@@ -575,7 +574,7 @@ class _Convolution(Function):
         least = zip(("stride", "padding", "dilation"), numbers, (1, 0, 1), strict=True)
         ctx.options = [*(_numbers(name, value, rank, low) for name, value, low in least), groups]
         ctx.size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
-        ctx.channels_last = kernels.is_channels_last(w)
+        ctx.channels_last = is_channels_last(w)
         return (*_forward_backward(ctx, grad)[:3], None, None, None, None, None)
 
 
@@ -624,14 +623,14 @@ def _forward_vmap(
 def _input_fake(
     y: Tensor, w: Tensor, b: Tensor | None, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    channels_last = kernels.gives_channels_last(y, w, True, stride, padding, dilation, groups)
+    channels_last = gives_channels_last(y, w, True, stride, padding, dilation, groups)
     return _fake_layout(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
 
 
 def _input_save(ctx: Any, args: tuple[Any, ...], x: Tensor) -> tuple[Tensor | None, ...]:
     y, w, _, ctx.size, *ctx.options = args
     ctx.kernel = list(w.shape[2:])
-    ctx.channels_last = kernels.is_channels_last(w)
+    ctx.channels_last = is_channels_last(w)
     return y, w
 
 

@@ -1,6 +1,6 @@
 // What the bindings of all convolutions read of their arguments.
 #pragma once
-#include "bind/bind.hpp"
+#include "bind/arguments.hpp"
 #include "conv/conv.hpp"
 
 namespace fastnn {

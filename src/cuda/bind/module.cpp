@@ -21,6 +21,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("emulated") = fastnn::cuda::emulated();
   m.def("devices", &fastnn::cuda::devices, "How many devices there are; 0 without a driver.");
   bind_attention(m);
+  bind_conv(m);
   bind_gemm(m);
   bind_elementwise(m);
   bind_reduce(m);

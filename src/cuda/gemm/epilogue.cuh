@@ -47,12 +47,12 @@ __device__ inline Placed at_batch(const Gemm& g, int64_t batch, int size) {
           static_cast<const char*>(g.b.data) + b * size, c, residual};
 }
 
-// `count` neighbours of one row of C, of their sums.
+// `count` neighbours of one row of C, of their sums; the first is element `to` of C, and `residual`
+// of the residual.
 template <class Sum>
-__device__ void finish(const Gemm& g, const Placed& at, int64_t row, int64_t column,
-                       const Sum (&sums)[4], int count) {
+__device__ void finish_at(const Gemm& g, int64_t to, int64_t residual, int64_t row, int64_t column,
+                          const Sum (&sums)[4], int count) {
   void* c = const_cast<void*>(g.c.data);
-  const int64_t to = at.c + row * g.c.row + column * g.c.column;
   if (g.out == DType::s32) {
 #pragma unroll
     for (int e = 0; e < 4; e++)
@@ -69,10 +69,17 @@ __device__ void finish(const Gemm& g, const Placed& at, int64_t row, int64_t col
       x += read(g.bias_type, g.bias,
                 (g.bias_axis == BiasAxis::row ? row : column + e) * g.bias_stride);
     if (g.residual.data)
-      x += g.beta * read(g.out, g.residual.data,
-                         at.residual + row * g.residual.row + (column + e) * g.residual.column);
+      x += g.beta * read(g.out, g.residual.data, residual + e * g.residual.column);
     write(g.out, c, to + e * g.c.column, activate(g.activation, x));
   }
+}
+
+template <class Sum>
+__device__ void finish(const Gemm& g, const Placed& at, int64_t row, int64_t column,
+                       const Sum (&sums)[4], int count) {
+  finish_at(g, at.c + row * g.c.row + column * g.c.column,
+            at.residual + row * g.residual.row + column * g.residual.column, row, column, sums,
+            count);
 }
 
 }  // namespace fastnn::cuda

@@ -11,9 +11,6 @@
 namespace fastnn::cuda {
 namespace {
 
-// Blocks of large tiles from which on there are enough for every multiprocessor.
-constexpr int64_t kEnoughBlocks = 96;
-
 // The element of C by one thread, without tensor cores.
 template <class Element>
 __device__ float plain_sum(const Gemm& g, const Placed& at, int64_t row, int64_t column) {

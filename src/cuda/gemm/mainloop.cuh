@@ -15,6 +15,8 @@ using Large = Shape<128, 128, 2, 4>;
 using LargeGroups = Shape<128, 64, 4, 2>;  // half as many sums a thread, which has them twice
 using Small = Shape<64, 64, 2, 2>;
 constexpr int kStages = 4;
+// Blocks of large tiles from which on there are enough for every multiprocessor.
+constexpr int64_t kEnoughBlocks = 96;
 
 // Tiles are taken in strips of so many rows of tiles, so that those computed at a time share their
 // operands in L2.

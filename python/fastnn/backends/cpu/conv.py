@@ -10,42 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import _cpu, _state
-from ..._layout import suggest_memory_format
+from .._conv import CHANNELS_LAST, five, gives_channels_last, result_shape, three
 from . import ACTIVATION, DTYPE, empty_channels, image_strides, precision
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def gives_channels_last(
-    x: Tensor,
-    w: Tensor,
-    transposed: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether torch's convolution of these gives a result in channels-last: where one of them is; in one dimension the
-    weight, and in three that depends on which of its kernels torch would choose as well."""
-    if x.dim() == 3:
-        return not w.is_contiguous() and is_channels_last(w.unsqueeze(2))
-    if not is_channels_last(x, w):
-        return False
-    if x.dim() == 4 or x.is_meta:
-        return True
-    backend = torch._C._select_conv_backend(
-        x, w, None, stride, padding, dilation, transposed, [0] * len(stride), groups
-    )
-    return torch._C._conv_determine_backend_memory_format(x, w, backend) is torch.channels_last_3d
-
-
-def is_channels_last(*tensors: Tensor) -> bool:
-    return any(
-        tensor.dim() > 3
-        and (tensor.stride(1) == 1 or not tensor.is_contiguous())
-        and suggest_memory_format(tensor) is _CHANNELS_LAST[tensor.dim()]
-        for tensor in tensors
-    )
 
 
 def forward(
@@ -63,14 +29,10 @@ def forward(
 ) -> Tensor:
     """activation(conv(x, w) + bias + residual); the residual has the result's shape. ``prepared`` is of this very w, and
     with ``overwrite`` the residual may become the result."""
-    spatial = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in range(x.dim() - 2)
-    ]
     channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
     if not _has_dense_filters(w):
         w, prepared = w.contiguous(), None
-    shape = (x.shape[0], w.shape[0], *spatial)
+    shape = result_shape(x, w, stride, padding, dilation)
     if overwrite and residual is not None and _has_strides(residual, image_strides(shape, channels_last)):
         options = (stride, padding, dilation, groups, bias, activation, residual, prepared)
         if residual.data_ptr() != x.data_ptr() and _call(_cpu.conv_onto_residual, x, w, residual, *options):
@@ -108,11 +70,11 @@ def inverted_residual(
     y = empty_channels(shape, x.dtype, True)
     taken = _cpu.inverted_residual(
         x.data_ptr(),
-        _five(x.shape),
-        _five(x.stride()),
+        five(x.shape),
+        five(x.stride()),
         y.data_ptr(),
-        _five(shape),
-        _five(y.stride()),
+        five(shape),
+        five(y.stride()),
         DTYPE[x.dtype],
         None if expand is None else _layer(expand),
         tuple(expand_stride),
@@ -129,7 +91,7 @@ def inverted_residual(
 def _layer(layer: Layer) -> tuple[Any, ...]:
     w, bias, activation, prepared = layer
     bias_ptr = 0 if bias is None else bias.data_ptr()
-    return w.data_ptr(), _five(w.shape), _five(w.stride()), bias_ptr, activation, prepared
+    return w.data_ptr(), five(w.shape), five(w.stride()), bias_ptr, activation, prepared
 
 
 def input(
@@ -170,23 +132,12 @@ def weight(
 def channel_sum(y: Tensor) -> Tensor:
     """The sum over all but dimension 1: the gradient of the bias."""
     out = torch.empty(y.shape[1], dtype=y.dtype)
-    _cpu.channel_sum(y.data_ptr(), _five(y.shape), _five(y.stride()), out.data_ptr(), DTYPE[y.dtype])
+    _cpu.channel_sum(y.data_ptr(), five(y.shape), five(y.stride()), out.data_ptr(), DTYPE[y.dtype])
     return out
 
 
-def _five(sizes: Sequence[int], fill: int = 1) -> tuple[int, ...]:
-    """Sizes or strides with the missing spatial dimensions in front of the others."""
-    if len(sizes) == 4:
-        return (sizes[0], sizes[1], fill, sizes[2], sizes[3])
-    return (*sizes[:2], *(fill,) * (5 - len(sizes)), *sizes[2:])
-
-
-def _three(numbers: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (*(fill,) * (3 - len(numbers)), *numbers)
-
-
 def _has_dense_filters(w: Tensor) -> bool:
-    return w.is_contiguous() or (w.dim() > 3 and w.is_contiguous(memory_format=_CHANNELS_LAST[w.dim()]))
+    return w.is_contiguous() or (w.dim() > 3 and w.is_contiguous(memory_format=CHANNELS_LAST[w.dim()]))
 
 
 def _is_evenly_spaced(y: Tensor) -> bool:
@@ -226,18 +177,18 @@ def _call(
         bias = bias.contiguous()
     return function(
         x.data_ptr(),
-        _five(x.shape),
-        _five(x.stride()),
+        five(x.shape),
+        five(x.stride()),
         w.data_ptr(),
-        _five(w.shape),
-        _five(w.stride()),
+        five(w.shape),
+        five(w.stride()),
         y.data_ptr(),
-        _five(y.shape),
-        _five(y.stride()),
+        five(y.shape),
+        five(y.stride()),
         DTYPE[x.dtype],
-        _three(stride, 1),
-        _three(padding, 0),
-        _three(dilation, 1),
+        three(stride, 1),
+        three(padding, 0),
+        three(dilation, 1),
         groups,
         precision(x.dtype),
         _state.settings().batch_invariant,

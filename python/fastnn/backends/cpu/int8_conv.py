@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from .._conv import five, three
 from ..reference import int8_conv as formulas
 from ..reference.quantize import RANGE
 from . import DTYPE, channels_last_strides, empty_channels, empty_strided
@@ -176,11 +177,11 @@ class Convolution:
         ]
         shape = (x.shape[0], w.shape[0], *spatial)
         strides = channels_last_strides(shape)
-        filters = w.data_ptr(), _five(w.shape, 1), _five(w.stride(), 1)
-        before = (_five(x.shape, 1), _five(x.stride(), 1), *filters)
+        filters = w.data_ptr(), five(w.shape, 1), five(w.stride(), 1)
+        before = (five(x.shape, 1), five(x.stride(), 1), *filters)
         between = (
-            *(_five(shape, 1), _five(strides, 1), DTYPE[self.dtype]),
-            *(_three(stride, 1), _three(padding, 0), _three(dilation, 1), groups, how.outside),
+            *(five(shape, 1), five(strides, 1), DTYPE[self.dtype]),
+            *(three(stride, 1), three(padding, 0), three(dilation, 1), groups, how.outside),
             *(how.start.data_ptr(), how.scale.data_ptr(), how.shift.data_ptr(), how.low, how.high, how.zero),
         )
         return shape, strides, before, between
@@ -204,11 +205,3 @@ def channels_last(x: Tensor) -> Tensor:
     if x.shape[1] == 1 or x.stride(1) == 1:
         return x
     return torch.empty_strided(x.shape, channels_last_strides(x.shape), dtype=x.dtype).copy_(x)
-
-
-def _five(sizes: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (*sizes[:2], *(fill,) * (5 - len(sizes)), *sizes[2:])
-
-
-def _three(numbers: Sequence[int], fill: int) -> tuple[int, ...]:
-    return (*(fill,) * (3 - len(numbers)), *numbers)

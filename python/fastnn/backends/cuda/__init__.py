@@ -33,6 +33,7 @@ OPS = frozenset(
     (
         *("gemm", "activation", "int_mm"),
         *("attention", "attention_backward"),
+        *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
