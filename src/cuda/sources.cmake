@@ -11,6 +11,7 @@ set(FASTNN_CUDA_KERNELS
   gemm/gemm.cu
   norm/layer_norm.cu
   quant/dynamic.cu
+  quant/fake_quantize.cu
   quant/quantize.cu
   reduce/column_sum.cu
   softmax/softmax.cu
@@ -19,6 +20,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/conv.cpp
   bind/elementwise.cpp
+  bind/fake_quantize.cpp
   bind/gemm.cpp
   bind/module.cpp
   bind/norm.cpp

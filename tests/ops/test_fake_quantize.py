@@ -12,22 +12,17 @@ from torch.library import opcheck
 
 import fastnn
 import fastnn.functional as fF
-from fastnn import _cpu, _state
+from fastnn import _state
 from fastnn.backends.reference import fake_quantize as formulas
 from fastnn.backends.reference.dropout import words
 from fastnn.ops._random import draw_seed
 
 from .support import FLOATS
 
-ISAS = [name for name in _cpu.available_isas() if not name.startswith("amx")]
+# amx and amx-emulated have no kernels of their own for this, and Triton has none.
+pytestmark = pytest.mark.not_on("amx", "amx-emulated", "triton")
 RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, use_isa):
-    use_isa(request.param)
-    return request.param
 
 
 def bits(x):
@@ -112,7 +107,7 @@ def grid(shape, qmin, qmax, asymmetric):
 
 
 @dtypes
-def test_formula_on_any_layout(isa, dtype, no_fallback):
+def test_formula_on_any_layout(machine, dtype, no_fallback):
     for kwargs, shape in GRANULARITY.values():
         for kind, asymmetric in ((torch.int8, True), ("int4", False), ("int4", True)):
             qmin, qmax = RANGES[kind]
@@ -133,7 +128,7 @@ def test_formula_on_any_layout(isa, dtype, no_fallback):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_shapes(isa, dtype, no_fallback):
+def test_shapes(machine, dtype, no_fallback):
     for shape in [(), (1,), (0,), (3, 0), (17,), (1031,), (63, 65), (2, 3, 127), (1, 1), (4, 513)]:
         x = values(*shape, dtype=dtype).requires_grad_()
         for kwargs, sizes in (({}, ()), ({"axis": -1}, shape[-1:]), ({"axis": 0}, shape[:1])):
@@ -199,7 +194,7 @@ AS_TORCH = [(0.1, 3, -8, 7), (0.5, 0, -128, 127), (1 / 3, 200, 0, 255), (1, 0, 0
 
 
 @dtypes
-def test_per_tensor_as_torch(isa, dtype, no_fallback):
+def test_per_tensor_as_torch(machine, dtype, no_fallback):
     for scale, zero_point, qmin, qmax in AS_TORCH:
         forms = [(scale, zero_point)]
         for kind in (torch.int32, torch.int64):
@@ -222,7 +217,7 @@ def test_per_tensor_as_torch(isa, dtype, no_fallback):
 
 
 @dtypes
-def test_per_channel_as_torch(isa, dtype, no_fallback):
+def test_per_channel_as_torch(machine, dtype, no_fallback):
     whole = values(4, 5, 6, 7, dtype=dtype)
     # What is beyond int64 C++ does not define; fastnn clamps it.
     whole = torch.where(whole.abs() < 1e15, whole, torch.where(whole.isnan(), whole, 1))
@@ -308,7 +303,7 @@ def test_patch(no_fallback):
 
 
 @dtypes
-def test_stochastic_formula(isa, dtype, no_fallback):
+def test_stochastic_formula(machine, dtype, no_fallback):
     for kwargs, shape in GRANULARITY.values():
         scale, zero_point = grid(shape, 0, 15, True)
         for x in layouts(values(5, 7, 12, dtype=dtype)):
@@ -362,7 +357,7 @@ def gradients_by_definition(x, grad, scale, zero_point, qmin, qmax, axis, group_
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
 )
-def test_learned_scale_and_zero_point(isa, dtype, no_fallback):
+def test_learned_scale_and_zero_point(machine, dtype, no_fallback):
     for kwargs, shape in GRANULARITY.values():
         check_learned(dtype, kwargs, shape)
 
@@ -387,7 +382,7 @@ def check_learned(dtype, kwargs, shape):
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
-def test_learned_as_torch(axis, no_fallback):
+def test_learned_as_torch(axis, kernels, no_fallback):
     """Away from halves: there torch's forward and backward round apart."""
     x = torch.randn(70, 300) * 3
     sizes = () if axis is None else (x.shape[axis],)
@@ -409,7 +404,7 @@ def test_learned_as_torch(axis, no_fallback):
     assert same_bits(results[0][0], results[1][0])
 
 
-def test_learned_stochastic(no_fallback):
+def test_learned_stochastic(kernels, no_fallback):
     """The same words in the backward: r is what was taken, so that out - x = scale (r - x / scale) where in range."""
     x = torch.randn(40, 70, requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)

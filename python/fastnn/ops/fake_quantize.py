@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import cpu
-from ..backends.cpu import fake_quantize as kernels
+from ..backends import Kernels, cpu
 from ..backends.reference import fake_quantize as formulas
 from ..backends.reference.quantize import FLOAT8, RANGE
 from . import _scheme
@@ -48,6 +47,7 @@ from ._route import (
     wants_grad,
 )
 
+kernels = Kernels("fake_quantize")
 _torch_per_tensor = torch.fake_quantize_per_tensor_affine
 _torch_per_channel = torch.fake_quantize_per_channel_affine
 
@@ -248,8 +248,8 @@ def _one_grid(input: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_
     if not quant_min <= zero_point <= quant_max:
         raise Unsupported(f"zero_point: expected {quant_min} to {quant_max}, got {zero_point}")
     return (
-        torch.tensor(scale, dtype=torch.float32, device=input.device),
-        torch.tensor(zero_point, dtype=torch.int32, device=input.device),
+        torch.full((), scale, dtype=torch.float32, device=input.device),
+        torch.full((), zero_point, dtype=torch.int32, device=input.device),
     )
 
 

@@ -7,6 +7,7 @@
 
 void bind_attention(pybind11::module_& m);
 void bind_conv(pybind11::module_& m);
+void bind_fake_quantize(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);

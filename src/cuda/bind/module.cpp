@@ -24,6 +24,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_conv(m);
   bind_gemm(m);
   bind_elementwise(m);
+  bind_fake_quantize(m);
   bind_reduce(m);
   bind_norm(m);
   bind_quantize(m);

@@ -46,16 +46,6 @@ struct Call {
 
 // ---- in pieces ---------------------------------------------------------------------------------
 
-// n neighbours, 4 or 8, from an address on that is a multiple of 16.
-template <int n, class T>
-__device__ __forceinline__ void load_neighbours(T (&to)[n], const T* from) {
-#pragma unroll
-  for (int e = 0; e < n; e += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(from + e);
-    memcpy(to + e, &four, sizeof four);
-  }
-}
-
 template <class T, class Code, bool stochastic>
 __global__ void __launch_bounds__(kThreads) quantize_pieces(const Pieces pieces, const Call call) {
   constexpr int n = Pack<T>::kEach;
@@ -187,10 +177,17 @@ dim3 blocks_for(const Pieces& pieces) {
   return dim3(unsigned(ceil_div(pieces.count, kThreads * kAtOnce)));
 }
 
+bool in_pieces(const Loop& loop, const Call& call, Pieces& pieces) {
+  if (call.type == DType::f64) return false;
+  const int64_t n = 16 / int64_t(dtype_size(call.type));
+  return in_pieces(loop, n, {call.x, 16}, {call.q, call.packed ? n / 2 : n}, call.scale,
+                   call.zero_point, pieces);
+}
+
 template <bool stochastic>
-void run_quantize(const Loop& loop, const Numbers& numbers, const Call& call, void* stream) {
+void run_quantize(const Loop& loop, const Call& call, void* stream) {
   Pieces pieces;
-  if (in_pieces(loop, numbers, call.scale, call.zero_point, pieces))
+  if (in_pieces(loop, call, pieces))
     return with_float_type("quantize", call.type, [&](auto x) {
       with_code(call.scheme, [&](auto code) {
         launch(quantize_pieces<decltype(x), decltype(code), stochastic>, blocks_for(pieces),
@@ -209,8 +206,7 @@ void quantize(const Numbers& numbers, const float* scale, const int32_t* zero_po
   const Loop loop(numbers, order_for(numbers, seed != nullptr, By::q));
   if (loop.elements == 0) return;
   const Call call(numbers, scale, zero_point, seed);
-  seed ? run_quantize<true>(loop, numbers, call, stream)
-       : run_quantize<false>(loop, numbers, call, stream);
+  seed ? run_quantize<true>(loop, call, stream) : run_quantize<false>(loop, call, stream);
 }
 
 void dequantize(const Numbers& numbers, const float* scale, const int32_t* zero_point,
@@ -219,7 +215,7 @@ void dequantize(const Numbers& numbers, const float* scale, const int32_t* zero_
   if (loop.elements == 0) return;
   const Call call(numbers, scale, zero_point, nullptr);
   Pieces pieces;
-  if (!in_pieces(loop, numbers, scale, zero_point, pieces)) {
+  if (!in_pieces(loop, call, pieces)) {
     launch(dequantize_each, blocks_for(loop.elements), dim3(kThreads), 0, stream, loop, call);
     return;
   }

@@ -60,21 +60,24 @@ struct Pieces {
   }
 };
 
-// False where elements do not lie so. `zero_point` may be null.
-inline bool in_pieces(const Loop& loop, const Numbers& numbers, const float* scale,
-                      const int32_t* zero_point, Pieces& pieces) {
-  const int64_t size = int64_t(dtype_size(numbers.type)), n = 16 / size;
+// How a piece of x, or of q, is accessed: its address has to be a multiple of so many bytes.
+struct Access {
+  const void* data;
+  int64_t bytes;
+  bool fits() const { return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0; }
+};
+
+// False where elements do not lie in pieces of n. Scales and zero points, which may be null, are
+// read 16 bytes at a time.
+inline bool in_pieces(const Loop& loop, int64_t n, Access x, Access q, const void* scale,
+                      const void* zero_point, Pieces& pieces) {
   const int last = loop.dims - 1;
-  const auto multiple = [](const void* p, int64_t of) {
-    return reinterpret_cast<uintptr_t>(p) % uintptr_t(of) == 0;
-  };
-  if (numbers.type == DType::f64 || last > kMostOuter || loop.x[last] != 1 || loop.q[last] != 1 ||
-      loop.size[last] % n || loop.elements / n >= int64_t{1} << 31 || !multiple(numbers.x, 16) ||
-      !multiple(numbers.q, is_packed(numbers.scheme) ? n / 2 : n))
+  if (last > kMostOuter || loop.x[last] != 1 || loop.q[last] != 1 || loop.size[last] % n ||
+      loop.elements / n >= int64_t{1} << 31 || !x.fits() || !q.fits())
     return false;
   pieces.each = loop.group == 1 && loop.stride == 1 && loop.period % n == 0;
   if (!pieces.each && loop.group % n) return false;
-  if (pieces.each && (!multiple(scale, 16) || !multiple(zero_point, 16))) return false;
+  if (pieces.each && (!Access{scale, 16}.fits() || !Access{zero_point, 16}.fits())) return false;
   pieces.count = uint32_t(loop.elements / n), pieces.outer = last;
   pieces.inner = Divisor(loop.size[last] / n);
   pieces.group = Divisor(pieces.each ? 1 : loop.group / n);
@@ -86,6 +89,16 @@ inline bool in_pieces(const Loop& loop, const Numbers& numbers, const float* sca
     pieces.x[d] = loop.x[d], pieces.q[d] = loop.q[d], pieces.s[d] = loop.s[d];
   }
   return true;
+}
+
+// n neighbours, a multiple of 4, of 4 bytes each, from an address on that is a multiple of 16.
+template <int n, class T>
+__device__ __forceinline__ void load_neighbours(T (&to)[n], const T* from) {
+#pragma unroll
+  for (int e = 0; e < n; e += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(from + e);
+    memcpy(to + e, &four, sizeof four);
+  }
 }
 
 // ---- one element, of a type that is known at run time ------------------------------------------

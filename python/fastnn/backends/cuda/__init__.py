@@ -36,6 +36,8 @@ OPS = frozenset(
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
+        *("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
+        *("fake_quantize_gradients", "fake_quantize_mask"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
     )
 )
