@@ -1,5 +1,6 @@
 """The equivalence suite passes what is right and names what is wrong."""
 
+import dataclasses
 import json
 import math
 
@@ -218,6 +219,74 @@ def test_a_case_of_ones_own():
     assert not verify(lambda x: x * x, cube, dtypes=[torch.float32])
     with pytest.raises(ValueError, match="names no function"):
         cube.resolve()
+
+
+def quantized(x, scale, zero_point=None, *, whole=torch.round, **options):
+    """testing.integers.quantize with another rounding and in float64."""
+    y = whole(testing.integers._places(x.double(), scale.double(), **options))
+    shift = testing.integers._along(zero_point, x, options["axis"], options["group_size"])
+    return (y + shift).clamp(*testing.integers._ENDS[options["dtype"]]).to(options["dtype"])
+
+
+def test_integers_may_differ_at_ties_alone():
+    verify(quantized, "quantize", dtypes=[torch.float32]).raise_if_failed()
+    for whole in (lambda y: (y + 0.5).floor(), lambda y: y.sign() * (y.abs() + 0.5).floor()):
+        wrong = failing(lambda *args, whole=whole, **options: quantized(*args, whole=whole, **options), "quantize")
+        assert "integer values" in wrong and "not exact" in wrong
+        assert "normal values" not in wrong
+    wrong = failing(lambda *args, **options: quantized(*args, whole=torch.trunc, **options), "quantize")
+    assert "normal values" in wrong and "inf times the error bound" in wrong
+    assert "error bound" in failing(
+        lambda x, scale, *rest, **options: quantized(x, scale.bfloat16(), *rest, **options), "quantize"
+    )
+
+
+def test_ties_are_ties_only_where_a_case_says_so():
+    """The middles between multiples of 0.1 among others, by a quotient instead of a product with the inverse."""
+
+    def middles(make):
+        x = torch.cat(((torch.arange(-100, 100) + 0.5) * 0.1, torch.linspace(-9, 9, 2003)))
+        yield Sample((x, torch.tensor(0.1)), {"dtype": torch.int8, "axis": None, "group_size": None})
+
+    def divided(x, scale, dtype, **options):
+        return (x / scale).round().clamp(-128, 127).to(dtype)
+
+    case = dataclasses.replace(testing.case("quantize"), samples=middles, exact=False, peer=quantized)
+    assert verify(divided, case, dtypes=[torch.float32])
+    assert "inf times the error bound" in failing(divided, dataclasses.replace(case, ties=None))
+    assert "error bound" in failing(lambda *args, **options: divided(*args, **options) + 2, case)
+
+
+def test_layers_of_integers_are_judged():
+    case = testing.case("int8_linear")
+    verify(case.resolve(), case, dtypes=[torch.float32, torch.bfloat16]).raise_if_failed()
+
+    def saturating(x, weight, *rest, **options):
+        """As if the products of two bytes were added up in 16 bits."""
+        return case.peer(x, weight.clamp(-64, 63), *rest, **options)
+
+    def symmetric(x, *rest, input_scale=None, **options):
+        """A scale of the wrong formula, by a part in 255."""
+        return case.peer(x * 0.996 if input_scale is None else x, *rest, input_scale=input_scale, **options)
+
+    assert "error bound" in failing(saturating, "int8_linear")
+    assert "error bound" in failing(symmetric, "int8_linear")
+    assert "gradient" in failing(
+        lambda x, *rest, **options: case.peer(x.detach(), *rest, **options), "int8_linear", gradients=True
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_of_integers_are_judged(rank):
+    case = testing.case(f"int8_conv{rank}d")
+    verify(case.resolve(), case, dtypes=[torch.float32]).raise_if_failed()
+
+    def zeros_around(x, *rest, input_zero_point, padding=0, **options):
+        """A padding of zeros where it is the zero point that means 0."""
+        padded = torch.nn.functional.pad(x, (padding, padding) * rank)
+        return case.peer(padded, *rest, input_zero_point=input_zero_point, padding=0, **options)
+
+    assert "not exact" in failing(zeros_around, case.name)
 
 
 def test_reports_are_json_without_nan():

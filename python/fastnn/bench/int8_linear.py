@@ -18,7 +18,7 @@ from .benchmark import Benchmark, Problem, register
 
 #: One scale for all of the input, and seven bits of eight in one engine, lose a few percent of what 8 bits lose anyway.
 _APART = 0.06
-_ENGINES = ("x86", "onednn")
+ENGINES = ("x86", "onednn")
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,7 +59,7 @@ def _peers(layer: torch.nn.Linear) -> dict[str, Call]:
     before = torch.backends.quantized.engine
     peers: dict[str, Call] = {}
     try:
-        for engine in _ENGINES:
+        for engine in ENGINES:
             if engine in torch.backends.quantized.supported_engines:
                 torch.backends.quantized.engine = engine
                 peers[f"torch dynamic {engine}"] = _dynamic(layer)

@@ -9,7 +9,20 @@
 cases, and its name to the imports below.
 """
 
-from . import activations, attention, conv, cross_entropy, dropout, embedding, gemm, norm, pool, quantize, softmax
+from . import (
+    activations,
+    attention,
+    conv,
+    cross_entropy,
+    dropout,
+    embedding,
+    gemm,
+    integers,
+    norm,
+    pool,
+    quantize,
+    softmax,
+)
 from .case import FLOATS, Case, Sample, case, cases, register
 from .errors import gamma, relative_error, roundoff
 from .inputs import LAYOUTS, VALUES, Maker, poisoned, surroundings_intact
@@ -37,6 +50,7 @@ __all__ = [
     "embedding",
     "gamma",
     "gemm",
+    "integers",
     "norm",
     "poisoned",
     "pool",

@@ -62,7 +62,9 @@ class Case:
     """One op. Everything that the suite needs to judge any function that claims to compute it.
 
     A result passes where |result − reference| ≤ γ_depth·magnitude + u·|reference|, with γ_n = n·u/(1 − n·u) for the
-    precision that the op computes in and u the roundoff of the result; or where torch is no nearer.
+    precision that the op computes in and u the roundoff of the result; or where torch is no nearer. Where the op rounds to
+    integers on its way, or at its end, |result − reference| may be larger by what `ties` says: one step of a number so near
+    to the middle between two integers that the roundings before it decide which one is nearest.
 
     Attributes:
         name: what `python -m fastnn verify NAME` calls it.
@@ -78,6 +80,8 @@ class Case:
         exact: whether small integers must give the exact result, rounded once.
         product: whether `torch.get_float32_matmul_precision()` applies.
         reference: replaces `peer` as the float64 reference, for an op that torch does not have.
+        ties: given what `magnitude` is given, how far off a result may be because an integer within it came to lie on the
+            other side of a tie; 0 where there is none.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Case:
     exact: bool = True
     product: bool = True
     reference: Callable[..., torch.Tensor] | None = None
+    ties: Callable[..., torch.Tensor] | None = None
 
     def resolve(self) -> Callable[..., torch.Tensor]:
         """fastnn's own function for this op."""

@@ -18,6 +18,7 @@ __all__ = ["LAYOUTS", "VALUES", "Maker", "poisoned", "surroundings_intact"]
 #:   wide        standard normal times a power of two from 2**-20 … 2**20 (2**-4 … 2**4 in float16)
 #:   cancelling  the second half of the reduced axis takes back the first, all but a thousandth
 #:   special     normal, with an infinity, a NaN and a zero in it
+#: Tensors of integers beside them have all values of their dtype, but for "integer".
 VALUES = ("normal", "integer", "wide", "cancelling", "special")
 
 #: How they lie in memory. Whatever surrounds a tensor in its buffer is NaN (the extreme value for integers).
@@ -88,9 +89,12 @@ class Maker:
         return tensor.requires_grad_(requires_grad)
 
     def _numbers(self, shape: tuple[int, ...], reduced: int | None, dtype: torch.dtype) -> torch.Tensor:
-        if self.values == "integer" or not dtype.is_floating_point:
+        if self.values == "integer":
             low = 0 if dtype == torch.uint8 else -4
             return torch.randint(low, 5, shape, generator=self._generator)
+        if not dtype.is_floating_point:
+            ends = torch.iinfo(dtype)
+            return torch.randint(ends.min, ends.max + 1, shape, generator=self._generator)
         numbers = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         if self.values == "wide":
             reach = 4 if dtype == torch.float16 else 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,8 @@ def verify(
     A result must
       * have torch's shape and dtype,
       * be NaN or infinite exactly where the float64 reference or torch is,
-      * stay within the case's error bound, or be no further from float64 than torch's,
+      * stay within the case's error bound, or be no further from float64 than torch's; integers be equal, or, where the case
+        sees a tie, the next,
       * not err like a lower precision, by its root-mean-square error over all shapes beside torch's,
       * be exact for small integers, the same on a second call, and leave its inputs as they were,
       * with `out=`, return it, fill it whatever its strides, and write nothing around it,
@@ -282,7 +283,7 @@ class _Judge:
         reference = self.case.exactly(sample)
         rounded = reference.to(result.dtype)
         if values == "integer" and self.case.exact:
-            error, peer_error = (result - rounded).abs(), (peer - rounded).abs()
+            error, peer_error = (result.double() - rounded).abs(), (peer.double() - rounded).abs()
             # torch rounds some half precision sums twice; a result that does the same is no indexing bug.
             wrong = ((result != rounded) & ~(error <= peer_error.max())).nonzero() if error.numel() else ()
             if len(wrong):
@@ -293,20 +294,25 @@ class _Judge:
                 )
             return None
         # Just below the largest finite value a result may round either way.
-        edge = reference.abs() > 0.99 * torch.finfo(result.dtype).max
+        largest = torch.finfo(result.dtype).max if result.is_floating_point() else math.inf
+        edge = reference.abs() > 0.99 * largest
         at = first_wrong_class(result, rounded, peer, skip=edge & reference.isfinite())
         if at is not None:
             return f"at {at}: {result[at].item()}, in float64 {reference[at].item()}"
         magnitude = self.case.magnitude(reference, *sample.wide().args, **sample.wide().kwargs)
         depth = self.case.depth(*sample.args, **sample.kwargs)
         r = self.roundoff
+        if not result.is_floating_point():
+            r = replace(r, result=0.0, tiny=0.0)  # what rounding to integers does is in the reference
+        ties = self.case.ties(reference, *sample.wide().args, **sample.wide().kwargs) if self.case.ties else 0.0
         # In float64 the reference errs as much as what it judges.
         twice = 2 if self.dtype == torch.float64 else 1
-        unit = r.compute * magnitude + r.result * reference.abs() + r.tiny
+        unit = r.compute * magnitude + r.result * reference.abs() + r.tiny + ties
         bound = (
             twice * gamma(depth + 2, r.compute) * magnitude
             + (1 + r.compute) * r.result * reference.abs()
             + r.tiny * (depth + 2)
+            + ties
         )
         judged = reference.isfinite() & magnitude.isfinite() & result.isfinite() & peer.isfinite() & ~edge
         error = (result.double() - reference)[judged].abs()
