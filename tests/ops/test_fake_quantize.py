@@ -1,6 +1,7 @@
 """Fake quantization: the formulas in NumPy, torch's own functions to the bit, and the gradients of both."""
 
 import contextlib
+import functools
 import itertools
 import math
 
@@ -193,9 +194,22 @@ def test_what_is_kept():
 AS_TORCH = [(0.1, 3, -8, 7), (0.5, 0, -128, 127), (1 / 3, 200, 0, 255), (1, 0, 0, 0), (0.0, 0, -8, 7), (-0.3, 1, -8, 7)]
 
 
+def within_int64(x):
+    """Without what torch converts to an integer that has no room for it, which C++ does not define; fastnn clamps it."""
+    return torch.where(x.abs() < 1e15, x, torch.where(x.isnan(), x, 1))
+
+
+@functools.cache
+def torch_clamps():
+    """Whether torch's own kernel of one scale does so, too: 2.8's does not, and takes float64 through a float32 inverse."""
+    return torch.fake_quantize_per_tensor_affine(torch.tensor(1e30), 1.0, 0, -8, 7).item() == 7
+
+
 @dtypes
 def test_per_tensor_as_torch(machine, dtype, no_fallback):
     for scale, zero_point, qmin, qmax in AS_TORCH:
+        if scale == 0 and not torch_clamps():
+            continue  # everything divided by it is beyond
         forms = [(scale, zero_point)]
         for kind in (torch.int32, torch.int64):
             forms.append((torch.tensor(scale, dtype=torch.float64), torch.tensor(zero_point, dtype=kind)))
@@ -203,11 +217,15 @@ def test_per_tensor_as_torch(machine, dtype, no_fallback):
         forms = itertools.cycle(forms)
         grads = itertools.cycle(layouts(values(6, 5, 17, dtype=dtype)))
         for x in (*layouts(values(6, 5, 17, dtype=dtype)), values(6, 5, 17, dtype=dtype)):
+            x = x if torch_clamps() else within_int64(x)
             form = next(forms)
             leaves = [x.detach().requires_grad_() for _ in range(2)]
             ours = fF.fake_quantize_per_tensor_affine(leaves[0], *form, qmin, qmax)
             torchs = torch.fake_quantize_per_tensor_affine(leaves[1], *form, qmin, qmax)
-            assert same_bits(ours.detach(), torchs.detach())
+            if dtype is torch.float64 and not torch_clamps():
+                torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=0)
+            else:
+                assert same_bits(ours.detach(), torchs.detach())
             assert ours.stride() == torchs.stride()
             grad = next(grads)
             found, want = (
@@ -218,9 +236,7 @@ def test_per_tensor_as_torch(machine, dtype, no_fallback):
 
 @dtypes
 def test_per_channel_as_torch(machine, dtype, no_fallback):
-    whole = values(4, 5, 6, 7, dtype=dtype)
-    # What is beyond int64 C++ does not define; fastnn clamps it.
-    whole = torch.where(whole.abs() < 1e15, whole, torch.where(whole.isnan(), whole, 1))
+    whole = within_int64(values(4, 5, 6, 7, dtype=dtype))
     for x, axis in itertools.product(layouts(whole), range(4)):
         qmin, qmax = (-128, 127) if axis % 2 else (0, 15)
         scale, zero_point = grid((x.shape[axis],), qmin, qmax, True)

@@ -73,12 +73,29 @@ def test_int4_after_the_improvements(name, group_size):
     assert of.accuracy(improved) >= of.accuracy(of.model) - 1.0
 
 
+def unbalanced(cnn):
+    """The same network, of which relu lets powers of two pass from a batch norm to the layer after it: a filter's weights
+    for different channels then differ by up to sixteen times, which a scale a filter has too few of 16 steps for."""
+    found = copy.deepcopy(cnn)
+    generator = torch.Generator().manual_seed(0)
+    for norm, conv in ((found[4], found[6]), (found[7], found[10])):
+        factor = torch.exp2(torch.randint(-2, 3, norm.weight.shape, generator=generator).float())
+        with torch.no_grad():
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+            conv.weight.div_(factor.view(1, -1, 1, 1))
+    return found
+
+
 def test_training_gives_back_what_four_bits_cost():
-    """Of convolutions and linear layers: 4 bits cost 1.8 points, and 40 steps bring back at least half."""
+    """Of convolutions and linear layers: over three seeds and two versions of torch 4 bits cost 14 to 51 points, and 40 steps
+    leave 0.9 to 1.7 of them."""
     of, config = model("cnn"), quant.Int4WeightOnly(None, symmetric=False)
-    before, after = of.accuracy(of.model), of.accuracy(quantized("cnn", config))
-    assert before - after > 1.0
-    found = quant.prepare_qat_(copy.deepcopy(of.model), config)
+    start = unbalanced(of.model)
+    before, after = of.accuracy(start), of.accuracy(quant.quantize_(copy.deepcopy(start), config))
+    assert before == pytest.approx(of.accuracy(of.model), abs=0.1)
+    assert before - after > 5.0
+    found = quant.prepare_qat_(start, config)
     assert of.accuracy(found) == pytest.approx(after, abs=0.1)
     with one_thread():
         trained.fit_cnn(found, 40, 1e-3)
