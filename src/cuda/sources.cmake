@@ -3,6 +3,8 @@ set(FASTNN_CUDA_KERNELS
   attention/backward.cu
   attention/forward.cu
   conv/conv.cu
+  conv/depthwise.cu
+  conv/depthwise_weight.cu
   conv/implicit.cu
   conv/pixels.cu
   conv/weight.cu

@@ -189,6 +189,38 @@ def test_expanded_operands(machine, dtype, product):
             assert torch.equal(convolve(product, x, w, y, **options), expected), (x_shape, w_shape, options, dims)
 
 
+#: Kernels along one, two and three axes, with windows that slide and with those that do not.
+DEPTHWISE = (
+    problem(2, 1, 1, 16, (1, 9, 11), (1, 3, 3), padding=(0, 1, 1)),
+    problem(1, 1, 1, 40, (1, 11, 10), (1, 3, 3), padding=(0, 1, 1), stride=(1, 2, 2)),
+    problem(2, 1, 1, 21, (1, 10, 7), (1, 5, 5), padding=(0, 2, 2), stride=(1, 2, 2)),
+    problem(1, 1, 1, 24, (1, 9, 8), (1, 7, 7), padding=(0, 3, 3)),
+    problem(1, 1, 1, 8, (1, 9, 13), (1, 3, 2), padding=(0, 2, 1), dilation=(1, 2, 3), stride=(1, 1, 2)),
+    problem(2, 1, 1, 12, (1, 1, 37), (1, 1, 5), padding=(0, 0, 2)),
+    problem(1, 1, 1, 16, (5, 6, 7), (2, 3, 3), padding=(1, 0, 1), stride=(2, 3, 1)),
+)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@dtypes
+def test_depthwise(machine, dtype, product):
+    """Each channel by itself, in whole vectors of channels and not, with all that can be added; exactly."""
+    for (x_shape, w_shape, y_shape, options), layout in itertools.product(DEPTHWISE, (channels_last, dense)):
+        x, w, y = (layout(integers(shape, dtype)) for shape in (x_shape, w_shape, y_shape))
+        w = dense(w)
+        expected = exactly(product, x, w, y, options)
+        out = {"forward": y, "input": x, "weight": w}[product]
+        added = {}
+        if product != "weight":
+            bias, residual = integers((out.shape[1],), dtype), layout(integers(out.shape, dtype))
+            added = {"bias": bias, "residual": residual, "activation": "relu"}
+            expected = (expected + bias.double().view(-1, 1, 1, 1) + residual.double()).relu()
+        out.fill_(math.nan)
+        found = convolve(product, x, w, y, **options, **added)
+        assert torch.equal(found.double(), expected), (x_shape, w_shape, options, layout)
+        assert surroundings_are_nan(out)
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 @dtypes
 def test_within_rounding_of_float64(machine, dtype, product):

@@ -2,6 +2,7 @@
 #include "cuda/conv/conv.hpp"
 
 #include <algorithm>
+#include "cuda/conv/depthwise.hpp"
 #include "cuda/conv/implicit.hpp"
 #include "cuda/gemm/gemm.hpp"
 
@@ -22,7 +23,7 @@ void check_sizes(const Conv& c) {
   if (c.x.size[0] * c.x.spatial() >= kMostPixels || c.y.size[0] * c.y.spatial() >= kMostPixels ||
       c.w.count() >= kMostPixels || reach >= kMostPixels / 4)
     throw std::invalid_argument("conv: x, w, y: expected fewer than 2^31 pixels and weights");
-  if (c.groups > kMostBlocks || phases > kMostBlocks)
+  if ((c.groups > kMostBlocks && !is_depthwise(c)) || phases > kMostBlocks)
     throw std::invalid_argument(
         "conv: groups, stride: expected at most 65535 (strides multiplied)");
 }
@@ -50,6 +51,10 @@ void conv(Product which, const Conv& c, const Allocate& allocate, void* stream) 
   const auto pixels = [&](const Tensor5& t, int64_t groups, bool even) {
     return in_pixels(t, groups, c.type, even, allocate, stream);
   };
+  const bool transposed = which == Product::input;
+  if (is_depthwise(c))
+    return which == Product::weight ? depthwise_weight(c, allocate, stream)
+                                    : depthwise(c, transposed, allocate, stream);
   if (which == Product::weight) {
     Gemm g;
     g.m = c.w.size[0] / c.groups, g.n = c.w.size[1];
@@ -58,7 +63,6 @@ void conv(Product which, const Conv& c, const Allocate& allocate, void* stream) 
     const Pixels x = pixels(c.x, c.groups, false), y = pixels(c.y, c.groups, true);
     return implicit_weight(g, c, x, y, allocate, stream);
   }
-  const bool transposed = which == Product::input;
   const Pixels filters = pixels(c.w, 1, false);
   const Pixels image = pixels(transposed ? c.y : c.x, c.groups, false);
   implicit_product({epilogue_of(c, out), &c, transposed, image, filters}, stream);
