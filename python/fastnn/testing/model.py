@@ -199,7 +199,7 @@ def _run(
         generator = torch.Generator().manual_seed(0)
         for tensor in outputs:
             # Small integers, because they are the same numbers in every dtype.
-            weights = torch.randint(-8, 9, tensor.shape, generator=generator).to(tensor.dtype)
+            weights = torch.randint(-8, 9, tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
             term = (tensor * weights).sum()
             total = term if total is None else total + term
     if total is not None and total.requires_grad:
