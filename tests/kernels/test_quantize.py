@@ -17,7 +17,7 @@ from .calls import FLOATS
 
 kernels = Kernels("quantize")
 # amx and amx-emulated have no kernels of their own for this.
-pytestmark = pytest.mark.not_on("amx", "amx-emulated")
+pytestmark = pytest.mark.not_on("amx", "amx-emulated", "triton")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 schemes = pytest.mark.parametrize("scheme", formulas.STORAGE)
 
