@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import _state
-from .backends import cpu
+from .backends import cpu, cuda, triton
 from .backends.cpu import attention
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -75,6 +75,13 @@ class Info(dict):
         for row in cells:
             line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append(f"  {line}".rstrip())
+        lines += [
+            "",
+            f"what runs on a CUDA tensor, of which torch has {self['gpu']['devices']} devices here, in float32, bfloat16, float16:",
+        ]
+        for name in ("cuda", "triton"):
+            kernels = self["gpu"][name]
+            lines.append(f"  {name}: {kernels['why_not'] or ', '.join(kernels['ops'])}")
         lines += ["", "calls of each kernel path:" if self["kernel_calls"] else "no kernel was called yet"]
         lines += [f"  {count:>10,}  {path}" for path, count in self["kernel_calls"].items()]
         if self["fallbacks"]:
@@ -91,7 +98,8 @@ def info() -> Info:
     The result is a dict: ``version``, ``torch``, ``python``, ``machine``; ``instruction_sets`` (``active``,
     ``available``); ``cpu_features``; ``threads``, ``cores``; ``openmp`` (the runtimes mapped into this process: more than
     one is a mistake); ``backends`` and ``backend`` (the one asked for, or None); ``float32_matmul_precision``;
-    ``allocator``; ``ops`` (op -> dtype -> backend and kernel path, under the present settings); ``kernel_calls`` (path ->
+    ``allocator``; ``ops`` (op -> dtype -> backend and kernel path of a CPU tensor, under the present settings); ``gpu``
+    (``devices``, and for ``cuda`` and ``triton`` the ``ops`` there are kernels for, or ``why_not``); ``kernel_calls`` (path ->
     calls so far); ``fallbacks`` (a list of ``op``, ``reason``, ``count``).
     """
     settings = _state.settings()
@@ -110,6 +118,13 @@ def info() -> Info:
         float32_matmul_precision=torch.get_float32_matmul_precision(),
         allocator=dict(cpu.allocator_stats()),
         ops=_paths(settings.backend),
+        gpu={
+            "devices": torch.cuda.device_count(),
+            **{
+                name: {"why_not": module.why_not(), "ops": [] if module.why_not() else sorted(module.OPS)}
+                for name, module in (("cuda", cuda), ("triton", triton))
+            },
+        },
         kernel_calls=_nonzero(cpu.counters()),
         fallbacks=[
             {"op": op, "reason": reason, "count": count} for (op, reason), count in sorted(_state.fallbacks().items())

@@ -10,6 +10,7 @@ import torch
 
 import fastnn
 from fastnn._state import reset_fallbacks
+from fastnn.backends import cuda
 from fastnn.info import openmp_runtimes
 
 
@@ -76,3 +77,16 @@ def test_tells_the_backend_asked_for():
     assert found["backend"] == "reference"
     assert found["ops"]["linear"]["float32"] == "reference"
     assert fastnn.info()["backend"] is None
+
+
+def test_tells_what_there_is_for_gpus(on_cuda):
+    found = fastnn.info()
+    assert found["gpu"]["devices"] == torch.cuda.device_count()
+    assert {"gemm", "attention"} <= set(found["gpu"]["cuda"]["ops"]) and found["gpu"]["cuda"]["why_not"] is None
+    assert "  cuda: " + ", ".join(found["gpu"]["cuda"]["ops"]) in str(found)
+
+
+def test_tells_why_there_is_nothing_for_gpus(monkeypatch):
+    monkeypatch.setattr(cuda, "_module", None)
+    assert fastnn.info()["gpu"]["cuda"] == {"why_not": cuda.why_not(), "ops": []}
+    assert f"  cuda: {cuda.why_not()}" in str(fastnn.info())
