@@ -223,6 +223,29 @@ def test_depthwise(machine, dtype, product):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @dtypes
+def test_pointwise(machine, dtype, product):
+    """Filters of one tap, which are a matrix product where they see every pixel, in images that follow each other and in
+    those that do not."""
+    for channels, stride in ((16, 1), (24, 2), (7, 1)):
+        x_shape, w_shape, y_shape, options = problem(
+            3, channels, 40, 1, (1, 6, 8), (1, 1, 1), stride=(1, stride, stride)
+        )
+        for layout in (dense, channels_last, interior):
+            x, w, y = (layout(integers(shape, dtype)) for shape in (x_shape, w_shape, y_shape))
+            w, y = dense(w), y if product != "weight" else evenly(layout)(y)
+            expected = exactly(product, x, w, y, options)
+            out = {"forward": y, "input": x, "weight": w}[product]
+            added = {}
+            if product != "weight":
+                added = {"bias": integers((out.shape[1],), dtype), "residual": layout(integers(out.shape, dtype))}
+                expected = expected + added["bias"].double().view(-1, 1, 1, 1) + added["residual"].double()
+            out.fill_(math.nan)
+            assert torch.equal(convolve(product, x, w, y, **options, **added).double(), expected), (channels, layout)
+            assert surroundings_are_nan(out)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@dtypes
 def test_within_rounding_of_float64(machine, dtype, product):
     u_sum = 2.0**-53 if dtype is torch.float64 else 2.0**-24
     u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, u_sum)

@@ -42,6 +42,56 @@ Gemm epilogue_of(const Conv& c, const Tensor5& out) {
   return g;
 }
 
+// The step from a pixel to the next, if there is one: the same between any two neighbours.
+bool pixel_step(const Tensor5& t, int64_t& step) {
+  step = 1;
+  int64_t count = 1;
+  for (int d = 4; d >= 2; d--) {
+    if (t.size[d] == 1) continue;
+    if (count == 1)
+      step = t.stride[d];
+    else if (t.stride[d] != step * count)
+      return false;
+    count *= t.size[d];
+  }
+  return true;
+}
+
+// Whether an operand with these two strides, of which one is that of neighbours, and a third one
+// between images can be copied in pieces.
+bool in_pieces(const void* data, int64_t one, int64_t other, int64_t images, DType type) {
+  const int64_t each = type == DType::f32 ? 4 : 8;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && images % each == 0 &&
+         ((one == 1 && other % each == 0) || (other == 1 && one % each == 0));
+}
+
+// Filters of one tap that see every pixel: a matrix product as it is, in either layout, where
+// operands can be copied in pieces as they lie.
+bool as_product(const Conv& c, bool transposed, Gemm& g) {
+  const Tensor5 &image = transposed ? c.y : c.x, &out = transposed ? c.x : c.y;
+  if (c.groups != 1 || c.w.spatial() != 1) return false;
+  for (int d = 0; d < kSpatial; d++)
+    if (c.stride[d] != 1 || c.padding[d] != 0) return false;
+  const int64_t channels = image.size[1], pixels = image.spatial(), images = image.size[0];
+  int64_t from, to;
+  if (!pixel_step(image, from) || !pixel_step(out, to) ||
+      !in_pieces(image.data, from, image.stride[1], images > 1 ? image.stride[0] : 0, c.type) ||
+      !in_pieces(c.w.data, c.w.stride[0], c.w.stride[1], 0, c.type))
+    return false;
+  g.k = channels;
+  g.a.data = image.data, g.a.row = from, g.a.column = image.stride[1];
+  g.b.data = c.w.data;
+  g.b.row = c.w.stride[transposed ? 0 : 1], g.b.column = c.w.stride[transposed ? 1 : 0];
+  g.c.row = g.residual.row = to;
+  if (images == 1 || (image.stride[0] == pixels * from && out.stride[0] == pixels * to)) {
+    g.m = images * pixels;
+  } else {
+    g.m = pixels, g.batch_dims = 1, g.batch[0] = images;
+    g.a.batch[0] = image.stride[0], g.c.batch[0] = g.residual.batch[0] = out.stride[0];
+  }
+  return true;
+}
+
 }  // namespace
 
 void conv(Product which, const Conv& c, const Allocate& allocate, void* stream) {
@@ -63,9 +113,11 @@ void conv(Product which, const Conv& c, const Allocate& allocate, void* stream) 
     const Pixels x = pixels(c.x, c.groups, false), y = pixels(c.y, c.groups, true);
     return implicit_weight(g, c, x, y, allocate, stream);
   }
+  Gemm g = epilogue_of(c, out);
+  if (as_product(c, transposed, g)) return gemm(g, stream);
   const Pixels filters = pixels(c.w, 1, false);
   const Pixels image = pixels(transposed ? c.y : c.x, c.groups, false);
-  implicit_product({epilogue_of(c, out), &c, transposed, image, filters}, stream);
+  implicit_product({g, &c, transposed, image, filters}, stream);
 }
 
 }  // namespace fastnn::cuda
