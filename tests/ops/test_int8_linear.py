@@ -221,6 +221,72 @@ def test_what_is_not_finite(dtype, isa, no_fallback):
         assert_same(fF.int8_linear(x[6:], weight, scale, **options), want[6:])
 
 
+def rows_back(x, dtype=torch.float32):
+    """The rows of x as the layer rounds them: times a weight of ones on the diagonal. Packed or not, the same."""
+    k = x.shape[-1]
+    weight = torch.eye(k, dtype=torch.int8)
+    y = fF.int8_linear(x.to(dtype), weight, torch.ones(1))
+    assert_same(fF.int8_linear(x.to(dtype), weight, torch.ones(1), packed=fF.pack_int8_weight(weight)), y)
+    return y
+
+
+def assert_nearest(y, x):
+    """In float64: y is the multiple of the row's step nearest to x within the row's range; NaN is 0."""
+    y, x = y.double(), x.double()
+    finite = torch.where(x.isfinite(), x, 0.0)
+    low, high = finite.amin(-1, keepdim=True).clamp(max=0), finite.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / 255
+    step = torch.where(step == 0, 1.0, step).clamp(min=2.0**-126)
+    least = -(-low / step).round()
+    exact = torch.where(x.isnan(), 0.0, x / step).clamp(least - 0.5, least + 255.5)
+    steps = (y / step).round()
+    # Five roundings of float32 decide which integer is nearest; the product with the scale is rounded once more.
+    assert ((y - steps * step).abs() <= 6 * 2.0**-24 * y.abs()).all()
+    assert ((steps - exact).abs() <= 0.5 + 5 * 2.0**-24 * exact.abs()).all()
+    # The zero point itself may be a tie.
+    assert ((steps >= least - 1) & (steps <= least + 256)).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 127, 130, 257])
+def test_rows_become_the_nearest_integers(k, isa, no_fallback):
+    for m in (1, 5, 33):
+        # Rows of every size, of one sign, of zeros, with what is not finite; each in every layout.
+        x = torch.randn(m, k) * 2.0 ** torch.randint(-60, 60, (m, 1))
+        x[1::7] = x[1::7].abs()
+        x[2::7] = -x[2::7].abs()
+        x[3::7] = 0
+        x[4::7, ::3], x[4::7, 1::5], x[4::7, 2::5] = math.nan, math.inf, -math.inf
+        for view in layouts(x):
+            y = rows_back(view)
+            assert_nearest(y, view)
+            assert (y[view.isnan()] == 0).all()
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = x.to(dtype)
+            assert_same(rows_back(narrow, dtype), rows_back(narrow.float()).to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("sign", [1, -1])
+def test_halves_of_rows_go_to_even(sign, dtype, isa, no_fallback):
+    """Steps of a power of two, by which everything divides exactly: 0 to 255 of them."""
+    halves = torch.arange(0.5, 128)  # 127.5 has the bits of bfloat16
+    for exponent in (-6, 0, 5):
+        x = sign * torch.cat((halves, torch.tensor([255.0, 0.0]))) * 2.0**exponent
+        want = sign * torch.cat((2 * ((halves + 0.5) / 2).floor(), torch.tensor([255.0, 0.0]))) * 2.0**exponent
+        assert torch.equal(rows_back(x.unsqueeze(0), dtype)[0].float(), want)
+
+
+def test_rows_of_the_least_numbers(isa, no_fallback):
+    """No step is below the least normal number: what is smaller than half of it is 0."""
+    least = 2.0**-126
+    x = torch.tensor(
+        [[least, least / 2, least * 0.75, -least, 2.0**-149, 0.0], [2.0**-149, 0, 0, 0, 0, 0], [least] * 6]
+    )
+    want = torch.tensor([[least, 0, least, -least, 0, 0], [0.0] * 6, [least] * 6])
+    assert torch.equal(rows_back(x), want)
+    assert torch.equal(rows_back(255 * least * torch.tensor([[1.0, 0.5, -0.0]]))[0, :1], torch.tensor([255 * least]))
+
+
 @pytest.mark.parametrize("shape", [(1, 500, 300), (130, 200, 260), (40, 1025, 129)], ids=str)
 def test_threads_and_rows(shape, isa, no_fallback):
     """The bits depend neither on how many threads there are nor on how many other rows."""
