@@ -169,7 +169,9 @@ def _conv(
     filters = weight.shape[0]
     one = not isinstance(weight_scale, Tensor) or weight_scale.numel() == 1
     weight_scale, _ = _named(op, "weight", weight_scale, None, "int8", () if one else (filters,), device)
-    input_scale, input_zero_point = _named(op, "input", input_scale, input_zero_point, "int8", (), device)
+    input_scale, input_zero_point = _named(
+        op, "input", input_scale, input_zero_point, scheme(op, input.dtype), (), device
+    )
     if bias is not None:
         check_numbers(op, "bias", bias)
         if bias.shape != (filters,) or bias.device != device:
@@ -185,7 +187,9 @@ def _conv(
     else:
         if output_scale is None:
             raise ValueError(f"fastnn.{op}: output_scale: expected a number where the result is {result}, got None")
-        output_scale, output_zero_point = _named(op, "output", output_scale, output_zero_point, "int8", (), device)
+        output_scale, output_zero_point = _named(
+            op, "output", output_scale, output_zero_point, scheme(op, result), (), device
+        )
     if activation not in _ACTIVATIONS:
         raise ValueError(f"fastnn.{op}: activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     if residual is not None:
@@ -198,7 +202,7 @@ def _conv(
         if residual_scale is None:
             raise ValueError(f"fastnn.{op}: residual_scale: expected a number where there is a residual, got None")
         residual_scale, residual_zero_point = _named(
-            op, "residual", residual_scale, residual_zero_point, "int8", (), device
+            op, "residual", residual_scale, residual_zero_point, scheme(op, residual.dtype), (), device
         )
     else:
         residual_scale = residual_zero_point = None
