@@ -29,7 +29,12 @@ def sums(x, w, zero, stride, padding, dilation, groups):
     """In int64, tap by tap."""
     rank = x.dim() - 2
     stride, padding, dilation = ((v,) * rank if isinstance(v, int) else v for v in (stride, padding, dilation))
-    x = torch.nn.functional.pad(x.long() - zero, [p for p in reversed(padding) for _ in range(2)])
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, w.shape[2:], strict=True)]
+        ends = [(n // 2, n - n // 2) for n in total]
+    else:
+        ends = [(p, p) for p in padding]
+    x = torch.nn.functional.pad(x.long() - zero, [p for both in reversed(ends) for p in both])
     size = [
         (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], w.shape[2:], stride, dilation, strict=True)
     ]
@@ -110,6 +115,10 @@ SHAPES = [
     (3, 1, (7, 5), 18, (3, 3), 1, 0, 1, 1),
     (1, 256, (1, 1), 100, (1, 1), 1, 0, 1, 1),  # a linear layer
     (1, 8, (3, 3), 6, (3, 3), 1, 4, 1, 1),  # positions that see nothing but padding
+    (2, 16, (9, 7), 33, (2, 4), 1, "same", (3, 1), 1),  # more at the end than at the beginning
+    (1, 3, (6, 5), 7, (2, 3), 1, "same", 1, 1),
+    (2, 19, (7, 8), 19, (4, 2), 1, "same", 1, 19),
+    (1, 12, (8, 9), 10, (2, 3), (1, 2), "valid", 1, 2),
 ]
 
 
@@ -346,7 +355,8 @@ def test_vmap():
         (ValueError, "activation", dict(activation="gelu")),
         (ValueError, "stride", dict(stride=0)),
         (ValueError, "padding", dict(padding=(1, 2, 3))),
-        (ValueError, "padding", dict(padding="same")),
+        (ValueError, "padding", dict(padding="same", stride=2)),
+        (ValueError, "padding", dict(padding="full")),
         (ValueError, "groups", dict(groups=4)),
         (ValueError, "residual", dict(residual=torch.zeros(1, 6, 3, 4, dtype=torch.uint8), residual_scale=1.0)),
         (TypeError, "residual", dict(residual=torch.zeros(1, 6, 3, 3), residual_scale=1.0)),

@@ -200,6 +200,38 @@ def test_one_dimension():
         assert snr(chain(x), model(x)) > 28
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_named_padding(rank):
+    """Even filters have one zero more at the end, as in torch."""
+    kind, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
+    model = nn.Sequential(
+        *(kind(3, 8, 2, padding="same"), norm(8), nn.ReLU(), kind(8, 8, 4, padding="same", dilation=3, groups=8)),
+        *(nn.ReLU(), kind(8, 5, 3, stride=2, padding="valid")),
+    )
+    settled(model)
+    x = torch.randn(2, 3, *(9, 7, 8)[:rank])
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        assert chain[0].output_scale is not None and chain[3].output_scale is not None
+        y = chain(x)
+        assert snr(y, model(x)) > 25
+        for _ in range(2):  # from the second call on as one program
+            assert torch.equal(chain(x), y)
+        # Layer by layer, of floating-point numbers and compiled.
+        assert snr(type(chain)._original_class.forward(chain, x), model(x)) > 25
+        compiled = torch.compile(chain[0], fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), chain[0](x))
+        assert torch.equal(copy.deepcopy(chain)(x), y)
+        other = quantized(settled(copy.deepcopy(model)), x * 2)
+        other.load_state_dict(chain.state_dict())
+        assert torch.equal(other(x), y)
+    assert "padding='same'" in repr(chain[0])
+    back = dequantize_(chain)
+    assert [back[i].padding for i in (0, 3, 5)] == ["same", "same", "valid"]
+    assert snr(back(x), model(x)) > 30
+
+
 def test_three_dimensions():
     model = settled(
         nn.Sequential(nn.Conv3d(3, 12, 3, padding=1), nn.BatchNorm3d(12), nn.ReLU(), nn.Conv3d(12, 7, (1, 3, 2), 2))

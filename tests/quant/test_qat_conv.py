@@ -130,6 +130,19 @@ def test_three_dimensions_and_back_without_data():
         assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_named_padding():
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, padding="same"), nn.ReLU(), nn.Conv2d(8, 4, (3, 4), padding="same"))
+    x = torch.randn(2, 3, 9, 7)
+    prepare_qat_(model, Int8Static(x))
+    model.train()(x).square().sum().backward()
+    model.eval()
+    with torch.no_grad():
+        simulated = model(x)
+        convert_qat_(model)
+        assert_same(model(x), simulated, 1e-4)
+
+
 def test_frozen_batch_norms():
     """In eval mode a norm is folded, in training as well: its statistics stay, and all parameters have gradients."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())

@@ -6,7 +6,8 @@ point z_x, filters q_w with a scale each (or one for all), s_w, and no zero poin
     sum[n, m, o] = Σ_{c,t} q_w[m, c, t] · (q_x[n, c, o·stride − padding + t·dilation] − z_x)      exact, in int32
     v = float32(sum) · (s_x · s_w[m] · r) + bias[m] · r + float32(q_r − z_r) · (s_r · r),          r = 1 / s_y
 
-in float32, each step rounded, with q_x = z_x beyond the bounds of the input, whose zeros the padding are. relu keeps v at
+in float32, each step rounded, with q_x = z_x beyond the bounds of the input, whose zeros the padding are ("same" has one more at
+the end where their number is odd, as in torch). relu keeps v at
 0 or above, relu6 below 6 · r as well. The result is v, rounded to its dtype, where that is float32 or bfloat16 (s_y is 1);
 or, in uint8 or int8, clamp(round half to even(v) + z_y), a NaN (of a bias) becoming z_y. Sums of more than 65793 products
 might not fit: ValueError.
@@ -45,7 +46,7 @@ def int8_conv2d(
     weight_scale: Tensor | float,
     bias: Tensor | None = None,
     stride: _Numbers = 1,
-    padding: _Numbers = 0,
+    padding: _Numbers | str = 0,
     dilation: _Numbers = 1,
     groups: int = 1,
     *,
@@ -66,7 +67,7 @@ def int8_conv2d(
         weight: (M, C / groups, Kh, Kw) of int8, symmetric.
         weight_scale: (M) or one number.
         bias: (M), of a floating-point dtype.
-        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d` has them, numbers alone.
+        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d` has them; "same" is for a stride of 1.
         input_scale, input_zero_point: one number each.
         output_scale, output_zero_point: one number each, where ``dtype`` is uint8 or int8; else they must be left out.
         dtype: of the result (N, M, Ho, Wo): float32, bfloat16, uint8 or int8.
@@ -86,7 +87,7 @@ def int8_conv1d(
     weight_scale: Tensor | float,
     bias: Tensor | None = None,
     stride: _Numbers = 1,
-    padding: _Numbers = 0,
+    padding: _Numbers | str = 0,
     dilation: _Numbers = 1,
     groups: int = 1,
     *,
@@ -114,7 +115,7 @@ def int8_conv3d(
     weight_scale: Tensor | float,
     bias: Tensor | None = None,
     stride: _Numbers = 1,
-    padding: _Numbers = 0,
+    padding: _Numbers | str = 0,
     dilation: _Numbers = 1,
     groups: int = 1,
     *,
@@ -161,10 +162,14 @@ def _conv(
     _check_images(op, "input", input, (torch.uint8, torch.int8), rank)
     _check_images(op, "weight", weight, (torch.int8,), rank)
     device = input.device
-    options = [
-        _numbers(op, name, value, rank, least)
-        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-    ]
+    stride, dilation = (
+        _numbers(op, name, value, rank, 1) for name, value in (("stride", stride), ("dilation", dilation))
+    )
+    if isinstance(padding, str):
+        padding = named_padding(op, padding, weight.shape[2:], stride, dilation)
+    else:
+        padding = _numbers(op, "padding", padding, rank, 0)
+    options = [stride, padding, dilation]
     size = _check_sizes(op, input, weight, *options, groups)
     filters = weight.shape[0]
     one = not isinstance(weight_scale, Tensor) or weight_scale.numel() == 1
@@ -241,6 +246,20 @@ def _numbers(op: str, name: str, value: Any, rank: int, least: int) -> list[int]
     return values
 
 
+def named_padding(
+    op: str, padding: str, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """The numbers that "same" or "valid" stands for: one for each dimension, or those of the beginnings and then of the ends."""
+    if padding not in ("same", "valid") or (padding == "same" and any(s != 1 for s in stride)):
+        raise ValueError(
+            f"fastnn.{op}: padding: expected numbers, 'valid', or 'same' with a stride of 1, got {padding!r} with a stride of"
+            f" {tuple(stride)}"
+        )
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+    begin, end = [n // 2 for n in total], [n - n // 2 for n in total]
+    return begin if begin == end else begin + end
+
+
 def _check_sizes(
     op: str, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: Any
 ) -> list[int]:
@@ -257,10 +276,7 @@ def _check_sizes(
     depth = weight[0].numel()
     if depth > 2**31 // (255 * 128):
         raise ValueError(f"fastnn.{op}: weight: expected at most 65793 elements a filter, got {depth}")
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
+    size = formulas.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     if any(n < 1 for n in size):
         raise ValueError(
             f"fastnn.{op}: input: expected the padded input to be no smaller than the filter, got "
@@ -293,10 +309,7 @@ def _named(
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation, _, _, dtype = rest
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
+    size = formulas.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], *size)
     return torch.empty_strided(shape, channels_last_strides(shape), dtype=dtype, device=input.device)
 

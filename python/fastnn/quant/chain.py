@@ -195,7 +195,7 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
     groups, taken = [], set()
     for node in graph.nodes:
         conv = module_of(node, _CONVOLUTIONS)
-        if conv is None or id(conv) not in chosen or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if conv is None or id(conv) not in chosen or conv.padding_mode != "zeros":
             continue
         if (
             conv.weight.dtype not in _FLOATS

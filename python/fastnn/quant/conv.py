@@ -13,7 +13,7 @@ from .. import _cpu, nn
 from ..backends.cpu import int8_conv as kernels
 from ..backends.cpu import quantize as quantize_kernels
 from ..ops._route import PLAIN, dispatch_modes, functorch_active, tracing_state
-from ..ops.int8_conv import int8_conv1d, int8_conv2d, int8_conv3d
+from ..ops.int8_conv import int8_conv1d, int8_conv2d, int8_conv3d, named_padding
 from ..ops.quantize import quantize, quantize_dynamic
 from .modules import Quantized, relative_error
 
@@ -34,7 +34,7 @@ class QuantizedConv(Quantized):
         output_scale, output_zero_point: likewise, of the tensor that this layer and what is fused with it hand on where that
             is uint8, else None. (Where a shortcut is added, ``residual_scale`` and ``residual_zero_point`` are its.)
 
-    The others are those of :class:`torch.nn.Conv2d`. For inference: there are no gradients.
+    The others are those of :class:`torch.nn.Conv2d`, "same" and "valid" included. For inference: there are no gradients.
     """
 
     OWN = (*Quantized.OWN, "stride", "padding", "dilation", "groups", "norm", "_call")
@@ -51,7 +51,7 @@ class QuantizedConv(Quantized):
         output_zero_point: Tensor | None = None,
         *,
         stride: Sequence[int],
-        padding: Sequence[int],
+        padding: Sequence[int] | str,
         dilation: Sequence[int],
         groups: int,
     ) -> None:
@@ -60,7 +60,8 @@ class QuantizedConv(Quantized):
             raise ValueError(
                 f"QuantizedConv: weight: expected three to five dimensions of int8, got {tuple(weight.shape)} of {weight.dtype}"
             )
-        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
+        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
+        self.padding = padding if isinstance(padding, str) else tuple(padding)
         # As the kernels read them.
         self.register_buffer("weight", channels_last(weight))
         self.register_buffer("weight_scale", weight_scale)
@@ -77,6 +78,13 @@ class QuantizedConv(Quantized):
         self._packed: dict[Any, Any] = {}
         self._call: Step | None = None
         self._check_values()
+
+    @property
+    def pads(self) -> Sequence[int]:
+        """The padding in numbers, as the kernels take it."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        return named_padding("int8_conv", self.padding, self.weight.shape[2:], self.stride, self.dilation)
 
     @classmethod
     def of(
@@ -130,7 +138,7 @@ class QuantizedConv(Quantized):
         filters, channels, *kernel = self.weight.shape
         return (
             f"{channels * self.groups}, {filters}, kernel_size={tuple(kernel)}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, weight=int8"
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, weight=int8"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -219,7 +227,7 @@ class Step:
             scale, zero_point = self.residual_parameters()
             added = (float(scale * torch.tensor(how.inverse)), int(zero_point))
         self.convolution = kernels.Convolution(
-            *(conv.weight, how, conv.stride, conv.padding, conv.dilation, conv.groups, self.dtype, *added),
+            *(conv.weight, how, conv.stride, conv.pads, conv.dilation, conv.groups, self.dtype, *added),
             _cpu.Prepared(),
         )
 

@@ -35,7 +35,7 @@ Int8Conv convolution(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, 
   c.type = dtype_argument(op, "dtype", dtype);
   if (c.type != DType::f32 && c.type != DType::bf16 && c.type != DType::u8 && c.type != DType::s8)
     bad_argument(op, "dtype", "float32, bfloat16, uint8 or int8");
-  read_geometry(op, c, stride, padding, dilation, groups);
+  read_geometry(op, c, stride, padding, dilation, groups, true);
   if (!is_last(c.x) || !is_last(c.y))
     bad_argument(op, "x, y", "images whose channels are neighbours");
   if (c.w.size[1] * c.w.spatial() > kInt8Depth)
@@ -85,7 +85,8 @@ void bind_int8_conv(py::module_& m) {
   m.def("int8_conv", caller(&convolution),
         "y = requantized convolution of x (uint8) with w (int8), see conv/int8_conv.hpp and "
         "quant/requantize.hpp; shapes (N, C, D, H, W), strides in elements, channels of x and y "
-        "neighbours; start (int32), scale and shift (float32): one an output channel; the residual "
+        "neighbours; the padding of both ends, or of the beginnings and then of the ends; start "
+        "(int32), scale and shift (float32): one an output channel; the residual "
         "with the strides of y.",
         py::arg("x_ptr"), py::arg("x_shape"), py::arg("x_strides"), py::arg("w_ptr"),
         py::arg("w_shape"), py::arg("w_strides"), py::arg("y_ptr"), py::arg("y_shape"),

@@ -171,17 +171,14 @@ class Convolution:
         """The result's shape and strides, and what the kernel is told between and behind the addresses of x and of the result."""
         w, how = self._w, self._how
         stride, padding, dilation, groups = self._options
-        spatial = [
-            (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (w.shape[2 + d] - 1) - 1) // stride[d] + 1
-            for d in range(x.dim() - 2)
-        ]
-        shape = (x.shape[0], w.shape[0], *spatial)
+        shape = (x.shape[0], w.shape[0], *formulas.output_size(x.shape[2:], w.shape[2:], stride, padding, dilation))
         strides = channels_last_strides(shape)
+        begin, end = padding[: x.dim() - 2], padding[2 - x.dim() :]
         filters = w.data_ptr(), five(w.shape, 1), five(w.stride(), 1)
         before = (five(x.shape, 1), five(x.stride(), 1), *filters)
         between = (
             *(five(shape, 1), five(strides, 1), DTYPE[self.dtype]),
-            *(three(stride, 1), three(padding, 0), three(dilation, 1), groups, how.outside),
+            *(three(stride, 1), (*three(begin, 0), *three(end, 0)), three(dilation, 1), groups, how.outside),
             *(how.start.data_ptr(), how.scale.data_ptr(), how.shift.data_ptr(), how.low, how.high, how.zero),
         )
         return shape, strides, before, between

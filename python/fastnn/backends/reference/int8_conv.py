@@ -1,6 +1,7 @@
 """Convolution of 8-bit images in plain torch: exact sums in float64, the rest in float32 as in fastnn.ops.int8_conv.
 
-Arguments are those of torch.ops.fastnn.int8_conv.
+Arguments are those of torch.ops.fastnn.int8_conv. Its padding is one number for each dimension, or as many for the beginnings and
+then for the ends.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def int8_conv(
         check_residual(residual, residual_scale, residual_zero_point)
     # Integers below 2^53: each product and sum is exact.
     shifted = input.to(torch.float64) - input_zero_point
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-    sums = convolve(shifted, weight.to(torch.float64), None, stride, padding, dilation, groups)
+    rank = weight.dim() - 2
+    shifted = F.pad(shifted, [n for d in reversed(range(rank)) for n in (padding[d], padding[d - rank])])
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    sums = convolve(shifted, weight.to(torch.float64), None, stride, 0, dilation, groups)
     channels = (-1, *(1,) * (weight.dim() - 2))
     scale, shift, inverse = columns(weight_scale, bias, input_scale, output_scale, weight.shape[0])
     v = sums.to(torch.float32) * scale.view(channels) + shift.view(channels)
@@ -57,6 +60,17 @@ def int8_conv(
         v = (v.round() + zero_point).clamp(least, most)
     v = v.to(dtype)
     return v.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """The spatial sizes of the result."""
+    rank = len(kernel)
+    return [
+        (size[d] + padding[d] + padding[d - rank] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        for d in range(rank)
+    ]
 
 
 def columns(
