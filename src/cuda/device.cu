@@ -1,8 +1,18 @@
 #include "cuda/device.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
 #include "cuda/device.cuh"
 
 namespace fastnn::cuda {
+
+static int device_capability();
+// In the emulation it is tests that ask for the kernels of later devices.
+static std::atomic<int> capability_limit = emulated() ? 80 : std::numeric_limits<int>::max();
+int capability() { return std::min(device_capability(), capability_limit.load()); }
+int limit_capability(int most) { return capability_limit.exchange(most); }
 
 #ifdef __CUDACC__
 
@@ -25,6 +35,17 @@ int devices() {
   }
   return count;
 }
+static int attribute(cudaDeviceAttr which) {
+  int device, value;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+static int device_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+         attribute(cudaDevAttrComputeCapabilityMinor);
+}
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 bool emulated() { return false; }
 
 #else
@@ -32,6 +53,8 @@ bool emulated() { return false; }
 OnDevice::OnDevice(int) {}
 OnDevice::~OnDevice() = default;
 int devices() { return 1; }
+static int device_capability() { return kHopper; }
+int multiprocessors() { return 3; }  // few, so that persistent blocks have more than one tile
 bool emulated() { return true; }
 
 #endif

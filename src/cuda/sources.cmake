@@ -11,6 +11,8 @@ set(FASTNN_CUDA_KERNELS
   device.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
+  gemm/hopper.cu
+  gemm/parts.cu
   norm/layer_norm.cu
   quant/dynamic.cu
   quant/fake_quantize.cu

@@ -74,6 +74,31 @@ def test_products_run_on_tensor_cores(extension, kernel):
         assert "STL" not in code, "a store to local memory"
 
 
+#: Of the kernels of sm_90a, by a part of their names: products of warpgroups.
+WARPGROUPS = {
+    "10HopperBf16ELi256": "HGMMA.64x256x16.F32.BF16",
+    "9HopperF16ELi128": "HGMMA.64x128x16.F32",
+    "8HopperS8ELi256": "IGMMA.64x256x32.S8.S8",
+    "8HopperU8ELi128": "IGMMA.64x128x32.U8.S8",
+    "11HopperPartsILi3E": "HGMMA.64x128x16.F32.BF16",
+}
+
+
+def test_hoppers_products_run_on_warpgroups(extension):
+    names = [name for name in kernels(extension, "sm_90a") if "warpgroups" in name]
+    assert len(names) == 2 * (2 * 4 + 2) + 3
+    for part, instruction in WARPGROUPS.items():
+        name = next(name for name in names if part in name)
+        code = dump("--dump-sass", "--gpu-architecture", "sm_90a", "--function", name, extension)
+        assert instruction in code, part
+        assert "UTMALDG.3D" in code, "copies of tiles"
+        assert "SYNCS.ARRIVE.TRANS64" in code and "SYNCS.PHASECHK.TRANS64.TRYWAIT" in code, "mbarriers"
+        assert "USETMAXREG" in code, "registers go from the producer to the consumers"
+        # In float32 sums begin anew in every step; else a product is begun before the last has ended.
+        assert ("gsb0, 0x1" in code) == (part != "11HopperPartsILi3E"), part
+        assert "STL" not in code, "a store to local memory"
+
+
 def test_it_imports_without_a_driver(extension):
     code = (
         "import importlib.util as u; "

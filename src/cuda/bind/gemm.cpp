@@ -1,6 +1,7 @@
 // GEMM for Python: checks that make a crash impossible for consistent pointers, and no more; what a
 // tensor is, and which exception torch would raise, is decided in python/fastnn/ops.
 #include "cuda/gemm/gemm.hpp"
+#include "cuda/gemm/hopper.hpp"
 
 #include "cuda/bind/bind.hpp"
 
@@ -43,7 +44,8 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
                uintptr_t c_ptr, py::handle c_shape, py::handle c_strides, int c_dtype,
                int precision, double alpha, double beta, uintptr_t residual_ptr,
                py::handle residual_strides, uintptr_t bias_ptr, int bias_axis, int64_t bias_stride,
-               int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr, int device,
+               int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr,
+               uintptr_t workspace_ptr, int64_t workspace_bytes, bool batch_invariant, int device,
                uintptr_t stream) {
   cuda::Gemm g;
   const View c = view("c", c_ptr, c_shape, c_strides), a = view("a", a_ptr, a_shape, a_strides),
@@ -92,9 +94,25 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
   g.col_scale = reinterpret_cast<const float*>(col_scale_ptr);
   if (floats && (g.row_scale || g.col_scale))
     bad_argument("gemm", "row_scale, col_scale", "int8 operands");
+  g.workspace = reinterpret_cast<void*>(workspace_ptr);
+  g.workspace_bytes = workspace_ptr ? workspace_bytes : 0;
+  g.batch_invariant = batch_invariant;
   py::gil_scoped_release release;
   cuda::OnDevice on(device);
   cuda::gemm(g, reinterpret_cast<void*>(stream));
+}
+
+int64_t gemm_workspace(py::handle c_shape, int64_t k, int a_dtype, int precision,
+                       bool batch_invariant, int device) {
+  int64_t shape[kMaxDims];
+  const int dims = read_tuple("gemm_workspace", "c_shape", c_shape, shape, kMaxDims);
+  if (dims < 2) bad_argument("gemm_workspace", "c_shape", "at least 2 dimensions");
+  if (precision < 0 || precision > 2) bad_argument("gemm_workspace", "precision", "0 to 2");
+  int64_t batches = 1;
+  for (int d = 0; d < dims - 2; d++) batches *= shape[d];
+  cuda::OnDevice on(device);
+  return cuda::gemm_workspace(dtype_argument("gemm_workspace", "a", a_dtype), 3 - precision,
+                              batches, shape[dims - 2], shape[dims - 1], k, batch_invariant);
 }
 
 }  // namespace
@@ -108,6 +126,12 @@ void bind_gemm(py::module_& m) {
       py::arg("beta") = 0.0, py::arg("residual_ptr") = 0, py::arg("residual_strides") = py::none(),
       py::arg("bias_ptr") = 0, py::arg("bias_axis") = 2, py::arg("bias_stride") = 1,
       py::arg("activation") = 0, py::arg("row_scale_ptr") = 0, py::arg("col_scale_ptr") = 0,
-      py::arg("device") = 0, py::arg("stream") = 0,
+      py::arg("workspace_ptr") = 0, py::arg("workspace_bytes") = 0,
+      py::arg("batch_invariant") = false, py::arg("device") = 0, py::arg("stream") = 0,
       "C = activation(alpha * scales * (A B) + bias + beta * residual), on `device` and `stream`.");
+  m.def("gemms_on_hopper", &cuda::gemms_on_hopper,
+        "How many products the kernels of sm_90a computed.");
+  m.def("gemm_workspace", &gemm_workspace, py::arg("c_shape"), py::arg("k"), py::arg("a_dtype"),
+        py::kw_only(), py::arg("precision") = 0, py::arg("batch_invariant") = false,
+        py::arg("device") = 0, "Bytes of scratch memory that gemm is faster with.");
 }

@@ -20,6 +20,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastnn's CUDA kernels, on raw pointers.";
   m.attr("emulated") = fastnn::cuda::emulated();
   m.def("devices", &fastnn::cuda::devices, "How many devices there are; 0 without a driver.");
+  m.def("limit_capability", &fastnn::cuda::limit_capability, py::arg("most"),
+        "Kernels are chosen as if the device's compute capability (10 times major plus minor) were "
+        "at most this; returns what was the most before. The emulation begins with 80.");
   bind_attention(m);
   bind_conv(m);
   bind_gemm(m);

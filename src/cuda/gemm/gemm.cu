@@ -5,22 +5,14 @@
 
 #include <type_traits>
 
+#include "cuda/device.hpp"
 #include "cuda/gemm/epilogue.cuh"
+#include "cuda/gemm/hopper.hpp"
 #include "cuda/gemm/mainloop.cuh"
+#include "cuda/gemm/plain_sum.cuh"
 
 namespace fastnn::cuda {
 namespace {
-
-// The element of C by one thread, without tensor cores.
-template <class Element>
-__device__ float plain_sum(const Gemm& g, const Placed& at, int64_t row, int64_t column) {
-  const auto* a = reinterpret_cast<const Element*>(at.a) + row * g.a.row;
-  const auto* b = reinterpret_cast<const Element*>(at.b) + column * g.b.column;
-  float sum = 0;
-  for (int64_t k = 0; k < g.k; k++)
-    sum = fmaf(to_float(a[k * g.a.column]), to_float(b[k * g.b.row]), sum);
-  return sum;
-}
 
 template <class Mode, class S, bool a_along_k, bool b_along_k>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -116,7 +108,6 @@ template <class Mode>
 void choose_shape(const Gemm& g, void* stream) {
   int64_t batches = 1;
   for (int d = 0; d < g.batch_dims; d++) batches *= g.batch[d];
-  if (g.m == 0 || g.n == 0 || batches == 0) return;
   // Large tiles read less; small ones fill the GPU where there are few. A sum's order is that of
   // its tiles of K, which both have alike: the choice changes no bits.
   const int64_t large =
@@ -130,7 +121,18 @@ void choose_shape(const Gemm& g, void* stream) {
 
 }  // namespace
 
+int64_t gemm_workspace(DType a_type, int parts, int64_t batches, int64_t m, int64_t n, int64_t k,
+                       bool batch_invariant) {
+  return capability() == kHopper
+             ? hopper_workspace(a_type, parts, batches, m, n, k, batch_invariant)
+             : 0;
+}
+
 void gemm(const Gemm& g, void* stream) {
+  bool empty = g.m == 0 || g.n == 0;
+  for (int d = 0; d < g.batch_dims; d++) empty = empty || g.batch[d] == 0;
+  if (empty) return;
+  if (g.k > 0 && capability() == kHopper && gemm_on_hopper(g, stream)) return;
   switch (g.a_type) {
     case DType::f32:
       return g.parts == 3   ? choose_shape<SplitF32<3>>(g, stream)

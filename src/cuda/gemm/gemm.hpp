@@ -33,8 +33,16 @@ struct Gemm {
   int64_t bias_stride = 1;
   int activation = kNone;
   const float *row_scale = nullptr, *col_scale = nullptr;
-  int parts = 3;  // of float32: 3 (float32's accuracy), 2 or 1 bfloat16 a number
+  void* workspace = nullptr;  // scratch memory, of gemm_workspace() bytes, aligned to 16
+  int64_t workspace_bytes = 0;
+  bool batch_invariant = false;  // sums are added up in an order that depends on K alone
+  int parts = 3;                 // of float32: 3 (float32's accuracy), 2 or 1 bfloat16 a number
 };
+
+// The scratch memory that a product wants on the device that is current, in bytes. Without it
+// slower kernels do the work.
+int64_t gemm_workspace(DType a_type, int parts, int64_t batches, int64_t m, int64_t n, int64_t k,
+                       bool batch_invariant);
 
 // On the device that is current. Throws std::invalid_argument for types that have no kernel,
 // std::runtime_error where CUDA refuses.

@@ -26,10 +26,11 @@ struct TilePlace {
   int64_t row, column;
 };
 
-__device__ inline TilePlace tile_place(int64_t index, int64_t rows, int64_t columns) {
-  const int64_t strip = index / (kStrip * columns), first = strip * kStrip;
-  const int64_t height = rows - first < kStrip ? rows - first : kStrip;
-  const int64_t within = index - strip * kStrip * columns;
+__device__ inline TilePlace tile_place(int64_t index, int64_t rows, int64_t columns,
+                                       int at_a_time = kStrip) {
+  const int64_t strip = index / (at_a_time * columns), first = strip * at_a_time;
+  const int64_t height = rows - first < at_a_time ? rows - first : at_a_time;
+  const int64_t within = index - strip * at_a_time * columns;
   return {first + within % height, within / height};
 }
 

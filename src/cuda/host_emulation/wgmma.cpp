@@ -142,10 +142,20 @@ std::vector<char> right_operand(const Product& p) {
   return matrix(w.b, w.b_across, w.b_type, 0, w.columns, p.where);
 }
 
+// sums[j] += a[k] b[k][j], in the order of k: the instruction's sums.
+#ifdef __x86_64__
+__attribute__((target_clones("default", "avx2"), optimize("O3")))
+#endif
+void add_products(double* sums, const double* a, const double* b, int depth, int n) {
+  for (int k = 0; k < depth; k++)
+    for (int j = 0; j < n; j++) sums[j] += a[k] * b[k * n + j];
+}
+
 void multiply(Product& p, Accumulators& to) {
   const WarpgroupProduct& w = p.what[0];
   const int n = w.columns, depth = kStepBytes / size_of(w.a_type), size = size_of(w.a_type);
   std::vector<double> b(depth * n), sums(n);
+  double a[kStepBytes];
   for (int k = 0; k < depth; k++)
     for (int j = 0; j < n; j++) b[k * n + j] = number(w.b_type, &p.b[j * kStepBytes + k * size]);
   for (int row = 0; row < kWarpRows; row++) {
@@ -157,11 +167,8 @@ void multiply(Product& p, Accumulators& to) {
       sums[j] = !w.accumulate          ? 0
                 : is_integer(w.a_type) ? double(int32_t(value(j)))
                                        : double(std::bit_cast<float>(value(j)));
-    for (int k = 0; k < depth; k++) {
-      const double x = number(w.a_type, &p.a[row * kStepBytes + k * size]);
-      const double* column = &b[k * n];
-      for (int j = 0; j < n; j++) sums[j] += x * column[j];
-    }
+    for (int k = 0; k < depth; k++) a[k] = number(w.a_type, &p.a[row * kStepBytes + k * size]);
+    add_products(sums.data(), a, b.data(), depth, n);
     for (int j = 0; j < n; j++)
       value(j) = is_integer(w.a_type) ? uint32_t(int64_t(sums[j]))
                                       : std::bit_cast<uint32_t>(ptx::toward_zero(sums[j]));

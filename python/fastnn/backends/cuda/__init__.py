@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _state
 from .. import _matmul
 from .._matmul import MAX_DIMS, rows_of
 from .._tensors import reason_against
-from ..codes import ACTIVATION, DTYPE
+from ..codes import ACTIVATION, DTYPE, precision
 
 try:
     from ... import _cuda as _module
@@ -88,7 +89,20 @@ def where(tensor: Tensor) -> dict[str, int]:
 
 def gemm(a: Tensor, b: Tensor, c: Tensor, **epilogue: Any) -> None:
     """See _matmul.multiply."""
-    _matmul.multiply(_module.gemm, a, b, c, **where(c), **epilogue)
+    at = where(c)
+    invariant = _state.settings().batch_invariant
+    scratch = _module.gemm_workspace(
+        c.shape,
+        a.shape[-1],
+        DTYPE[a.dtype],
+        precision=precision(a.dtype),
+        batch_invariant=invariant,
+        device=at["device"],
+    )
+    if scratch:
+        workspace = c.new_empty(scratch, dtype=torch.uint8)
+        at.update(workspace_ptr=workspace.data_ptr(), workspace_bytes=scratch)
+    _matmul.multiply(_module.gemm, a, b, c, batch_invariant=invariant, **at, **epilogue)
 
 
 product = functools.partial(_matmul.product, gemm)
