@@ -44,6 +44,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   check(cudaGetLastError(), "launch");
 }
 
+inline void set_zero(void* to, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
 #else
 
 template <class T>
@@ -62,6 +66,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             Arguments... arguments) {
   emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
+
+inline void set_zero(void* to, size_t bytes, void*) { std::memset(to, 0, bytes); }
 
 #endif
 

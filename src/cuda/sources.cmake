@@ -19,7 +19,9 @@ set(FASTNN_CUDA_KERNELS
   quant/quantize.cu
   reduce/column_sum.cu
   softmax/softmax.cu
-  tensor_map.cu)
+  tensor_map.cu
+  tree/binning.cu
+  tree/split_search.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/conv.cpp
@@ -30,4 +32,5 @@ set(FASTNN_CUDA_BINDINGS
   bind/norm.cpp
   bind/quantize.cpp
   bind/reduce.cpp
-  bind/softmax.cpp)
+  bind/softmax.cpp
+  bind/tree.cpp)

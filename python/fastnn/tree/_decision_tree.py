@@ -12,16 +12,17 @@ import torch
 from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin
 from sklearn.tree._classes import BaseDecisionTree
-from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils import check_array, check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from .. import _cpu, _state
 from ..backends.cpu import empty
-from . import _exact
+from . import _device_search, _exact
 from ._histogram_search import Bins, with_max_bins
 from ._predict import ClassifierTreeMixin, TreeMixin
 from ._sklearn import KnownParameters, tree_of
+from ._tensors import takes_tensors, to_numpy
 
 _CLASSIFICATION = ("gini", "entropy", "log_loss")
 _REGRESSION = ("squared_error", "absolute_error", "poisson")
@@ -58,12 +59,16 @@ class ExactTree(KnownParameters, BaseDecisionTree):
             raise ValueError(f"Number of labels={len(y)} does not match number of samples={n_samples}")
         # Of a forest's trees the first is enough: what is not finite stays so in all of them.
         if sample_weight is not None and (not encodes or shared.settings is None):
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
         if expanded is not None:
             sample_weight = expanded if sample_weight is None else sample_weight * expanded
         if sample_weight is not None:
             sample_weight = np.ascontiguousarray(sample_weight, dtype=np.float64)
         target = _exact.Target(_alias(self.criterion), y, classes, sample_weight)
+        columns = None
+        if isinstance(X, torch.Tensor):
+            columns = _device_search.bins_of(self, X, target)
+            X = X if columns is not None else to_numpy(X)
         if not _exact.fits(target):
             _state.count_fallback(f"tree.{type(self).__name__}", "rows times classes beyond 2^32")
             mask = self._compute_missing_values_in_feature_mask(X)
@@ -77,13 +82,16 @@ class ExactTree(KnownParameters, BaseDecisionTree):
         else:
             settings, self.max_features_ = shared.settings
         settings = settings._replace(seed=self._seed())
-        if self.splitter == "random":
+        if columns is not None:
+            grow = _device_search.DeviceBins.grow
+        elif self.splitter == "random":
             make, grow = _exact.columns_of, _exact.grow_random
         elif self.max_bins is None:
             make, grow = _exact.presort, _exact.grow
         else:
             make, grow = functools.partial(Bins, max_bins=self.max_bins), Bins.grow
-        columns = make(X, threads=self._threads) if shared is None else shared.columns(X, make, self._threads)
+        if columns is None:
+            columns = make(X, threads=self._threads) if shared is None else shared.columns(X, make, self._threads)
         grown = grow(columns, target, settings)
         counts = np.ones(self.n_outputs_, dtype=np.intp) if classes is None else classes
         self.tree_ = tree_of(grown, self.n_features_in_, counts, self.n_outputs_)
@@ -114,7 +122,10 @@ class ExactTree(KnownParameters, BaseDecisionTree):
 
     def _checked(self, X, y):
         """X as float32 and y as it is, with scikit-learn's errors."""
-        plain = _plain_arrays(X, y)
+        if isinstance(X, torch.Tensor):
+            plain = _device_search.checked(X), check_array(y, ensure_2d=False, dtype=None)
+        else:
+            plain = _plain_arrays(X, y)
         if plain is not None:
             X, y = plain
             self.n_features_in_ = X.shape[1]
@@ -278,6 +289,12 @@ def _alias(criterion: str) -> str:
 @with_max_bins
 class DecisionTreeClassifier(ClassifierTreeMixin, sklearn.tree.DecisionTreeClassifier, ExactTree):
     __doc__ = sklearn.tree.DecisionTreeClassifier.__doc__
+
+    @takes_tensors
+    def fit(self, X, y, sample_weight=None, check_input=True):
+        """As scikit-learn's. From a tensor on a GPU, with ``max_bins``, the same tree is grown there."""
+        X = X if _device_search.keeps(self, X) else to_numpy(X)
+        return super().fit(X, to_numpy(y), to_numpy(sample_weight), check_input)
 
 
 @with_max_bins

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["TensorMixin", "to_numpy"]
+__all__ = ["TensorMixin", "takes_tensors", "to_numpy"]
 
 _TAKES = ("fit", "partial_fit", "score", "decision_path", "cost_complexity_pruning_path")
 _RETURNS = (
@@ -84,6 +84,12 @@ def _wrap(method: Any, kind: str) -> Any:
 
     setattr(wrapped, _MARK, True)
     return wrapped
+
+
+def takes_tensors(method: Any) -> Any:
+    """Marks a method that :class:`TensorMixin` is to leave as it is."""
+    setattr(method, _MARK, True)
+    return method
 
 
 class TensorMixin:

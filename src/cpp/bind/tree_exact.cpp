@@ -8,6 +8,7 @@
 #include "bind/bind.hpp"
 #include "bind/tree.hpp"
 #include "common/parallel.hpp"
+#include "tree/ahead.hpp"
 #include "tree/bootstrap.hpp"
 #include "tree/exact.hpp"
 
@@ -117,6 +118,73 @@ std::unique_ptr<ExactTree> grow(const Columns& columns, const py::tuple& given,
   return std::make_unique<ExactTree>(kGrow(columns, target, s));
 }
 
+// The search of a GPU's backend: takes and returns bytes.
+class PythonSearch final : public AheadSearch {
+ public:
+  PythonSearch(py::object search, int64_t columns, int64_t words)
+      : search_(std::move(search)), columns_(columns), words_(words) {}
+
+  AheadResult search(const std::vector<AheadNode>& roots, const std::vector<int32_t>& weights,
+                     int levels, int64_t rows) override {
+    py::gil_scoped_acquire acquire;
+    const auto found = search_(bytes_of(roots), bytes_of(weights), levels, rows).cast<py::tuple>();
+    if (found.size() != 3) bad_argument("tree_grow_ahead", "search", "three results");
+    const auto count = int64_t(roots.size());
+    AheadResult result;
+    read(found[0], ahead_nodes(count, levels + 1), result.nodes);
+    read(found[1], ahead_nodes(count, levels + 1) * words_, result.weights);
+    read(found[2], ahead_nodes(count, levels) * columns_, result.candidates);
+    return result;
+  }
+
+ private:
+  template <class T>
+  static py::bytes bytes_of(const std::vector<T>& v) {
+    return {reinterpret_cast<const char*>(v.data()), v.size() * sizeof(T)};
+  }
+  template <class T>
+  static void read(py::handle from, int64_t count, std::vector<T>& to) {
+    const auto info = py::reinterpret_borrow<py::buffer>(from).request();
+    if (info.size * info.itemsize != count * int64_t(sizeof(T)))
+      bad_argument("tree_grow_ahead", "search",
+                   "results of " + std::to_string(count * int64_t(sizeof(T))) + " bytes, got " +
+                       std::to_string(info.size * info.itemsize));
+    to.resize(size_t(count));
+    std::memcpy(to.data(), info.ptr, to.size() * sizeof(T));
+  }
+
+  py::object search_;
+  const int64_t columns_, words_;
+};
+
+AheadColumns ahead_columns(int64_t rows, int64_t columns, int slots, uintptr_t least,
+                           uintptr_t largest, int most_nodes) {
+  const char* op = "tree_ahead_columns";
+  if (rows < 1 || columns < 1) bad_argument(op, "shape", "rows and columns");
+  if (rows > INT32_MAX) bad_argument(op, "rows", "less than 2^31");
+  if (slots < 2 || slots > kBinSlots) bad_argument(op, "slots", "2 to 256");
+  if (most_nodes < 1) bad_argument(op, "most_nodes", "1 or more");
+  return {rows,
+          columns,
+          slots,
+          address<float>(op, "least", least),
+          address<float>(op, "largest", largest),
+          most_nodes};
+}
+
+std::unique_ptr<ExactTree> grow_by(const AheadColumns& columns, const py::tuple& given,
+                                   const py::tuple& settings, py::object search) {
+  const char* op = "tree_grow_ahead";
+  const TreeTarget target = target_argument(op, given, columns.rows);
+  const ExactSettings s = settings_argument(op, settings);
+  if (target.criterion != TreeCriterion::gini || target.outputs != 1 || s.monotonic)
+    bad_argument(op, "target", "one output by Gini impurity, without monotonic constraints");
+  PythonSearch by(std::move(search), columns.columns,
+                  target.classes[0] + (target.weights != nullptr));
+  py::gil_scoped_release release;
+  return std::make_unique<ExactTree>(grow_ahead(columns, by, target, s));
+}
+
 // Nodes of 64 bytes each, and values, to where there is room for them.
 void copy_tree(const ExactTree& tree, uintptr_t nodes, uintptr_t values) {
   std::memcpy(address<void>("copy_to", "nodes", nodes), tree.nodes.data(),
@@ -189,6 +257,15 @@ void bind_tree_exact(py::module_& m) {
         py::arg("settings"));
   m.def("tree_grow_binned", &grow<BinnedColumns, grow_binned>, py::arg("bins"), py::arg("target"),
         py::arg("settings"));
+  py::class_<AheadColumns>(m, "TreeAheadColumns", py::module_local(),
+                           "Columns of bins on a GPU: the ranges of the values in each.")
+      .def(py::init(&ahead_columns), py::arg("rows"), py::arg("columns"), py::arg("slots"),
+           py::arg("least"), py::arg("largest"), py::arg("most_nodes"))
+      .def_property_readonly("close", &AheadColumns::close);
+  m.attr("tree_ahead_sizes") =
+      py::make_tuple(sizeof(AheadNode), sizeof(int32_t), sizeof(AheadCandidate));
+  m.def("tree_grow_ahead", &grow_by, py::arg("columns"), py::arg("target"), py::arg("settings"),
+        py::arg("search"));
   m.def("tree_first_draw", &draw, py::arg("seed"), py::arg("below"));
   m.def("tree_bootstrap", &counts, py::arg("seed"), py::arg("rows"), py::arg("draws"),
         py::arg("out"));

@@ -14,3 +14,4 @@ void bind_reduce(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
+void bind_tree(pybind11::module_& m);

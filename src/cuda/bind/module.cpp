@@ -32,4 +32,5 @@ PYBIND11_MODULE(_cuda, m) {
   bind_norm(m);
   bind_quantize(m);
   bind_softmax(m);
+  bind_tree(m);
 }
