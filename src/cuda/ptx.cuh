@@ -66,6 +66,18 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return two;
 }
 
+// Two numbers at a time: a b + c, rounded once.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t two;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(two) : "r"(a), "r"(b), "r"(c));
+  return two;
+}
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t two;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(two) : "r"(a), "r"(b), "r"(c));
+  return two;
+}
+
 // d += a b, of A's 16 rows and B's 8 columns.
 #define FASTNN_MMA(name, shape, types, constraint, Accumulator)                       \
   __device__ __forceinline__ void name(Accumulator(&d)[4], const uint32_t (&a)[4],    \

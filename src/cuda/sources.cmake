@@ -16,7 +16,9 @@ set(FASTNN_CUDA_KERNELS
   norm/layer_norm.cu
   quant/dynamic.cu
   quant/fake_quantize.cu
+  quant/int8_linear.cu
   quant/quantize.cu
+  quant/weight_only.cu
   reduce/column_sum.cu
   softmax/softmax.cu
   tensor_map.cu
@@ -30,6 +32,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/gemm.cpp
   bind/module.cpp
   bind/norm.cpp
+  bind/quant_linear.cpp
   bind/quantize.cpp
   bind/reduce.cpp
   bind/softmax.cpp

@@ -9,15 +9,13 @@ from torch.library import opcheck
 
 import fastnn
 import fastnn.functional as fF
-from fastnn import _cpu
 from fastnn.backends.reference import weight_only as formulas
 from fastnn.backends.reference.quantize import pack
 
-ISAS = ("portable", "avx2", "avx512", "amx-emulated")
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = ("int8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2")
 EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-isas = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in (*_cpu.available_isas(), "amx-emulated")])
+pytestmark = pytest.mark.not_on("triton")
 
 
 def make(scheme, n, k, group=None, zeros=False, seed=0):
@@ -60,14 +58,12 @@ def check(x, arguments, keywords, w, size, bias=None, extra=0.0):
     return result
 
 
-@isas
 @pytest.mark.parametrize("dtype", INPUTS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_against_float64(isa, dtype, scheme, use_isa, no_fallback):
-    use_isa(isa)
+def test_against_float64(machine, dtype, scheme, no_fallback):
     zeros = not scheme.startswith("float8")
     # Three bfloat16 of a float32 lose 2^-24 of each factor where tiles multiply.
-    extra = 2**-15 if isa == "amx-emulated" and dtype is torch.float16 else 0.0
+    extra = 2**-15 if machine == "amx-emulated" and dtype is torch.float16 else 0.0
     for m, n, k, group, with_zeros in (
         (1, 37, 254, None, False),
         (3, 17, 130, None, zeros),
@@ -86,10 +82,8 @@ def test_against_float64(isa, dtype, scheme, use_isa, no_fallback):
         check(x, *make(scheme, n, k, group, with_zeros), bias=bias, extra=extra)
 
 
-@isas
 @pytest.mark.parametrize("scheme", ["int8", "int4", "uint4"])
-def test_integers_are_exact(isa, scheme, use_isa):
-    use_isa(isa)
+def test_integers_are_exact(machine, scheme):
     for m, n, k, group in (
         (1, 35, 254, None),
         (6, 34, 256, 32),
@@ -125,25 +119,21 @@ def _spread(x, n, k):
     return x.repeat_interleave(k // x.shape[1], 1)
 
 
-def test_every_byte_of_float8(use_isa):
+def test_every_byte_of_float8(machine):
     """NaN, infinities and denormals among them."""
-    for isa in _cpu.available_isas():
-        use_isa(isa)
-        for name in ("float8_e4m3fn", "float8_e5m2"):
-            weight = torch.arange(256, dtype=torch.uint8).repeat_interleave(2).view(256, 2)
-            weight[:, 1] = 0
-            weight = weight.view(getattr(torch, name))
-            for dtype in INPUTS:
-                for m in (1, 60):
-                    x = torch.ones(m, 2, dtype=dtype)
-                    result = fF.weight_only_linear(x, weight, torch.ones(256))
-                    wanted = weight[:, 0].to(torch.float32).expand(m, -1).to(dtype)
-                    torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        weight = torch.arange(256, dtype=torch.uint8).repeat_interleave(2).view(256, 2)
+        weight[:, 1] = 0
+        weight = weight.view(getattr(torch, name))
+        for dtype in INPUTS:
+            for m in (1, 60):
+                x = torch.ones(m, 2, dtype=dtype)
+                result = fF.weight_only_linear(x, weight, torch.ones(256))
+                wanted = weight[:, 0].to(torch.float32).expand(m, -1).to(dtype)
+                torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@isas
-def test_infinities(isa, use_isa):
-    use_isa(isa)
+def test_infinities(machine):
     (weight, scale, zero), keywords, w, _ = make("uint4", 40, 128, 32, True)
     for dtype in INPUTS:
         for m in (2, 60):

@@ -11,6 +11,8 @@ from ._tensors import contiguous
 
 #: The numbers of the schemes in src/cpp/quant/scheme.hpp.
 SCHEME: dict[str, int] = {"int8": 0, "uint8": 1, "int4": 2, "uint4": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
+#: Those of WeightFormat in src/cpp/quant/weight_only.hpp.
+WEIGHT_FORMAT: dict[str, int] = {"int8": 0, "int4": 1, "uint4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
 
 def scales(scale: Tensor) -> Tensor:

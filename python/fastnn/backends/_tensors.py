@@ -15,6 +15,8 @@ _BESIDE: dict[str, tuple[torch.dtype, ...]] = {
     "quantize": (torch.float64,),
     "quantize_dynamic": (torch.float64,),
     "choose_scale": (torch.float64,),
+    "int8_linear": (torch.float64,),  # scales
+    "weight_only_linear": (torch.float64,),  # likewise
     "dequantize": (torch.float64, *_BYTES, torch.float8_e4m3fn, torch.float8_e5m2),
 }
 

@@ -17,7 +17,8 @@ from ..backends.reference.quantize import FLOAT8, PACKED, RANGE, STORAGE
 from ._route import describe
 
 _INTEGER = (torch.int32, torch.int8, torch.uint8, torch.int64)
-_LEAST_SCALE, _MOST_SCALE = 2.0**-126, torch.finfo(torch.float32).max
+#: For check_number.
+SCALES = (2.0**-126, torch.finfo(torch.float32).max, "a positive, normal, finite number")
 _NUMBER = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -86,18 +87,18 @@ def parameters(
 
     With ``learned`` they keep their gradients, and zero points may be of floating-point numbers.
     """
-    _check_number(op, "scale", scale, _LEAST_SCALE, _MOST_SCALE, "a positive, normal, finite number")
+    check_number(op, "scale", scale, *SCALES)
     scale = parameter(op, "scale", scale, shape, device, learned=learned)
     if zero_point is not None and dtype in FLOAT8:
         raise ValueError(f"fastnn.{op}: zero_point: expected None, as {dtype} has none")
     if zero_point is not None:
         least, most = RANGE[dtype]
-        _check_number(op, "zero_point", zero_point, least, most, f"{least} to {most} for {dtype}")
+        check_number(op, "zero_point", zero_point, least, most, f"{least} to {most} for {dtype}")
         zero_point = parameter(op, "zero_point", zero_point, shape, device, integer=True, learned=learned)
     return scale, zero_point
 
 
-def _check_number(op: str, name: str, value: Any, least: float, most: float, expected: str) -> None:
+def check_number(op: str, name: str, value: Any, least: float, most: float, expected: str) -> None:
     """Of Python's numbers, which cost no wait for a GPU. Kernels of CPUs check those in tensors."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value <= most:
         raise ValueError(f"fastnn.{op}: {name}: expected {expected}, got {value}")

@@ -18,7 +18,8 @@ Gradients: straight-through, as if nothing were rounded. The input's is grad @ (
 saturates; the bias has its own; weight_scale and input_scale have none.
 
 TypeError for what is no tensor or of another dtype; ValueError for shapes that do not go together, for an unknown activation, for
-scales that are not positive, normal and finite, and for a zero point outside of 0 to 255.
+scales that are not positive, normal and finite, and for a zero point outside of 0 to 255: in tensors on a GPU, whose values
+nobody waits for, results are unspecified instead.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends import cpu
-from ..backends.cpu import int8_linear as kernels
+from ..backends import Kernels, cpu
+from ..backends.cpu import int8_linear as on_cpu
 from ..backends.reference import int8_linear as formulas
+from ..backends.reference.quantize import RANGE
 from ._library import define
 from ._op import Op, sample_by_sample
 from ._route import Unsupported, describe, fall_back, is_dynamo_compiling
-from ._scheme import check_numbers, parameter
+from ._scheme import SCALES, check_number, check_numbers, parameter
 from .activation import activation_backward, check_kind
 
+kernels = Kernels("int8_linear")
 _tensor_int8_linear = cpu.tensor_int8_linear
-_make = kernels.make
+_make = on_cpu.make
 _code = cpu.ACTIVATION.get
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,8 +132,10 @@ def _check(
                 f"fastnn.{op}: expected bias (N), got {describe('bias', bias)} for {describe('weight', weight)}"
             )
     if input_scale is not None:
+        check_number(op, "input_scale", input_scale, *SCALES)
         input_scale = parameter(op, "input_scale", input_scale, (), input.device)
         if input_zero_point is not None:
+            check_number(op, "input_zero_point", input_zero_point, *RANGE["uint8"], "0 to 255")
             input_zero_point = parameter(op, "input_zero_point", input_zero_point, (), input.device, integer=True)
     elif input_zero_point is not None:
         raise ValueError(f"fastnn.{op}: input_zero_point: expected None without an input_scale, got {input_zero_point}")
@@ -219,7 +224,7 @@ def _no_gradient(ctx: Any, *_: Any) -> None:
 define(
     "pack_int8_weight(Tensor weight) -> Tensor",
     impl=kernels.pack,
-    fake=lambda weight: weight.new_empty((kernels.packed_bytes(*map(int, weight.shape)),), dtype=torch.uint8),
+    fake=lambda weight: weight.new_empty((kernels.packed_size(weight),), dtype=torch.uint8),
     setup_context=_no_gradient,
     backward=_no_gradient,
     vmap=lambda info, in_dims, weight: (

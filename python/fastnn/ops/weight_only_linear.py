@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cpu
-from ..backends.cpu import weight_only as kernels
+from ..backends import Kernels, cpu
+from ..backends.cpu.weight_only import INTEGERS
 from ..backends.reference import weight_only as formulas
 from ..backends.reference.quantize import FLOAT8, PACKED
 from ._op import Op, sample_by_sample
@@ -40,6 +40,7 @@ from .gemm import kernel_product
 from .quantize import dequantize
 
 _OP = "weight_only_linear"
+kernels = Kernels("weight_only")
 _tensor_weight_only = cpu.tensor_weight_only
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,7 +79,7 @@ def weight_only_linear(
 
 def _format(from_dtype: Any) -> int:
     """The kernels' code of int8 or four bits; -1, which they do not take, of anything else."""
-    return kernels.INTEGERS.get(from_dtype, -1) if isinstance(from_dtype, (torch.dtype, str, type(None))) else -1
+    return INTEGERS.get(from_dtype, -1) if isinstance(from_dtype, (torch.dtype, str, type(None))) else -1
 
 
 def _activation(activation: Any) -> int:

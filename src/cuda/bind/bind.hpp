@@ -12,6 +12,7 @@ void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
+void bind_quant_linear(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_tree(pybind11::module_& m);

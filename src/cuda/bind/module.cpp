@@ -30,6 +30,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_fake_quantize(m);
   bind_reduce(m);
   bind_norm(m);
+  bind_quant_linear(m);
   bind_quantize(m);
   bind_softmax(m);
   bind_tree(m);

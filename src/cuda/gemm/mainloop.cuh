@@ -41,17 +41,24 @@ __device__ __forceinline__ int staged_at(int row, int column) {
   return row * S::kN + (column + 8 * row) % S::kN;
 }
 
+struct Unscaled {
+  static constexpr bool kScaled = false;
+};
+
 // sums[i][j] of the block's tile, in shared memory at staged_at(); every thread sees them. Returns
 // whether one is not finite, of float32 that is split: parts of an infinity, or of a number whose
 // products leave float32's range on the way, multiply to NaN where float32 has a number or an
 // infinity, and such a tile is to be computed again without parts.
 //
 // load(step, a, b) begins to copy tiles A and B of a step of K; it is called in the order of steps.
-template <class Mode, class S, class A, class B, class Load>
-__device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& load) {
+// `scales`: where a group of steps ends, and what its sums are multiplied with, by column.
+template <class Mode, class S, class A, class B, class Load, class Scales = Unscaled>
+__device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& load,
+                                          const Scales& scales = {}) {
   using Sum = typename Mode::Sum;
   constexpr int kStageBytes = A::kBytes + B::kBytes;
   constexpr bool kSplit = sizeof(typename Mode::Element) == 4;
+  constexpr bool kTotals = Mode::kGroup || Scales::kScaled;
   constexpr float kMost = 3.402823466e38f;
   static_assert(kStages * kStageBytes >= S::kM * S::kN * int(sizeof(Sum)));
 
@@ -59,7 +66,7 @@ __device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& lo
   const int warp_row = warp / S::kWarpsN * S::kRows * 16,
             warp_column = warp % S::kWarpsN * S::kColumns * 8;
   Sum sums[S::kRows][S::kColumns][4] = {};
-  Sum totals[Mode::kGroup ? S::kRows : 1][S::kColumns][4] = {};  // of the groups before
+  Sum totals[kTotals ? S::kRows : 1][S::kColumns][4] = {};  // of the groups before
 
   auto begin = [&](int64_t step) {
     if (step < steps) {
@@ -85,6 +92,17 @@ __device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& lo
 #pragma unroll
             for (int e = 0; e < 4; e++) totals[i][j][e] += sums[i][j][e], sums[i][j][e] = 0;
       }
+    if constexpr (Scales::kScaled)
+      if (scales.ends(step))
+#pragma unroll
+        for (int j = 0; j < S::kColumns; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const float scale = scales.at(step, warp_column + 8 * j + lane % 4 * 2 + e % 2);
+#pragma unroll
+            for (int i = 0; i < S::kRows; i++)
+              totals[i][j][e] += sums[i][j][e] * scale, sums[i][j][e] = 0;
+          }
   }
   ptx::cp_async_wait<0>();
 
@@ -97,7 +115,7 @@ __device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& lo
     for (int j = 0; j < S::kColumns; j++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const Sum* sum = (Mode::kGroup ? totals[i] : sums[i])[j] + 2 * half;
+        const Sum* sum = (kTotals ? totals[i] : sums[i])[j] + 2 * half;
         if constexpr (kSplit) finite = finite && fabsf(sum[0]) <= kMost && fabsf(sum[1]) <= kMost;
         Sum* to = staged + staged_at<S>(warp_row + 16 * i + lane / 4 + 8 * half,
                                         warp_column + 8 * j + lane % 4 * 2);

@@ -65,6 +65,23 @@ inline uint32_t pack_f16(float low, float high) {
   return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
 }
 
+// In float64, of which a product of two has all digits, and then rounded once (twice where the sum
+// has more than 53, which those of small integers have not).
+template <class Half, class To, class From>
+uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c, To to, From from) {
+  const auto part = [&](uint32_t x, int i) { return double(to(Half{uint16_t(x >> 16 * i)})); };
+  uint32_t two = 0;
+  for (int i = 0; i < 2; i++)
+    two |= uint32_t(from(float(part(a, i) * part(b, i) + part(c, i))).bits) << 16 * i;
+  return two;
+}
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return fma_pairs<__nv_bfloat16>(a, b, c, __bfloat162float, __float2bfloat16_rn);
+}
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return fma_pairs<__half>(a, b, c, __half2float, __float2half_rn);
+}
+
 // ---- mma.sync ----------------------------------------------------------------------------------
 
 // D += A B with A 16 x K and B K x 8, of elements of `bits` bits: a register holds 32 / bits

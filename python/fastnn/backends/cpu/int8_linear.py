@@ -57,6 +57,10 @@ def int8_linear(
     return out
 
 
+def packed_size(weight: Tensor) -> int:
+    return packed_bytes(*map(int, weight.shape))
+
+
 def pack(weight: Tensor) -> Tensor:
     """The weight (N, K) as the kernel of the active instruction set reads it, as bytes."""
     n, k = weight.shape

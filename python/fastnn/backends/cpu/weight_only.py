@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _cpu, _state
+from .._quantize import WEIGHT_FORMAT
 from . import ACTIVATION, DTYPE, empty, precision
-
-#: The codes of WeightFormat in src/cpp/quant/weight_only.hpp.
-FORMAT = {"int8": 0, "int4": 1, "uint4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
 #: What a weight of integers holds, by the op's argument from_dtype.
 INTEGERS: dict[torch.dtype | str | None, int] = {None: 0, "int4": 1, "uint4": 2}
@@ -53,7 +51,7 @@ def weight_only_linear(
         DTYPE[x.dtype],
         weight.data_ptr(),
         weight.stride(0),
-        FORMAT[from_dtype],
+        WEIGHT_FORMAT[from_dtype],
         scale.data_ptr(),
         0 if zero_point is None else zero_point.data_ptr(),
         k // group_size if group_size else 1,

@@ -39,6 +39,7 @@ OPS = frozenset(
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
         *("fake_quantize_gradients", "fake_quantize_mask"),
+        *("int8_linear", "weight_only_linear"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
         "split_search",
     )
