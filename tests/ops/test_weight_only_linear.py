@@ -365,6 +365,36 @@ def test_errors(error, match, change):
             fF.weight_only_linear(**call, zero_point=torch.zeros(4, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_values_of_rows_scales_are_looked_at(rows, backend):
+    x = torch.randn(rows, 64)
+    with fastnn.backend(backend):
+        for value in (0.0, -1.0, math.nan, math.inf, 1e-39):
+            scale = torch.ones(37)
+            scale[35] = value
+            with pytest.raises(ValueError, match="scale: expected positive, normal, finite numbers, got"):
+                fF.weight_only_linear(x, torch.zeros(37, 64, dtype=torch.int8), scale)
+        for scheme, bad in (("int8", -129), ("int4", 8), ("uint4", -1), ("uint4", 16)):
+            (weight, scale, zero), keywords, _, _ = make(scheme, 37, 64, zeros=True)
+            zero[36] = bad
+            with pytest.raises(ValueError, match="zero_point: expected .* to .*, got " + str(bad)):
+                fF.weight_only_linear(x, weight, scale, zero, **keywords)
+        # Those of groups are the caller's business, and no crash.
+        (weight, scale, zero), keywords, _, _ = make("uint4", 37, 64, 32, zeros=True)
+        zero[3, 1], scale[4, 0] = 99, math.nan
+        y = fF.weight_only_linear(x, weight, scale, zero, **keywords)
+        assert y[:, 4].isnan().all() and y[:, 5:].isfinite().all()
+
+
+def test_tensors_of_other_devices_are_refused():
+    good = {"weight": torch.zeros(4, 64, dtype=torch.int8), "scale": torch.ones(4), "bias": torch.ones(4)}
+    good["zero_point"] = torch.zeros(4, dtype=torch.int32)
+    for name, value in good.items():
+        with pytest.raises(ValueError, match=f"{name}: expected the device"):
+            fF.weight_only_linear(torch.zeros(3, 64), **{**good, name: value.to("meta")})
+
+
 def test_finetuning_an_adapter():
     """Gradients pass through the frozen layer to what is trained before it."""
     (weight, scale, _), keywords, _, _ = make("int4", 16, 32, 32)

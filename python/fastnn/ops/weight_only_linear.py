@@ -17,8 +17,10 @@ The weight is frozen: input and bias have gradients, which are the product with 
 have none.
 
 TypeError for what is no tensor or of another dtype; ValueError for shapes that do not go together and for an unknown
-activation. The values in scale and zero_point are not looked at, which would cost as much as the product: :func:`fastnn.quantize` is
-where they are checked.
+activation. Scales and zero points of rows must be those that :func:`fastnn.quantize` takes, too: positive, normal, finite, and in
+the scheme's range. Those of groups, of which there are up to a quarter as many bytes as of the weight, are not looked at: a product
+with few rows would take that much longer. :func:`fastnn.quantize` checks them, and so does a layer of :mod:`fastnn.quant` when it
+is made or loaded.
 """
 
 from __future__ import annotations

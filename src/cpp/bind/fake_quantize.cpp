@@ -5,6 +5,7 @@
 
 #include "bind/bind.hpp"
 #include "bind/fake_quantize_arguments.hpp"
+#include "quant/scheme.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -13,7 +14,7 @@ namespace {
 
 [[noreturn]] void refuse_scale(const float* scale, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
-    if (scale[i] >= 0x1p-126f && scale[i] <= 0x1.fffffep127f) continue;
+    if (is_scale(scale[i])) continue;
     char text[32];
     std::snprintf(text, sizeof(text), "%.9g", double(scale[i]));
     bad_argument("fake_quantize", "scale",

@@ -106,7 +106,6 @@ class Packing {
 [[noreturn]] void refuse(const std::string& what) {
   throw std::invalid_argument("fastnn.int8_linear: " + what);
 }
-bool is_scale(float x) { return x >= 0x1p-126f && x <= 0x1.fffffep127f; }
 void check(const Int8Linear& c) {
   if (c.k > kInt8MostColumns)
     refuse("weight: expected at most " + std::to_string(kInt8MostColumns) +

@@ -12,6 +12,9 @@ constexpr int kSchemes = 6;
 constexpr bool is_packed(Scheme s) { return s == Scheme::s4 || s == Scheme::u4; }
 constexpr bool is_integer(Scheme s) { return s < Scheme::e4m3; }
 
+// Whether numbers can be divided by it: positive, normal and finite.
+constexpr bool is_scale(float x) { return x >= 0x1p-126f && x <= 0x1.fffffep127f; }
+
 // The least and the largest number; a symmetric scale maps the largest magnitude to `most`.
 struct Limits {
   float least, most;

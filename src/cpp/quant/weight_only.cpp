@@ -8,11 +8,14 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "gemm/tiles.hpp"
+#include "quant/scheme.hpp"
 
 namespace fastnn {
 namespace {
@@ -52,6 +55,36 @@ const WeightOnlyKernels& kernels_for(DType x) {
     return avx512_dot_weight_only();
 #endif
   return base_kernels();
+}
+
+Limits limits_of(WeightFormat format) {
+  return limits(format == WeightFormat::s8   ? Scheme::s8
+                : format == WeightFormat::s4 ? Scheme::s4
+                                             : Scheme::u4);
+}
+
+// Scales and zero points of rows are little beside the rows, and looked at. Those of groups are up
+// to a quarter of what is read.
+void check(const WeightOnly& c) {
+  if (c.groups > 1) return;
+  const auto good_zero = [limits = limits_of(c.format)](int32_t zero) {
+    return float(zero) >= limits.least && float(zero) <= limits.most;
+  };
+  bool good = true;
+  for (int64_t j = 0; j < c.n; j++) good &= is_scale(c.scale[j]);
+  for (int64_t j = 0; c.zero && j < c.n; j++) good &= good_zero(c.zero[j]);
+  for (int64_t j = 0; !good && j < c.n; j++) {
+    const std::string at = " at " + std::to_string(j);
+    if (!is_scale(c.scale[j]))
+      throw std::invalid_argument(
+          "fastnn.weight_only_linear: scale: expected positive, normal, finite numbers, got " +
+          std::to_string(c.scale[j]) + at);
+    if (c.zero && !good_zero(c.zero[j]))
+      throw std::invalid_argument("fastnn.weight_only_linear: zero_point: expected " +
+                                  std::to_string(int(limits_of(c.format).least)) + " to " +
+                                  std::to_string(int(limits_of(c.format).most)) + ", got " +
+                                  std::to_string(c.zero[j]) + at);
+  }
 }
 
 int threads_for(const WeightOnly& c) {
@@ -348,6 +381,7 @@ void many_rows_tiles(const WeightOnly& c, const WeightOnlyKernels& kernels, cons
 
 void weight_only(const WeightOnly& c) {
   if (c.m == 0 || c.n == 0) return;
+  check(c);
   const int threads = threads_for(c);
   const WeightOnlyKernels& kernels = kernels_for(c.type);
   // In either way a row's bits do not depend on how many are multiplied with it; but whether the

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import activation as apply
-from .quantize import PACKED, spread, unpack
+from .quantize import PACKED, check_values, spread, unpack
 
 
 def numbers(
@@ -40,6 +40,8 @@ def weight_only_linear(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
+    if not group_size:
+        check_values(scale, zero_point, from_dtype)
     result = input.to(dtype) @ numbers(weight, scale, zero_point, group_size, from_dtype, dtype).t()
     if bias is not None:
         result = result + bias.to(dtype)
