@@ -13,7 +13,10 @@ set(FASTNN_CUDA_KERNELS
   gemm/gemm.cu
   gemm/hopper.cu
   gemm/parts.cu
+  norm/across.cu
+  norm/batch_norm.cu
   norm/layer_norm.cu
+  norm/planes.cu
   quant/dynamic.cu
   quant/fake_quantize.cu
   quant/int8_linear.cu
@@ -26,6 +29,7 @@ set(FASTNN_CUDA_KERNELS
   tree/split_search.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
+  bind/batch_norm.cpp
   bind/conv.cpp
   bind/elementwise.cpp
   bind/fake_quantize.cpp

@@ -23,7 +23,8 @@ def statistics(channels, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, 0.7, -0.5])
-def test_running_statistics(dtype, momentum, no_fallback):
+@pytest.mark.not_on("triton")
+def test_running_statistics(dtype, momentum, machine, no_fallback):
     x = (torch.randn(6, 5, 7) * 3 + 2).to(dtype)
     ours = statistics(5, dtype)
     wide = [t.double() for t in (t.clone() for t in ours)]
@@ -42,7 +43,8 @@ def test_running_statistics(dtype, momentum, no_fallback):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
-def test_float32_parameters_with_16_bit_input(dtype, training, no_fallback):
+@pytest.mark.not_on("triton")
+def test_float32_parameters_with_16_bit_input(dtype, training, machine, no_fallback):
     x = torch.randn(5, 6, 4).to(dtype).requires_grad_()
     weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
     mean, var = statistics(6)
@@ -78,7 +80,8 @@ def strided():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_strides_are_torchs(training, no_fallback):
+@pytest.mark.not_on("triton")
+def test_strides_are_torchs(training, machine, no_fallback):
     for x in strided():
         channels = x.shape[1]
         weight = torch.randn(2 * channels)[::2].requires_grad_()
@@ -123,7 +126,8 @@ def unfused(x, mean, var, weight=None, bias=None, training=False, momentum=0.1, 
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_fused(training, with_residual, activation, memory_format, no_fallback):
+@pytest.mark.not_on("triton")
+def test_fused(training, with_residual, activation, memory_format, machine, no_fallback):
     x, residual = (torch.randn(4, 7, 5, 6).contiguous(memory_format=memory_format) for _ in range(2))
     weight, bias = torch.randn(7), torch.randn(7)
     tensors = [x, weight, bias, *([residual] if with_residual else [])]
@@ -355,7 +359,8 @@ def test_sync_batch_norm_stays_torchs():
 
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_running_statistics_count_their_changes(training, with_grad, no_fallback):
+@pytest.mark.not_on("triton")
+def test_running_statistics_count_their_changes(training, with_grad, machine, no_fallback):
     """Once a call, where torch 2.13 counts none: autograd sees that what it has saved was changed."""
     x = torch.randn(4, 3, 5).requires_grad_(with_grad)
     running = statistics(3)
@@ -364,11 +369,14 @@ def test_running_statistics_count_their_changes(training, with_grad, no_fallback
     assert [t._version - b for t, b in zip(running, before, strict=True)] == [int(training)] * 2
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)])
-def test_running_statistics_between_others(dtypes, no_fallback):
+@pytest.mark.parametrize(
+    ("dtype", "given"), [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.not_on("triton")
+def test_running_statistics_between_others(dtype, given, machine, no_fallback):
     """Strided ones, whose neighbours stay as they are; more channels than are updated at a time."""
-    x = (torch.randn(6, 300, 2) * 2 + 1).to(dtypes[0])
-    memory = torch.rand(2, 300, 3, dtype=dtypes[1])
+    x = (torch.randn(6, 300, 2) * 2 + 1).to(dtype)
+    memory = torch.rand(2, 300, 3, dtype=given)
     kept = memory.clone()
     exact = [t.double() for t in (memory[0, :, 1].clone(), memory[1, :, 1].clone())]
     fF.batch_norm(x, memory[0, :, 1], memory[1, :, 1], training=True, momentum=0.3)
@@ -379,7 +387,8 @@ def test_running_statistics_between_others(dtypes, no_fallback):
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
-def test_running_statistics_in_inference_mode(made_inside):
+@pytest.mark.not_on("triton")
+def test_running_statistics_in_inference_mode(made_inside, machine):
     x = torch.randn(5, 3, 4)
     outside = statistics(3)
     exact = [t.double() for t in outside]
@@ -407,7 +416,8 @@ def test_large_results_of_each_layout():
             torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_gradient_of_the_weight_alone(no_fallback):
+@pytest.mark.not_on("triton")
+def test_a_gradient_of_the_weight_alone(machine, no_fallback):
     x = torch.randn(4, 3, 5)
     weight, bias = torch.randn(3, requires_grad=True), torch.randn(3)
     y = fF.batch_norm_act(x, None, None, weight, bias, True)

@@ -8,14 +8,12 @@ from torch.library import opcheck
 
 import fastnn
 import fastnn.functional as fF
-from fastnn import _cpu
 from fastnn.backends import cpu
 from fastnn.ops import group_norm as ops
 
 from .support import FLOATS
 
 HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-ISAS = [name for name in _cpu.available_isas() if not name.startswith("amx")]
 EPS = {torch.float32: 4e-6, torch.float64: 4e-14, torch.bfloat16: 8e-2, torch.float16: 8e-3}
 
 
@@ -37,11 +35,10 @@ def assert_close(found, exact, rtol):
 SHAPES = [((2, 6, 7), 3), ((3, 4, 5, 9), 2), ((1, 64, 13, 17), 4), ((2, 66, 3, 3), 66), ((5, 12), 3), ((1, 8, 4100), 1)]
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-def test_against_float64(last, dtype, isa, use_isa, no_fallback):
-    use_isa(isa)
+@pytest.mark.not_on("triton")
+def test_against_float64(last, dtype, machine, no_fallback):
     for shape, groups in SHAPES:
         if last and len(shape) != 4:
             continue
@@ -55,10 +52,9 @@ def test_against_float64(last, dtype, isa, use_isa, no_fallback):
             assert_close(found, exact, EPS[dtype])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-def test_a_mean_far_from_zero(last, isa, use_isa):
-    use_isa(isa)
+@pytest.mark.not_on("triton")
+def test_a_mean_far_from_zero(last, machine, no_fallback):
     x = torch.randn(2, 12, 19, 23) + 1e4
     x[:, ::3] += 3
     x = x.to(memory_format=torch.channels_last) if last else x
@@ -69,7 +65,8 @@ def test_a_mean_far_from_zero(last, isa, use_isa):
         assert_close(found, exact, 4e-6)
 
 
-def test_squares_beyond_float32():
+@pytest.mark.not_on("triton")
+def test_squares_beyond_float32(machine, no_fallback):
     for size in (1e25, 1e37):
         for shape in ((2, 6, 7, 5), (2, 6)):
             x = torch.randn(shape) * size
@@ -96,7 +93,8 @@ def layouts():
     yield torch._neg_view(r(2, 6, 4))
 
 
-def test_strides_are_torchs(no_fallback):
+@pytest.mark.not_on("triton")
+def test_strides_are_torchs(machine, no_fallback):
     for x in layouts():
         weight, bias = torch.randn(12)[::2], torch.randn(6)
         for groups in (2, 6, 1, None):
@@ -120,7 +118,8 @@ def test_strides_of_planes_of_one(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_parameters_with_16_bit_input(dtype, no_fallback):
+@pytest.mark.not_on("triton")
+def test_float32_parameters_with_16_bit_input(dtype, machine, no_fallback):
     x, direction = torch.randn(3, 6, 40).to(dtype), torch.randn(3, 6, 40).to(dtype)
     weight, bias = torch.randn(6), torch.randn(6)
     for groups in (2, None):
@@ -133,7 +132,8 @@ def test_float32_parameters_with_16_bit_input(dtype, no_fallback):
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0])
 @pytest.mark.parametrize("use_input_stats", [True, False])
-def test_running_statistics(use_input_stats, momentum, dtype, no_fallback):
+@pytest.mark.not_on("triton")
+def test_running_statistics(use_input_stats, momentum, dtype, machine, no_fallback):
     x = (torch.randn(4, 5, 7, 3) * 3 + 2).to(dtype)
     ours = torch.randn(5).to(dtype), (torch.rand(5) + 0.5).to(dtype)
     wide = [t.double() for t in ours]

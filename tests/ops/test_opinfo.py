@@ -62,13 +62,13 @@ ON_CUDA = (
     *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
     "nn.functional.scaled_dot_product_attention",
     *("softmax", "log_softmax", "nn.functional.softmin"),
-    *("nn.functional.layer_norm", "nn.functional.rms_norm"),
+    *(f"nn.functional.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
     # Of others the samples are large; tests/kernels/test_conv.py has all.
     *(f"nn.functional.{name}" for name in ("conv1d", "conv2d", "conv_transpose2d")),
     *ELEMENTWISE,
 )
 #: And Triton kernels.
-ON_TRITON = tuple(name for name in ON_CUDA if "attention" not in name and "conv" not in name)
+ON_TRITON = tuple(name for name in ON_CUDA if "attention" not in name and "conv" not in name and "norm" not in name)
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
     *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),

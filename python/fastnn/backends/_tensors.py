@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: The ops that are given statistics in float64 beside their tensors, the first of which decides.
+WITH_STATISTICS = ("batch_norm_backward", "group_norm_backward")
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES = (torch.int8, torch.uint8)
 #: What some ops take beside these.
@@ -34,6 +36,8 @@ def reason_against(op: str, device: str, *tensors: Tensor | None) -> str | None:
             return f"a tensor on {tensor.device.type}, which a kernel for {device} cannot read"
         if op.startswith("attention") and tensor.dtype is torch.bool:
             continue  # a mask
+        if op in WITH_STATISTICS and tensor.dtype is torch.float64 and tensor is not tensors[0]:
+            continue  # the mean or the variance
         if tensor.dtype not in FLOAT and tensor.dtype not in _BESIDE.get(op, ()):
             return f"dtype {str(tensor.dtype).removeprefix('torch.')} on a GPU"
     return None

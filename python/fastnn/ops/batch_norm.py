@@ -24,11 +24,13 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Function, forward_ad
 
-from ..backends import cpu
+from ..backends import Kernels, cpu
 from ..backends.cpu import norm as kernels
 from ..backends.reference import norm as formulas
+from ..backends.running import move
 from ._op import Op
 from ._route import (
+    EAGER,
     Unsupported,
     ask_torch,
     describe,
@@ -43,6 +45,7 @@ _torch_batch_norm = torch.nn.functional.batch_norm
 _tensor_batch_norm = cpu.tensor_batch_norm
 _tensor_batch_norm_backward = cpu.tensor_batch_norm_backward
 _empty = kernels.empty_result
+_kernels = Kernels("norm")
 
 is_gradtracking = torch._C._functorch.is_gradtrackingtensor
 
@@ -134,9 +137,12 @@ def _run(
     except Unsupported as reason:
         return fall_back(op, reason.args[0], in_torch or _in_torch, *everything)
     if training and running_mean is not None:
-        update_running(running_mean, mean, momentum)
         n = input.numel() / input.shape[1]
-        update_running(running_var, var * (n / (n - 1)), momentum)
+        if where == EAGER:
+            _kernels.update_running(running_mean, running_var, mean, var, n / (n - 1), momentum)
+        else:
+            update_running(running_mean, mean, momentum)
+            update_running(running_var, var * (n / (n - 1)), momentum)
     return out
 
 
@@ -249,7 +255,7 @@ def update_running(running: Tensor, statistic: Tensor, momentum: float) -> None:
         if not is_wrapped(statistic):
             level = temporarily_clear_interpreter_stack()
     with level, torch.no_grad():
-        running.copy_(torch.lerp(running.double(), statistic, momentum))
+        move(running, statistic, momentum)
 
 
 # ---- derivatives -------------------------------------------------------------------------------------------------
@@ -463,7 +469,7 @@ def _fake_backward(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...
 BATCH_NORM = Op(
     "batch_norm(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     "bool relu) -> (Tensor, Tensor, Tensor)",
-    kernel=kernels.batch_norm,
+    kernel=_kernels.batch_norm,
     reference=formulas.batch_norm,
     fake=_fake,
     save=_save,
@@ -476,7 +482,7 @@ BATCH_NORM = Op(
 BATCH_NORM_BACKWARD = Op(
     "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? out, bool training, "
     "float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=kernels.batch_norm_backward,
+    kernel=_kernels.batch_norm_backward,
     reference=formulas.batch_norm_backward,
     fake=_fake_backward,
     save=_save_backward,

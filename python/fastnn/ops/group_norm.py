@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..backends import cpu
-from ..backends.cpu import group_norm as kernels
+from ..backends import Kernels, cpu
 from ..backends.cpu import norm as batch_kernels
 from ..backends.reference import group_norm as formulas
 from ._op import Op
@@ -36,6 +35,7 @@ _torch_instance_norm = torch.nn.functional.instance_norm
 _tensor_group_norm = cpu.tensor_group_norm
 _tensor_group_norm_backward = cpu.tensor_group_norm_backward
 _empty = batch_kernels.empty_result
+_kernels = Kernels("group_norm")
 
 
 # ---- the public functions ----------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def _fake_backward(grad: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, ...]:
 #: The result, and the mean and biased variance of each group, (N, groups) in float64.
 GROUP_NORM = Op(
     "group_norm(Tensor input, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    kernel=kernels.group_norm,
+    kernel=_kernels.group_norm,
     reference=formulas.group_norm,
     fake=_fake,
     save=_save,
@@ -356,7 +356,7 @@ GROUP_NORM = Op(
 GROUP_NORM_BACKWARD = Op(
     "group_norm_backward(Tensor grad, Tensor input, int groups, Tensor? weight, Tensor mean, Tensor var, float eps) "
     "-> (Tensor, Tensor, Tensor)",
-    kernel=kernels.group_norm_backward,
+    kernel=_kernels.group_norm_backward,
     reference=formulas.group_norm_backward,
     fake=_fake_backward,
     save=_save_backward,

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_cuda, m) {
         "Kernels are chosen as if the device's compute capability (10 times major plus minor) were "
         "at most this; returns what was the most before. The emulation begins with 80.");
   bind_attention(m);
+  bind_batch_norm(m);
   bind_conv(m);
   bind_gemm(m);
   bind_elementwise(m);

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "cuda/reduce/rows.cuh"
+#include "cuda/norm/statistics.cuh"
 #include "cuda/types.cuh"
 
 namespace fastnn::cuda {
@@ -17,45 +17,23 @@ namespace {
 constexpr int64_t kMostBlocks = 1 << 20, kMostChunks = 512;
 constexpr int kBlock = 128;  // threads, of groups that are no more than a warp
 
-// x^ = (x * scale - shift - off) * factor. The mean is shift + off, in units of the power of two
-// that the largest element is near to, so that squares stay in range; `off` is what rounding left
-// of it, without which a mean far from 0 would hide the deviations.
-struct Normal {
-  float scale, shift, off, factor;
-  __device__ float centered(float x) const { return fmaf(x, scale, -shift); }
+struct Constants {
+  Count count;
+  float eps, sqrt_eps;
+};
+
+// x^ = (x * scale - shift - off) * factor.
+struct Normal : Moments {
+  float factor;
   __device__ float of(float x) const { return (centered(x) - off) * factor; }
   __device__ float inverse_deviation() const { return scale * factor; }
 };
 
-struct Constants {
-  float share, unshare;  // a power of two by which n elements' sum stays finite; 1 / (n * share)
-  float eps, sqrt_eps, count;
-};
-
-// visit(f) calls f(x) for each of this thread's elements.
 template <class G, class Visit>
 __device__ __forceinline__ Normal statistics(G& group, const Constants& c, bool centered,
                                              Visit visit) {
-  float sum = 0, largest = 0;
-  visit([&](float x) { sum += x * c.share, largest = fmaxf(largest, fabsf(x)); });
-  group.template reduce<Add, Largest>(sum, largest);
-  // sqrt(eps) is as large where it decides.
-  int exponent = int(__float_as_uint(fmaxf(largest, c.sqrt_eps)) >> 23);
-  exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
-  Normal normal;
-  normal.scale = __uint_as_float(unsigned(254 - exponent) << 23);
-  normal.shift = centered ? sum * c.unshare * normal.scale : 0;
-  float first = 0, squares = 0;
-  visit([&](float x) {
-    const float d = normal.centered(x);
-    first += d, squares += d * d;
-  });
-  group.template reduce<Add, Add>(first, squares);
-  normal.off = centered ? first / c.count : 0;
-  float var = (squares - first * normal.off) / c.count;
-  if (!centered) var = squares / c.count;
-  if (var < 0) var = 0;  // of rounding; NaN stays
-  normal.factor = 1 / sqrtf(var + c.eps * normal.scale * normal.scale);
+  Normal normal{moments(group, c.count, c.sqrt_eps, centered, visit), 0};
+  normal.factor = 1 / sqrtf(normal.var + c.eps * normal.scale * normal.scale);
   return normal;
 }
 
@@ -162,7 +140,7 @@ __global__ void __launch_bounds__(threads > 32 ? threads : kBlock)
       if (exists) by_weight[j] += g[j] * x[j], by_bias[j] += g[j];
     }
     group.template reduce<Add, Add>(sum, along);
-    sum = norm.centered ? sum / c.count : 0, along /= c.count;
+    sum = norm.centered ? sum / c.count.of : 0, along /= c.count.of;
     const float inverse = normal.inverse_deviation();
     if (exists)
       held.store(static_cast<T*>(rows.data[2]) + at[2], rows.step[2],
@@ -226,7 +204,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
           }
       });
       group.template reduce<Add, Add>(sum, along);
-      sum = norm.centered ? sum / c.count : 0, along /= c.count;
+      sum = norm.centered ? sum / c.count.of : 0, along /= c.count.of;
       const float inverse = normal.inverse_deviation();
       for_each_piece<T>(rows.n, [&](int64_t i, int count) {
         read_piece(g, grad, rows.step[0], i, count);
@@ -301,9 +279,8 @@ void run(const RowNorm& norm, void* stream) {
   Constants c;
   int power = 0;
   while (std::ldexp(1.0, power) < double(n)) power++;
-  c.share = float(std::ldexp(1.0, -power)), c.unshare = float(std::ldexp(1.0, power) / double(n));
+  c.count = {float(n), float(std::ldexp(1.0, -power)), float(std::ldexp(1.0, power) / double(n))};
   c.eps = float(norm.eps), c.sqrt_eps = norm.eps > 0 ? float(std::sqrt(norm.eps)) : 0;
-  c.count = float(n);
   with_float_type("row_norm", norm.type, [&](auto zero) {
     using T = decltype(zero);
     if (n <= 64) return launch_held<T, backward, 8, 8>(norm, c, stream);

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _cpu
 from ..._layout import suggest_memory_format
+from ..running import update_running as update_running
 from . import DTYPE, empty_channels
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
