@@ -29,6 +29,34 @@ __device__ inline float activate(int kind, float x) {
   }
 }
 
+template <int kind, int n>
+__device__ __forceinline__ void activate_all_as(float (&x)[n]) {
+#pragma unroll
+  for (int e = 0; e < n; e++) x[e] = activate(kind, x[e]);
+}
+// The kind is looked at once for all of them.
+template <int n>
+__device__ __forceinline__ void activate_all(int kind, float (&x)[n]) {
+  switch (kind) {
+    case kRelu:
+      return activate_all_as<kRelu>(x);
+    case kRelu6:
+      return activate_all_as<kRelu6>(x);
+    case kGelu:
+      return activate_all_as<kGelu>(x);
+    case kGeluTanh:
+      return activate_all_as<kGeluTanh>(x);
+    case kSilu:
+      return activate_all_as<kSilu>(x);
+    case kSigmoid:
+      return activate_all_as<kSigmoid>(x);
+    case kTanh:
+      return activate_all_as<kTanh>(x);
+    default:
+      return;
+  }
+}
+
 // gradient times the derivative, from the output for the kinds of saves_output(), else from the
 // input.
 __device__ inline float activate_backward(int kind, float gradient, float saved) {

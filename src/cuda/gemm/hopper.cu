@@ -139,48 +139,39 @@ struct Turn {
 // Among four neighbouring threads, pairs of columns of four blocks of eight columns become one
 // block of eight columns each.
 template <class Sum>
-__device__ __forceinline__ void gather_columns(Sum (&pairs)[4][2]) {
-  const int lane = int(threadIdx.x);
+__device__ __forceinline__ void gather_columns(Sum (&x)[8]) {
 #pragma unroll
   for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = lane & distance;
+    const bool upper = threadIdx.x & distance;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (!(j & distance))
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          Sum& kept = pairs[j][e];
-          Sum& other = pairs[j | distance][e];
-          const Sum received = __shfl_xor_sync(~0u, upper ? kept : other, distance);
-          if (upper)
-            kept = received;
-          else
-            other = received;
-        }
+    for (int i = 0; i < 8; i++) {
+      if (i / 2 & distance) continue;
+      Sum& kept = x[i];
+      Sum& other = x[i + 2 * distance];
+      const Sum received = __shfl_xor_sync(~0u, upper ? kept : other, distance);
+      if (upper)
+        kept = received;
+      else
+        other = received;
+    }
   }
 }
 
-// Eight neighbours in C, whole and aligned, of C's type.
+// Eight neighbours in C, alpha times their sums.
 template <class Sum>
-__device__ __forceinline__ void write_eight(const Gemm& g, int64_t to, const Sum (&x)[4][2]) {
-  uint32_t words[8];
-  if (g.out == DType::bf16 || g.out == DType::f16) {
+__device__ __forceinline__ void write_eight(const Gemm& g, int64_t to, const Sum (&sums)[8]) {
+  void* c = const_cast<void*>(g.c.data);
+  if constexpr (std::is_same_v<Sum, int>)
+    if (g.out == DType::s32) {
+      uint32_t words[8];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float low = float(x[j][0]) * g.alpha, high = float(x[j][1]) * g.alpha;
-      words[j] = g.out == DType::bf16 ? ptx::pack_bf16(low, high) : ptx::pack_f16(low, high);
+      for (int e = 0; e < 8; e++) words[e] = uint32_t(sums[e]);
+      return store_words(static_cast<int*>(c) + to, words);
     }
-    auto* c = reinterpret_cast<uint4*>(static_cast<__half*>(const_cast<void*>(g.c.data)) + to);
-    c[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    return;
-  }
+  float x[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    words[i] = g.out == DType::s32 ? uint32_t(int(x[i / 2][i % 2]))
-                                   : __float_as_uint(float(x[i / 2][i % 2]) * g.alpha);
-  auto* c = reinterpret_cast<uint4*>(static_cast<float*>(const_cast<void*>(g.c.data)) + to);
-  c[0] = make_uint4(words[0], words[1], words[2], words[3]);
-  c[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  for (int e = 0; e < 8; e++) x[e] = float(sums[e]) * g.alpha;
+  write_all(g.out, c, to, x);
 }
 
 // From a warp's 16 rows of sums to C. `simple`: C is alpha times the sums, and so aligned that it
@@ -203,9 +194,9 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Placed& at, Sum 
     for (int j = 0; j < count / 4; j += 4)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        Sum eight[4][2];
+        Sum eight[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) eight[i / 2][i % 2] = sums[4 * (j + i / 2) + 2 * half + i % 2];
+        for (int i = 0; i < 8; i++) eight[i] = sums[4 * (j + i / 2) + 2 * half + i % 2];
         gather_columns(eight);
         const int64_t column = first_column + 8 * (j + lane % 4);
         if (row + 8 * half < g.m && column < g.n)
@@ -217,27 +208,21 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Placed& at, Sum 
   for (int j = 0; j < count / 4; j += 4) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      Sum eight[4][2];
+      Sum eight[8];
 #pragma unroll
-      for (int i = 0; i < 8; i++) eight[i / 2][i % 2] = sums[4 * (i / 2) + 2 * half + i % 2];
+      for (int i = 0; i < 8; i++) eight[i] = sums[4 * (i / 2) + 2 * half + i % 2];
       gather_columns(eight);
-#pragma unroll 1
-      for (int four = 0; four < 2; four++) {
-        const int64_t column = first_column + 8 * (j + lane % 4) + 4 * four;
-        const int64_t left = row + 8 * half < g.m ? g.n - column : 0;
-        Sum x[4];
+      const int64_t column = first_column + 8 * (j + lane % 4);
+      const int64_t left = row + 8 * half < g.m ? g.n - column : 0;
+      if constexpr (split) {
+        // Parts of an infinity, or of a number whose products leave float32's range on the way,
+        // multiply to NaN where float32 has a number or an infinity.
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = four ? eight[2 + e / 2][e % 2] : eight[e / 2][e % 2];
-        if constexpr (split) {
-          // Parts of an infinity, or of a number whose products leave float32's range on the way,
-          // multiply to NaN where float32 has a number or an infinity.
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            if (e < left && !(fabsf(x[e]) <= kMost))
-              x[e] = plain_sum<float>(g, at, row + 8 * half, column + e);
-        }
-        if (left > 0) finish(g, at, row + 8 * half, column, x, left < 4 ? int(left) : 4);
+        for (int e = 0; e < 8; e++)
+          if (e < left && !(fabsf(eight[e]) <= kMost))
+            eight[e] = plain_sum<float>(g, at, row + 8 * half, column + e);
       }
+      if (left > 0) finish(g, at, row + 8 * half, column, eight, left < 8 ? int(left) : 8);
     }
 #pragma unroll
     for (int i = 0; i + 16 < count; i++) sums[i] = sums[i + 16];
