@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import elementwise, gemm, reduce, softmax
+from fastnn.backends.triton import elementwise, gemm, quantize, reduce, softmax
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
@@ -84,15 +84,40 @@ def others(arch):
             yield f"{kernel.fn.__name__} {log}", compiled(kernel, types, constants | steps, arch)
 
 
+def quantization(arch):
+    lies = {f"{name}_strides": ("i32", "constexpr") for name in ("x", "q")} | {"scale_strides": ("i32", "i32")}
+    tensors = dict(x="*bf16", q="*u8", scale="*fp32", zero_point="*i32", count="i32", shape=("i32", "i32"), **lies)
+    limits = dict(least="fp32", most="fp32")
+    for packed, digits, bias, seed in (
+        (False, 0, 0, {}),
+        (True, 0, 0, {"seed": "*i64"}),
+        (False, 3, 7, {"seed": "*i64"}),
+    ):
+        constants = dict(PACKED=packed, DIGITS=digits, BIAS=bias, DIMS=2, BLOCK=1024)
+        types = tensors | limits | seed
+        name = f"{digits} digits, {'packed' if packed else 'bytes'}"
+        yield f"quantize {name}", compiled(quantize.quantize_each, types, constants, arch, enable_fp_fusion=False)
+        constants |= dict(SIGN=8 if packed else 128, LARGEST=0x7E)
+        yield f"dequantize {name}", compiled(quantize.dequantize_each, tensors, constants, arch, enable_fp_fusion=False)
+    found = dict(low="*fp32", high="*fp32", scales="i32", pieces="i32")
+    dims = {f"{name}_{part}": ("i32",) for name in ("own", "shared") for part in ("shape", "strides")}
+    sizes = dict(OWN=1, SHARED=1, SCALES=32, ELEMENTS=64)
+    types = dict(x="*bf16", elements="i32", piece="i32", **found, **dims)
+    yield "ranges", compiled(quantize.ranges, types, sizes, arch)
+    types = dict(scale="*fp32", zero_point="*i32", **found, **limits)
+    yield "choose", compiled(quantize.choose, types, dict(BLOCK=128), arch, enable_fp_fusion=False)
+
+
 def main():
     arch = int(sys.argv[1])
     found = {}
-    for name, kernel in (*products(arch), *others(arch)):
+    for name, kernel in (*products(arch), *others(arch), *quantization(arch)):
         ptx = kernel.asm["ptx"]
         found[name] = {
             "tensor_cores": sorted(set(re.findall(r"(?:mma|wgmma\.mma_async)\.sync\.aligned\S*", ptx))),
             "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
             "shared": kernel.metadata.shared,
+            "fused": ptx.count("fma.rn.f32"),
         }
     print(json.dumps(found))
 

@@ -23,7 +23,13 @@ from .._tensors import reason_against
 #: The first version that these kernels are tested with.
 NEEDED = (3, 4)
 #: The ops that there are kernels for, as supports() knows them.
-OPS = frozenset(("gemm", "activation", "int_mm", "softmax", "softmax_backward"))
+OPS = frozenset(
+    (
+        *("gemm", "activation", "int_mm"),
+        *("softmax", "softmax_backward"),
+        *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
+    )
+)
 #: The functions of Kernels() -> their file.
 _FILES = {
     "product": "gemm",

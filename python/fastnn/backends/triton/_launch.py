@@ -21,7 +21,7 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **options: Any) -
         return
     with torch.cuda.device(on.device):
         # A product and a sum become one operation, as in CUDA C++; newer versions of Triton want it said.
-        kernel[(programs,)](*args, enable_fp_fusion=True, **options)
+        kernel[(programs,)](*args, **{"enable_fp_fusion": True, **options})
 
 
 def ceil_div(x: int, y: int) -> int:
