@@ -10,6 +10,7 @@ else may need them (an input of another size, whose kernel reads them in another
 
 from __future__ import annotations
 
+import functools
 import mmap
 import operator
 from collections.abc import Callable, Iterator
@@ -497,6 +498,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         watch = None
         plain()
 
+    @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.is_grad_enabled()

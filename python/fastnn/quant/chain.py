@@ -9,6 +9,7 @@ it was, on the floating-point numbers that the last of these calls give.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -449,6 +450,7 @@ def _chained_class(
     """The class of a model in integers. Its own forward, of layers that take and give floating-point numbers, is for those who
     compile the model, watch its layers, or have unpickled it: a class that was made at run time cannot be pickled."""
 
+    @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return kind.forward(self, *args, **kwargs)

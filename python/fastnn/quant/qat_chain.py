@@ -9,6 +9,7 @@ but for its sign (Jacob et al., CVPR 2018, section 3.2, fold the norm in trainin
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ def simulate(part: Part, config: Int8Static) -> None:
     }
     kind = type(module)
 
+    @functools.wraps(kind.forward)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forwards[self.training](self, *args, **kwargs)
 
