@@ -42,10 +42,11 @@ def assert_close(found, exact, rtol):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-@pytest.mark.not_on("triton")
 def test_against_float64(name, dtype, machine, no_fallback):
     """Rows of every remainder, fewer and more of them than are taken together or cut into chunks."""
     shapes = [(5, 3), (3, 5, 17), (67, 33), (130, 64), (3, 129), (20, 2063), (1, 4100), (1100, 9)]
+    if machine == "triton":  # many programs are slow in the interpreter
+        shapes = [(5, 3), (3, 5, 17), (67, 33), (3, 129), (2, 4099)]
     if machine == "cuda":  # on either side of what a group of threads holds
         shapes += [(3, 257), (2, 1032), (3, 8200)] if dtype is torch.bfloat16 else [(2, 8201)]
     for shape in shapes:
@@ -57,7 +58,6 @@ def test_against_float64(name, dtype, machine, no_fallback):
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
-@pytest.mark.not_on("triton")
 def test_a_mean_far_from_zero(offset, machine, no_fallback):
     """The squares of the elements would leave nothing of their deviations."""
     for n in (7, 768, 5000):
@@ -71,7 +71,6 @@ def test_a_mean_far_from_zero(offset, machine, no_fallback):
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-@pytest.mark.not_on("triton")
 def test_extremes(name, machine, no_fallback):
     weight, bias = torch.randn(33), torch.randn(33)
     for size in (1e-25, 1e25, 1e37):
@@ -115,7 +114,6 @@ def layouts():
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-@pytest.mark.not_on("triton")
 def test_strides_are_torchs(name, machine, no_fallback):
     for x, dims in layouts():
         weight, bias = torch.randn(x.shape[-dims:]), torch.randn(x.shape[-dims:])

@@ -68,7 +68,11 @@ ON_CUDA = (
     *ELEMENTWISE,
 )
 #: And Triton kernels.
-ON_TRITON = tuple(name for name in ON_CUDA if "attention" not in name and "conv" not in name and "norm" not in name)
+ON_TRITON = tuple(
+    name
+    for name in ON_CUDA
+    if not any(part in name for part in ("attention", "conv", "batch_norm", "group_norm", "instance_norm"))
+)
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),
     *((name, dtype, "cuda") for name in ON_CUDA for dtype in FLOATS if dtype is not torch.float64),

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import elementwise, gemm, quantize, reduce, softmax
+from fastnn.backends.triton import elementwise, gemm, layer_norm, quantize, reduce, softmax
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
@@ -108,10 +108,26 @@ def quantization(arch):
     yield "choose", compiled(quantize.choose, types, dict(BLOCK=128), arch, enable_fp_fusion=False)
 
 
+def norms(arch):
+    numbers = dict(share="fp32", unshare="fp32", eps="fp32", sqrt_eps="fp32")
+    for kernel, names, given in (
+        (layer_norm.rows_forward, "x y", dict(weight="*fp32", bias="*fp32")),
+        (layer_norm.rows_backward, "grad x to", dict(weight="*fp32", by_weight="*fp32", by_bias="*fp32")),
+    ):
+        types = {name: "*bf16" for name in names.split()} | given | numbers
+        types |= dict(count="i32", size="i32", shape=("i32",)) | {f"{name}_strides": ("i32",) for name in names.split()}
+        constants = {f"{name}_step": 1 for name in names.split()} | dict(CENTERED=True, DIMS=1)
+        for rows, block in ((8, 128), (1, 4096)):
+            options = dict(ROWS=rows, BLOCK=block, HELD=rows > 1)
+            yield f"{kernel.fn.__name__} {block}", compiled(kernel, types, constants | options, arch)
+    matrix = dict(x="*fp32", to="*fp64", rows="i32", columns="i32", row_stride="i32", piece="i32")
+    yield "sum_pieces fp64", compiled(reduce.sum_pieces, matrix, dict(column_stride=1, ROWS=32, COLUMNS=64), arch)
+
+
 def main():
     arch = int(sys.argv[1])
     found = {}
-    for name, kernel in (*products(arch), *others(arch), *quantization(arch)):
+    for name, kernel in (*products(arch), *others(arch), *norms(arch), *quantization(arch)):
         ptx = kernel.asm["ptx"]
         found[name] = {
             "tensor_cores": sorted(set(re.findall(r"(?:mma|wgmma\.mma_async)\.sync\.aligned\S*", ptx))),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .._matmul import MAX_DIMS
+from .._layer_norm import laid_out, rows
 from ..codes import DTYPE
-from ..cpu.layer_norm import is_contiguous_result
 from . import module, where
 
 
@@ -18,7 +15,7 @@ def row_norm(
 ) -> Tensor:
     """Over the last ``dims`` dimensions. The result has torch's strides."""
     out = input.new_empty(input.shape)
-    x, y = _rows(dims, input, out)
+    x, y = rows(dims, input, out)
     (scale, shift), code, _keep = _parameters(input.dtype, weight, bias)
     module().row_norm(
         x.shape,
@@ -32,7 +29,7 @@ def row_norm(
         centered,
         **where(input),
     )
-    return _laid_out(out, input, centered)
+    return laid_out(out, input, centered)
 
 
 def row_norm_backward(
@@ -43,7 +40,7 @@ def row_norm_backward(
     shape = input.shape[input.dim() - dims :]
     by_weight = input.new_empty(shape if weight is not None else (0,), dtype=torch.float64)
     by_bias = input.new_empty(shape if bias else (0,), dtype=torch.float64)
-    g, x, y = _rows(dims, grad, input, by_input)
+    g, x, y = rows(dims, grad, input, by_input)
     (scale, _), code, _keep = _parameters(input.dtype, weight, None)
     wanted = weight is not None or bias
     n = x.shape[-1]
@@ -63,16 +60,7 @@ def row_norm_backward(
         workspace.data_ptr() if wanted else 0,
         **where(input),
     )
-    return _laid_out(by_input, input, centered), by_weight, by_bias
-
-
-def _rows(dims: int, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape with the last ``dims`` dimensions as one. Where these do not lie one behind the other, or there are
-    more dimensions than the kernel counts, this is a copy."""
-    outer = tensors[0].shape[: tensors[0].dim() - dims]
-    outer = outer if len(outer) < MAX_DIMS else (math.prod(outer),)
-    n = math.prod(tensors[0].shape[tensors[0].dim() - dims :])
-    return [tensor.reshape(*outer, n) for tensor in tensors]
+    return laid_out(by_input, input, centered), by_weight, by_bias
 
 
 def _parameters(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[int], int, list[Tensor | None]]:
@@ -80,7 +68,3 @@ def _parameters(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[in
     held = [None if p is None else p.contiguous() for p in parameters]
     code = next((DTYPE[p.dtype] for p in held if p is not None), DTYPE[dtype])
     return [0 if p is None else p.data_ptr() for p in held], code, held
-
-
-def _laid_out(result: Tensor, input: Tensor, centered: bool) -> Tensor:
-    return result if is_contiguous_result(input, centered) else torch.empty_like(input).copy_(result)

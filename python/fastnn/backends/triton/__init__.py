@@ -27,6 +27,7 @@ OPS = frozenset(
     (
         *("gemm", "activation", "int_mm"),
         *("softmax", "softmax_backward"),
+        *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
     )
 )

@@ -29,18 +29,19 @@ def sum_pieces(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """to[piece, column] = the sum of rows [piece * index, ...) of x."""
+    """to[piece, column] = the sum of rows [piece * index, ...) of x, in float64 where ``to`` is."""
     blocks = tl.cdiv(columns, COLUMNS)
     index = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     first = index * piece
     end = tl.minimum(first + piece, rows)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wide = tl.float64 if to.dtype.element_ty == tl.float64 else tl.float32
+    sums = tl.zeros((ROWS, COLUMNS), wide)
     for at in range(first, end, ROWS):
         row = at + tl.arange(0, ROWS)
         inside = (row < end)[:, None] & (column < columns)[None, :]
         sums += tl.load(x + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0).to(
-            tl.float32
+            wide
         )
     total = tl.sum(sums, 0)
     tl.store(to + index * columns + column, total.to(to.dtype.element_ty), mask=column < columns)
@@ -57,13 +58,14 @@ def column_sum(x: Tensor) -> Tensor:
     pieces = min(max(ceil_div(rows.shape[0], _PIECE), 1), _MOST_PIECES)
     if pieces > 1:
         parts = x.new_empty((pieces, rows.shape[1]), dtype=torch.float32)
-        _sum(rows, parts, pieces)
+        sum_rows(rows, parts, pieces)
         rows = parts
-    _sum(rows, out, 1)
+    sum_rows(rows, out, 1)
     return out
 
 
-def _sum(x: Tensor, to: Tensor, pieces: int) -> None:
+def sum_rows(x: Tensor, to: Tensor, pieces: int) -> None:
+    """Of each of ``pieces`` pieces of the rows."""
     rows, columns = x.shape
     programs = pieces * ceil_div(columns, _COLUMNS)
     piece = max(ceil_div(rows, pieces), 1)
