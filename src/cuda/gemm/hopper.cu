@@ -101,21 +101,23 @@ constexpr int kInstructions = kRowOfK / 32;  // of a step of one tile
 // ----------------------------------------------------------------------------------
 
 struct Work {
-  int64_t rows, columns;  // of tiles
-  int64_t steps;          // of K
-  int64_t splits, steps_each;
+  // What is counted here is less than 2 to the power of 31, so that divisions are short.
+  uint32_t rows, columns;  // of tiles
+  uint32_t steps;          // of K
+  uint32_t splits, steps_each;
+  uint32_t count;        // of all pieces of work
   int64_t split_stride;  // elements of C from one split's sums to the next one's
-  int64_t count;         // of all pieces of work
   int a_step, b_step;    // of the maps' outermost coordinate from batch to batch: 0 where shared
   int a_parts, b_parts;  // and from part to part
 };
 
 struct Piece {
-  int64_t batch, row, column, split, first_step, steps;
+  uint32_t batch, split, first_step, steps;
+  int64_t row, column;
 };
 
 // The splits of a tile follow each other, so that they read the same tiles' neighbours at a time.
-__device__ inline Piece piece_of(const Work& w, int64_t index, int columns) {
+__device__ __forceinline__ Piece piece_of(const Work& w, uint32_t index, int columns) {
   Piece p;
   p.split = index % w.splits, index /= w.splits;
   p.batch = index / (w.rows * w.columns);
@@ -256,9 +258,9 @@ struct Kernel {
   __device__ static __forceinline__ void produce(const TensorMap& a, const TensorMap& b,
                                                  const Work& w) {
     Stages turn;
-    for (int64_t index = blockIdx.x; index < w.count; index += gridDim.x) {
+    for (uint32_t index = blockIdx.x; index < w.count; index += gridDim.x) {
       const Piece p = piece_of(w, index, columns);
-      for (int64_t step = 0; step < p.steps; step++, turn.next()) {
+      for (uint32_t step = 0; step < p.steps; step++, turn.next()) {
         ptx::mbarrier_wait(empty(turn.stage), turn.parity ^ 1);
         uint64_t* barrier = full(turn.stage);
         ptx::mbarrier_arrive_expect(barrier, kStageBytes);
@@ -291,10 +293,10 @@ struct Kernel {
   }
 
   // One product a step: the next is begun before the last is waited for.
-  __device__ static __forceinline__ void sum_up(Sum (&sums)[kSums], Stages& turn, int64_t steps,
+  __device__ static __forceinline__ void sum_up(Sum (&sums)[kSums], Stages& turn, uint32_t steps,
                                                 int first_row) {
     int before = 0;
-    for (int64_t step = 0; step < steps; step++, turn.next()) {
+    for (uint32_t step = 0; step < steps; step++, turn.next()) {
       ptx::mbarrier_wait(full(turn.stage), turn.parity);
       ptx::wgmma_fence();
       multiply(sums, turn.stage, first_row, 0, 0, step > 0);
@@ -312,10 +314,10 @@ struct Kernel {
   // sums begin anew in every step, those of the first parts apart from the others, which they would
   // cut.
   __device__ static __forceinline__ void sum_up_parts(Sum (&sums)[kSums], Stages& turn,
-                                                      int64_t steps, int first_row) {
+                                                      uint32_t steps, int first_row) {
 #pragma unroll
     for (int i = 0; i < kSums; i++) sums[i] = 0;
-    for (int64_t step = 0; step < steps; step++, turn.next()) {
+    for (uint32_t step = 0; step < steps; step++, turn.next()) {
       Sum first[kSums], others[kSums];
       ptx::mbarrier_wait(full(turn.stage), turn.parity);
       ptx::wgmma_fence();
@@ -337,7 +339,7 @@ struct Kernel {
   __device__ static __forceinline__ void consume(const Gemm& g, const Work& w, bool simple) {
     Stages turn;
     const int first_row = (int(threadIdx.x) / 128 - 1) * 64;
-    for (int64_t index = blockIdx.x; index < w.count; index += gridDim.x) {
+    for (uint32_t index = blockIdx.x; index < w.count; index += gridDim.x) {
       const Piece p = piece_of(w, index, columns);
       Sum sums[kSums];
       if constexpr (kParts > 1)
@@ -404,6 +406,9 @@ __global__ void __launch_bounds__(256)
 
 // ---- from a product to its launch
 // ----------------------------------------------------------------
+
+// Of tiles, steps, and what the coordinates of tensor maps count, with room for a tile.
+constexpr int64_t kMostCounted = (int64_t(1) << 31) - 512;
 
 // How an operand lies in all batches; `extent` of M or N.
 struct Lying {
@@ -520,6 +525,18 @@ int64_t splits_of(int size, int64_t batches, int64_t m, int64_t n, int64_t k) {
   return std::max<int64_t>(1, std::min(kUsualBlocks / tiles, steps / kFewestSteps));
 }
 
+// False where it is too much to be counted.
+bool count_work(const Gemm& g, int columns, int size, int64_t batches, int64_t splits, Work& w) {
+  const int64_t rows = ceil_div(g.m, kRows), across = ceil_div(g.n, columns);
+  const int64_t steps = ceil_div(g.k * size, kRowOfK), each = ceil_div(steps, splits);
+  const int64_t used = ceil_div(steps, each);  // splits, none without a step
+  if (rows * across > kMostCounted / batches / used) return false;
+  w.rows = uint32_t(rows), w.columns = uint32_t(across), w.steps = uint32_t(steps);
+  w.steps_each = uint32_t(each), w.splits = uint32_t(used);
+  w.count = uint32_t(rows * across * batches * used);
+  return true;
+}
+
 template <class Mode>
 bool multiply(Gemm g, void* stream) {
   if (g.c.column != 1 && g.c.row == 1 && g.a_type != DType::u8) g = turned(g);
@@ -531,11 +548,7 @@ bool multiply(Gemm g, void* stream) {
       !describe(g, g.b, batches, g.n, g.b.column, g.b.row, Mode::kSize, wide_tiles ? 256 : 128, b))
     return false;
   Work w{};
-  w.rows = ceil_div(g.m, kRows), w.columns = ceil_div(g.n, wide_tiles ? 256 : 128);
-  w.steps = ceil_div(g.k * Mode::kSize, kRowOfK);
-  w.steps_each = ceil_div(w.steps, splits);
-  w.splits = ceil_div(w.steps, w.steps_each);  // none without a step
-  w.count = w.rows * w.columns * batches * w.splits;
+  if (!count_work(g, wide_tiles ? 256 : 128, Mode::kSize, batches, splits, w)) return false;
   w.a_step = a.batched, w.b_step = b.batched;
   if (w.splits == 1) {
     wide_tiles ? choose_layout<Mode, 256>(g, a, b, w, stream)
@@ -543,7 +556,7 @@ bool multiply(Gemm g, void* stream) {
     return true;
   }
 
-  if (g.workspace_bytes < w.splits * batches * g.m * g.n * 4) return false;
+  if (g.workspace_bytes < int64_t(w.splits) * batches * g.m * g.n * 4) return false;
   // The splits' sums, one C after another.
   using Sum = typename Mode::Sum;
   Gemm sums;
@@ -590,9 +603,7 @@ bool multiply_parts(Gemm g, void* stream) {
   a.layout.sizes[2] = parts * a_batches, a.layout.strides[2] = g.m * depth * 2;
   b.layout.sizes[2] = parts * b_batches, b.layout.strides[2] = g.n * depth * 2;
   Work w{};
-  w.rows = ceil_div(g.m, kRows), w.columns = ceil_div(g.n, kColumns);
-  w.steps = w.steps_each = ceil_div(g.k * 2, kRowOfK), w.splits = 1;
-  w.count = w.rows * w.columns * batches;
+  if (!count_work(g, kColumns, 2, batches, 1, w)) return false;
   w.a_step = a_batches > 1, w.b_step = b_batches > 1;
   w.a_parts = int(a_batches), w.b_parts = int(b_batches);
   start<HopperParts<parts>, kColumns, false, false>(g, a, b, w, stream);
@@ -617,9 +628,9 @@ int64_t hopper_workspace(DType a_type, int parts, int64_t batches, int64_t m, in
 int64_t gemms_on_hopper() { return started; }
 
 bool gemm_on_hopper(const Gemm& g, void* stream) {
-  // What the maps' coordinates can count.
-  constexpr int64_t kMost = (int64_t(1) << 31) - 512;
-  if (g.m > kMost || g.n > kMost || g.k > kMost || batches_of(g) * g.parts > kMost) return false;
+  if (g.m > kMostCounted || g.n > kMostCounted || g.k > kMostCounted ||
+      batches_of(g) > kMostCounted / g.parts)
+    return false;
   switch (g.a_type) {
     case DType::f32:
       return g.parts == 3   ? multiply_parts<3>(g, stream)

@@ -2,6 +2,8 @@
 // sums in shared memory. Who calls it says how tiles of A and B are copied: matrices in gemm.cu,
 // images in conv/.
 #pragma once
+#include <type_traits>
+
 #include "cuda/gemm/modes.cuh"
 
 namespace fastnn::cuda {
@@ -26,11 +28,14 @@ struct TilePlace {
   int64_t row, column;
 };
 
-__device__ inline TilePlace tile_place(int64_t index, int64_t rows, int64_t columns,
-                                       int at_a_time = kStrip) {
-  const int64_t strip = index / (at_a_time * columns), first = strip * at_a_time;
-  const int64_t height = rows - first < at_a_time ? rows - first : at_a_time;
-  const int64_t within = index - strip * at_a_time * columns;
+// Counts in the type of `index`: 64 bits make each division a call.
+template <class Index>
+__device__ __forceinline__ TilePlace tile_place(Index index, std::common_type_t<Index> rows,
+                                                std::common_type_t<Index> columns,
+                                                std::common_type_t<Index> at_a_time = kStrip) {
+  const Index strip = index / (at_a_time * columns), first = strip * at_a_time;
+  const Index height = rows - first < at_a_time ? rows - first : at_a_time;
+  const Index within = index - strip * at_a_time * columns;
   return {first + within % height, within / height};
 }
 
