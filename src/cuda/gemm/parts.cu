@@ -18,8 +18,8 @@ struct Strides {
 // elements at a time.
 template <int parts>
 __global__ void __launch_bounds__(kThreads)
-    split(const float* from, const Strides strides, const int64_t extent, const int64_t k,
-          const int64_t depth, __nv_bfloat16* to, const int64_t part_stride) {
+    split(const float* from, const __grid_constant__ Strides strides, const int64_t extent,
+          const int64_t k, const int64_t depth, __nv_bfloat16* to, const int64_t part_stride) {
   FASTNN_SHARED(float, square, [kSide * kRow]);
   const int64_t first = int64_t(blockIdx.y) * kSide, first_k = int64_t(blockIdx.x) * kSide;
   const int64_t batch = blockIdx.z;
