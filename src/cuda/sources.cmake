@@ -17,6 +17,7 @@ set(FASTNN_CUDA_KERNELS
   norm/batch_norm.cu
   norm/layer_norm.cu
   norm/planes.cu
+  pool/pool.cu
   quant/dynamic.cu
   quant/fake_quantize.cu
   quant/int8_linear.cu
@@ -36,6 +37,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/gemm.cpp
   bind/module.cpp
   bind/norm.cpp
+  bind/pool.cpp
   bind/quant_linear.cpp
   bind/quantize.cpp
   bind/reduce.cpp

@@ -1,4 +1,4 @@
-"""The pooling kernels on each instruction set, against the formula spelled out."""
+"""The pooling kernels on each instruction set and on CUDA, against the formula spelled out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
-from fastnn.backends.cpu import pool as cpu
-from fastnn.backends.cpu.pool import Windows
+from fastnn.backends import Kernels
+from fastnn.backends._pool import Windows
 from fastnn.backends.reference import pool as reference
 
 from .calls import FLOATS, error_in_ulp
+
+pytestmark = pytest.mark.not_on("triton")
+kernels = Kernels("pool")
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -42,7 +45,7 @@ def calls():
 def inputs(size, dtype):
     """In planes, and with the channels together; small integers, with NaN around."""
     dims = len(size)
-    for channels in (1, 37):
+    for channels in (1, 37, 16):
         shape = (2, channels, *size)
         base = torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype)
         x = base[64:-64].view(shape).copy_(torch.randint(-9, 10, shape))
@@ -53,36 +56,36 @@ def inputs(size, dtype):
 
 
 @dtypes
-def test_maxima(isa, dtype):
+def test_maxima(machine, dtype):
     for size, windows, output in calls():
         for x, last in inputs(size, dtype):
-            values, codes = cpu.max_pool(x, windows, output, last)
+            values, codes = kernels.max_pool(x, windows, output, last)
             expected, expected_codes = reference.max_pool(x, windows, output)
             assert torch.equal(values, expected), (size, windows)
             assert torch.equal(codes, expected_codes), (size, windows)
-            assert torch.equal(cpu.max_pool(x, windows, output, last, coded=False)[0], expected)
+            assert torch.equal(kernels.max_pool(x, windows, output, last, coded=False)[0], expected)
             indices = reference.max_pool_indices(codes, windows, size)
-            assert torch.equal(cpu.max_pool_indices(codes, windows, size, last), indices)
-            assert torch.equal(cpu.max_pool_gather(x, codes, windows, len(size), last), expected)
+            assert torch.equal(kernels.max_pool_indices(codes, windows, size, last), indices)
+            assert torch.equal(kernels.max_pool_gather(x, codes, windows, len(size), last), expected)
             grad = torch.randint(-2, 3, values.shape).to(dtype)
-            back = cpu.max_pool_backward(grad, codes, windows, x.shape, len(size), last)
+            back = kernels.max_pool_backward(grad, codes, windows, x.shape, len(size), last)
             assert torch.equal(back, reference.max_pool_backward(grad, codes, windows, x.shape, len(size)))
 
 
 @dtypes
-def test_averages(isa, dtype):
+def test_averages(machine, dtype):
     for size, windows, output in calls():
         if windows.dilation and max(windows.dilation) > 1:
             continue
         for x, last in inputs(size, dtype):
             for include, divisor in ((True, 0), (False, 0), (True, 3)):
-                found = cpu.avg_pool(x, windows, output, include, divisor, last)
+                found = kernels.avg_pool(x, windows, output, include, divisor, last)
                 exact = reference.avg_pool(x.double(), windows, output, include, divisor)
                 assert error_in_ulp(found, exact) <= 1
                 if divisor:
                     continue
                 grad = torch.randint(-2, 3, found.shape).to(dtype)
-                back = cpu.avg_pool_backward(grad, windows, x.shape, len(size), include, divisor, last)
+                back = kernels.avg_pool_backward(grad, windows, x.shape, len(size), include, divisor, last)
                 exact = reference.avg_pool_backward(grad.double(), windows, x.shape, len(size), include, divisor)
                 scale = exact.abs().max().item() + 2
                 assert (back.double() - exact).abs().max().item() <= 4 * torch.finfo(dtype).eps * scale

@@ -65,13 +65,14 @@ ON_CUDA = (
     *(f"nn.functional.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
     # Of others the samples are large; tests/kernels/test_conv.py has all.
     *(f"nn.functional.{name}" for name in ("conv1d", "conv2d", "conv_transpose2d")),
+    *(f"nn.functional.{kind}_pool2d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")),
     *ELEMENTWISE,
 )
 #: And Triton kernels.
 ON_TRITON = tuple(
     name
     for name in ON_CUDA
-    if not any(part in name for part in ("attention", "conv", "batch_norm", "group_norm", "instance_norm"))
+    if not any(part in name for part in ("attention", "conv", "pool", "batch_norm", "group_norm", "instance_norm"))
 )
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),

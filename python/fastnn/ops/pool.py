@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends import Kernels
+from ..backends._pool import MOST_TAPS, Windows, code_dtype, taps
 from ..backends.cpu import channels_last_strides, empty_image, tensor_pool, tensor_pool_backward
-from ..backends.cpu import pool as cpu
-from ..backends.cpu.pool import Windows
 from ..backends.reference import pool as reference
 from ._op import Op, Result
 from ._route import (
@@ -40,6 +40,7 @@ from ._route import (
 )
 
 F = torch.nn.functional
+kernels = Kernels("pool")
 
 #: What tensor_pool computes.
 _MAXIMUM, _AVERAGE = range(2)
@@ -227,7 +228,7 @@ def _windows_of(
         # No window begins in the padding on the right.
         output.append(size - 1 if ceil_mode and (size - 1) * s >= n + p else size)
     windows = Windows(kernel, steps, around, apart)
-    if cpu.taps(windows, (), ()) > cpu.MOST_TAPS:
+    if taps(windows, (), ()) > MOST_TAPS:
         raise Unsupported("kernel_size: a window of more than 2^24 elements")
     return windows, tuple(output)
 
@@ -250,7 +251,7 @@ def _read_output_size(size: Sequence[Any], output_size: Any) -> tuple[int, ...]:
     output = _numbers("output_size", output_size, dims)
     if any(o < 1 for o in output):
         raise Unsupported("output_size: expected integers above 0")
-    if cpu.taps(_ADAPTIVE, size, output) > cpu.MOST_TAPS:
+    if taps(_ADAPTIVE, size, output) > MOST_TAPS:
         raise Unsupported("output_size: a window of more than 2^24 elements")
     return output
 
@@ -352,7 +353,7 @@ def _maxima(
 ) -> Tensor | tuple[Tensor, Tensor]:
     where = route("pool", x)
     if where == EAGER and not return_indices and not wants_grad(x):
-        return cpu.max_pool(_plain(x), windows, output, channels_last, coded=False)[0]
+        return kernels.max_pool(_plain(x), windows, output, channels_last, coded=False)[0]
     values, codes = max_pool(x, *windows, output, channels_last, where=where)
     if not return_indices:
         return values
@@ -502,7 +503,7 @@ def _max_fake(
     x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, output: Any, channels_last: bool
 ) -> Result:
     shape, size = _output_shape(x, output), x.shape[x.dim() - len(output) :]
-    codes = cpu.code_dtype(Windows(kernel, stride, padding, dilation), size, output)
+    codes = code_dtype(Windows(kernel, stride, padding, dilation), size, output)
     return _fake(x, shape, channels_last), _fake(x, shape, channels_last, codes)
 
 
@@ -526,7 +527,7 @@ def _max_jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
 max_pool = Op(
     "max_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] output, "
     "bool channels_last) -> (Tensor, Tensor)",
-    kernel=lambda x, k, s, p, d, output, channels_last: cpu.max_pool(x, Windows(k, s, p, d), output, channels_last),
+    kernel=lambda x, k, s, p, d, output, channels_last: kernels.max_pool(x, Windows(k, s, p, d), output, channels_last),
     reference=lambda x, k, s, p, d, output, channels_last: reference.max_pool(x, Windows(k, s, p, d), output),
     fake=_max_fake,
     save=_max_save,
@@ -546,7 +547,7 @@ def _no_gradient(ctx: Any, *_: Any) -> tuple[None, ...]:
 max_pool_indices = Op(
     "max_pool_indices(Tensor codes, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] size, "
     "bool channels_last) -> Tensor",
-    kernel=lambda codes, k, s, p, d, size, last: cpu.max_pool_indices(codes, Windows(k, s, p, d), size, last),
+    kernel=lambda codes, k, s, p, d, size, last: kernels.max_pool_indices(codes, Windows(k, s, p, d), size, last),
     reference=lambda codes, k, s, p, d, size, last: reference.max_pool_indices(codes, Windows(k, s, p, d), size),
     fake=lambda codes, k, s, p, d, size, last: _fake(codes, codes.shape, last, torch.int64),
     save=lambda ctx, args, result: (),
@@ -580,7 +581,7 @@ def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 max_pool_backward = Op(
     "max_pool_backward(Tensor grad, Tensor codes, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "SymInt[] size, int dims, bool channels_last) -> Tensor",
-    kernel=lambda g, codes, k, s, p, d, size, dims, last: cpu.max_pool_backward(
+    kernel=lambda g, codes, k, s, p, d, size, dims, last: kernels.max_pool_backward(
         g, codes, Windows(k, s, p, d), size, dims, last
     ),
     reference=lambda g, codes, k, s, p, d, size, dims, last: reference.max_pool_backward(
@@ -614,7 +615,7 @@ def _gather_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 max_pool_gather = Op(
     "max_pool_gather(Tensor x, Tensor codes, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int dims, "
     "bool channels_last) -> Tensor",
-    kernel=lambda x, codes, k, s, p, d, dims, last: cpu.max_pool_gather(x, codes, Windows(k, s, p, d), dims, last),
+    kernel=lambda x, codes, k, s, p, d, dims, last: kernels.max_pool_gather(x, codes, Windows(k, s, p, d), dims, last),
     reference=lambda x, codes, k, s, p, d, dims, last: reference.max_pool_gather(x, codes, Windows(k, s, p, d), dims),
     fake=lambda x, codes, k, s, p, d, dims, last: _fake(x, codes.shape, last),
     save=_gather_save,
@@ -646,7 +647,7 @@ def _avg_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 avg_pool = Op(
     "avg_pool(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] output, "
     "bool include_padding, int divisor, bool channels_last) -> Tensor",
-    kernel=lambda x, k, s, p, d, output, pads, divisor, last: cpu.avg_pool(
+    kernel=lambda x, k, s, p, d, output, pads, divisor, last: kernels.avg_pool(
         x, Windows(k, s, p, d), output, pads, divisor, last
     ),
     reference=lambda x, k, s, p, d, output, pads, divisor, last: reference.avg_pool(
@@ -674,7 +675,7 @@ def _avg_backward_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 avg_pool_backward = Op(
     "avg_pool_backward(Tensor grad, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] size, "
     "int dims, bool include_padding, int divisor, bool channels_last) -> Tensor",
-    kernel=lambda g, k, s, p, d, size, dims, pads, divisor, last: cpu.avg_pool_backward(
+    kernel=lambda g, k, s, p, d, size, dims, pads, divisor, last: kernels.avg_pool_backward(
         g, Windows(k, s, p, d), size, dims, pads, divisor, last
     ),
     reference=lambda g, k, s, p, d, size, dims, pads, divisor, last: reference.avg_pool_backward(

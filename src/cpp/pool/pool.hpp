@@ -37,6 +37,9 @@ struct PoolCall {
   double divisor = 0;           // instead of that count, if not 0
 };
 
+// What a call computes.
+enum PoolJob { kPoolMax, kPoolScatter, kPoolGather, kPoolIndices, kPoolAvg, kPoolAvgBackward };
+
 // All throw std::invalid_argument for windows that do not meet the input or have too many taps.
 // The first maximum counts; a NaN counts as larger, the last of them.
 void max_pool(const PoolCall& call);

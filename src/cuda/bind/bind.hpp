@@ -11,6 +11,7 @@ void bind_conv(pybind11::module_& m);
 void bind_fake_quantize(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
+void bind_pool(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_quant_linear(pybind11::module_& m);

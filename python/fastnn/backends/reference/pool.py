@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cpu.pool import Windows, code_dtype
+from .._pool import Windows, code_dtype
 
 
 def _axis(n: int, out: int, windows: Windows, d: int, device: torch.device) -> tuple[Tensor, Tensor, int]:

@@ -1,0 +1,28 @@
+"""The pooling kernels on CUDA tensors: see backends._pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._pool import Pools
+from ..cpu import image_strides
+from . import module, where
+
+
+def _pool(*args: Any, **kwargs: Any) -> None:
+    module().pool(*args, **kwargs)
+
+
+_pools = Pools(
+    _pool,
+    lambda like, shape, dtype, channels_last: like.new_empty_strided(
+        shape, image_strides(shape, channels_last), dtype=dtype
+    ),
+    where,
+)
+max_pool = _pools.max_pool
+max_pool_backward = _pools.max_pool_backward
+max_pool_gather = _pools.max_pool_gather
+max_pool_indices = _pools.max_pool_indices
+avg_pool = _pools.avg_pool
+avg_pool_backward = _pools.avg_pool_backward
