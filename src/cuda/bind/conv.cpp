@@ -14,9 +14,9 @@ template <cuda::Product which>
 void call(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w_ptr,
           py::handle w_shape, py::handle w_strides, uintptr_t y_ptr, py::handle y_shape,
           py::handle y_strides, int dtype, py::handle stride, py::handle padding,
-          py::handle dilation, int64_t groups, int precision, uintptr_t bias_ptr,
-          uintptr_t residual_ptr, int activation, const py::function& allocate, int device,
-          uintptr_t stream) {
+          py::handle dilation, int64_t groups, int precision, bool batch_invariant,
+          uintptr_t bias_ptr, uintptr_t residual_ptr, int activation, const py::function& allocate,
+          int device, uintptr_t stream) {
   const char* op = "conv";
   Conv c;
   c.x = tensor5_argument(op, "x", x_ptr, x_shape, x_strides);
@@ -29,7 +29,7 @@ void call(uintptr_t x_ptr, py::handle x_shape, py::handle x_strides, uintptr_t w
   read_geometry(op, c, stride, padding, dilation, groups);
   if (precision < 0 || precision > 2) bad_argument(op, "precision", "0 to 2");
   if (activation < 0 || activation >= kActivations) bad_argument(op, "activation", "0 to 7");
-  c.precision = Precision(precision);
+  c.precision = Precision(precision), c.batch_invariant = batch_invariant;
   c.bias = reinterpret_cast<const char*>(bias_ptr);
   c.residual = reinterpret_cast<const char*>(residual_ptr);
   c.activation = activation;
@@ -48,8 +48,8 @@ void define(py::module_& m, const char* name, const char* doc) {
         py::arg("w_ptr"), py::arg("w_shape"), py::arg("w_strides"), py::arg("y_ptr"),
         py::arg("y_shape"), py::arg("y_strides"), py::arg("dtype"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("precision"),
-        py::arg("bias_ptr"), py::arg("residual_ptr"), py::arg("activation"), py::arg("allocate"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("batch_invariant"), py::arg("bias_ptr"), py::arg("residual_ptr"),
+        py::arg("activation"), py::arg("allocate"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace

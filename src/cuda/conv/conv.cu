@@ -67,7 +67,7 @@ bool in_pieces(const void* data, int64_t one, int64_t other, int64_t images, DTy
 
 // Filters of one tap that see every pixel: a matrix product as it is, in either layout, where
 // operands can be copied in pieces as they lie.
-bool as_product(const Conv& c, bool transposed, Gemm& g) {
+bool as_product(const Conv& c, bool transposed, const Allocate& allocate, Gemm& g) {
   const Tensor5 &image = transposed ? c.y : c.x, &out = transposed ? c.x : c.y;
   if (c.groups != 1 || c.w.spatial() != 1) return false;
   for (int d = 0; d < kSpatial; d++)
@@ -89,6 +89,10 @@ bool as_product(const Conv& c, bool transposed, Gemm& g) {
     g.m = pixels, g.batch_dims = 1, g.batch[0] = images;
     g.a.batch[0] = image.stride[0], g.c.batch[0] = g.residual.batch[0] = out.stride[0];
   }
+  g.batch_invariant = c.batch_invariant;
+  const int64_t batches = g.batch_dims ? images : 1;
+  g.workspace_bytes = gemm_workspace(g.a_type, g.parts, batches, g.m, g.n, g.k, c.batch_invariant);
+  if (g.workspace_bytes) g.workspace = allocate(size_t(g.workspace_bytes));
   return true;
 }
 
@@ -114,7 +118,7 @@ void conv(Product which, const Conv& c, const Allocate& allocate, void* stream) 
     return implicit_weight(g, c, x, y, allocate, stream);
   }
   Gemm g = epilogue_of(c, out);
-  if (as_product(c, transposed, g)) return gemm(g, stream);
+  if (as_product(c, transposed, allocate, g)) return gemm(g, stream);
   const Pixels filters = pixels(c.w, 1, false);
   const Pixels image = pixels(transposed ? c.y : c.x, c.groups, false);
   implicit_product({g, &c, transposed, image, filters}, stream);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _state
 from .._conv import five, gives_channels_last, result_shape, three
 from ..codes import ACTIVATION, DTYPE, precision
 from ..cpu import image_strides
@@ -122,6 +123,7 @@ def convolve(
         three(dilation, 1),
         groups,
         precision(x.dtype),
+        _state.settings().batch_invariant,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         ACTIVATION[activation],
