@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastnn import _cpu, _state
-from fastnn.backends.cuda import conv as cuda_conv
 
 #: Whether `make sanitize` runs: AddressSanitizer needs memory of its own, and turns a SIGSEGV into an abort.
 UNDER_SANITIZER = "libasan" in os.environ.get("LD_PRELOAD", "")
@@ -110,10 +110,11 @@ def convolve(
 ) -> Tensor:
     """One of the three products of a 3-d convolution, "forward", "input" or "weight"; returns what was written."""
     written = {"forward": y, "input": x, "weight": w}[product]
-    if _state.settings().backend == "cuda":
+    backend = _state.settings().backend
+    if backend in ("cuda", "triton"):
         torch.set_float32_matmul_precision(precision)
         options = (stride, padding, dilation, groups, bias, activation, residual)
-        cuda_conv.convolve(product, x, w, y, *options)
+        importlib.import_module(f"fastnn.backends.{backend}.conv").convolve(product, x, w, y, *options)
         return written
     getattr(_cpu, f"conv_{product}")(
         x.data_ptr(),

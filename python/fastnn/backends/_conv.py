@@ -1,13 +1,17 @@
-"""What the convolutions of CPUs and GPUs have in common: the layout of results, and one and two dimensions as three."""
+"""What the convolutions of CPUs and GPUs have in common: the layout of results, one and two dimensions as three, and how
+kernels of GPUs are called: x (N, C, *spatial), w (M, C / groups, *kernel), y (N, M, *out), 1 to 3 spatial dimensions, all of
+one dtype and any strides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._layout import suggest_memory_format
+from ._tensors import new_image
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -64,3 +68,74 @@ def five(sizes: Sequence[int], fill: int = 1) -> tuple[int, ...]:
 
 def three(numbers: Sequence[int], fill: int) -> tuple[int, ...]:
     return (*(fill,) * (3 - len(numbers)), *numbers)
+
+
+class Convolutions:
+    """The functions of a GPU's kernels: ``convolve`` writes one of the tensors, "forward" y, "input" x or "weight" w, from the
+    other two; ``column_sum`` sums all dimensions but the last."""
+
+    def __init__(self, convolve: Callable[..., None], column_sum: Callable[[Tensor], Tensor]) -> None:
+        self._convolve, self._column_sum = convolve, column_sum
+
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        prepared: Any = None,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """activation(conv(x, w) + bias + residual); the residual has the result's shape. Nothing is kept of w for other calls
+        in ``prepared``, nor is the residual overwritten."""
+        channels_last = gives_channels_last(x, w, False, stride, padding, dilation, groups)
+        y = new_image(x, result_shape(x, w, stride, padding, dilation), channels_last)
+        if residual is not None and residual.stride() != y.stride():
+            residual = torch.empty_like(y).copy_(residual)
+        self._convolve("forward", x, w, y, stride, padding, dilation, groups, bias, activation, residual)
+        return y
+
+    def inverted_residual(self, *args: Any) -> None:
+        """There is no kernel of three layers in one pass: the layers are called one by one."""
+
+    def input(
+        self,
+        y: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """The gradient of x, of the spatial sizes ``size``, from that of y; with ``bias``, the transposed convolution."""
+        channels_last = gives_channels_last(y, w, True, stride, padding, dilation, groups)
+        x = new_image(y, (y.shape[0], w.shape[1] * groups, *size), channels_last)
+        self._convolve("input", x, w, y, stride, padding, dilation, groups, bias)
+        return x
+
+    def weight(
+        self,
+        y: Tensor,
+        x: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+    ) -> Tensor:
+        """The gradient of w from that of y."""
+        w = new_image(x, (y.shape[1], x.shape[1] // groups, *kernel), channels_last)
+        self._convolve("weight", x, w, y, stride, padding, dilation, groups)
+        return w
+
+    def channel_sum(self, y: Tensor) -> Tensor:
+        """The sum over all but dimension 1: the gradient of the bias."""
+        return self._column_sum(y.movedim(1, -1))

@@ -66,3 +66,19 @@ def merge(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...
             kept.append([size, *steps])
     merged = list(zip(*(kept or [[1] * (1 + len(strides))]), strict=True))
     return merged[0], merged[1:]
+
+
+def image_strides(shape: Sequence[int], channels_last: bool) -> Sequence[int]:
+    return channels_last_strides(shape) if channels_last else contiguous(shape)
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of (N, C, *spatial) with C fastest."""
+    n, c, *spatial = shape
+    outer, *inner = contiguous((n, *spatial, c))
+    return (outer, 1, *inner[:-1])
+
+
+def new_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory beside ``like``'s for (N, C, *spatial), contiguous or channels-last."""
+    return like.new_empty_strided(shape, image_strides(shape, channels_last), dtype=dtype or like.dtype)

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from .. import _cpu, _state
 from ..backends import Kernels, cpu
 from ..backends._conv import gives_channels_last, is_channels_last, result_shape
-from ..backends.cpu import channels_last_strides
+from ..backends._tensors import channels_last_strides
 from ..backends.cpu.conv import Layer
 from ..backends.reference import conv as reference
 from ._op import Op

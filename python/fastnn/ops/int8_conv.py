@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.cpu import channels_last_strides
+from ..backends._tensors import channels_last_strides
 from ..backends.cpu import int8_conv as kernels
 from ..backends.reference import int8_conv as formulas
 from ._op import Op, sample_by_sample

@@ -24,7 +24,8 @@ from torch.autograd import Function
 
 from ..backends import Kernels
 from ..backends._pool import MOST_TAPS, Windows, code_dtype, taps
-from ..backends.cpu import channels_last_strides, empty_image, tensor_pool, tensor_pool_backward
+from ..backends._tensors import channels_last_strides
+from ..backends.cpu import empty_image, tensor_pool, tensor_pool_backward
 from ..backends.reference import pool as reference
 from ._op import Op, Result
 from ._route import (

@@ -15,7 +15,7 @@ from torch import Tensor
 # After torch: the extension finds its OpenMP symbols in torch's own runtime.
 from ... import _cpu, _state
 from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of  # noqa: F401 - ops read some of these
-from .._tensors import contiguous
+from .._tensors import contiguous, image_strides
 from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
@@ -147,20 +147,9 @@ def empty_channels(shape: Sequence[int], dtype: torch.dtype, channels_last: bool
     return empty_strided(shape, image_strides(shape, channels_last), dtype)
 
 
-def image_strides(shape: Sequence[int], channels_last: bool) -> Sequence[int]:
-    return channels_last_strides(shape) if channels_last else contiguous(shape)
-
-
 def empty_image(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     """What the short ways ask for where a result is large."""
     return empty_channels(shape, dtype or like.dtype, channels_last)
-
-
-def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of (N, C, *spatial) with C fastest."""
-    n, c, *spatial = shape
-    outer, *inner = contiguous((n, *spatial, c))
-    return (outer, 1, *inner[:-1])
 
 
 def empty_like(x: Tensor) -> Tensor:

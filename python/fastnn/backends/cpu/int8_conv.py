@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ... import _cpu
 from .._conv import five, three
+from .._tensors import channels_last_strides
 from ..reference import int8_conv as formulas
 from ..reference.quantize import RANGE
-from . import DTYPE, channels_last_strides, empty_channels, empty_strided
+from . import DTYPE, empty_channels, empty_strided
 
 _SIGN = 128
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._pool import Pools
-from ..cpu import image_strides
+from .._tensors import new_image
 from . import module, where
 
 
@@ -13,13 +13,7 @@ def _pool(*args: Any, **kwargs: Any) -> None:
     module().pool(*args, **kwargs)
 
 
-_pools = Pools(
-    _pool,
-    lambda like, shape, dtype, channels_last: like.new_empty_strided(
-        shape, image_strides(shape, channels_last), dtype=dtype
-    ),
-    where,
-)
+_pools = Pools(_pool, lambda like, shape, dtype, channels_last: new_image(like, shape, channels_last, dtype), where)
 max_pool = _pools.max_pool
 max_pool_backward = _pools.max_pool_backward
 max_pool_gather = _pools.max_pool_gather
