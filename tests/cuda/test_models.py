@@ -12,7 +12,7 @@ from fastnn import _state, models
 from fastnn.testing import verify_model
 
 #: What goes to torch for want of a kernel, in whole or in part.
-WITHOUT_A_KERNEL = {"embedding", "batch_norm", "max_pool2d", "adaptive_avg_pool2d", "cross_entropy"}
+WITHOUT_A_KERNEL = {"embedding", "cross_entropy"}
 
 
 def encoder(**options):

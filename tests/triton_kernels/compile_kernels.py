@@ -11,18 +11,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import elementwise, gemm, layer_norm, quantize, reduce, softmax
+from fastnn.backends.triton import conv, elementwise, gemm, layer_norm, quantize, reduce, softmax
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
 
-def compiled(kernel, types, constants, arch, **options):
-    """``types`` of arguments; all others are ``constants``. Sizes and addresses are multiples of 16, as they mostly are."""
+def compiled(kernel, types, constants, arch, anything=(), **options):
+    """``types`` of arguments; all others are ``constants``. Sizes and addresses are multiples of 16, as they mostly are, but
+    those that may be ``anything``."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     at = {name: i for i, name in enumerate(kernel.arg_names)}
     known = {(at[name],): constants.get(name) for name in at if name not in types}
     divisible = {}
     for name, type in types.items():
+        if name in anything:
+            continue
         if isinstance(type, tuple):  # strides, of which the last is 1
             for i, part in enumerate(type):
                 if part == "constexpr":
@@ -63,6 +66,38 @@ def products(arch):
         )
         types = {**pointers, **strides, **batches, **numbers}
         yield a, compiled(gemm.multiply, types, constants, arch, num_warps=warps, num_stages=stages)
+
+
+def convolutions(arch):
+    """Of channels-last tensors."""
+    image, three = ("i32", "constexpr", "i32", "i32", "i32"), ("i32",) * 3
+    for element, parts, (rows, columns, warps, stages) in (("fp32", 3, SMALL), ("bf16", 0, LARGE), ("fp16", 0, SMALL)):
+        constants = dict(PARTS=parts, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=32)
+        options = dict(num_warps=warps, num_stages=stages)
+        tensors = {name: f"*{element}" for name in ("image", "filters", "out", "residual", "bias")}
+        axes = [
+            "image_size",
+            "positions",
+            "first",
+            "stride",
+            "step",
+            "taps",
+            "tap_first",
+            "tap_step",
+            "out_first",
+            "out_step",
+        ]
+        types = tensors | dict(images="i32", channels="i32", columns="i32", filter_group="i32")
+        types |= {f"{name}_strides": image for name in ("image", "filter", "out")} | {name: three for name in axes}
+        activation = dict(ACTIVATION="relu")
+        kernel = compiled(conv.implicit, types, constants | activation, arch, {*axes, "images"}, **options)
+        yield f"convolution {element}", kernel
+        types = dict(x=f"*{element}", y=f"*{element}", partial="*fp32", rows="i32", columns="i32", x_strides=image)
+        axes = ["x_size", "y_size", "kernel", "stride", "padding", "dilation"]
+        numbers = dict(y_strides=image, groups="i32", pixels="i32", piece="i32") | {name: three for name in axes}
+        any_of = {*axes, "groups", "pixels", "piece"}
+        kernel = compiled(conv.weight_gradient, types | numbers, constants, arch, any_of, **options)
+        yield f"convolution's weight {element}", kernel
 
 
 def others(arch):
@@ -127,7 +162,7 @@ def norms(arch):
 def main():
     arch = int(sys.argv[1])
     found = {}
-    for name, kernel in (*products(arch), *others(arch), *norms(arch), *quantization(arch)):
+    for name, kernel in (*products(arch), *convolutions(arch), *others(arch), *norms(arch), *quantization(arch)):
         ptx = kernel.asm["ptx"]
         found[name] = {
             "tensor_cores": sorted(set(re.findall(r"(?:mma|wgmma\.mma_async)\.sync\.aligned\S*", ptx))),

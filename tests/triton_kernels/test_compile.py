@@ -12,6 +12,9 @@ from fastnn.backends import triton
 
 #: What the operands of a product are -> the types in the instruction for them.
 OPERANDS = {"fp32": "bf16.bf16", "bf16": "bf16.bf16", "fp16": "f16.f16", "i8": "s8.s8", "u8": "s8.s8"}
+for _type in ("fp32", "bf16", "fp16"):
+    for _product in ("convolution", "convolution's weight"):
+        OPERANDS[f"{_product} {_type}"] = OPERANDS[_type]
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 
