@@ -1,6 +1,7 @@
-// Pooling: a thread computes one element, of 16 bytes of channels where they lie together. The
-// gradients gather: each element of the input asks the windows that contain it, in their order, so
-// that no sum needs atomics.
+// Pooling: a thread computes one element, of 16 bytes of channels where they lie together; averages
+// of large windows, such as whole images, are shared by the threads of a block. The gradients
+// gather: each element of the input asks the windows that contain it, in their order, so that no
+// sum needs atomics.
 #include "cuda/pool/pool.hpp"
 
 #include <algorithm>
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int64_t kMostBlocks = 65535;
+constexpr int64_t kLarge = 256;  // elements of a window from which on a block has it
 
 // The windows along one axis. kernel: how many taps the largest has. Of adaptive ones the product
 // of both sizes is below 2^32: divisions of 64 bits would be calls.
@@ -255,6 +257,62 @@ __global__ void __launch_bounds__(kThreads, 5) pool_elements(const Call c) {
   }
 }
 
+// Averages of large windows: `across` threads have neighbouring pieces of channels, those behind
+// them other elements of the window; what they find is added up in a fixed order.
+template <class T, int lanes, int across>
+__global__ void __launch_bounds__(kThreads) large_averages(const Call c, const int pieces) {
+  constexpr int kRows = kThreads / across, kWidth = across * lanes;
+  FASTNN_SHARED(float, found, [kRows * kWidth]);
+  const int row = int(threadIdx.x) / across, piece = int(threadIdx.x) % across;
+  unsigned rest = blockIdx.x;
+  const Mine m{int(c.pieces.take(rest) * across + piece) * lanes,
+               {int(c.planes.take(rest)), int(c.lines.take(rest)), int(rest)}};
+  Window w[3];
+  float divisor = 1;
+#pragma unroll
+  for (int d = 0; d < 3; d++) {
+    w[d] = window_of(c.axis[d], m.at[d]);
+    divisor *= float(count_of(c.axis[d], w[d], c.include_padding));
+  }
+  if (c.divisor != 0) divisor = c.divisor;
+  const int depth = w[0].end - w[0].first, height = w[1].end - w[1].first,
+            width = w[2].end - w[2].first;
+  for (int64_t image = blockIdx.y; image < c.images; image += gridDim.y) {
+    float sums[lanes] = {};
+    if (m.channel < pieces * lanes) {
+      const int64_t from = element(c.x, image, m.channel);
+#pragma unroll 4
+      for (int i = row; i < depth * height * width; i += kRows) {
+        const int line = i / width;
+        const int at[3] = {w[0].begin + (w[0].first + line / height) * c.axis[0].dilation,
+                           w[1].begin + (w[1].first + line % height) * c.axis[1].dilation,
+                           w[2].begin + (w[2].first + i % width) * c.axis[2].dilation};
+        const auto x = Lanes<T, lanes>::at(
+            c.x.data, from + at[0] * c.x.stride[2] + at[1] * c.x.stride[3] + at[2] * c.x.stride[4]);
+#pragma unroll
+        for (int e = 0; e < lanes; e++) sums[e] += to_float(x.lane[e]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < lanes; e++) found[row * kWidth + piece * lanes + e] = sums[e];
+    for (int half = kRows / 2; half > 0; half /= 2) {
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < half * kWidth; i += kThreads)
+        found[i] += found[half * kWidth + i];
+    }
+    __syncthreads();
+    if (row == 0 && m.channel < pieces * lanes) {
+      Lanes<T, lanes> out;
+#pragma unroll
+      for (int e = 0; e < lanes; e++)
+        out.lane[e] = from_float<T>(found[piece * lanes + e] / divisor);
+      *reinterpret_cast<Lanes<T, lanes>*>(static_cast<T*>(c.out.data) + element(c.out, image, m)) =
+          out;
+    }
+    __syncthreads();  // before the next image's sums
+  }
+}
+
 // Whether 16 bytes of a tensor's channels lie together, or as many codes.
 bool has_lanes(const PoolTensor& t, int64_t lanes, int64_t size) {
   if (!t.data) return true;
@@ -315,6 +373,21 @@ void run(Call& c, const PoolCall& call, void* stream) {
          dim3(kThreads), 0, stream, c);
 }
 
+template <class T, int lanes>
+void run_large_averages(Call& c, const PoolCall& call, void* stream) {
+  constexpr int across = lanes > 1 ? 4 : 1;
+  const int64_t pieces = call.channels / lanes, size1 = c.axis[1].out, size2 = c.axis[2].out;
+  const int64_t blocks = ceil_div(pieces, across) * c.axis[0].out * size1 * size2;
+  if (blocks >= int64_t(1) << 31)
+    throw std::invalid_argument("pool: x: expected images of fewer than 2^31 elements");
+  if (blocks == 0 || c.images == 0) return;
+  c.pieces = Divisor(c.axis[0].out * size1 * size2), c.planes = Divisor(size1 * size2);
+  c.lines = Divisor(size2);
+  launch(large_averages<T, lanes, across>,
+         dim3(unsigned(blocks), unsigned(std::min(c.images, kMostBlocks))), dim3(kThreads), 0,
+         stream, c, int(pieces));
+}
+
 }  // namespace
 
 void pool(PoolJob job, const PoolCall& call, void* stream) {
@@ -343,6 +416,9 @@ void pool(PoolJob job, const PoolCall& call, void* stream) {
         return wide ? run<kPoolScatter, T, lanes>(c, call, stream)
                     : run<kPoolScatter, T, 1>(c, call, stream);
       case kPoolAvg:
+        if (taps >= kLarge)
+          return wide ? run_large_averages<T, lanes>(c, call, stream)
+                      : run_large_averages<T, 1>(c, call, stream);
         return wide ? run<kPoolAvg, T, lanes>(c, call, stream)
                     : run<kPoolAvg, T, 1>(c, call, stream);
       default:
