@@ -1,5 +1,6 @@
-"""Batch and group norm on CUDA where the kernels' own ways part: chunks, groups of threads, packs, tiles of channels."""
+"""Batch and group norm on GPUs where the kernels' own ways part: chunks, groups of threads, packs, tiles of channels."""
 
+import importlib
 import math
 
 import pytest
@@ -22,6 +23,13 @@ def norms(on):
 
     cuda.use(on)
     return norm, group_norm
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def norm(request):
+    """The functions of a backend."""
+    request.getfixturevalue(f"on_{request.param}")
+    return importlib.import_module(f"fastnn.backends.{request.param}.norm")
 
 
 def surrounded(x, last):
@@ -101,16 +109,16 @@ FEW = [((3, 4, 50, 57), False), ((2, 4, 29, 31), True), ((2, 3, 31), False), ((4
 
 
 @pytest.mark.parametrize(("shape", "last"), FEW, ids=str)
-def test_a_mean_far_from_zero(shape, last, on_cuda):
+def test_a_mean_far_from_zero(shape, last, norm):
     """float32 with a mean 10,000 and 1,000,000 times the deviation: the numbers as they are in float32 are exact."""
-    norm, _ = norms(on_cuda)
     for offset in (1e4, -1e6):
         x, *_ = layouts(shape, torch.float32, last, offset)
         axes = [d for d in range(len(shape)) if d != 1]
         out, mean, var = norm.batch_norm(x, None, None, None, None, None, EPS, False)
         wide = x.double()
         torch.testing.assert_close(mean, wide.mean(axes), rtol=1e-9, atol=0)
-        torch.testing.assert_close(var, wide.var(axes, unbiased=False), rtol=1e-6, atol=0)
+        # Triton's interpreter sums a column in one chain.
+        torch.testing.assert_close(var, wide.var(axes, unbiased=False), rtol=3e-6, atol=0)
         exact = torch.nn.functional.batch_norm(wide, None, None, training=True)
         torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
         grad = torch.randn(shape)
@@ -121,9 +129,8 @@ def test_a_mean_far_from_zero(shape, last, on_cuda):
 
 
 @pytest.mark.parametrize(("shape", "last"), FEW, ids=str)
-def test_extremes(shape, last, on_cuda):
+def test_extremes(shape, last, norm):
     """First elements that are unlike the rest, squares beyond float32, and what is not finite staying in its channel."""
-    norm, _ = norms(on_cuda)
     axes = [d for d in range(len(shape)) if d != 1]
     x, *_ = layouts(shape, torch.float32, last)
     x[0, 0] += 1e4

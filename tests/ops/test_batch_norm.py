@@ -23,7 +23,6 @@ def statistics(channels, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, 0.7, -0.5])
-@pytest.mark.not_on("triton")
 def test_running_statistics(dtype, momentum, machine, no_fallback):
     x = (torch.randn(6, 5, 7) * 3 + 2).to(dtype)
     ours = statistics(5, dtype)
@@ -43,7 +42,6 @@ def test_running_statistics(dtype, momentum, machine, no_fallback):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.not_on("triton")
 def test_float32_parameters_with_16_bit_input(dtype, training, machine, no_fallback):
     x = torch.randn(5, 6, 4).to(dtype).requires_grad_()
     weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
@@ -80,7 +78,6 @@ def strided():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.not_on("triton")
 def test_strides_are_torchs(training, machine, no_fallback):
     for x in strided():
         channels = x.shape[1]
@@ -126,7 +123,6 @@ def unfused(x, mean, var, weight=None, bias=None, training=False, momentum=0.1, 
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.not_on("triton")
 def test_fused(training, with_residual, activation, memory_format, machine, no_fallback):
     x, residual = (torch.randn(4, 7, 5, 6).contiguous(memory_format=memory_format) for _ in range(2))
     weight, bias = torch.randn(7), torch.randn(7)
@@ -359,7 +355,6 @@ def test_sync_batch_norm_stays_torchs():
 
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.not_on("triton")
 def test_running_statistics_count_their_changes(training, with_grad, machine, no_fallback):
     """Once a call, where torch 2.13 counts none: autograd sees that what it has saved was changed."""
     x = torch.randn(4, 3, 5).requires_grad_(with_grad)
@@ -372,7 +367,6 @@ def test_running_statistics_count_their_changes(training, with_grad, machine, no
 @pytest.mark.parametrize(
     ("dtype", "given"), [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)]
 )
-@pytest.mark.not_on("triton")
 def test_running_statistics_between_others(dtype, given, machine, no_fallback):
     """Strided ones, whose neighbours stay as they are; more channels than are updated at a time."""
     x = (torch.randn(6, 300, 2) * 2 + 1).to(dtype)
@@ -387,7 +381,6 @@ def test_running_statistics_between_others(dtype, given, machine, no_fallback):
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
-@pytest.mark.not_on("triton")
 def test_running_statistics_in_inference_mode(made_inside, machine):
     x = torch.randn(5, 3, 4)
     outside = statistics(3)
@@ -416,7 +409,6 @@ def test_large_results_of_each_layout():
             torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.not_on("triton")
 def test_a_gradient_of_the_weight_alone(machine, no_fallback):
     x = torch.randn(4, 3, 5)
     weight, bias = torch.randn(3, requires_grad=True), torch.randn(3)

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import conv, elementwise, gemm, layer_norm, quantize, reduce, softmax
+from fastnn.backends.triton import conv, elementwise, gemm, layer_norm, norm, quantize, reduce, softmax
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
@@ -143,6 +143,28 @@ def quantization(arch):
     yield "choose", compiled(quantize.choose, types, dict(BLOCK=128), arch, enable_fp_fusion=False)
 
 
+def batch_norms(arch):
+    sizes = {name: "i32" for name in ("images", "channels", "groups", "share", "elements", "chunks")}
+    half, wide = ("x", "residual", "out", "grad", "to", "to_residual"), ("means", "squares", "sums", "products")
+    pointers = {name: "*bf16" for name in half} | {
+        name: "*fp64" for name in (*wide, "mean", "var", "by_weight", "by_bias")
+    }
+    pointers |= dict(weight="*fp32", bias="*fp32", coefficients="*fp32")
+    numbers = dict(sqrt_eps="fp32", eps="fp32", weight_stride="i32", bias_stride="i32")
+    for layout, channels, elements in (("planes", 1, 4096), ("channels last", 64, 64)):
+        lie = ("i32", "i32", "constexpr") if channels == 1 else ("i32", "constexpr", "i32")
+        strides = {f"{name}_strides": lie for name in half}
+        known = pointers | sizes | numbers | strides | dict(shape=("i32",))
+        constants = dict(NARROW=True, DIMS=1, ELEMENTS=elements, CHANNELS=channels, CHUNKS=256, SHARE=1)
+        constants |= dict(RELU=True, TRAINING=True)
+        for kernel in (
+            *(norm.statistics, norm.combine, norm.results),
+            *(norm.gradient_sums, norm.combine_gradients, norm.gradients),
+        ):
+            types = {name: known[name] for name in kernel.arg_names if name in known}
+            yield f"{kernel.fn.__name__}, {layout}", compiled(kernel, types, constants, arch)
+
+
 def norms(arch):
     numbers = dict(share="fp32", unshare="fp32", eps="fp32", sqrt_eps="fp32")
     for kernel, names, given in (
@@ -155,6 +177,7 @@ def norms(arch):
         for rows, block in ((8, 128), (1, 4096)):
             options = dict(ROWS=rows, BLOCK=block, HELD=rows > 1)
             yield f"{kernel.fn.__name__} {block}", compiled(kernel, types, constants | options, arch)
+    yield from batch_norms(arch)
     matrix = dict(x="*fp32", to="*fp64", rows="i32", columns="i32", row_stride="i32", piece="i32")
     yield "sum_pieces fp64", compiled(reduce.sum_pieces, matrix, dict(column_stride=1, ROWS=32, COLUMNS=64), arch)
 

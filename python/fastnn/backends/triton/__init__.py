@@ -29,6 +29,8 @@ OPS = frozenset(
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
+        *("batch_norm", "batch_norm_backward"),
+        *("group_norm", "group_norm_backward", "instance_norm"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
     )
 )
