@@ -99,6 +99,24 @@ def test_batches(hopper, a_shape, b_shape, no_fallback):
     assert torch.equal(result.double(), (a.double() @ b.double()).to(torch.bfloat16).double())
 
 
+def test_batches_of_several_strides(hopper, no_fallback):
+    """Heads between the rows of queries and keys, keys shared by the batch: no one stride leads through the batches."""
+    query = integers(2, 20, 3, 16, dtype=torch.float16).transpose(1, 2)
+    for key in (
+        integers(2, 12, 3, 16, dtype=torch.float16).transpose(1, 2),
+        integers(3, 12, 16, dtype=torch.float16).expand(2, 3, 12, 16),
+        integers(2, 1, 12, 16, dtype=torch.float16).expand(2, 3, 12, 16),
+    ):
+        with by_warpgroups(hopper):
+            result = fastnn.matmul(query, key.mT)
+        assert torch.equal(result.double(), query.double() @ key.mT.double())
+    # Four such dimensions are one too many.
+    deep = integers(2, 3, 2, 3, 2, 3, 8, 16, dtype=torch.float16)[:, :2, :, :2, :, :2]
+    with by_warpgroups(hopper, expected=False):
+        result = fastnn.matmul(deep, deep.mT)
+    assert torch.equal(result.double(), deep.double() @ deep.double().mT)
+
+
 @pytest.mark.parametrize("n", [45, 48])  # C in single elements, and eight at a time
 @pytest.mark.parametrize("kind", ["none", "gelu", "relu"])
 def test_epilogue(hopper, kind, n, no_fallback):

@@ -35,8 +35,7 @@ constexpr int kTileStrip = 16;         // rows of tiles that are taken together,
 // these, wherever it runs: they are not to change bits from one GPU to the next.
 constexpr int kUsualBlocks = 132;
 
-// ---- how a step is multiplied
-// --------------------------------------------------------------------
+// ---- how a step is multiplied -------------------------------------------------------------------
 
 // `name` chooses the instruction by the number of accumulators.
 #define FASTNN_MODE(Mode, name, Of, SumType)                                                    \
@@ -64,8 +63,7 @@ struct HopperParts : HopperBf16 {
   static constexpr bool kSplit = true;
 };
 
-// ---- tiles in shared memory
-// ----------------------------------------------------------------------
+// ---- tiles in shared memory ---------------------------------------------------------------------
 
 // `extent` rows of A, or columns of B, times 128 bytes of K. K runs along the rows of 128 bytes,
 // or, `across`, 64 elements of M or N do (16-bit ones), in as many boxes as it takes.
@@ -77,14 +75,16 @@ struct HopperTile {
   static_assert(!across || size == 2);
 
   __device__ static __forceinline__ void load(char* to, const TensorMap& map, uint64_t* full,
-                                              int first, int k, int batch) {
+                                              int first, int k, const int (&batch)[3], bool deep) {
 #pragma unroll
     for (int box = 0; box < extent / kBoxExtent; box++) {
       const int from = first + box * kBoxExtent;
-      if constexpr (across)
-        ptx::copy_tile<3>(to + box * kBoxBytes, map, full, {from, k, batch});
+      const int inner = across ? from : k, outer = across ? k : from;
+      if (deep)
+        ptx::copy_tile<5>(to + box * kBoxBytes, map, full,
+                          {inner, outer, batch[0], batch[1], batch[2]});
       else
-        ptx::copy_tile<3>(to + box * kBoxBytes, map, full, {k, from, batch});
+        ptx::copy_tile<3>(to + box * kBoxBytes, map, full, {inner, outer, batch[0]});
     }
   }
   // Of the rows or columns from `first` on, a multiple of 64.
@@ -97,8 +97,7 @@ struct HopperTile {
 };
 constexpr int kInstructions = kRowOfK / 32;  // of a step of one tile
 
-// ---- the kernel
-// ----------------------------------------------------------------------------------
+// ---- the kernel ---------------------------------------------------------------------------------
 
 struct Work {
   // What is counted here is less than 2 to the power of 31, so that divisions are short.
@@ -107,8 +106,12 @@ struct Work {
   uint32_t splits, steps_each;
   uint32_t count;        // of all pieces of work
   int64_t split_stride;  // elements of C from one split's sums to the next one's
-  int a_step, b_step;    // of the maps' outermost coordinate from batch to batch: 0 where shared
-  int a_parts, b_parts;  // and from part to part
+  // Batches are the third coordinate of the maps or, deep, the third to the fifth, the innermost of
+  // which count to `batch`. Steps are from one to the next, 0 where an operand is shared.
+  bool deep;
+  uint32_t batch[2];
+  int a_step[3], b_step[3];
+  int a_parts, b_parts;  // of the third coordinate from part to part
 };
 
 struct Piece {
@@ -260,17 +263,25 @@ struct Kernel {
     Stages turn;
     for (uint32_t index = blockIdx.x; index < w.count; index += gridDim.x) {
       const Piece p = piece_of(w, index, columns);
+      int batch[3] = {int(p.batch), 0, 0};
+      if (w.deep) {
+        const uint32_t outer = p.batch / w.batch[0];
+        batch[0] = int(p.batch % w.batch[0]);
+        batch[1] = int(outer % w.batch[1]), batch[2] = int(outer / w.batch[1]);
+      }
       for (uint32_t step = 0; step < p.steps; step++, turn.next()) {
         ptx::mbarrier_wait(empty(turn.stage), turn.parity ^ 1);
         uint64_t* barrier = full(turn.stage);
         ptx::mbarrier_arrive_expect(barrier, kStageBytes);
-        const int k = int((p.first_step + step) * (kRowOfK / Mode::kSize));
+        const int at_k = int((p.first_step + step) * (kRowOfK / Mode::kSize));
 #pragma unroll
         for (int part = 0; part < kParts; part++) {
-          A::load(a_tile(turn.stage, part), a, barrier, int(p.row), k,
-                  int(p.batch) * w.a_step + part * w.a_parts);
-          B::load(b_tile(turn.stage, part), b, barrier, int(p.column), k,
-                  int(p.batch) * w.b_step + part * w.b_parts);
+          const int in_a[3] = {batch[0] * w.a_step[0] + part * w.a_parts, batch[1] * w.a_step[1],
+                               batch[2] * w.a_step[2]};
+          const int in_b[3] = {batch[0] * w.b_step[0] + part * w.b_parts, batch[1] * w.b_step[1],
+                               batch[2] * w.b_step[2]};
+          A::load(a_tile(turn.stage, part), a, barrier, int(p.row), at_k, in_a, w.deep);
+          B::load(b_tile(turn.stage, part), b, barrier, int(p.column), at_k, in_b, w.deep);
         }
       }
     }
@@ -404,51 +415,74 @@ __global__ void __launch_bounds__(256)
   finish(g, at_batch(g, batch, 1), row, column, x, left);
 }
 
-// ---- from a product to its launch
-// ----------------------------------------------------------------
+// ---- from a product to its launch ---------------------------------------------------------------
 
 // Of tiles, steps, and what the coordinates of tensor maps count, with room for a tile.
 constexpr int64_t kMostCounted = (int64_t(1) << 31) - 512;
 
-// How an operand lies in all batches; `extent` of M or N.
-struct Lying {
-  TensorLayout layout;
-  bool across = false, batched = false;
+// The batches as up to three dimensions, innermost first, in each of which both operands have a
+// stride (0: they are shared).
+struct Batches {
+  int dims = 0;
+  int64_t size[3] = {1, 1, 1}, a[3] = {}, b[3] = {};
 };
 
-// Whether the batches are one dimension with one stride, or share the operand (0).
-bool one_stride(const Gemm& g, const Operand& x, int64_t& stride) {
-  int64_t expected = -1;
-  stride = 0;
+bool group_batches(const Gemm& g, Batches& out) {
   for (int d = g.batch_dims - 1; d >= 0; d--) {
     if (g.batch[d] == 1) continue;
-    if (expected < 0) stride = x.batch[d], expected = stride;
-    if (x.batch[d] != expected) return false;
-    expected *= g.batch[d];
+    const int last = out.dims - 1;
+    if (last >= 0 && g.a.batch[d] == out.a[last] * out.size[last] &&
+        g.b.batch[d] == out.b[last] * out.size[last]) {
+      out.size[last] *= g.batch[d];
+      continue;
+    }
+    if (out.dims == 3) return false;
+    out.size[out.dims] = g.batch[d], out.a[out.dims] = g.a.batch[d];
+    out.b[out.dims++] = g.b.batch[d];
   }
   return true;
 }
 
-bool describe(const Gemm& g, const Operand& x, int64_t batches, int64_t extent,
-              int64_t extent_stride, int64_t k_stride, int size, int box, Lying& out) {
-  int64_t batch_stride;
-  if (!one_stride(g, x, batch_stride)) return false;
-  const bool along = k_stride == 1 || g.k == 1;
+struct Lying {
+  TensorLayout layout;
+  bool across = false;
+  int step[3] = {};  // see Work
+};
+
+// How an operand lies, whose extent is M or N; false where no map can say so.
+bool describe(const void* data, int64_t extent, int64_t extent_stride, int64_t k, int64_t k_stride,
+              const Batches& batches, const int64_t (&strides)[3], int size, int box, Lying& out) {
+  const bool along = k_stride == 1 || k == 1;
   out.across = !along;
   if (!along && (extent_stride != 1 && extent != 1)) return false;
   if (!along && size != 2) return false;  // wgmma takes only 16-bit elements across
-  out.batched = batch_stride != 0;
   TensorLayout& t = out.layout;
-  t.data = x.data, t.element_bytes = size, t.dims = 3, t.swizzle = Swizzle::bytes128;
+  t.data = data, t.element_bytes = size, t.swizzle = Swizzle::bytes128;
+  t.dims = batches.dims > 1 ? 5 : 3;
   const int depth = kRowOfK / size;
-  t.sizes[0] = along ? g.k : extent, t.sizes[1] = along ? extent : g.k;
-  t.sizes[2] = out.batched ? batches : 1;
-  t.box[0] = depth, t.box[1] = along ? box : depth, t.box[2] = 1;
+  t.sizes[0] = along ? k : extent, t.sizes[1] = along ? extent : k;
+  t.box[0] = depth, t.box[1] = along ? box : depth;
   // A dimension of one element may have any stride: one that the map takes.
   const int64_t least = ceil_div(t.sizes[0] * size, 16) * 16;
   t.strides[1] = t.sizes[1] == 1 ? least : (along ? extent_stride : k_stride) * size;
-  t.strides[2] = out.batched ? batch_stride * size : least;
+  for (int d = 0; d < 3; d++) {
+    out.step[d] = strides[d] != 0;
+    t.sizes[2 + d] = out.step[d] ? batches.size[d] : 1, t.box[2 + d] = 1;
+    t.strides[2 + d] = out.step[d] ? strides[d] * size : least;
+  }
   return t.strides[1] >= t.sizes[0] * size && why_no_tensor_map(t) == nullptr;
+}
+
+bool is_shared(const Gemm& g, const Operand& x) {
+  for (int d = 0; d < g.batch_dims; d++)
+    if (g.batch[d] > 1 && x.batch[d] != 0) return false;
+  return true;
+}
+
+void set_batches(const Batches& batches, const Lying& a, const Lying& b, Work& w) {
+  w.deep = batches.dims > 1;
+  w.batch[0] = uint32_t(batches.size[0]), w.batch[1] = uint32_t(batches.size[1]);
+  std::copy(a.step, a.step + 3, w.a_step), std::copy(b.step, b.step + 3, w.b_step);
 }
 
 int64_t batches_of(const Gemm& g) {
@@ -543,13 +577,16 @@ bool multiply(Gemm g, void* stream) {
   const int64_t batches = batches_of(g);
   const int64_t splits = g.batch_invariant ? 1 : splits_of(Mode::kSize, batches, g.m, g.n, g.k);
   const bool wide_tiles = splits == 1 && wide(batches, g.m, g.n);
+  const int columns = wide_tiles ? 256 : 128;
+  Batches of;
   Lying a, b;
-  if (!describe(g, g.a, batches, g.m, g.a.row, g.a.column, Mode::kSize, kRows, a) ||
-      !describe(g, g.b, batches, g.n, g.b.column, g.b.row, Mode::kSize, wide_tiles ? 256 : 128, b))
+  if (!group_batches(g, of) ||
+      !describe(g.a.data, g.m, g.a.row, g.k, g.a.column, of, of.a, Mode::kSize, kRows, a) ||
+      !describe(g.b.data, g.n, g.b.column, g.k, g.b.row, of, of.b, Mode::kSize, columns, b))
     return false;
   Work w{};
-  if (!count_work(g, wide_tiles ? 256 : 128, Mode::kSize, batches, splits, w)) return false;
-  w.a_step = a.batched, w.b_step = b.batched;
+  if (!count_work(g, columns, Mode::kSize, batches, splits, w)) return false;
+  set_batches(of, a, b, w);
   if (w.splits == 1) {
     wide_tiles ? choose_layout<Mode, 256>(g, a, b, w, stream)
                : choose_layout<Mode, 128>(g, a, b, w, stream);
@@ -578,34 +615,31 @@ constexpr int64_t kMostPartsBytes = int64_t(4) << 30;
 // float32: parts of both operands are made first, K along their rows, whichever way they lay.
 template <int parts>
 bool multiply_parts(Gemm g, void* stream) {
+  constexpr int kColumns = 128;
   if (g.workspace_bytes == 0) return false;
   if (g.c.column != 1 && g.c.row == 1) g = turned(g);
   const int64_t batches = batches_of(g), depth = padded_depth(g.k);
-  int64_t stride;
-  const int64_t a_batches = one_stride(g, g.a, stride) && stride == 0 ? 1 : batches,
-                b_batches = one_stride(g, g.b, stride) && stride == 0 ? 1 : batches;
+  const int64_t a_batches = is_shared(g, g.a) ? 1 : batches,
+                b_batches = is_shared(g, g.b) ? 1 : batches;
+  if (g.workspace_bytes < parts * (a_batches * g.m + b_batches * g.n) * depth * 2) return false;
   auto* a_parts = static_cast<__nv_bfloat16*>(g.workspace);
   auto* b_parts = a_parts + parts * a_batches * g.m * depth;
-  if (g.workspace_bytes < parts * (a_batches * g.m + b_batches * g.n) * depth * 2) return false;
+
+  // The first parts of all batches, then the second ones.
+  Batches of;
+  of.dims = 1;
+  Lying a, b;
+  Work w{};
+  of.size[0] = parts * a_batches, of.a[0] = g.m * depth;
+  if (!describe(a_parts, g.m, depth, g.k, 1, of, of.a, 2, kRows, a)) return false;
+  of.size[0] = parts * b_batches, of.b[0] = g.n * depth;
+  if (!describe(b_parts, g.n, depth, g.k, 1, of, of.b, 2, kColumns, b)) return false;
+  if (!count_work(g, kColumns, 2, batches, 1, w)) return false;
+  w.a_step[0] = a_batches > 1, w.b_step[0] = b_batches > 1;
+  w.a_parts = int(a_batches), w.b_parts = int(b_batches);
+
   make_parts(g, g.a, g.m, g.a.row, g.a.column, parts, a_batches, a_parts, stream);
   make_parts(g, g.b, g.n, g.b.column, g.b.row, parts, b_batches, b_parts, stream);
-
-  Gemm of_parts = g;
-  of_parts.batch_dims = 0;
-  Operand x;
-  Lying a, b;
-  constexpr int kColumns = 128;
-  x.data = a_parts, x.row = depth, x.column = 1;
-  bool described = describe(of_parts, x, 1, g.m, depth, 1, 2, kRows, a);
-  x.data = b_parts;
-  described = described && describe(of_parts, x, 1, g.n, depth, 1, 2, kColumns, b);
-  if (!described) return false;
-  a.layout.sizes[2] = parts * a_batches, a.layout.strides[2] = g.m * depth * 2;
-  b.layout.sizes[2] = parts * b_batches, b.layout.strides[2] = g.n * depth * 2;
-  Work w{};
-  if (!count_work(g, kColumns, 2, batches, 1, w)) return false;
-  w.a_step = a_batches > 1, w.b_step = b_batches > 1;
-  w.a_parts = int(a_batches), w.b_parts = int(b_batches);
   start<HopperParts<parts>, kColumns, false, false>(g, a, b, w, stream);
   return true;
 }
