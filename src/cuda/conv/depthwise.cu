@@ -45,8 +45,9 @@ __host__ __device__ inline Axis turned(Axis a) {
 
 // taps: along the last axis, whose pixels are then neighbours and `stride` apart from position to
 // position; 0: any.
+// Without the number of blocks the compiler takes 64 registers for the limit, and spills.
 template <class T, int lanes, int taps, int stride>
-__global__ void __launch_bounds__(kThreads) one_filter_a_channel(const Call c) {
+__global__ void __launch_bounds__(kThreads, 4) one_filter_a_channel(const Call c) {
   using Some = Lanes<T, lanes>;
   FASTNN_SHARED(Axis, axes, [kSpatial]);
   if (threadIdx.x < kSpatial)

@@ -31,7 +31,7 @@ struct Call {
 
 // threads_across: threads with other channels; those behind them have other pixels.
 template <class T, int lanes, int threads_across>
-__global__ void __launch_bounds__(kThreads) sum_products(const Call c) {
+__global__ void __launch_bounds__(kThreads) gradient_of_taps(const Call c) {
   using Some = Lanes<T, lanes>;
   constexpr int kRows = kThreads / threads_across, kWidth = threads_across * lanes;
   FASTNN_SHARED(float, found, [kRows * kWidth]);
@@ -123,7 +123,7 @@ void run(Call& c, const Allocate& allocate, void* stream) {
   const int64_t splits = std::max<int64_t>(1, ceil_div(c.positions, c.split));
   const int64_t count = int64_t(c.taps) * c.channels;
   c.partial = static_cast<float*>(allocate(size_t(splits * count) * sizeof(float)));
-  launch(sum_products<T, lanes, threads_across>,
+  launch(gradient_of_taps<T, lanes, threads_across>,
          dim3(unsigned(across), unsigned(down), unsigned(splits)), dim3(kThreads), 0, stream, c);
   launch(add_up<T>, dim3(unsigned(ceil_div(count, kThreads))), dim3(kThreads), 0, stream, c,
          int(splits));
