@@ -14,6 +14,7 @@ import fastnn.tree
 from fastnn import _cpu, _state
 from fastnn.backends import cuda
 from fastnn.backends.cuda import tree as kernels
+from fastnn.tree import _device_search
 from fastnn.tree._binning import bin_columns, bin_edges
 
 from .compare import assert_same
@@ -140,6 +141,16 @@ def test_growth_takes_another_of_equally_good_columns(no_fallback, searches):
     assert again
 
 
+def test_the_first_of_equally_good_borders(no_fallback):
+    """Which other warps have found, or which differ by the side of missing values."""
+    x = np.arange(100, dtype=np.float32)[:, None]
+    tree = check(x, np.repeat([0, 1, 0], [30, 40, 30]), max_depth=1)
+    assert tree.threshold[0] == 29.5
+    y = np.repeat([0, 1, 0, 1], [40, 40, 10, 10])
+    x[80:] = np.nan
+    assert not check(x, y, max_depth=1).missing_go_to_left[0]
+
+
 def test_one_class_has_everything_and_one_row(no_fallback):
     x, _ = data(53, 3)
     check(x, np.zeros(53, int), max_depth=2)
@@ -205,6 +216,23 @@ def test_bins_are_the_cpus(columns, max_bins):
                 assert (least[column, b], largest[column, b]) == (values.min(), values.max())
             else:
                 assert (least[column, b], largest[column, b]) == (np.inf, -np.inf)
+
+
+@pytest.mark.parametrize("max_bins", [2, 3, 37, 255])
+def test_edges_are_the_cpus(max_bins, monkeypatch):
+    monkeypatch.setattr(_device_search, "_SORTED", 5000)  # columns in several parts
+    rng = np.random.RandomState(0)
+    for rows in (1, 2, 254, 255, 256, 257, 1031):
+        x = rng.randn(rows, 9).astype(np.float32)
+        x[:, 1] = np.round(x[:, 1] * 3)
+        x[:, 2], x[:, 3] = 7, np.nan
+        x[rng.rand(rows) < 0.5, 4] = np.nan
+        x[:, 5] = np.arange(rows)
+        x[:, 6] = rng.permutation(rows) // 3
+        x[:, 7] *= 1e30
+        x[:, 8] = np.where(x[:, 8] < 0, -0.0, 0.0)
+        for ours, cpus in zip(_device_search.edges_of(on_device(x), max_bins), bin_edges(x, max_bins), strict=True):
+            np.testing.assert_array_equal(ours, cpus)
 
 
 def fallback_of(estimator, x, y, weights=None):

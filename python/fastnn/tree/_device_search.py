@@ -88,17 +88,52 @@ def _reason_against(target: _exact.Target) -> str | None:
     return None
 
 
+#: Elements that are sorted at a time.
+_SORTED = 1 << 25
+
+
+def edges_of(X: torch.Tensor, max_bins: int) -> list[np.ndarray]:
+    """As :func:`~fastnn.tree._binning.bin_edges`, with the same edges, of a float32 tensor without infinities where it is."""
+    together = max(1, _SORTED // len(X))
+    return [edges for part in X.split(together, dim=1) for edges in _edges_of_few(part, max_bins)]
+
+
+def _edges_of_few(X: torch.Tensor, max_bins: int) -> list[np.ndarray]:
+    values = X.T.contiguous().sort(dim=1).values  # NaN last
+    numbers = ~values.isnan()
+    first = numbers.clone()  # of those that are equal
+    first[:, 1:] &= values[:, 1:] != values[:, :-1]
+    distinct = torch.zeros((len(values), max_bins + 1), dtype=torch.float32, device=X.device)
+    # The last place is that of all that there is no place for.
+    place = torch.where(numbers, first.cumsum(dim=1) - 1, max_bins).clamp_(max=max_bins)
+    distinct.scatter_(1, place, values)
+    n, distinct_n = (mask.sum(dim=1).cpu().numpy()[:, None] for mask in (numbers, first))
+    virtual = n * (np.linspace(0, 100, num=max_bins + 1)[1:-1] / 100) - 1
+    before = np.floor(virtual)
+    last = np.maximum(n - 1, 0)
+    rank = np.clip(before.astype(np.int64), 0, last)
+    ranks = np.stack([rank, np.minimum(rank + 1, last)], axis=2).reshape(len(rank), -1)
+    found = values.gather(1, torch.from_numpy(ranks).to(X.device)).cpu().numpy().astype(np.float64)
+    low, high = found[:, 0::2], found[:, 1::2]
+    # As numpy interpolates, for "averaged_inverted_cdf".
+    quantiles = high - (high - low) * (1 - np.where(virtual == before, 0.5, 1.0))
+    few = distinct.cpu().numpy().astype(np.float64)
+    middles = (few[:, :-1] + few[:, 1:]) / 2
+    return [
+        middles[f, : max(count - 1, 0)] if count <= max_bins else np.unique(quantiles[f])
+        for f, count in enumerate(distinct_n[:, 0].tolist())
+    ]
+
+
 class DeviceBins:
-    """As :class:`~fastnn.tree._histogram_search.Bins`, of a float32 tensor on a GPU. The edges are found on the CPU."""
+    """As :class:`~fastnn.tree._histogram_search.Bins`, of a float32 tensor on a GPU."""
 
     def __init__(self, X: torch.Tensor, max_bins: int) -> None:
         X = X.to(torch.float32)
         self._shape, self._slots = tuple(X.shape), max_bins + 1
-        mapper = BinMapper(n_bins=max_bins + 1, random_state=0)
-        sample, _ = mapper.draw(len(X))
+        sample, _ = BinMapper(n_bins=max_bins + 1, random_state=0).draw(len(X))
         looked_at = X if sample is None else X[torch.from_numpy(sample).to(X.device)]
-        mapper.fit_sample(looked_at.cpu().numpy())
-        self._bins, self._least, self._largest = kernels.bin_rows(X, mapper.bin_thresholds_, self._slots)
+        self._bins, self._least, self._largest = kernels.bin_rows(X, edges_of(looked_at, max_bins), self._slots)
         self._least, self._largest = map(np.ascontiguousarray, (self._least, self._largest))
         #: Whether neighbouring bins have values so close that they count as equal: these are not searched here.
         self.close = self._columns(1).close
