@@ -55,7 +55,8 @@ gpu:
 	done; \
 	timeout 150 $(GPU)/bin/python bench/gpu.py || status=1; \
 	exit $$status
-GPU_TESTS        ?= tests/cuda tests/triton_kernels tests/ops
+GPU_TESTS        ?= tests/cuda tests/triton_kernels tests/ops \
+    $(shell $(GPU_PYTHON) -c "import sklearn" 2>/dev/null && echo tests/tree/test_cuda_search.py)
 SANITIZED_ON_GPU ?= tests/cuda -k "edges or same_bits or order_of_threads"
 
 FOR_PYTHON   = -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \

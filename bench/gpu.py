@@ -40,6 +40,7 @@ class Row:
     least: float | None = None
     #: Of what torch calls its fastest: the share of a copy's bandwidth, or of a large product's rate.
     share: float | None = None
+    peer: str = "torch"
 
 
 _BF16, _F16, _F32, _INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
@@ -96,6 +97,10 @@ ROWS = (
         _BF16,
         ((64, 256, 14, 14, 256, 3, 1), (64, 64, 56, 56, 64, 3, 1), (64, 1024, 14, 14, 256, 1, 1)),
     ),
+    *(
+        Row(f"split-search{words}", "device_tree", _F32, ((1_000_000, 100, 8),), least=least, peer=peer)
+        for words, least, peer in (("", 1.0, "xgboost"), ("-cpu", None, "cpu"))
+    ),
     Row("int8-linear", "int8_linear", _BF16, ((16, 4096, 4096), (1024, 4096, 4096))),
     Row("weight-only-int4", "weight_only_int4_128", _BF16, ((1, 4096, 4096), (16, 4096, 4096))),
 )
@@ -108,7 +113,7 @@ def measure(row: Row, kernels: str, device: torch.device, seconds: float) -> dic
         try:
             with fastnn.backend(kernels):
                 results = bench.run(
-                    row.benchmark, [shape], [row.dtype], against="torch", seconds=seconds, device=device
+                    row.benchmark, [shape], [row.dtype], against=row.peer, seconds=seconds, device=device
                 )
         # One row that fails must not cost the others their place on the GPU: what it said is in the file.
         except Exception as error:
@@ -125,8 +130,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"# {described['gpu']}",
         "",
         f"Measured {described['date']} by `make gpu`, with torch {described['torch']} (CUDA {described['cuda']}).",
-        "The ratio is that of the medians, torch's time by fastnn's; the share is of a copy's bandwidth, or of the rate of a",
-        "large product of torch's in the same dtype.",
+        "The ratio is that of the medians, torch's time by fastnn's (XGBoost's on the same GPU and fastnn's own on the CPU, of",
+        "split searches); the share is of a copy's bandwidth, or of the rate of a large product of torch's in the same dtype.",
         "",
         "| work | kernels | shape | time | times faster than torch (quartiles) | of the peak | target |",
         "|---|---|---|---|---|---|---|",

@@ -266,7 +266,7 @@ def test_every_benchmark_runs_at_a_small_shape(name):
     if name.startswith("weight_only"):
         shape = (32, 32, 128)  # a group at least
     shape = SMALL_TREES.get(name, shape)
-    against = "scikit-learn" if name in SMALL_TREES else "torch"
+    against = {"device_tree": "cpu"}.get(name, "scikit-learn" if name in SMALL_TREES else "torch")
     for dtype in the.dtypes:
         # Compiling whole models for the other peers takes minutes; test_peers.py does it for a small one.
         (result,) = bench.run(the, [shape], [dtype], against=against, seconds=0.01)
