@@ -11,6 +11,7 @@ import fastnn
 import fastnn.functional as fF
 from fastnn.backends import cuda, reference
 from fastnn.backends.codes import DTYPE
+from fastnn.ops.conv import conv_fused
 
 from .support import assert_within, integers
 
@@ -238,3 +239,24 @@ def test_float32_under_batch_invariance_is_the_other_kernels(hopper):
     assert hopper.gemm_workspace((1024, 1024), 1024, DTYPE[torch.float32]) > 0
     assert hopper.gemm_workspace((1024, 1024), 1024, DTYPE[torch.float32], batch_invariant=True) == 0
     assert hopper.gemm_workspace((64, 1024), 1024, DTYPE[torch.float32]) == 0
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_pointwise_convolutions(hopper, dtype, channels_last, no_fallback):
+    """They are matrix products, batches of them where channels are planes, with a residual as the convolution has it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, w = integers(2, 64, 6, 8, dtype=dtype, low=-1, high=2), integers(72, 64, 1, 1, dtype=dtype, low=-1, high=2)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    direction = integers(2, 72, 6, 8, dtype=dtype, low=-1, high=2).contiguous(memory_format=layout)
+    wide = x.detach().double().requires_grad_()
+    exact = torch.nn.functional.conv2d(wide, w.double())
+    with by_warpgroups(hopper):
+        y = fF.conv2d(x, w)
+    with by_warpgroups(hopper):
+        (found,) = torch.autograd.grad(y, x, direction)
+    assert torch.equal(y.double(), exact)
+    assert torch.equal(found.double(), torch.autograd.grad(exact, wide, direction.double())[0])
+    with by_warpgroups(hopper):
+        added = conv_fused(x.detach(), w, None, 1, 0, 1, 1, "relu", direction)
+    assert torch.equal(added.double(), (exact + direction.double()).relu())
