@@ -190,6 +190,10 @@ def test_batch_invariance(hopper):
         together = fastnn.mm(a, b)
         for rows in (slice(0, 1), slice(7, 140)):
             assert torch.equal(fastnn.mm(a[rows], b), together[rows])
+        # Nor does a row alone go to another kernel than the row among others.
+        a, b = torch.randn(20, 30).bfloat16(), torch.randn(30, 24).bfloat16()
+        with by_warpgroups(hopper, expected=False):
+            assert torch.equal(fastnn.mm(a[3:4], b), fastnn.mm(a, b)[3:4])
 
 
 def test_the_order_of_threads_changes_nothing(on_cuda, hopper):

@@ -451,7 +451,8 @@ struct Lying {
 
 // How an operand lies, whose extent is M or N; false where no map can say so.
 bool describe(const void* data, int64_t extent, int64_t extent_stride, int64_t k, int64_t k_stride,
-              const Batches& batches, const int64_t (&strides)[3], int size, int box, Lying& out) {
+              const Batches& batches, const int64_t (&strides)[3], int size, int box,
+              bool batch_invariant, Lying& out) {
   const bool along = k_stride == 1 || k == 1;
   out.across = !along;
   if (!along && (extent_stride != 1 && extent != 1)) return false;
@@ -462,9 +463,11 @@ bool describe(const void* data, int64_t extent, int64_t extent_stride, int64_t k
   const int depth = kRowOfK / size;
   t.sizes[0] = along ? k : extent, t.sizes[1] = along ? extent : k;
   t.box[0] = depth, t.box[1] = along ? box : depth;
-  // A dimension of one element may have any stride: one that the map takes.
+  // A dimension of one element may have any stride: one that the map takes. But a row alone is not
+  // to go another way than the same row among others.
   const int64_t least = ceil_div(t.sizes[0] * size, 16) * 16;
-  t.strides[1] = t.sizes[1] == 1 ? least : (along ? extent_stride : k_stride) * size;
+  t.strides[1] =
+      t.sizes[1] == 1 && !batch_invariant ? least : (along ? extent_stride : k_stride) * size;
   for (int d = 0; d < 3; d++) {
     out.step[d] = strides[d] != 0;
     t.sizes[2 + d] = out.step[d] ? batches.size[d] : 1, t.box[2 + d] = 1;
@@ -581,8 +584,10 @@ bool multiply(Gemm g, void* stream) {
   Batches of;
   Lying a, b;
   if (!group_batches(g, of) ||
-      !describe(g.a.data, g.m, g.a.row, g.k, g.a.column, of, of.a, Mode::kSize, kRows, a) ||
-      !describe(g.b.data, g.n, g.b.column, g.k, g.b.row, of, of.b, Mode::kSize, columns, b))
+      !describe(g.a.data, g.m, g.a.row, g.k, g.a.column, of, of.a, Mode::kSize, kRows,
+                g.batch_invariant, a) ||
+      !describe(g.b.data, g.n, g.b.column, g.k, g.b.row, of, of.b, Mode::kSize, columns,
+                g.batch_invariant, b))
     return false;
   Work w{};
   if (!count_work(g, columns, Mode::kSize, batches, splits, w)) return false;
@@ -631,9 +636,9 @@ bool multiply_parts(Gemm g, void* stream) {
   Lying a, b;
   Work w{};
   of.size[0] = parts * a_batches, of.a[0] = g.m * depth;
-  if (!describe(a_parts, g.m, depth, g.k, 1, of, of.a, 2, kRows, a)) return false;
+  if (!describe(a_parts, g.m, depth, g.k, 1, of, of.a, 2, kRows, false, a)) return false;
   of.size[0] = parts * b_batches, of.b[0] = g.n * depth;
-  if (!describe(b_parts, g.n, depth, g.k, 1, of, of.b, 2, kColumns, b)) return false;
+  if (!describe(b_parts, g.n, depth, g.k, 1, of, of.b, 2, kColumns, false, b)) return false;
   if (!count_work(g, kColumns, 2, batches, 1, w)) return false;
   w.a_step[0] = a_batches > 1, w.b_step[0] = b_batches > 1;
   w.a_parts = int(a_batches), w.b_parts = int(b_batches);
