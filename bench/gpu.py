@@ -97,6 +97,8 @@ ROWS = (
         _BF16,
         ((64, 256, 14, 14, 256, 3, 1), (64, 64, 56, 56, 64, 3, 1), (64, 1024, 14, 14, 256, 1, 1)),
     ),
+    Row("conv2d-train", "conv2d_train", _BF16, ((64, 256, 14, 14, 256, 3, 1),)),
+    Row("conv2d-depthwise", "conv2d_depthwise", _BF16, ((64, 192, 56, 56, 3, 1),)),
     *(
         Row(f"split-search{words}", "device_tree", _F32, ((1_000_000, 100, 8),), least=least, peer=peer)
         for words, least, peer in (("", 1.0, "xgboost"), ("-cpu", None, "cpu"))

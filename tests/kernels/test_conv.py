@@ -41,10 +41,12 @@ def problem(n, channels, filters, groups, size, kernel, **options):
 
 @functools.cache
 def problems(count=64):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
 
     def pick(choices, how_many=1):
-        return [choices[i] for i in torch.randint(len(choices), (how_many,), generator=generator).tolist()]
+        return [
+            choices[i] for i in torch.randint(len(choices), (how_many,), generator=generator, device="cpu").tolist()
+        ]
 
     found = [
         problem(1, 1, 1, 1, (1, 1, 1), (1, 1, 1)),
