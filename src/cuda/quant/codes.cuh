@@ -32,6 +32,7 @@ struct Stochastic {
 struct Grid {
   float inverse, least, most;
   uint32_t zero;
+  Grid() = default;
   __device__ __forceinline__ Grid(Limits limits, float scale, int zero_point) {
     inverse = __frcp_rn(scale);
     least = limits.least - float(zero_point), most = limits.most - float(zero_point);

@@ -7,8 +7,7 @@
 // share K, and a column of ones has the sums of the weight's rows.
 #include "cuda/quant/int8_linear.hpp"
 
-#include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/mainloop.cuh"
+#include "cuda/quant/finish.cuh"
 #include "cuda/types.cuh"
 
 namespace fastnn::cuda {
@@ -16,12 +15,19 @@ namespace {
 
 constexpr int kLanes = 32;
 
-__device__ inline void finish(const Int8Linear& c, int64_t m, int64_t n, int sum, int w_sum) {
+template <int each>
+__device__ __forceinline__ void finish(const Int8Linear& c, int64_t m, int64_t n,
+                                       const int (&sums)[each], const int (&w_sums)[each],
+                                       int count) {
   const int zero = c.x_zero[m * c.x_step];
-  const float scale = __fmul_rn(c.x_scale[m * c.x_step], c.w_scale[n * c.w_step]);
-  float y = __fmul_rn(float(sum - zero * w_sum), scale);
-  if (c.bias) y = __fadd_rn(y, read(c.bias_type, c.bias, n));
-  write(c.type, c.y, m * c.n + n, activate(c.activation, y));
+  const float x_scale = c.x_scale[m * c.x_step];
+  float y[each];
+#pragma unroll
+  for (int e = 0; e < each; e++) {
+    const float scale = __fmul_rn(x_scale, e < count ? c.w_scale[(n + e) * c.w_step] : 0);
+    y[e] = __fmul_rn(float(sums[e] - zero * w_sums[e]), scale);
+  }
+  finish_row(c.type, c.y, c.n, m, n, c.bias, c.bias_type, c.activation, y, count);
 }
 
 // ---- many rows ---------------------------------------------------------------------------------
@@ -42,12 +48,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                            A::load(to_a, q, first_row, step * A::kDepth);
                            B::load(to_b, w, first_column, step * A::kDepth);
                          });
-  const int* staged = reinterpret_cast<const int*>(shared);
-  for (int i = int(threadIdx.x); i < S::kM * S::kN; i += S::kThreads) {
-    const int row = i / S::kN, column = i % S::kN;
-    const int64_t m = first_row + row, n = first_column + column;
-    if (m < c.m && n < c.n) finish(c, m, n, staged[staged_at<S>(row, column)], c.w_sums[n]);
-  }
+  for_fours<S>(reinterpret_cast<const int*>(shared), first_row, first_column, c.m, c.n,
+               [&](int64_t m, int64_t n, const int (&sums)[4], int count) {
+                 int w_sums[4];
+#pragma unroll
+                 for (int e = 0; e < 4; e++) w_sums[e] = e < count ? c.w_sums[n + e] : 0;
+                 finish(c, m, n, sums, w_sums, count);
+               });
 }
 
 template <class S>
@@ -102,10 +109,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) few(const Int8Linear c) {
   __syncthreads();
   const int weight = int(threadIdx.x) % kWeights, column = int(threadIdx.x) / kWeights;
   if (column >= kRows || first + weight >= c.n || first_row + column >= c.m) return;
-  int sum = 0, w_sum = 0;
+  int sum[1] = {}, w_sum[1] = {};
 #pragma unroll
-  for (int w = 0; w < kWarps; w++) sum += sums[w][weight][column], w_sum += sums[w][weight][kRows];
-  finish(c, first_row + column, first + weight, sum + 128 * w_sum, w_sum);
+  for (int w = 0; w < kWarps; w++)
+    sum[0] += sums[w][weight][column], w_sum[0] += sums[w][weight][kRows];
+  sum[0] += 128 * w_sum[0];
+  finish(c, first_row + column, first + weight, sum, w_sum, 1);
 }
 
 // A warp a row.

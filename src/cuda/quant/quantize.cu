@@ -60,6 +60,8 @@ __global__ void __launch_bounds__(kThreads) quantize_pieces(const Pieces pieces,
     at[i] = pieces.at<n>(piece);
     packs[i] = *reinterpret_cast<const Pack<T>*>(static_cast<const T*>(call.x) + at[i].x);
   }
+  Grid grid;
+  int64_t scale_of_grid = -1;
 #pragma unroll
   for (int i = 0; i < kAtOnce; i++) {
     const uint32_t piece = first + i * kThreads;
@@ -77,7 +79,8 @@ __global__ void __launch_bounds__(kThreads) quantize_pieces(const Pieces pieces,
       encode<Code, stochastic>(
           codes, x, [&](int e) { return Grid(call.limits, scale[e], zero[e]); }, seed, element);
     } else {
-      const Grid grid = call.grid(at[i].s);
+      // Most often that of the piece before.
+      if (at[i].s != scale_of_grid) grid = call.grid(scale_of_grid = at[i].s);
       encode<Code, stochastic>(codes, x, [&](int) -> const Grid& { return grid; }, seed, element);
     }
     store_codes(call.codes(at[i].q), codes, call.packed);

@@ -33,13 +33,14 @@ constexpr int kMostOuter = 3;
 struct Pieces {
   uint32_t count = 0;
   int outer = 0;
-  bool each = false;
+  bool each = false, flat = false;                 // flat: one run, of one scale
   Divisor inner, group, period, size[kMostOuter];  // in pieces
   int64_t stride = 0, x[kMostOuter] = {}, q[kMostOuter] = {}, s[kMostOuter] = {};
 
   // `n` elements are the piece.
   template <int n>
   __device__ __forceinline__ Offsets at(uint32_t piece) const {
+    if (flat) return {int64_t(piece) * n, int64_t(piece) * n, 0};
     uint32_t rest = piece;
     const uint32_t within = inner.split(rest);
     Offsets at{int64_t(within) * n, int64_t(within) * n, 0};
@@ -79,6 +80,7 @@ inline bool in_pieces(const Loop& loop, int64_t n, Access x, Access q, const voi
   if (!pieces.each && loop.group % n) return false;
   if (pieces.each && (!Access{scale, 16}.fits() || !Access{zero_point, 16}.fits())) return false;
   pieces.count = uint32_t(loop.elements / n), pieces.outer = last;
+  pieces.flat = last == 0 && loop.group == loop.elements;
   pieces.inner = Divisor(loop.size[last] / n);
   pieces.group = Divisor(pieces.each ? 1 : loop.group / n);
   pieces.period = Divisor(pieces.each ? loop.period / n : loop.period);

@@ -16,9 +16,8 @@
 
 #include <type_traits>
 
-#include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/mainloop.cuh"
 #include "cuda/quant/codes.cuh"
+#include "cuda/quant/finish.cuh"
 #include "cuda/types.cuh"
 
 namespace fastnn::cuda {
@@ -26,9 +25,10 @@ namespace {
 
 constexpr int kLanes = 32;
 
-__device__ inline void finish(const WeightOnly& c, int64_t m, int64_t n, float sum) {
-  if (c.bias) sum += read(c.bias_type, c.bias, n);
-  write(c.type, c.out, m * c.n + n, activate(c.activation, sum));
+template <int each>
+__device__ __forceinline__ void finish(const WeightOnly& c, int64_t m, int64_t n,
+                                       float (&sums)[each], int count) {
+  finish_row(c.type, c.out, c.n, m, n, c.bias, c.bias_type, c.activation, sums, count);
 }
 
 // One number, less its zero point (over `offset`, as codes.cuh has it).
@@ -165,9 +165,10 @@ struct Columns {
   }
 };
 
-// words: of a thread at a time, 4 or 1.
+// words: of a thread at a time, 4 or 1. Asked for three blocks a multiprocessor the compiler takes
+// the registers it needs; asked for none it aims at five, and spills.
 template <class T, class Word, int words>
-__global__ void __launch_bounds__(kWarps* kLanes)
+__global__ void __launch_bounds__(kWarps* kLanes, 3)
     few_rows(const WeightOnly c, const int64_t group) {
   using Half = std::conditional_t<std::is_same_v<T, __half>, HalfF16, HalfBf16>;
   constexpr int each = Word::kEach, share = words * each, block = 4 * share;
@@ -228,10 +229,10 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   __syncthreads();
   const int weight = int(threadIdx.x) % kWeights, column = int(threadIdx.x) / kWeights;
   if (column >= kRows || first + weight >= c.n || first_row + column >= c.m) return;
-  float sum = 0;
+  float sum[1] = {};
 #pragma unroll
-  for (int w = 0; w < kWarps; w++) sum += sums[w][weight][column];
-  finish(c, first_row + column, first + weight, sum);
+  for (int w = 0; w < kWarps; w++) sum[0] += sums[w][weight][column];
+  finish(c, first_row + column, first + weight, sum, 1);
 }
 
 bool aligned(const void* data, int64_t row, int64_t bytes) {
@@ -387,16 +388,15 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     again = tile_sums<Mode, S, A, B>(
         shared, steps, load,
         GroupScales{c, first_column, c.groups == 1 ? steps : group / B::kDepth});
-  const float* staged = reinterpret_cast<const float*>(shared);
-  for (int i = int(threadIdx.x); i < S::kM * S::kN; i += S::kThreads) {
-    const int row = i / S::kN, column = i % S::kN;
-    const int64_t m = first_row + row, n = first_column + column;
-    if (m >= c.m || n >= c.n) continue;
-    float sum = staged[staged_at<S>(row, column)];
-    if constexpr (kWide)
-      if (again) sum = plain_sum(c, group, m, n);
-    finish(c, m, n, sum);
-  }
+  for_fours<S>(reinterpret_cast<const float*>(shared), first_row, first_column, c.m, c.n,
+               [&](int64_t m, int64_t n, float (&sums)[4], int count) {
+                 if constexpr (kWide)
+                   if (again)
+#pragma unroll
+                     for (int e = 0; e < 4; e++)
+                       if (e < count) sums[e] = plain_sum(c, group, m, n + e);
+                 finish(c, m, n, sums, count);
+               });
 }
 
 template <class Mode, class S>
