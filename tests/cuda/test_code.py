@@ -74,6 +74,17 @@ def test_products_run_on_tensor_cores(extension, kernel):
         assert "STL" not in code, "a store to local memory"
 
 
+def test_few_rows_of_quantized_layers(extension):
+    """Weights go 16 bytes at a time from global memory to the registers that tensor cores multiply."""
+    names = kernels(extension, "sm_80")
+    for part, instruction in (("few_rowsI13__nv_bfloat16NS1_7NibblesELi4", "HMMA.16816.F32.BF16"), ("3fewENS", "IMMA")):
+        name = next(name for name in names if part in name)
+        code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
+        assert instruction in code, part
+        assert "LDG.E.128" in code, part
+        assert "STL" not in code, part
+
+
 #: Of the kernels of sm_90a, by a part of their names: products of warpgroups.
 WARPGROUPS = {
     "10HopperBf16ELi256": "HGMMA.64x256x16.F32.BF16",

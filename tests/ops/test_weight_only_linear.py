@@ -213,6 +213,17 @@ def test_no_worse_than_aten():
         assert error <= 1.001 * (aten[rows].double() - wanted[rows]).norm()
 
 
+def test_a_row_alone_on_cuda(on_cuda, no_fallback):
+    """The same bits with others, where asked: no other kernel for few rows then."""
+    (weight, scale, zero), keywords, _, _ = make("int4", 20, 128, 32, True)
+    for dtype in INPUTS:
+        x = torch.randn(20, 128).to(dtype)
+        with fastnn.batch_invariant():
+            all_rows = fF.weight_only_linear(x, weight, scale, zero, **keywords)
+            for m in (1, 9):
+                assert torch.equal(fF.weight_only_linear(x[:m], weight, scale, zero, **keywords), all_rows[:m])
+
+
 def test_same_bits():
     """For any number of threads; and for any number of rows, where asked."""
     for scheme, group in (("int8", None), ("int4", 32), ("uint4", 128)):
