@@ -9,6 +9,7 @@ set(FASTNN_CUDA_KERNELS
   conv/pixels.cu
   conv/weight.cu
   device.cu
+  dropout/dropout.cu
   elementwise/elementwise.cu
   gemm/gemm.cu
   gemm/hopper.cu
@@ -32,6 +33,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/batch_norm.cpp
   bind/conv.cpp
+  bind/dropout.cpp
   bind/elementwise.cpp
   bind/fake_quantize.cpp
   bind/gemm.cpp

@@ -46,7 +46,8 @@ def layouts(x):
 
 
 @dtypes
-def test_samples(dtype, no_fallback):
+@pytest.mark.not_on("triton")
+def test_samples(dtype, machine, no_fallback):
     for sample in OPINFO.sample_inputs("cpu", dtype):
         x = sample.input
         p, training = sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
@@ -58,7 +59,8 @@ def test_samples(dtype, no_fallback):
 
 @dtypes
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_any_layout_and_its_gradient(dtype, p, no_fallback):
+@pytest.mark.not_on("triton")
+def test_any_layout_and_its_gradient(dtype, p, machine, no_fallback):
     for view in layouts(torch.randn(5, 7, 33).to(dtype)):
         want = expected(view, p)
         result = seeded(fF.dropout, view, p)
@@ -70,6 +72,22 @@ def test_any_layout_and_its_gradient(dtype, p, no_fallback):
         for grad in layouts(torch.randn(view.shape).to(dtype)):
             (found,) = torch.autograd.grad(result, leaf, grad, retain_graph=True)
             assert torch.equal(found, expected(grad, p))
+
+
+@pytest.mark.not_on("triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_and_broken_pieces(dtype, machine, no_fallback):
+    """Around what a block has at a time, from addresses that are multiples of 16 and from others, NaN beside."""
+    memory = torch.full((4200,), math.nan, dtype=dtype)
+    for start in (0, 8, 5):
+        for n in (1, 3, 7, 8, 2047, 2049, 4096, 4101):
+            x = memory[start : start + n].copy_(torch.randn(n))
+            assert torch.equal(seeded(fF.dropout, x, 0.3), expected(x, 0.3))
+            want = expected(x, 0.3)
+            seeded(fF.dropout, x, 0.3, inplace=True)
+            assert torch.equal(x, want)
+            x.fill_(math.nan)
+            assert memory.isnan().all()
 
 
 def test_how_many_are_dropped(no_fallback):
@@ -129,7 +147,8 @@ def test_a_batch_of_gradients():
     assert torch.equal(found, torch.stack([expected(g) for g in grads]))
 
 
-def test_in_place(no_fallback):
+@pytest.mark.not_on("triton")
+def test_in_place(machine, no_fallback):
     for x in layouts(torch.randn(5, 7, 9)):
         if x.stride(0) == 0:
             with pytest.raises(RuntimeError, match="input"):

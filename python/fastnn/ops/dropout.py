@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from ..backends import cpu
-from ..backends.cpu import dropout as kernels
+from ..backends import Kernels, cpu
 from ..backends.reference import dropout as formulas
 from ._op import Op
 from ._out import has_internal_overlap
@@ -32,6 +31,7 @@ from ._route import EAGER, LIBRARY, Unsupported, fall_back, is_dynamo_compiling,
 _torch_dropout = torch.nn.functional.dropout
 _tensor_dropout = cpu.tensor_dropout
 _empty = cpu.empty_like
+_kernels = Kernels("dropout")
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -83,7 +83,7 @@ def _in_place(input: Tensor, p: float, where: str) -> Tensor:
         return input.copy_(DROPOUT(input, seed, p, where=where))
     if differentiates:
         return _InPlaceDropout.apply(input, seed, p)
-    kernels.dropout(input, seed, p, input)
+    _kernels.dropout(input, seed, p, input)
     if not input.is_inference():
         increment_version(input)
     return input
@@ -129,7 +129,7 @@ class _InPlaceDropout(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, seed: Tensor, p: float) -> Tensor:
         ctx.p = p
-        kernels.dropout(input, seed, p, input)
+        _kernels.dropout(input, seed, p, input)
         ctx.mark_dirty(input)
         ctx.save_for_backward(seed)
         return input
@@ -166,7 +166,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, seed: Tensor, p: f
 #: input / (1 - p), or 0, by the mask that belongs to an int64 seed.
 DROPOUT = Op(
     "dropout(Tensor input, Tensor seed, float p) -> Tensor",
-    kernel=kernels.dropout,
+    kernel=_kernels.dropout,
     reference=formulas.dropout,
     fake=lambda input, seed, p: torch.empty_like(input),
     save=_save,

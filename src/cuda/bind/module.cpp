@@ -27,6 +27,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_batch_norm(m);
   bind_conv(m);
   bind_gemm(m);
+  bind_dropout(m);
   bind_elementwise(m);
   bind_fake_quantize(m);
   bind_pool(m);

@@ -32,7 +32,7 @@ except ImportError:
 #: The ops that there are kernels for, as supports() knows them.
 OPS = frozenset(
     (
-        *("gemm", "activation", "int_mm"),
+        *("gemm", "activation", "int_mm", "dropout"),
         *("attention", "attention_backward"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("pool", "max_pool", "max_pool_backward", "max_pool_gather", "avg_pool", "avg_pool_backward"),
