@@ -82,3 +82,20 @@ def test_fused(dtype, on_cuda, no_fallback):
     found = inverted_residual(x, None, None, 1, 0, (deep, None, 1, None), 1, (project, None, 0, None))
     exact = F.conv2d(F.conv2d(x.double(), deep.double(), None, 1, 1, 1, 6).relu().to(dtype).double(), project.double())
     torch.testing.assert_close(found.double(), exact, rtol=LOOSE[dtype], atol=20 * LOOSE[dtype])
+
+
+def test_the_same_bits_in_any_order_of_threads(on_cuda, no_fallback):
+    """Of a convolution whose weight's sums are divided among blocks, of a depthwise one, and of pools."""
+    x, w, deep = torch.randn(2, 8, 31, 29), torch.randn(12, 8, 3, 3), torch.randn(12, 1, 3, 3)
+    leaves = [t.requires_grad_() for t in (x.contiguous(memory_format=torch.channels_last), w, deep)]
+    direction = torch.randn(2, 12, 1, 1)
+
+    def run(seed):
+        on_cuda.set_seed(seed)
+        y = fF.conv2d(fF.conv2d(leaves[0], leaves[1], stride=2, padding=1), leaves[2], padding=1, groups=12)
+        y = fF.adaptive_avg_pool2d(fF.max_pool2d(y, 3, 1, 1), 1)
+        return (y, *torch.autograd.grad(y, leaves, direction))
+
+    first = run(1)
+    for seed in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(seed), strict=True))

@@ -79,8 +79,8 @@ def problems(count=64):
 
 
 def fewer(machine, cases):
-    """Every second where a GPU is played, which is slow, and an eighth where Triton is interpreted, which is slower."""
-    return cases[:: {"cuda": 2, "triton": 16}.get(machine, 1)]
+    """A fourth where a GPU is played, which is slow, and fewer where Triton is interpreted, which is slower."""
+    return cases[:: {"cuda": 4, "triton": 16}.get(machine, 1)]
 
 
 def exactly(product, x, w, y, options):
@@ -250,7 +250,7 @@ def test_pointwise(machine, dtype, product):
 def test_within_rounding_of_float64(machine, dtype, product):
     u_sum = 2.0**-53 if dtype is torch.float64 else 2.0**-24
     u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, u_sum)
-    for x_shape, w_shape, y_shape, options in problems()[:: 30 if machine == "triton" else 3]:
+    for x_shape, w_shape, y_shape, options in problems()[:: {"cuda": 6, "triton": 30}.get(machine, 3)]:
         x, w, y = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in (x_shape, w_shape, y_shape))
         reference = exactly(product, x, w, y, options)
         magnitude = exactly(product, x.abs(), w.abs(), y.abs(), options)
@@ -312,6 +312,8 @@ def test_float32_is_no_worse_than_torch(machine, channels):
 @dtypes
 def test_bias_residual_and_activation(machine, dtype, kind):
     """activation(conv(x, w) + bias + residual), rounded once."""
+    if machine == "triton" and kind not in (None, "gelu"):
+        pytest.skip("slow to interpret, and the same function for all")
     x_shape, w_shape, y_shape, options = problem(2, 5, 9, 2, (1, 7, 6), (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 0))
     x, w, y = (torch.randn(shape).to(dtype) for shape in (x_shape, w_shape, y_shape))
     u = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
