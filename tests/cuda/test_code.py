@@ -114,6 +114,13 @@ def test_hoppers_products_run_on_warpgroups(extension):
         assert "STL" not in code, "a store to local memory"
 
 
+def test_histograms_are_counted_without_loops(extension):
+    """An addition in shared memory is one instruction, not a loop that compares and swaps."""
+    for name in (name for name in kernels(extension, "sm_90a") if "count_bins" in name):
+        code = dump("--dump-sass", "--gpu-architecture", "sm_90a", "--function", name, extension)
+        assert "ATOMS.ADD" in code and "CAS" not in code
+
+
 def test_it_imports_without_a_driver(extension):
     code = (
         "import importlib.util as u; "

@@ -317,6 +317,11 @@ def test_bad_arguments_of_the_kernels():
         _cpu.tree_grow_ahead(columns, target, settings, lambda *_: (b"", b"", b""))
     with pytest.raises(ValueError, match="three results"):
         _cpu.tree_grow_ahead(columns, target, settings, lambda *_: ())
+    sizes = _cpu.tree_ahead_sizes
+    for byte in (b"\x7f", b"\xff"):  # of one root and two levels: nodes, weights, candidates
+        results = [byte * count for count in (7 * sizes[0], 7 * 2 * sizes[1], 3 * 3 * sizes[2])]
+        with pytest.raises(RuntimeError, match="that cannot be"):
+            _cpu.tree_grow_ahead(columns, target, settings, lambda *_, found=results: tuple(found))
     with pytest.raises(ZeroDivisionError):
         _cpu.tree_grow_ahead(columns, target, settings, lambda *_: 1 // 0)
     with pytest.raises(ValueError, match="Gini"):

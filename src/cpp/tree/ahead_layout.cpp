@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <stdexcept>
 #include <utility>
 
 #include "tree/ahead.hpp"
@@ -162,6 +163,9 @@ class AheadLayout final : public Layout {
     AheadResult found = ahead_.search(roots, weights, levels, rows);
     for (int64_t i = 0; i < ahead_nodes(count, levels + 1); i++) {
       const AheadNode& node = found.nodes[size_t(i)];
+      if (node.begin < 0 || node.rows < 0 || node.begin + int64_t(node.rows) > n_ ||
+          node.feature >= columns_)
+        wrong();
       // Below a node that was not split lies the node itself, and nothing.
       if (i >= count && (!node.rows || found.nodes[size_t(parent_of(i, count))].feature < 0))
         continue;
@@ -174,8 +178,19 @@ class AheadLayout final : public Layout {
       if (node.levels > 0 && i < ahead_nodes(count, levels)) {
         const auto c = found.candidates.begin() + i * columns_;
         k.candidates.assign(c, c + columns_);
+        for (const AheadCandidate& candidate : k.candidates) check(node, candidate);
       }
     }
+  }
+
+  // What would lead out of arrays, should a search go wrong.
+  void check(const AheadNode& node, const AheadCandidate& c) const {
+    if (c.left < 0 || c.left >= node.rows ||
+        (c.left && (c.last < 0 || c.last >= c_.slots || c.next >= c_.slots)))
+      wrong();
+  }
+  [[noreturn]] static void wrong() {
+    throw std::runtime_error("tree_grow_ahead: the search gave nodes or splits that cannot be");
   }
 
   // Of node i, counted over all levels: level l begins at count * (2^l - 1).
