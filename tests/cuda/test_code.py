@@ -116,7 +116,9 @@ def test_hoppers_products_run_on_warpgroups(extension):
 
 def test_histograms_are_counted_without_loops(extension):
     """An addition in shared memory is one instruction, not a loop that compares and swaps."""
-    for name in (name for name in kernels(extension, "sm_90a") if "count_bins" in name):
+    names = [name for name in kernels(extension, "sm_90a") if "count_bins" in name]
+    assert len(names) == 2
+    for name in names:
         code = dump("--dump-sass", "--gpu-architecture", "sm_90a", "--function", name, extension)
         assert "ATOMS.ADD" in code and "CAS" not in code
 
