@@ -1,7 +1,7 @@
 // Tensors (N, C, ...) seen as units, which have statistics of their own: a channel of all images
 // (batch norm), a channel of an image, or a group of channels of an image (group norm).
 #pragma once
-#include "cuda/divide.cuh"
+#include "cuda/divisor.cuh"
 #include "cuda/norm/batch_norm.hpp"
 
 namespace fastnn::cuda {

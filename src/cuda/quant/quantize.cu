@@ -1,7 +1,7 @@
 // Bytes are what limits quantization: 5 an element of float32 to int8, 3 of bfloat16. A thread has
 // four pieces of 16 bytes of x under way; what it makes of a piece, 4 or 8 codes, is one access
 // next to its neighbours'. Which scale a piece has takes no division that the hardware lacks
-// (divide.cuh). Elements that do not lie in pieces go one by one.
+// (divisor.cuh). Elements that do not lie in pieces go one by one.
 #include "cuda/quant/quantize.hpp"
 
 #include "cuda/quant/codes.cuh"

@@ -1,7 +1,7 @@
 // Who has which elements of what is quantized (quant/loop.hpp): 16 bytes of x a thread where all
 // lies so, and else one by one.
 #pragma once
-#include "cuda/divide.cuh"
+#include "cuda/divisor.cuh"
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/reduce/rows.cuh"
 #include "quant/loop.hpp"
