@@ -566,6 +566,7 @@ def test_bad_arguments():
         (dict(slopes=(x.data_ptr(), 1)), "slopes"),
         (dict(dropout=(1.5, 0)), "dropout"),
         (dict(dropout=(math.nan, 0)), "dropout"),
+        (dict(dropout=(0.5, 0)), "dropout: expected an address"),
         (dict(log_sum=0), "log_sum"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -38,9 +38,10 @@ struct Attention {
   int64_t slopes_batch = 0, slopes_head = 0, shift = 0;
   // Probabilities are zero where they are dropped, else divided by 1 - dropout. That of (batch,
   // head, i, j) is element ((batch heads + head) q_length + i) k + j of common/philox.hpp's, where
-  // k is k_length rounded up to 4.
+  // k is k_length rounded up to 4. The seed is read where the kernel runs: nobody waits for a
+  // GPU's.
   double dropout = 0;
-  uint64_t seed = 0;
+  const uint64_t* seed = nullptr;
 
   bool sees_all() const { return low <= 1 - q_length && high >= k_length - 1; }
 };

@@ -262,7 +262,7 @@ void Lanes::drop(int64_t begin, int64_t end, void* to) const {
       first[lane + l] =
           uint64_t(((batch_ * call_.heads + head) * call_.q_length + query + l) * row + begin);
   });
-  a_.loops->drop[a_.wide]({to, end - begin, a_.lanes(), first, call_.seed,
+  a_.loops->drop[a_.wide]({to, end - begin, a_.lanes(), first, *call_.seed,
                            dropout_threshold(call_.dropout),
                            call_.dropout < 1 ? 1 / (1 - call_.dropout) : 0});
 }

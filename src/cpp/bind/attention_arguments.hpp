@@ -73,9 +73,10 @@ struct AttentionArguments {
     }
     if (!dropout.is_none()) {
       const py::tuple given = parts("dropout", dropout, 2);
-      call.dropout = given[0].cast<double>(), call.seed = given[1].cast<uint64_t>();
+      call.dropout = given[0].cast<double>();
       if (!(call.dropout >= 0 && call.dropout <= 1))
         bad_argument(op, "dropout", "a probability, 0 to 1");
+      call.seed = reinterpret_cast<const uint64_t*>(address("dropout", given[1]));
     }
   }
 };

@@ -104,7 +104,8 @@ struct Scores {
     if (!threshold) return 1;
     const uint64_t keys = (uint64_t(a.k_length) + 3) / 4 * 4;
     const uint64_t element = (dropout_row + uint64_t(i)) * keys + uint64_t(j);
-    const PhiloxWords words = philox(a.seed, element / 4);
+    // The seed is read again each time: kept in registers, there are too few for the sums.
+    const PhiloxWords words = philox(*a.seed, element / 4);
     // Chosen, not indexed, which would put them into memory.
     const uint32_t low = element & 1 ? words.word[1] : words.word[0];
     const uint32_t high = element & 1 ? words.word[3] : words.word[2];
