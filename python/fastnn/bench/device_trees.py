@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import backends
+from .._state import FallbackError
 from .benchmark import Benchmark, Problem, register
 from .histogram_trees import _HELD_OUT, _absent, _checked_once
 
@@ -33,7 +34,7 @@ def _grown(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     rows, columns, depth = shape
     backend = backends.names_of(torch.empty(0))[0]
     if backend not in ("cpu", "cuda"):
-        raise NotImplementedError(f"no kernel for trees on {backend}")
+        raise FallbackError(f"device_tree: no kernel for trees on {backend}")
     x, y, held_out, truth = _data(rows, columns)
     target = _exact.Target("gini", y.astype(np.float64)[:, None], np.array([2]), None)
     settings = _exact.Settings(columns, depth, 2, 1, -1, 0.0, 0.0, None, 1, 0)
