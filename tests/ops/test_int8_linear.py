@@ -243,7 +243,7 @@ def assert_nearest(y, x):
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 127, 130, 257])
-def test_rows_become_the_nearest_integers(k, isa, no_fallback):
+def test_rows_become_the_nearest_integers(k, machine, no_fallback):
     for m in (1, 5, 33):
         # Rows of every size, of one sign, of zeros, with what is not finite; each in every layout.
         x = torch.randn(m, k) * 2.0 ** torch.randint(-60, 60, (m, 1))
@@ -262,7 +262,7 @@ def test_rows_become_the_nearest_integers(k, isa, no_fallback):
 
 @dtypes
 @pytest.mark.parametrize("sign", [1, -1])
-def test_halves_of_rows_go_to_even(sign, dtype, isa, no_fallback):
+def test_halves_of_rows_go_to_even(sign, dtype, machine, no_fallback):
     """Steps of a power of two, by which everything divides exactly: 0 to 255 of them."""
     halves = torch.arange(0.5, 128)  # 127.5 has the bits of bfloat16
     for exponent in (-6, 0, 5):
@@ -271,7 +271,7 @@ def test_halves_of_rows_go_to_even(sign, dtype, isa, no_fallback):
         assert torch.equal(rows_back(x.unsqueeze(0), dtype)[0].float(), want)
 
 
-def test_rows_of_the_least_numbers(isa, no_fallback):
+def test_rows_of_the_least_numbers(machine, no_fallback):
     """No step is below the least normal number: what is smaller than half of it is 0."""
     least = 2.0**-126
     x = torch.tensor(

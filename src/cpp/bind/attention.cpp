@@ -46,7 +46,8 @@ void bind_attention(py::module_& m) {
   m.def("attention", &forward,
         "shape: batch, heads, kv_heads, q_length, k_length, head_size, value_size. Tensors are "
         "(address, four strides); mask is None or (address, strides, dtype), slopes None or "
-        "(address, batch stride, head stride, shift), dropout None or (probability, address of the seed), bounds "
+        "(address, batch stride, head stride, shift), dropout None or (probability, address of the "
+        "seed), bounds "
         "(low, high) with None for none; log_sum is an address or None.",
         py::arg("dtype"), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("log_sum"), py::arg("scale"), py::arg("mask"), py::arg("bounds"),
