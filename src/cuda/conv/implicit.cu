@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int64_t k = int64_t(axes[0].taps) * axes[1].taps * axes[2].taps * c.channels;
   Load copies(c, axes, group, first_row, rows, first_column);
   const bool again = tile_sums<Mode, S, typename Load::A, typename Load::B>(
-      shared, (k + Load::A::kDepth - 1) / Load::A::kDepth,
+      shared, int((k + Load::A::kDepth - 1) / Load::A::kDepth),
       [&](int64_t, char* to_a, char* to_b) { copies.load(to_a, to_b); });
   const auto* staged = reinterpret_cast<const float*>(shared);
 

@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int piece = thread % B::kRow, column = first_column + piece * B::kEach;
   const Seen seen(c, Column(c, column));
   const bool again = tile_sums<Mode, S, A, B>(
-      shared, (end - first + A::kDepth - 1) / A::kDepth, [&](int64_t step, char* to_a, char* to_b) {
+      shared, int((end - first + A::kDepth - 1) / A::kDepth),
+      [&](int64_t step, char* to_a, char* to_b) {
         const int64_t from = first + step * A::kDepth;
         A::load(to_a, y, first_row, from);
 #pragma unroll

@@ -3,6 +3,8 @@
 // multiplies its share with mma.sync (mainloop.cuh).
 #include "cuda/gemm/gemm.hpp"
 
+#include <climits>
+#include <string>
 #include <type_traits>
 
 #include "cuda/device.hpp"
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Source a{at.a, g.m, g.k, g.a.row, g.a.column, a_pieces};
   const Source b{at.b, g.n, g.k, g.b.column, g.b.row, b_pieces};
 
-  const int64_t steps = (g.k + A::kDepth - 1) / A::kDepth;
+  const int steps = int((g.k + A::kDepth - 1) / A::kDepth);
   const bool again =
       tile_sums<Mode, S, A, B>(shared, steps, [&](int64_t step, char* to_a, char* to_b) {
         A::load(to_a, a, first_row, step * A::kDepth);
@@ -132,6 +134,8 @@ void gemm(const Gemm& g, void* stream) {
   bool empty = g.m == 0 || g.n == 0;
   for (int d = 0; d < g.batch_dims; d++) empty = empty || g.batch[d] == 0;
   if (empty) return;
+  if (g.k / (kRowBytes / 4) >= INT_MAX)  // which only a tensor that repeats its elements can have
+    throw std::invalid_argument("gemm: k is too large for a GPU: " + std::to_string(g.k));
   if (g.k > 0 && capability() == kHopper && gemm_on_hopper(g, stream)) return;
   switch (g.a_type) {
     case DType::f32:

@@ -55,10 +55,12 @@ struct Unscaled {
 // products leave float32's range on the way, multiply to NaN where float32 has a number or an
 // infinity, and such a tile is to be computed again without parts.
 //
+// `steps` of 32 bits, because 64 take a register more than there are where float32 is split in two:
+// 2^31 of them are 128 GiB of one row.
 // load(step, a, b) begins to copy tiles A and B of a step of K; it is called in the order of steps.
 // `scales`: where a group of steps ends, and what its sums are multiplied with, by column.
 template <class Mode, class S, class A, class B, class Load, class Scales = Unscaled>
-__device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& load,
+__device__ __forceinline__ bool tile_sums(char* shared, int steps, Load&& load,
                                           const Scales& scales = {}) {
   using Sum = typename Mode::Sum;
   constexpr int kStageBytes = A::kBytes + B::kBytes;
@@ -73,7 +75,7 @@ __device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& lo
   Sum sums[S::kRows][S::kColumns][4] = {};
   Sum totals[kTotals ? S::kRows : 1][S::kColumns][4] = {};  // of the groups before
 
-  auto begin = [&](int64_t step) {
+  auto begin = [&](int step) {
     if (step < steps) {
       char* stage = shared + step % kStages * kStageBytes;
       load(step, stage, stage + A::kBytes);
@@ -81,7 +83,7 @@ __device__ __forceinline__ bool tile_sums(char* shared, int64_t steps, Load&& lo
     ptx::cp_async_commit();  // an empty group where nothing is left, so that the count below holds
   };
   for (int s = 0; s < kStages - 1; s++) begin(s);
-  for (int64_t step = 0; step < steps; step++) {
+  for (int step = 0; step < steps; step++) {
     ptx::cp_async_wait<kStages - 2>();
     // Everyone's copies of this step are there, and nobody reads the stage that is filled next.
     __syncthreads();

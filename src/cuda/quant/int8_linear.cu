@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int64_t first_row = tile.row * S::kM, first_column = tile.column * S::kN;
   const Source q{reinterpret_cast<const char*>(c.q), c.m, c.k, c.q_row, 1, q_pieces};
   const Source w{reinterpret_cast<const char*>(c.w), c.n, c.k, c.w_row, c.w_column, w_pieces};
-  tile_sums<U8, S, A, B>(shared, (c.k + A::kDepth - 1) / A::kDepth,
+  tile_sums<U8, S, A, B>(shared, int((c.k + A::kDepth - 1) / A::kDepth),
                          [&](int64_t step, char* to_a, char* to_b) {
                            A::load(to_a, q, first_row, step * A::kDepth);
                            B::load(to_b, w, first_column, step * A::kDepth);

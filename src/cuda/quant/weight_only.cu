@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     weights.put(to_b, step);
     weights.fetch(step + 1);
   };
-  const int64_t steps = (c.k + A::kDepth - 1) / A::kDepth;
+  const int steps = int((c.k + A::kDepth - 1) / A::kDepth);
   bool again;
   if constexpr (kWide)
     again = tile_sums<Mode, S, A, B>(shared, steps, load);
