@@ -239,7 +239,7 @@ def test_nothing_beyond_is_written(isa):
             out = memory[offset + 64 : offset + 64 + count]
             shape, strides = (n,), (step,)
             code = SCHEME[scheme]
-            _cpu.quantize(x.data_ptr(), out.data_ptr(), scale.data_ptr(), 0, shape, (1,), strides, (0,), 1, 0, code)
+            _cpu.quantize(x.data_ptr(), out.data_ptr(), scale.data_ptr(), 0, shape, (1,), strides, (0,), 1, 0, code, 0)
             wanted = bits(formulas.quantize(x, scale, None, None, [], 0, scheme)).view(torch.uint8)
             assert torch.equal(out[::step], wanted)
             memory[offset + 64 : offset + 64 + count : step] = 77
@@ -277,7 +277,7 @@ def test_stochastic_rounding_is_fair(machine, scheme):
 
 def test_bad_arguments():
     x, q, scale, zero = torch.randn(4, 6), torch.empty(4, 6), torch.ones(4), torch.zeros(4, dtype=torch.int32)
-    good = [x.data_ptr(), q.data_ptr(), scale.data_ptr(), zero.data_ptr(), (4, 6), (6, 1), (6, 1), (1, 0), 4, 0, 0]
+    good = [x.data_ptr(), q.data_ptr(), scale.data_ptr(), zero.data_ptr(), (4, 6), (6, 1), (6, 1), (1, 0), 4, 0, 0, 0]
     _cpu.quantize(*good)
     for place, value, named in (
         (0, 0, "x, q"),
@@ -298,7 +298,7 @@ def test_bad_arguments():
             _cpu.quantize(*good[:place], value, *good[place + 1 :])
     for shape, strides in (((3, 3), (3, 1)), ((4, 6), (7, 1)), ((4, 6), (6, 2)), ((4, 3), (3, 1))):
         with pytest.raises(ValueError, match="byte"):
-            _cpu.quantize(*good[:4], shape, (6, 1), strides, (1, 0), 4, 0, SCHEME["int4"])
+            _cpu.quantize(*good[:4], shape, (6, 1), strides, (1, 0), 4, 0, SCHEME["int4"], 0)
     with pytest.raises(ValueError, match="byte"):
         _cpu.dequantize(*good[:4], (3, 3), (3, 1), (3, 1), (1, 0), 4, SCHEME["uint4"], 0)
     for value in (0.0, -1.0, math.nan, math.inf, 1e-39):

@@ -39,47 +39,23 @@ namespace {
 
 void forward(uintptr_t x, uintptr_t out, uintptr_t mask, py::handle shape, py::handle x_strides,
              py::handle out_strides, int dtype, const py::tuple& grid_arguments) {
-  const char* op = "fake_quantize";
-  const FakeLayout layout(op, shape);
-  int64_t xs[kMaxFakeDims], os[kMaxFakeDims];
-  layout.read_strides(op, "x_strides", x_strides, xs);
-  layout.read_strides(op, "out_strides", out_strides, os);
-  const FakeGridArgument grid(op, layout, grid_arguments);
-  const FakeQuantize call{fake_type_argument(op, dtype),
-                          layout.dims,
-                          layout.shape,
-                          fake_pointer<const void>(op, "x", x, !layout.empty),
-                          xs,
-                          fake_pointer<void>(op, "out", out, !layout.empty),
-                          os,
-                          fake_pointer<uint8_t>(op, "mask", mask, false),
-                          grid.grid};
+  const FakeForwardArgument argument("fake_quantize", x, out, mask, shape, x_strides, out_strides,
+                                     dtype, grid_arguments);
   BadGrid bad;
   {
     py::gil_scoped_release release;
-    bad = fake_quantize(call);
+    bad = fake_quantize(argument.call);
   }
-  if (bad == BadGrid::scale) refuse_scale(grid.grid.scale, grid.count);
-  if (bad == BadGrid::zero_point) refuse_zero_point(grid.grid, grid.count);
+  if (bad == BadGrid::scale) refuse_scale(argument.call.grid.scale, argument.grid.count);
+  if (bad == BadGrid::zero_point) refuse_zero_point(argument.call.grid, argument.grid.count);
 }
 
 void masked(uintptr_t grad, uintptr_t out, uintptr_t mask, py::handle shape,
             py::handle grad_strides, py::handle out_strides, int dtype) {
-  const char* op = "fake_quantize_masked";
-  const FakeLayout layout(op, shape);
-  int64_t gs[kMaxFakeDims], os[kMaxFakeDims];
-  layout.read_strides(op, "grad_strides", grad_strides, gs);
-  layout.read_strides(op, "out_strides", out_strides, os);
-  const FakeMasked call{fake_type_argument(op, dtype),
-                        layout.dims,
-                        layout.shape,
-                        fake_pointer<const void>(op, "grad", grad, !layout.empty),
-                        gs,
-                        fake_pointer<void>(op, "out", out, !layout.empty),
-                        os,
-                        fake_pointer<const uint8_t>(op, "mask", mask, !layout.empty)};
+  const FakeMaskedArgument argument("fake_quantize_masked", grad, out, mask, shape, grad_strides,
+                                    out_strides, dtype);
   py::gil_scoped_release release;
-  fake_masked(call);
+  fake_masked(argument.call);
 }
 
 void gradients(uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t mask, py::handle shape,

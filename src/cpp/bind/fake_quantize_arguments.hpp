@@ -36,15 +36,17 @@ T* fake_pointer(const char* op, const char* name, uintptr_t address, bool needed
   return reinterpret_cast<T*>(address);
 }
 
-// (scale, scale_shape, zero_point, zero_kind, quant_min, quant_max, as_torch, wide, random, seed):
-// scale and zero point lie contiguously in scale_shape, which broadcasts to the shape.
+// (scale, scale_shape, zero_point, zero_kind, quant_min, quant_max, as_torch, wide, seed): scale
+// and zero point lie contiguously in scale_shape, which broadcasts to the shape; seed is the
+// address of 64 bits, 0 is to nearest.
 struct FakeGridArgument {
   FakeGrid grid;
   int64_t count = 1;
   int64_t strides[kMaxFakeDims] = {};
 
+  FakeGridArgument(const FakeGridArgument&) = delete;  // grid points into it
   FakeGridArgument(const char* op, const FakeLayout& layout, const pybind11::tuple& given) {
-    if (given.size() != 10) bad_argument(op, "grid", "ten entries");
+    if (given.size() != 9) bad_argument(op, "grid", "nine entries");
     grid.scale = fake_pointer<const float>(op, "scale", given[0].cast<uintptr_t>(), !layout.empty);
     int64_t sizes[kMaxFakeDims];
     const int dims = read_tuple(op, "scale_shape", given[1], sizes, kMaxFakeDims);
@@ -69,7 +71,53 @@ struct FakeGridArgument {
       bad_argument(op, "quant_min, quant_max", "a range within -2^22 to 2^22");
     grid.lowest = float(lowest), grid.highest = float(highest);
     grid.as_torch = given[6].cast<bool>(), grid.wide = given[7].cast<bool>();
-    grid.random = given[8].cast<bool>(), grid.seed = given[9].cast<uint64_t>();
+    grid.seed = reinterpret_cast<const uint64_t*>(given[8].cast<uintptr_t>());
+  }
+};
+
+struct FakeForwardArgument {
+  FakeLayout layout;
+  int64_t x_strides[kMaxFakeDims], out_strides[kMaxFakeDims];
+  FakeGridArgument grid;
+  FakeQuantize call;
+
+  FakeForwardArgument(const char* op, uintptr_t x, uintptr_t out, uintptr_t mask,
+                      pybind11::handle shape, pybind11::handle x_strides_,
+                      pybind11::handle out_strides_, int dtype, const pybind11::tuple& given)
+      : layout(op, shape), grid(op, layout, given) {
+    layout.read_strides(op, "x_strides", x_strides_, x_strides);
+    layout.read_strides(op, "out_strides", out_strides_, out_strides);
+    call = {fake_type_argument(op, dtype),
+            layout.dims,
+            layout.shape,
+            fake_pointer<const void>(op, "x", x, !layout.empty),
+            x_strides,
+            fake_pointer<void>(op, "out", out, !layout.empty),
+            out_strides,
+            fake_pointer<uint8_t>(op, "mask", mask, false),
+            grid.grid};
+  }
+};
+
+struct FakeMaskedArgument {
+  FakeLayout layout;
+  int64_t grad_strides[kMaxFakeDims], out_strides[kMaxFakeDims];
+  FakeMasked call;
+
+  FakeMaskedArgument(const char* op, uintptr_t grad, uintptr_t out, uintptr_t mask,
+                     pybind11::handle shape, pybind11::handle grad_strides_,
+                     pybind11::handle out_strides_, int dtype)
+      : layout(op, shape) {
+    layout.read_strides(op, "grad_strides", grad_strides_, grad_strides);
+    layout.read_strides(op, "out_strides", out_strides_, out_strides);
+    call = {fake_type_argument(op, dtype),
+            layout.dims,
+            layout.shape,
+            fake_pointer<const void>(op, "grad", grad, !layout.empty),
+            grad_strides,
+            fake_pointer<void>(op, "out", out, !layout.empty),
+            out_strides,
+            fake_pointer<const uint8_t>(op, "mask", mask, !layout.empty)};
   }
 };
 

@@ -35,9 +35,8 @@ struct FakeGrid {
   float lowest, highest;   // of the integers
   // As torch's functions: nothing is checked, and NaN becomes the lowest integer.
   bool as_torch;
-  bool wide;  // products of float64 are not rounded to float32
-  bool random;
-  uint64_t seed;
+  bool wide;             // products of float64 are not rounded to float32
+  const uint64_t* seed;  // of random rounding; null is to nearest
 };
 
 // Of a call whose grid is no grid, unless it is as torch's.

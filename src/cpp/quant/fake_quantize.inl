@@ -217,7 +217,7 @@ static int forward_rows(const FakeRows& rows, const FakeGrid& grid, uint8_t* mas
     for (int64_t i = 0; i < rows.n; i += block) {
       const int64_t n = rows.n - i < block ? rows.n - i : block;
       if (own && !same) table.fill(rows, grid, at + i * rows.scale_stride, n, bad);
-      if (random) fractions.fill(grid.seed, rows.first + uint64_t(row * rows.n + i), n);
+      if (random) fractions.fill(*grid.seed, rows.first + uint64_t(row * rows.n + i), n);
       const T* from = gathered(x + i * rows.x_stride, rows.x_stride, n, in);
       T* to = rows.out_stride == 1 ? out + i : result;
       if (own)
@@ -238,10 +238,10 @@ template <class T>
 static BadGrid forward(const FakeRows& rows, const FakeGrid& grid, uint8_t* mask,
                        bool around_caches) {
   const int bad =
-      mask ? (grid.random ? forward_rows<T, true, true>(rows, grid, mask, around_caches)
-                          : forward_rows<T, true, false>(rows, grid, mask, around_caches))
-           : (grid.random ? forward_rows<T, false, true>(rows, grid, mask, around_caches)
-                          : forward_rows<T, false, false>(rows, grid, mask, around_caches));
+      mask ? (grid.seed ? forward_rows<T, true, true>(rows, grid, mask, around_caches)
+                        : forward_rows<T, true, false>(rows, grid, mask, around_caches))
+           : (grid.seed ? forward_rows<T, false, true>(rows, grid, mask, around_caches)
+                        : forward_rows<T, false, false>(rows, grid, mask, around_caches));
   if (grid.as_torch) return BadGrid::none;
   return bad & int(BadGrid::scale) ? BadGrid::scale : BadGrid(bad);
 }
@@ -331,7 +331,7 @@ static void row_gradients_of(const FakeRows& rows, const FakeGrid& grid, const u
     for (int64_t i = 0; i < rows.n; i += kFakeBlock) {
       const int64_t n = rows.n - i < kFakeBlock ? rows.n - i : kFakeBlock;
       const uint64_t first = rows.first + uint64_t(row * rows.n + i);
-      if (random) fractions.fill(grid.seed, first, n);
+      if (random) fractions.fill(*grid.seed, first, n);
       const T* from = gathered(x + i * rows.x_stride, rows.x_stride, n, x_in);
       const T* g = gathered(grad + i * rows.grad_stride, rows.grad_stride, n, grad_in);
       T* to = rows.out_stride == 1 ? out + i : result;
@@ -373,7 +373,7 @@ static void column_gradients_of(const FakeRows& rows, const FakeGrid& grid, cons
         T* out = static_cast<T*>(rows.out) + row * rows.out_row;
         if (row == 0) table.fill(rows, grid, column * rows.scale_stride, n, bad);
         const uint64_t first = rows.first + uint64_t(row * rows.n + column);
-        if (random) fractions.fill(grid.seed, first, n);
+        if (random) fractions.fill(*grid.seed, first, n);
         const T* from = gathered(x + column * rows.x_stride, rows.x_stride, n, x_in);
         const T* g = gathered(grad + column * rows.grad_stride, rows.grad_stride, n, grad_in);
         T* to = rows.out_stride == 1 ? out + column : result;
@@ -402,7 +402,7 @@ static void column_gradients_of(const FakeRows& rows, const FakeGrid& grid, cons
 template <class T>
 static void row_gradients(const FakeRows& rows, const FakeGrid& grid, const uint8_t* mask,
                           bool around_caches, double* sums) {
-  if (grid.random)
+  if (grid.seed)
     row_gradients_of<T, true>(rows, grid, mask, around_caches, sums);
   else
     row_gradients_of<T, false>(rows, grid, mask, around_caches, sums);
@@ -411,7 +411,7 @@ static void row_gradients(const FakeRows& rows, const FakeGrid& grid, const uint
 template <class T>
 static void column_gradients(const FakeRows& rows, const FakeGrid& grid, const uint8_t* mask,
                              bool around_caches, double* sums) {
-  if (grid.random)
+  if (grid.seed)
     column_gradients_of<T, true>(rows, grid, mask, around_caches, sums);
   else
     column_gradients_of<T, false>(rows, grid, mask, around_caches, sums);

@@ -10,48 +10,23 @@ using namespace fastnn;
 namespace {
 
 void forward(uintptr_t x, uintptr_t out, uintptr_t mask, py::handle shape, py::handle x_strides,
-             py::handle out_strides, int dtype, const py::tuple& grid_arguments, uintptr_t seed,
-             int device, uintptr_t stream) {
-  const char* op = "fake_quantize";
-  const FakeLayout layout(op, shape);
-  int64_t xs[kMaxFakeDims], os[kMaxFakeDims];
-  layout.read_strides(op, "x_strides", x_strides, xs);
-  layout.read_strides(op, "out_strides", out_strides, os);
-  const FakeGridArgument grid(op, layout, grid_arguments);
-  const FakeQuantize call{fake_type_argument(op, dtype),
-                          layout.dims,
-                          layout.shape,
-                          fake_pointer<const void>(op, "x", x, !layout.empty),
-                          xs,
-                          fake_pointer<void>(op, "out", out, !layout.empty),
-                          os,
-                          fake_pointer<uint8_t>(op, "mask", mask, false),
-                          grid.grid};
+             py::handle out_strides, int dtype, const py::tuple& grid_arguments, int device,
+             uintptr_t stream) {
+  const FakeForwardArgument argument("fake_quantize", x, out, mask, shape, x_strides, out_strides,
+                                     dtype, grid_arguments);
   py::gil_scoped_release release;
   cuda::OnDevice on(device);
-  cuda::fake_quantize(call, reinterpret_cast<const uint64_t*>(seed),
-                      reinterpret_cast<void*>(stream));
+  cuda::fake_quantize(argument.call, reinterpret_cast<void*>(stream));
 }
 
 void masked(uintptr_t grad, uintptr_t out, uintptr_t mask, py::handle shape,
             py::handle grad_strides, py::handle out_strides, int dtype, int device,
             uintptr_t stream) {
-  const char* op = "fake_quantize_masked";
-  const FakeLayout layout(op, shape);
-  int64_t gs[kMaxFakeDims], os[kMaxFakeDims];
-  layout.read_strides(op, "grad_strides", grad_strides, gs);
-  layout.read_strides(op, "out_strides", out_strides, os);
-  const FakeMasked call{fake_type_argument(op, dtype),
-                        layout.dims,
-                        layout.shape,
-                        fake_pointer<const void>(op, "grad", grad, !layout.empty),
-                        gs,
-                        fake_pointer<void>(op, "out", out, !layout.empty),
-                        os,
-                        fake_pointer<const uint8_t>(op, "mask", mask, !layout.empty)};
+  const FakeMaskedArgument argument("fake_quantize_masked", grad, out, mask, shape, grad_strides,
+                                    out_strides, dtype);
   py::gil_scoped_release release;
   cuda::OnDevice on(device);
-  cuda::fake_masked(call, reinterpret_cast<void*>(stream));
+  cuda::fake_masked(argument.call, reinterpret_cast<void*>(stream));
 }
 
 int64_t workspace_of(py::handle shape, const py::tuple& grid_arguments) {
@@ -62,8 +37,7 @@ int64_t workspace_of(py::handle shape, const py::tuple& grid_arguments) {
 
 void gradients(uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t mask, py::handle shape,
                int dtype, const py::tuple& grid_arguments, double factor, uintptr_t by_scale,
-               uintptr_t by_zero_point, uintptr_t seed, uintptr_t workspace, int device,
-               uintptr_t stream) {
+               uintptr_t by_zero_point, uintptr_t workspace, int device, uintptr_t stream) {
   const char* op = "fake_quantize_gradients";
   const FakeLayout layout(op, shape);
   const FakeGridArgument grid(op, layout, grid_arguments);
@@ -86,19 +60,17 @@ void gradients(uintptr_t grad, uintptr_t x, uintptr_t out, uintptr_t mask, py::h
   float* partial = fake_pointer<float>(op, "workspace", workspace, !layout.empty);
   py::gil_scoped_release release;
   cuda::OnDevice on(device);
-  cuda::fake_gradients(call, reinterpret_cast<const uint64_t*>(seed), partial,
-                       reinterpret_cast<void*>(stream));
+  cuda::fake_gradients(call, partial, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
 
 void bind_fake_quantize(py::module_& m) {
   m.def("fake_quantize", &forward,
-        "As that of fastnn._cpu, but that values of scales and zero points are not checked, and "
-        "that `seed` is an address on the device: 0 is to nearest.",
+        "As that of fastnn._cpu, but that values of scales and zero points are not checked.",
         py::arg("x"), py::arg("out"), py::arg("mask"), py::arg("shape"), py::arg("x_strides"),
-        py::arg("out_strides"), py::arg("dtype"), py::arg("grid"), py::arg("seed"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("out_strides"), py::arg("dtype"), py::arg("grid"), py::arg("device"),
+        py::arg("stream"));
   m.def("fake_quantize_masked", &masked, "out = grad where the mask's bit is set, else 0 grad.",
         py::arg("grad"), py::arg("out"), py::arg("mask"), py::arg("shape"), py::arg("grad_strides"),
         py::arg("out_strides"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
@@ -108,5 +80,5 @@ void bind_fake_quantize(py::module_& m) {
         "The gradients of x, scale and zero point, of contiguous tensors.", py::arg("grad"),
         py::arg("x"), py::arg("out"), py::arg("mask"), py::arg("shape"), py::arg("dtype"),
         py::arg("grid"), py::arg("factor"), py::arg("by_scale"), py::arg("by_zero_point"),
-        py::arg("seed"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+        py::arg("workspace"), py::arg("device"), py::arg("stream"));
 }

@@ -53,14 +53,14 @@ struct Grids {
   bool as_torch;
   const uint64_t* seed;
 
-  Grids(const FakeGrid& grid, const uint64_t* seed)
+  explicit Grids(const FakeGrid& grid)
       : scale(grid.scale),
         zero_point(grid.zero_point),
         kind(grid.zero_kind),
         lowest(grid.lowest),
         highest(grid.highest),
         as_torch(grid.as_torch),
-        seed(seed) {}
+        seed(grid.seed) {}
 
   __device__ float zero(int64_t at) const {
     if (kind == ZeroPoint::none) return 0;
@@ -415,14 +415,14 @@ struct Contiguous {
 
 }  // namespace
 
-void fake_quantize(const FakeQuantize& call, const uint64_t* seed, void* stream) {
+void fake_quantize(const FakeQuantize& call, void* stream) {
   const Loop loop =
       loop_of(call.dims, call.shape, call.x_strides, call.out_strides, call.grid.strides);
   if (call.mask)
     launch(end_mask, dim3(1), dim3(kLanes), 0, stream, call.mask, ceil_div(loop.elements, 8),
            fake_mask_bytes(loop.elements));
   if (loop.elements == 0) return;
-  const Forward forward{call.type, call.x, call.out, call.mask, Grids(call.grid, seed)};
+  const Forward forward{call.type, call.x, call.out, call.mask, Grids(call.grid)};
   Pieces pieces;
   if (!in_pieces(loop, kEach, {call.x, 16}, {call.out, 16}, nullptr, nullptr, pieces)) {
     launch(forward_each, blocks_for(loop.elements), dim3(kThreads), 0, stream, loop, forward);
@@ -430,7 +430,7 @@ void fake_quantize(const FakeQuantize& call, const uint64_t* seed, void* stream)
   }
   with_float_type("fake_quantize", call.type, [&](auto x) {
     using T = decltype(x);
-    launch(seed ? forward_pieces<T, true> : forward_pieces<T, false>, blocks_for(pieces),
+    launch(call.grid.seed ? forward_pieces<T, true> : forward_pieces<T, false>, blocks_for(pieces),
            dim3(kThreads), 0, stream, pieces, forward);
   });
 }
@@ -459,8 +459,7 @@ int64_t fake_gradients_workspace(int dims, const int64_t* shape, const int64_t* 
   return 2 * partials.scales * partials.each;
 }
 
-void fake_gradients(const FakeGradients& call, const uint64_t* seed, float* workspace,
-                    void* stream) {
+void fake_gradients(const FakeGradients& call, float* workspace, void* stream) {
   const Contiguous dense(call.dims, call.shape);
   const Loop loop = loop_of(call.dims, call.shape, dense.strides, dense.strides, call.grid.strides);
   if (loop.elements == 0) {
@@ -469,7 +468,7 @@ void fake_gradients(const FakeGradients& call, const uint64_t* seed, float* work
              stream, call.by_scale, call.by_zero_point, call.count);
     return;
   }
-  const Grids grids(call.grid, seed);
+  const Grids grids(call.grid);
   const Gradients gradients{call.grad, call.x, call.out, call.mask, grids, workspace};
   const Partials partials(loop);
   const int64_t count = partials.scales * partials.each;

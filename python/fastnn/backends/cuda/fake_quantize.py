@@ -3,31 +3,13 @@ looked at, as that would mean to wait for them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import cuda
-from .._quantize import address
+from .._quantize import fake_grid
 from ..codes import DTYPE
 from ..reference.fake_quantize import mask_bytes
-
-
-def _grid(
-    scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, as_torch: bool = False
-) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """The kernels' arguments, and the tensors that their addresses belong to."""
-    scale = scale.to(torch.float32).contiguous()
-    zero, kind = None, 0
-    if zero_point is not None:
-        kind = 2 if zero_point.is_floating_point() else 1
-        zero = zero_point.to(torch.float32 if kind == 2 else torch.int32).contiguous()
-    # What only numbers of float64 need, and the seed, which lies on the device.
-    wide, random, seed = False, False, 0
-    shape = tuple(scale.shape)
-    grid = (scale.data_ptr(), shape, address(zero), kind, quant_min, quant_max, as_torch, wide, random, seed)
-    return grid, (scale, zero)
 
 
 def fake_quantize(
@@ -45,8 +27,7 @@ def fake_quantize(
     """The result, and the mask (of no elements where none is asked for)."""
     out = torch.empty_like(input)
     mask = input.new_empty(mask_bytes(input.numel()) if masked else 0, dtype=torch.uint8)
-    grid, _kept = _grid(scale, zero_point, quant_min, quant_max, as_torch)
-    seed = None if seed is None else seed.to(input.device)
+    grid, _kept = fake_grid(scale, zero_point, seed, quant_min, quant_max, as_torch)
     cuda.module().fake_quantize(
         input.data_ptr(),
         out.data_ptr(),
@@ -56,7 +37,6 @@ def fake_quantize(
         out.stride(),
         DTYPE[input.dtype],
         grid,
-        address(seed),
         **cuda.where(input),
     )
     return out, mask
@@ -93,9 +73,8 @@ def gradients(
     x, mask = input.contiguous(), mask.contiguous()
     out = grad.new_empty(grad.shape)
     by_scale, by_zero_point = (scale.new_empty(scale.shape, dtype=torch.float32) for _ in range(2))
-    grid, _kept = _grid(scale, zero_point, quant_min, quant_max)
+    grid, _kept = fake_grid(scale, zero_point, seed, quant_min, quant_max)
     workspace = grad.new_empty(cuda.module().fake_quantize_workspace(grad.shape, grid), dtype=torch.float32)
-    seed = None if seed is None else seed.to(grad.device)
     dense = grad.contiguous()
     cuda.module().fake_quantize_gradients(
         dense.data_ptr(),
@@ -108,7 +87,6 @@ def gradients(
         factor,
         by_scale.data_ptr(),
         by_zero_point.data_ptr(),
-        address(seed),
         workspace.data_ptr(),
         **cuda.where(grad),
     )

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._quantize import halves, loop, scale_shape, scales, split, zero_points
+from .._quantize import Memory, loop, on_device, scales, split, zero_points
 from .._tensors import merge
-from ..reference.quantize import FLOAT8, PACKED, RANGE, STORAGE
+from ..reference.quantize import FLOAT8, PACKED, RANGE
 from ._launch import ceil_div, launch
 from .elementwise import offset
 
+_MEMORY = Memory()
 _BLOCK = 1024
 #: A tile of ranges: scales, and elements of each; and how many elements a program goes through.
 _SCALES, _ELEMENTS, _PIECE = 32, 64, 16384
@@ -267,15 +268,6 @@ def _bytes(q: Tensor) -> Tensor:
     return q if q.dtype is torch.uint8 else q.view(torch.uint8)
 
 
-def _result(input: Tensor, dtype: str) -> tuple[Tensor, Sequence[int]]:
-    """Memory for the quantized input, and its strides in elements."""
-    if dtype not in PACKED:
-        q = torch.empty_like(input, dtype=STORAGE[dtype])
-        return q, q.stride()
-    q = input.new_empty((*input.shape[:-1], input.shape[-1] // 2), dtype=torch.uint8)
-    return q, halves(q.stride())
-
-
 def _launch(kernel: Any, count: int, on: Tensor, *args: Any, block: int = _BLOCK, **constants: Any) -> None:
     # A product and a sum are rounded one by one.
     launch(kernel, ceil_div(count, block), on, *args, BLOCK=block, enable_fp_fusion=False, **constants)
@@ -290,7 +282,7 @@ def quantize(
     group_size: int,
     dtype: str,
 ) -> Tensor:
-    q, q_strides = _result(input, dtype)
+    q, q_strides = _MEMORY.codes(input, dtype)
     if q.numel() == 0:
         return q
     shape, scale_strides = loop(input.shape, axis, group_size)
@@ -304,7 +296,7 @@ def quantize(
         _bytes(q),
         scales(scale),
         zero_points(zero_point),
-        None if seed is None else seed.to(input.device).reshape(1),
+        None if seed is None else on_device(seed, input).reshape(1),
         q.numel(),
         shape,
         *strides,
@@ -327,15 +319,7 @@ def dequantize(
     from_dtype: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    packed = from_dtype in PACKED
-    if packed:
-        if input.stride(-1) != 1:
-            input = input.contiguous()
-        x = input.new_empty((*input.shape[:-1], 2 * input.shape[-1]), dtype=dtype)
-        q_strides = halves(input.stride())
-    else:
-        x = torch.empty_like(input, dtype=dtype)
-        q_strides = input.stride()
+    x, input, q_strides = _MEMORY.numbers(input, from_dtype, dtype)
     if x.numel() == 0:
         return x
     shape, scale_strides = loop(x.shape, axis, group_size)
@@ -352,7 +336,7 @@ def dequantize(
         x.numel(),
         shape,
         *strides,
-        PACKED=packed,
+        PACKED=from_dtype in PACKED,
         SIGN={"int8": 128, "int4": 8}.get(from_dtype, 0),
         DIGITS=digits,
         BIAS=bias,
@@ -366,8 +350,7 @@ def choose_scale(
     input: Tensor, axis: Sequence[int], group_size: int, dtype: str, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """The scale, and the zero point: of no elements where the scheme is symmetric."""
-    scale = input.new_empty(scale_shape(input.shape, axis, group_size), dtype=torch.float32)
-    zero_point = input.new_empty((0,) if symmetric else scale.shape, dtype=torch.int32)
+    scale, zero_point = _MEMORY.parameters(input, axis, group_size, symmetric)
     count = scale.numel()
     if count == 0:
         return scale, zero_point
