@@ -46,7 +46,6 @@ def layouts(x):
 
 
 @dtypes
-@pytest.mark.not_on("triton")
 def test_samples(dtype, machine, no_fallback):
     for sample in OPINFO.sample_inputs("cpu", dtype):
         x = sample.input
@@ -59,7 +58,6 @@ def test_samples(dtype, machine, no_fallback):
 
 @dtypes
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-@pytest.mark.not_on("triton")
 def test_any_layout_and_its_gradient(dtype, p, machine, no_fallback):
     for view in layouts(torch.randn(5, 7, 33).to(dtype)):
         want = expected(view, p)
@@ -74,7 +72,6 @@ def test_any_layout_and_its_gradient(dtype, p, machine, no_fallback):
             assert torch.equal(found, expected(grad, p))
 
 
-@pytest.mark.not_on("triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whole_and_broken_pieces(dtype, machine, no_fallback):
     """Around what a block has at a time, from addresses that are multiples of 16 and from others, NaN beside."""
@@ -147,7 +144,6 @@ def test_a_batch_of_gradients():
     assert torch.equal(found, torch.stack([expected(g) for g in grads]))
 
 
-@pytest.mark.not_on("triton")
 def test_in_place(machine, no_fallback):
     for x in layouts(torch.randn(5, 7, 9)):
         if x.stride(0) == 0:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import conv, elementwise, gemm, layer_norm, norm, quantize, reduce, softmax
+from fastnn.backends.triton import conv, dropout, elementwise, gemm, layer_norm, norm, quantize, reduce, softmax
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
@@ -108,6 +108,9 @@ def others(arch):
     for name, saved in (("activation", {}), ("activation_backward", {"saved": "*bf16"})):
         constants = dict(KIND="gelu_tanh", DIMS=2, BLOCK=1024)
         yield name, compiled(elementwise.each, {**tensors, **saved}, constants, arch)
+    types = dict(x="*bf16", y="*bf16", seed="*i64", count="i32", shape=("i32",), threshold="i32", scale="fp32")
+    strides = dict(x_strides=("constexpr",), y_strides=("constexpr",))
+    yield "dropout", compiled(dropout.drop, types | strides, dict(DIMS=1, BLOCK=1024), arch)
     # A row's stride is 1, those of the rows any.
     sizes = dict(size="i32", shape=("i32", "i32"))
     for log in (False, True):

@@ -25,7 +25,7 @@ NEEDED = (3, 4)
 #: The ops that there are kernels for, as supports() knows them.
 OPS = frozenset(
     (
-        *("gemm", "activation", "int_mm"),
+        *("gemm", "activation", "int_mm", "dropout"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
