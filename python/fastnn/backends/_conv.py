@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _state
 from .._layout import suggest_memory_format
 from ._tensors import new_image
+from .codes import ACTIVATION, DTYPE, precision
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -68,6 +70,42 @@ def five(sizes: Sequence[int], fill: int = 1) -> tuple[int, ...]:
 
 def three(numbers: Sequence[int], fill: int) -> tuple[int, ...]:
     return (*(fill,) * (3 - len(numbers)), *numbers)
+
+
+def arguments(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Any, ...]:
+    """What the compiled kernels take of a convolution; the bias is contiguous."""
+    return (
+        x.data_ptr(),
+        five(x.shape),
+        five(x.stride()),
+        w.data_ptr(),
+        five(w.shape),
+        five(w.stride()),
+        y.data_ptr(),
+        five(y.shape),
+        five(y.stride()),
+        DTYPE[x.dtype],
+        three(stride, 1),
+        three(padding, 0),
+        three(dilation, 1),
+        groups,
+        precision(x.dtype),
+        _state.settings().batch_invariant,
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        ACTIVATION[activation],
+    )
 
 
 class Convolutions:

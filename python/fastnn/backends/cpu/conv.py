@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _cpu, _state
-from .._conv import CHANNELS_LAST, five, gives_channels_last, result_shape, three
-from . import ACTIVATION, DTYPE, empty_channels, image_strides, precision
+from ... import _cpu
+from .._conv import CHANNELS_LAST, arguments, five, gives_channels_last, result_shape
+from . import DTYPE, empty_channels, image_strides, precision
 
 
 def forward(
@@ -176,24 +176,6 @@ def _call(
     if bias is not None:
         bias = bias.contiguous()
     return function(
-        x.data_ptr(),
-        five(x.shape),
-        five(x.stride()),
-        w.data_ptr(),
-        five(w.shape),
-        five(w.stride()),
-        y.data_ptr(),
-        five(y.shape),
-        five(y.stride()),
-        DTYPE[x.dtype],
-        three(stride, 1),
-        three(padding, 0),
-        three(dilation, 1),
-        groups,
-        precision(x.dtype),
-        _state.settings().batch_invariant,
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        ACTIVATION[activation],
+        *arguments(x, w, y, stride, padding, dilation, groups, bias, activation, residual),
         prepared,
     )

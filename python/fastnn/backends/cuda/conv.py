@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _state
-from .._conv import Convolutions, five, three
-from ..codes import ACTIVATION, DTYPE, precision
+from .._conv import Convolutions, arguments
 from . import column_sum, module, where
 
 
@@ -36,25 +34,7 @@ def convolve(
     if bias is not None:
         bias = bias.contiguous()
     getattr(module(), f"conv_{product}")(
-        x.data_ptr(),
-        five(x.shape),
-        five(x.stride()),
-        w.data_ptr(),
-        five(w.shape),
-        five(w.stride()),
-        y.data_ptr(),
-        five(y.shape),
-        five(y.stride()),
-        DTYPE[x.dtype],
-        three(stride, 1),
-        three(padding, 0),
-        three(dilation, 1),
-        groups,
-        precision(x.dtype),
-        _state.settings().batch_invariant,
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        ACTIVATION[activation],
+        *arguments(x, w, y, stride, padding, dilation, groups, bias, activation, residual),
         allocate,
         **where(x),
     )
