@@ -67,12 +67,12 @@ NINJA_QUIET := -- --quiet
 lint: $(VENV)/stamps/lint
 	$(BIN)/ruff check $(RUFF)
 	$(BIN)/ruff format --check $(RUFF)
-	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
 format: $(VENV)/stamps/lint
 	$(BIN)/ruff check --fix --quiet $(RUFF)
 	$(BIN)/ruff format --quiet $(RUFF)
-	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+	@$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
 # Every row of the speed table, and the peak memory of forwards, written to bench/results/; and the tables in README.md
 # made anew from them.

@@ -34,8 +34,8 @@ def _fake_samples(make: Maker) -> Iterator[Sample]:
 def _linear_samples(make: Maker) -> Iterator[Sample]:
     for m, n, k in ((1, 1, 1), (1, 17, 31), (3, 64, 65), (17, 33, 127), (0, 5, 7), (129, 65, 300)):
         numbers = torch.Generator().manual_seed(n)
-        weight = torch.randint(-128, 128, (n, k), generator=numbers, dtype=torch.int8)
-        scale = 2.0 ** torch.randint(-9, -5, (n,), generator=numbers)
+        weight = torch.randint(-128, 128, (n, k), generator=numbers, dtype=torch.int8).to(make.device)
+        scale = (2.0 ** torch.randint(-9, -5, (n,), generator=numbers)).to(make.device)
         yield Sample((make(m, k), weight, scale, None, make(n)))
         yield Sample((make(m, k), weight, scale, None, None))
 
