@@ -59,7 +59,9 @@ class Probabilities:
             assert seed is not None
             # Each row begins with a block of its own.
             row = (keys + 3) // 4 * 4
-            found = words(seed, scores.numel() // keys * row).view(*scores.shape[:-1], row)[..., :keys]
+            found = words(seed.to(scores.device), scores.numel() // keys * row).view(*scores.shape[:-1], row)[
+                ..., :keys
+            ]
             drops = found < int(dropout * 2**32 + 0.5)
             self.kept = (~drops).to(dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0)
 

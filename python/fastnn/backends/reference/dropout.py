@@ -10,7 +10,7 @@ _LOW = 0xFFFFFFFF
 
 def words(seed: Tensor, count: int) -> Tensor:
     """The 32 bits of elements 0 to count - 1, as int64: word e % 4 of counter e / 4, the key being the seed."""
-    counter = torch.arange((count + 3) // 4)
+    counter = torch.arange((count + 3) // 4, device=seed.device)
     seed = seed.to(torch.int64)
     c = [counter & _LOW, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
     k = [seed & _LOW, seed >> 32 & _LOW]
@@ -24,5 +24,5 @@ def words(seed: Tensor, count: int) -> Tensor:
 
 def dropout(input: Tensor, seed: Tensor, p: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """input * keep / (1 - p), where an element is kept whose word is no less than round(p 2^32)."""
-    kept = (words(seed, input.numel()) >= int(p * 2**32 + 0.5)).view(input.shape)
+    kept = (words(seed.to(input.device), input.numel()) >= int(p * 2**32 + 0.5)).view(input.shape)
     return (input.to(dtype) * (kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0))).to(input.dtype)

@@ -70,7 +70,7 @@ def check_values(scale: Tensor, zero_point: Tensor | None, dtype: str) -> None:
 
 def _uniform(seed: Tensor, like: Tensor) -> Tensor:
     """A number from 0 to 1 - 2^-24 for each element, by its index in row-major order."""
-    bits = words(seed, like.numel()).to(like.device) >> 8
+    bits = words(seed.to(like.device), like.numel()) >> 8
     return (bits.to(torch.float32) * 2.0**-24).view(like.shape)
 
 
