@@ -7,9 +7,11 @@
 #include <string>
 
 #ifdef __CUDACC__
+#undef NDEBUG  // FASTNN_CHECK is part of what the kernels do
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <cassert>
 #else
 #include "cuda/host_emulation/cuda.hpp"
 #endif
@@ -29,6 +31,10 @@ __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char fastnn_dynamic_shared[];
   return reinterpret_cast<T*>(fastnn_dynamic_shared);
 }
+
+// What torch, too, asserts on the device: nobody waits to ask about numbers that are there alone.
+// Where it does not hold, the next call that waits for the device raises.
+#define FASTNN_CHECK(condition, message) assert((condition) && message)
 
 // Declares shared memory of the block: FASTNN_SHARED(float, sums, [32]).
 #define FASTNN_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
@@ -54,6 +60,11 @@ template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::dynamic_shared());
 }
+
+#define FASTNN_CHECK(condition, message)                                                          \
+  do {                                                                                            \
+    if (!(condition)) ::fastnn::emulation::fault(::fastnn::emulation::Where::current(), message); \
+  } while (false)
 
 #define FASTNN_SHARED(type, name, ...)          \
   using name##_type = type __VA_ARGS__;         \

@@ -11,6 +11,9 @@ set(FASTNN_CUDA_KERNELS
   device.cu
   dropout/dropout.cu
   elementwise/elementwise.cu
+  embedding/gather.cu
+  embedding/scatter_add.cu
+  embedding/sort.cu
   gemm/gemm.cu
   gemm/hopper.cu
   gemm/parts.cu
@@ -35,6 +38,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/conv.cpp
   bind/dropout.cpp
   bind/elementwise.cpp
+  bind/embedding.cpp
   bind/fake_quantize.cpp
   bind/gemm.cpp
   bind/module.cpp

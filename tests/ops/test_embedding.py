@@ -12,14 +12,15 @@ from torch.library import opcheck
 
 import fastnn
 import fastnn.functional as fF
-from fastnn import _cpu, _state
-from fastnn.backends import cpu
+from fastnn import _state
+from fastnn.backends import cpu, cuda
 from fastnn.ops import embedding as ops
 
 from .support import FLOATS, assert_within
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-ISAS = [name for name in _cpu.available_isas() if not name.startswith("amx")]
+#: Kernels that are others' as well.
+every_machine = pytest.mark.not_on("amx", "amx-emulated", "triton")
 HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
@@ -47,9 +48,8 @@ def index_layouts(rows, dtype):
 
 @dtypes
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
-@pytest.mark.parametrize("isa", ISAS)
-def test_rows(isa, integers, dtype, use_isa, no_fallback):
-    use_isa(isa)
+@every_machine
+def test_rows(integers, dtype, machine, no_fallback):
     for columns in (1, 3, 16, 33, 130):
         for weight in tables(11, columns, dtype):
             for indices in index_layouts(11, integers):
@@ -72,16 +72,10 @@ def exact_gradient(grad, indices, rows, padding_idx=None, by_frequency=False):
 
 
 @dtypes
-@pytest.mark.parametrize("isa", ISAS)
-def test_gradients(isa, dtype, use_isa, no_fallback):
-    use_isa(isa)
-    for rows, columns, shape in (
-        (11, 5, (3, 4)),
-        (300, 64, (700,)),
-        (3, 131, (50, 9)),
-        (5000, 17, (40,)),
-        (7, 1, (9,)),
-    ):
+@every_machine
+def test_gradients(dtype, machine, no_fallback):
+    sizes = [(11, 5, (3, 4)), (3, 131, (50, 9)), (300, 64, (700,)), (5000, 17, (40,)), (7, 1, (9,))]
+    for rows, columns, shape in sizes if machine != "cuda" else ((11, 5, (3, 4)), (3, 36, (50, 3)), (300, 17, (70,))):
         weight = torch.randn(rows, columns).to(dtype).requires_grad_()
         for arguments in ({}, {"padding_idx": 2}, {"padding_idx": -1, "scale_grad_by_freq": True}):
             indices = torch.randint(rows, shape, dtype=torch.int32 if columns == 5 else torch.int64)
@@ -99,7 +93,8 @@ def test_gradients(isa, dtype, use_isa, no_fallback):
                 assert_within(found, exact, size, 40)
 
 
-def test_integers_are_summed_exactly(no_fallback):
+@every_machine
+def test_integers_are_summed_exactly(machine, no_fallback):
     indices = torch.randint(5, (3000,))
     weight = torch.zeros(5, 33, requires_grad=True)
     grad = torch.randint(-4, 5, (3000, 33)).float()
@@ -131,6 +126,34 @@ def test_a_result_beyond_the_caches(no_fallback):
     assert torch.equal(fF.embedding(indices, weight), weight[indices])
     half = weight.bfloat16()[:, :1001]
     assert torch.equal(fF.embedding(indices, half), half[indices])
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_an_index_out_of_range_on_a_gpu(integers, on_cuda):
+    """An assertion of the device, after which a real one is of no more use to the process."""
+    if not cuda.module().emulated:
+        pytest.skip("would end the process's use of the GPU")
+    weight, grad = torch.randn(11, 5), torch.randn(3, 5)
+    for bad in (-1, 11):
+        indices = torch.tensor([1, bad, 3], dtype=integers)
+        for call in (
+            lambda i=indices: fF.embedding(i, weight),
+            lambda i=indices: ops.EMBEDDING_BACKWARD(grad, i, 11, -1, False),
+        ):
+            with pytest.raises(RuntimeError, match="index out of range in self"):
+                call()
+
+
+def test_the_same_bits_in_any_order_of_threads(on_cuda, no_fallback):
+    """More places than a tile of the sort has, of which many are one row's; several digits; a single row."""
+    for rows, count, columns in ((70_000, 2100, 4), (3, 300, 17), (1, 200, 24)):
+        indices = torch.randint(rows, (count,)).mul_(torch.randint(2, (count,)))
+        grad, runs = torch.randn(count, columns), []
+        for seed in (1, 2):
+            on_cuda.set_seed(seed)
+            runs.append(ops.EMBEDDING_BACKWARD(grad, indices, rows, -1, False))
+        assert torch.equal(*runs)
+        assert_within(runs[0], *exact_gradient(grad, indices, rows), 64 + count / 32)
 
 
 @pytest.mark.parametrize("bad", [-1, 11, 1 << 20, 1 << 40, -(1 << 62)])

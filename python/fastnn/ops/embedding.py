@@ -8,7 +8,8 @@ float32 (float64 for float64) and chains of 64, rounded once; the same bits for 
 with ``scale_grad_by_freq``, and zero for the row ``padding_idx``. ``max_norm`` changes weight in place first, by torch's own
 torch.embedding_renorm_, as torch does; with ``sparse`` and a gradient to come the call is torch's.
 
-IndexError for an index outside of 0 to V - 1, before anything is read; RuntimeError for a weight that is no matrix or an
+IndexError for an index outside of 0 to V - 1, before anything is read, on a CPU; on a GPU, where nobody waits to know them,
+an assertion of the device, as torch's; RuntimeError for a weight that is no matrix or an
 input of another dtype; AssertionError for a padding_idx that there is no row for; TypeError for what is no tensor.
 """
 
@@ -22,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
 
-from ..backends import cpu
-from ..backends.cpu import embedding as kernels
+from ..backends import Kernels, cpu
+from ..backends.cpu import embedding as on_cpu
 from ..backends.reference import embedding as formulas
 from ._op import Op
 from ._route import (
@@ -42,8 +43,9 @@ from ._route import (
 _torch_embedding = torch.nn.functional.embedding
 _tensor_embedding = cpu.tensor_embedding
 _tensor_embedding_backward = cpu.tensor_embedding_backward
-_empty = kernels.empty_rows
-_empty_gradient = kernels.empty_gradient
+_empty = on_cpu.empty_rows
+_empty_gradient = on_cpu.empty_gradient
+kernels = Kernels("embedding")
 
 #: The kernel of the gradient sorts pairs of 32-bit numbers.
 _MOST = (1 << 32) - 1

@@ -12,6 +12,7 @@ void bind_fake_quantize(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
+void bind_embedding(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_gemm(m);
   bind_dropout(m);
   bind_elementwise(m);
+  bind_embedding(m);
   bind_fake_quantize(m);
   bind_pool(m);
   bind_reduce(m);
