@@ -12,7 +12,7 @@ TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
-CPP     := $(shell find src -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP     := $(shell find src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 RUFF    := python tests bench examples
 
 .PHONY: demo test build emulation cuda gpu lint format bench sanitize clean

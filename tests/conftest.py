@@ -13,9 +13,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import amx_trap  # where FASTNN_TRAP_AMX asks for it, AMX is among the instruction sets below
+
 import fastnn
 from fastnn import _cpu, _state
 from fastnn.backends import cuda, triton
+
+
+def pytest_sessionstart():
+    if amx_trap.ALWAYS:
+        amx_trap.install()  # again: pytest has taken the signal since
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,9 @@ PYBIND11_MODULE(_cpu, m) {
         "Instruction sets that this build and this CPU both have.");
   m.def("set_isa", &fastnn::set_isa, py::arg("name"),
         "Caps the instruction set. Raises ValueError for an unknown name.");
+  m.def("assume_amx", &fastnn::assume_amx, py::arg("assumed"),
+        "Whether this CPU counts as one with AMX though it is none: for tests that execute its "
+        "instructions themselves.");
   m.def("cpu_features", [] {
     const fastnn::CpuFeatures& f = fastnn::cpu_features();
     py::dict d;

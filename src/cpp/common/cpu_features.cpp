@@ -60,6 +60,9 @@ const CpuFeatures& cpu_features() {
   return features;
 }
 
+static std::atomic<bool> amx_assumed{false};
+void assume_amx(bool assumed) { amx_assumed = assumed; }
+
 static bool usable(Isa isa) {
   const CpuFeatures& f = cpu_features();
   switch (isa) {
@@ -77,7 +80,7 @@ static bool usable(Isa isa) {
 #endif
 #ifdef FASTNN_HAS_AMX
     case Isa::amx:
-      return f.amx_bf16 && f.amx_int8;
+      return (f.amx_bf16 && f.amx_int8) || (f.avx512 && amx_assumed);
 #endif
     default:
       return false;

@@ -20,6 +20,9 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3, amx_emulated
 constexpr int kIsas = 5;
 
 const CpuFeatures& cpu_features();
+// From now on this CPU counts as one with AMX: for tests, which execute its instructions
+// themselves.
+void assume_amx(bool assumed);
 
 // The active instruction set: the best available, or the cap given by FASTNN_ISA or set_isa.
 Isa active_isa();

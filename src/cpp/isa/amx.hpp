@@ -13,23 +13,31 @@ namespace fastnn::FASTNN_TARGET {
 
 #ifndef FASTNN_AMX_EMULATED
 
-static void tiles_enter() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
-  _tile_loadconfig(&config);
-}
-static void tiles_leave() { _tile_release(); }
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+static const TileConfig kTileConfig = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define TILE_ZERO(c) _tile_zero(c)
-#define TILE_LOAD(t, p, stride) _tile_loadd(t, (const void*)(p), stride)
-#define TILE_STORE(t, p, stride) _tile_stored(t, (void*)(p), stride)
-#define TILE_BF16(c, a, b) _tile_dpbf16ps(c, a, b)
-#define TILE_S8S8(c, a, b) _tile_dpbssd(c, a, b)
-#define TILE_U8S8(c, a, b) _tile_dpbusd(c, a, b)
+// Not the compiler's own functions: GCC's tell it that ldtilecfg reads eight bytes and that
+// tileloadd reads none, so that it leaves out what was written for them (seen with GCC 12).
+static void tiles_enter() { __asm__ volatile("ldtilecfg %0" ::"m"(kTileConfig)); }
+static void tiles_leave() { __asm__ volatile("tilerelease"); }
+
+// Every tile instruction is volatile: they stay in their order, the registers being nobody's
+// operands.
+#define TILE_ZERO(c) __asm__ volatile("tilezero %%tmm" #c::)
+#define TILE_LOAD(t, p, stride)                                                                 \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"((const void*)(p)), "r"(int64_t(stride)) \
+                   : "memory")
+#define TILE_STORE(t, p, stride)                                                               \
+  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void*)(p)), "r"(int64_t(stride)) \
+                   : "memory")
+#define TILE_BF16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
+#define TILE_S8S8(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
+#define TILE_U8S8(c, a, b) __asm__ volatile("tdpbusd %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
 #else
 

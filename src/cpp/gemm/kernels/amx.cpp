@@ -14,14 +14,14 @@ double amx_peak(const char* kind, int64_t iterations) {
   const bool bf16 = __builtin_strcmp(kind, "bf16") == 0, int8 = __builtin_strcmp(kind, "int8") == 0;
   if (!bf16 && !int8) return -1;
   amx::tiles_enter();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  TILE_ZERO(4);
+  TILE_ZERO(5);
+  TILE_ZERO(6);
+  TILE_ZERO(7);
   if (bf16)
     for (int64_t i = 0; i < iterations; i++) FASTNN_PRODUCTS(TILE_BF16);
   else
