@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fastnn import _cpu
+from fastnn.backends._quantize import SCHEME
 from fastnn.backends.cpu import dropout as dropout_kernels
 from fastnn.backends.cpu import embedding as kernels
-from fastnn.backends.cpu import quantize as quantize_kernels
 from fastnn.backends.cpu.weight_only import weight_only_linear
 from fastnn.backends.reference import quantize as formulas
 from fastnn.backends.reference.weight_only import weight_only_linear as formula
@@ -114,7 +114,7 @@ def test_int8_convolution_touches_nothing_beyond(isa, at_end, walled):
 def test_quantization_touches_nothing_beyond(isa, dtype, at_end, walled):
     for columns in (2, 66, 190, 1030):
         x = walled(torch.randn(3, columns).to(dtype), at_end)
-        for scheme, code in quantize_kernels.SCHEME.items():
+        for scheme, code in SCHEME.items():
             for axis, per_row, per_column in ((0, 1, 0), (1, 0, 1)):
                 scale = walled(torch.rand(x.shape[axis]) + 0.1, at_end)
                 zero_point = walled(torch.zeros(x.shape[axis], dtype=torch.int32), at_end)
@@ -123,7 +123,7 @@ def test_quantization_touches_nothing_beyond(isa, dtype, at_end, walled):
                 q = walled(torch.zeros(expected.shape, dtype=torch.uint8), at_end)
                 parameters = (scale.data_ptr(), zero_point.data_ptr(), tuple(x.shape))
                 rest = (x.stride(), x.stride(), (per_row, per_column), len(scale))
-                _cpu.quantize(x.data_ptr(), q.data_ptr(), *parameters, *rest, DTYPE[dtype], code)
+                _cpu.quantize(x.data_ptr(), q.data_ptr(), *parameters, *rest, DTYPE[dtype], code, 0)
                 assert torch.equal(q, expected.view(torch.uint8))
                 back = walled(torch.zeros(3, columns, dtype=dtype), at_end)
                 _cpu.dequantize(q.data_ptr(), back.data_ptr(), *parameters, *rest, code, DTYPE[dtype])
@@ -133,7 +133,7 @@ def test_quantization_touches_nothing_beyond(isa, dtype, at_end, walled):
                     found_zero = walled(zero_point, at_end)
                     _cpu.quantize_dynamic(
                         x.data_ptr(), q.data_ptr(), found.data_ptr(), found_zero.data_ptr(), *parameters[2:], *rest,
-                        DTYPE[dtype], code, False,
+                        DTYPE[dtype], code, 0,
                     )  # fmt: skip
                     assert torch.equal(found, formulas.choose_scale(x, [axis], 0, scheme, False)[0])
 
