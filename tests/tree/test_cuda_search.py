@@ -12,14 +12,24 @@ from sklearn.datasets import make_classification
 
 import fastnn.tree
 from fastnn import _cpu, _state
-from fastnn.backends import cuda
-from fastnn.backends.cuda import tree as kernels
+from fastnn.backends import _tree, cuda, file_of
 from fastnn.tree import _device_search
 from fastnn.tree._binning import bin_columns, bin_edges
 
 from .compare import assert_same
 
-pytestmark = pytest.mark.usefixtures("on_cuda")
+pytestmark = pytest.mark.usefixtures("gpu")
+
+
+@pytest.fixture
+def gpu(request):
+    """Runs the test on CUDA's kernels or, where it says so, on Triton's."""
+    backend = getattr(request, "param", "cuda")
+    request.getfixturevalue(f"on_{backend}")
+    return backend
+
+
+on_both = pytest.mark.parametrize("gpu", ["cuda", "triton"], indirect=True)
 
 
 def data(rows, columns=7, n_classes=2, seed=0, few=True, missing=False):
@@ -60,13 +70,13 @@ def check(x, y, sample_weight=None, max_bins=255, exact=True, **parameters):
 def searches(monkeypatch):
     """How many roots each search had, and how many levels it went down."""
     seen = []
-    plain = kernels.SplitSearch.__call__
+    plain = _tree.SplitSearch.__call__
 
     def counted(self, roots, weights, levels, rows):
-        seen.append((len(roots) // kernels._NODE, levels))
+        seen.append((len(roots) // _tree.NODE, levels))
         return plain(self, roots, weights, levels, rows)
 
-    monkeypatch.setattr(kernels.SplitSearch, "__call__", counted)
+    monkeypatch.setattr(_tree.SplitSearch, "__call__", counted)
     return seen
 
 
@@ -78,6 +88,18 @@ def test_the_same_tree(no_fallback, searches, rows, columns, n_classes, missing,
     weights = np.random.RandomState(1).randint(0, 4, rows) if weighted else None
     check(x, y, weights, max_depth=4)
     assert searches
+
+
+@pytest.mark.parametrize("gpu", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("rows", "columns", "n_classes", "weights"), [(61, 4, 2, None), (67, 3, 5, 4), (53, 3, 2, 150_000)]
+)
+def test_the_same_tree_of_fewer_rows(gpu, no_fallback, searches, rows, columns, n_classes, weights):
+    """Where kernels are interpreted."""
+    x, y = data(rows, columns, n_classes, missing=True)
+    weights = None if weights is None else np.random.RandomState(1).randint(0, weights, rows)
+    check(x, y, weights, max_depth=3, min_samples_leaf=2)
+    assert len(searches) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,26 +144,29 @@ def test_deep_trees_take_several_searches(no_fallback, searches, monkeypatch):
     """Nodes that the first search does not reach are roots of the next, as many at a time as there is memory for."""
     x, y = data(701, 3)
     bytes_of_level = 32 * 2 * 256 * 4 * 4 * 5 // 2  # of four nodes
-    monkeypatch.setattr(kernels, "_MOST_BYTES", bytes_of_level)
+    monkeypatch.setattr(_tree, "MOST_BYTES", bytes_of_level)
     tree = check(x, y)
     assert tree.max_depth > 6
     assert max(roots << levels - 1 for roots, levels in searches) == 4
     assert any(roots > 1 for roots, _ in searches)
 
 
-def test_growth_takes_another_of_equally_good_columns(no_fallback, searches):
+@on_both
+def test_growth_takes_another_of_equally_good_columns(gpu, no_fallback, searches):
     """Which one is drawn: the search that was ahead has gone on with the first, and starts again."""
-    x, y = data(307, 3)
+    emulated = gpu == "cuda"
+    x, y = data(307 if emulated else 41, 3)
     x = np.concatenate([x, -x, x], axis=1)
     again = 0
-    for seed in range(4):
+    for seed in range(4 if emulated else 2):
         searches.clear()
-        check(x, y, random_state=seed, max_depth=3)
+        check(x, y, random_state=seed, max_depth=3 if emulated else 2)
         again += len(searches) > 1
     assert again
 
 
-def test_the_first_of_equally_good_borders(no_fallback):
+@on_both
+def test_the_first_of_equally_good_borders(gpu, no_fallback):
     """Which other warps have found, or which differ by the side of missing values."""
     x = np.arange(100, dtype=np.float32)[:, None]
     tree = check(x, np.repeat([0, 1, 0], [30, 40, 30]), max_depth=1)
@@ -151,7 +176,8 @@ def test_the_first_of_equally_good_borders(no_fallback):
     assert not check(x, y, max_depth=1).missing_go_to_left[0]
 
 
-def test_one_class_has_everything_and_one_row(no_fallback):
+@on_both
+def test_one_class_has_everything_and_one_row(gpu, no_fallback):
     x, _ = data(53, 3)
     check(x, np.zeros(53, int), max_depth=2)
     check(x[:1], np.array([2]))
@@ -194,9 +220,12 @@ def test_memory_orders_and_types(no_fallback):
     np.testing.assert_array_equal(predicted.cpu().numpy(), fitted.predict(x))
 
 
-@pytest.mark.parametrize("columns", [1, 32, 37])
-@pytest.mark.parametrize("max_bins", [2, 100, 255])
-def test_bins_are_the_cpus(columns, max_bins):
+@pytest.mark.parametrize(
+    ("gpu", "max_bins", "columns"),
+    [("triton", 100, 37), *(("cuda", bins, columns) for bins in (2, 100, 255) for columns in (1, 32, 37))],
+    indirect=["gpu"],
+)
+def test_bins_are_the_cpus(gpu, columns, max_bins):
     rng = np.random.RandomState(0)
     x = rng.randn(2053, columns).astype(np.float32)
     x[rng.rand(*x.shape) < 0.1] = np.nan
@@ -206,7 +235,8 @@ def test_bins_are_the_cpus(columns, max_bins):
         edges[1] = np.array([-1e300, x[3, 1] - 1e-12, np.nextafter(np.float64(x[4, 1]), 9), 1e300])[: max_bins - 1]
         edges[1].sort()
     expected = bin_columns(x, edges, missing=max_bins)
-    bins, least, largest = kernels.bin_rows(on_device(x), edges, max_bins + 1)
+    given = on_device(x)
+    bins, least, largest = file_of("tree", "split_search", given).bin_rows(given, edges, max_bins + 1)
     np.testing.assert_array_equal(bins.cpu().numpy()[:, :columns], expected)
     assert not bins[:, columns:].any()
     for column in range(columns):

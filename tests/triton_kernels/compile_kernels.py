@@ -11,7 +11,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastnn.backends.triton import conv, dropout, elementwise, gemm, layer_norm, norm, quantize, reduce, softmax
+from fastnn.backends.triton import (
+    conv,
+    dropout,
+    elementwise,
+    gemm,
+    layer_norm,
+    norm,
+    quantize,
+    reduce,
+    softmax,
+    tree,
+)
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
 
@@ -185,10 +196,43 @@ def norms(arch):
     yield "sum_pieces fp64", compiled(reduce.sum_pieces, matrix, dict(column_stride=1, ROWS=32, COLUMNS=64), arch)
 
 
+def trees(arch):
+    """Of two classes and 256 bins, rows with weights and without."""
+    integers = ("sums", "nodes", "weights", "weights_below", "below", "plan", "counts", "above")
+    known = {name: "*i32" for name in integers} | {name: "*i64" for name in ("order", "spare")}
+    known |= dict(x="*fp32", edges="*fp32", least="*u32", largest="*u32", bins="*u8", min_weight="*fp64")
+    known |= dict(proxies="*fp64", words_of="*i32", halves_of="*i16", bytes_of="*u8")
+    sizes = ("rows", "columns", "groups", "row_step", "column_step", "slots", "count", "classes", "words", "lines")
+    known |= dict.fromkeys((*sizes, "step", "min_split", "min_leaf"), "i32")
+    given = dict(GROUP=32, COUNTED=4096, MOVED=1024, NODES=256, TOP=False, DIGITS=1, UPPER=16, LINES=16, SLOTS=256)
+    for kernel, weighted, own in (
+        (tree.put_into_bins, False, dict(ROWS=64)),
+        (tree.plan_level, False, {}),
+        (tree.count_bins, False, dict(WORDS=2, PIECE=4096, ROWS=64)),
+        (tree.count_bins, True, dict(WORDS=4, PIECE=4096, ROWS=64, DIGITS=4)),
+        (tree.sum_bins, False, {}),
+        (tree.find_borders, True, dict(COLUMNS=4)),
+        (tree.choose_columns, True, dict(COLUMNS=128, WORDS=4)),
+        (tree.move_rows, False, dict(PIECE=1024)),
+        (tree.copy_rows, False, dict(PIECE=1024)),
+    ):
+        types = {name: known[name] for name in kernel.arg_names if name in known}
+        constants = given | own | dict(WEIGHTED=weighted)
+        name = "trees: " + kernel.fn.__name__ + " of weights" * weighted
+        yield name, compiled(kernel, types, constants, arch, set(sizes), enable_fp_fusion=False)
+
+
 def main():
     arch = int(sys.argv[1])
     found = {}
-    for name, kernel in (*products(arch), *convolutions(arch), *others(arch), *norms(arch), *quantization(arch)):
+    for name, kernel in (
+        *products(arch),
+        *convolutions(arch),
+        *others(arch),
+        *norms(arch),
+        *quantization(arch),
+        *trees(arch),
+    ):
         ptx = kernel.asm["ptx"]
         found[name] = {
             "tensor_cores": sorted(set(re.findall(r"(?:mma|wgmma\.mma_async)\.sync\.aligned\S*", ptx))),

@@ -57,6 +57,14 @@ def _module(backend: str, family: str) -> ModuleType | None:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
+def file_of(family: str, op: str, *tensors: Tensor | None) -> ModuleType:
+    """The file for a family of the first backend of these tensors that supports ``op``, which one does."""
+    for name in names_of(*tensors):
+        if _MODULES[name].supports(op, *tensors) is None:
+            return _module(name, family)
+    raise NotImplementedError(f"no kernel for {op}: {supports(op, *tensors)}")
+
+
 class Kernels:
     """The functions of one family, each on the backend that its tensors go to.
 

@@ -33,8 +33,9 @@ def _grown(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
 
     rows, columns, depth = shape
     backend = backends.names_of(torch.empty(0))[0]
-    if backend not in ("cpu", "cuda"):
-        raise FallbackError(f"device_tree: no kernel for trees on {backend}")
+    reason = None if backend == "cpu" else backends.supports("split_search", torch.empty(0))
+    if reason is not None:
+        raise FallbackError(f"device_tree: {reason}")
     x, y, held_out, truth = _data(rows, columns)
     target = _exact.Target("gini", y.astype(np.float64)[:, None], np.array([2]), None)
     settings = _exact.Settings(columns, depth, 2, 1, -1, 0.0, 0.0, None, 1, 0)

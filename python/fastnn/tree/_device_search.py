@@ -8,8 +8,6 @@ import numpy as np
 import torch
 
 from .. import _cpu, _state, backends
-from ..backends import cuda
-from ..backends.cuda import tree as kernels
 from . import _exact
 from ._binning import BinMapper
 
@@ -30,10 +28,13 @@ def keeps(estimator: Any, X: Any) -> bool:
     return reason is None
 
 
+def _like(X: torch.Tensor) -> torch.Tensor:
+    """What the kernels are given lies where X does."""
+    return X.new_empty(0, dtype=torch.float32)
+
+
 def _why_not(estimator: Any, X: torch.Tensor) -> str | None:
-    if "cuda" not in backends.names_of(X):
-        return "no kernel for trees but CUDA's"
-    reason = cuda.supports("split_search", X.new_empty(0, dtype=torch.float32))
+    reason = backends.supports("split_search", _like(X))
     if reason is not None:
         return reason
     if estimator.splitter != "best" or estimator.criterion != "gini":
@@ -59,7 +60,7 @@ def checked(X: torch.Tensor) -> torch.Tensor:
 def bins_of(estimator: Any, X: torch.Tensor, target: _exact.Target) -> DeviceBins | None:
     """The bins of a tensor that :func:`keeps` let stay, or None, counted as a fallback, where this target's tree is the CPU's."""
     bins = None
-    reason = _reason_against(target)
+    reason = _reason_against(target, backends.file_of("tree", "split_search", _like(X)).most_classes())
     if reason is None:
         bins = DeviceBins(X, estimator.max_bins)
         if bins.close:
@@ -70,12 +71,11 @@ def bins_of(estimator: Any, X: torch.Tensor, target: _exact.Target) -> DeviceBin
     return None
 
 
-def _reason_against(target: _exact.Target) -> str | None:
+def _reason_against(target: _exact.Target, most: int) -> str | None:
     if target.y.shape[1] != 1:
         return "several outputs on a GPU"
     if not _exact.fits(target):
         return "rows times classes beyond 2^32"
-    most = kernels.most_classes()
     if target.most_classes > most:
         return f"more than {most} classes on a GPU"
     weights = target.weights
@@ -130,10 +130,11 @@ class DeviceBins:
 
     def __init__(self, X: torch.Tensor, max_bins: int) -> None:
         X = X.to(torch.float32)
+        self._kernels = backends.file_of("tree", "split_search", _like(X))
         self._shape, self._slots = tuple(X.shape), max_bins + 1
         sample, _ = BinMapper(n_bins=max_bins + 1, random_state=0).draw(len(X))
         looked_at = X if sample is None else X[torch.from_numpy(sample).to(X.device)]
-        self._bins, self._least, self._largest = kernels.bin_rows(X, edges_of(looked_at, max_bins), self._slots)
+        self._bins, self._least, self._largest = self._kernels.bin_rows(X, edges_of(looked_at, max_bins), self._slots)
         self._least, self._largest = map(np.ascontiguousarray, (self._least, self._largest))
         #: Whether neighbouring bins have values so close that they count as equal: these are not searched here.
         self.close = self._columns(1).close
@@ -143,7 +144,7 @@ class DeviceBins:
         return _cpu.TreeAheadColumns(*self._shape, self._slots, *ranges, most_nodes)
 
     def grow(self, target: _exact.Target, settings: _exact.Settings) -> _cpu.ExactTree:
-        search = kernels.SplitSearch(
+        search = self._kernels.SplitSearch(
             self._bins,
             self._shape[1],
             self._slots,

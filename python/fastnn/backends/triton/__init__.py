@@ -32,6 +32,7 @@ OPS = frozenset(
         *("batch_norm", "batch_norm_backward"),
         *("group_norm", "group_norm_backward", "instance_norm"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
+        "split_search",
     )
 )
 #: The functions of Kernels() -> their file.

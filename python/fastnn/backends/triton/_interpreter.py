@@ -1,7 +1,8 @@
 """Triton's interpreter made to compute what a GPU computes, where it does not.
 
 It holds bfloat16 as the integers of their bits: products of those multiply the bits, and what is converted to bfloat16 is cut
-instead of rounded (seen in Triton 3.9). And it warns where a GPU goes on with infinities and NaN.
+instead of rounded (seen in Triton 3.9). What comes of comparing two scalars is spread as integers, which are no masks. And it
+warns where a GPU goes on with infinities and NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-_cast, _dot = _Builder.cast_impl, _Builder.create_dot
+_cast, _dot, _splat = _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat
 #: The interpreter changes Triton's own modules while it runs.
 _one_at_a_time = threading.RLock()
 
@@ -47,12 +48,18 @@ def _dot_as_a_gpu(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _dot(self, a, b, *rest)
 
 
+def _splat_as_a_gpu(self: Any, to: Any, scalar: Any) -> Any:
+    if scalar.data.dtype == np.bool_:
+        return _Handle(np.full(to.shape, scalar.data), tl.int1)
+    return _splat(self, to, scalar)
+
+
 @contextlib.contextmanager
 def as_a_gpu() -> Iterator[None]:
     """Kernels that are started inside compute as on a GPU, one at a time."""
     with _one_at_a_time, np.errstate(all="ignore"):
-        _Builder.cast_impl, _Builder.create_dot = _cast_as_a_gpu, _dot_as_a_gpu
+        _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat = _cast_as_a_gpu, _dot_as_a_gpu, _splat_as_a_gpu
         try:
             yield
         finally:
-            _Builder.cast_impl, _Builder.create_dot = _cast, _dot
+            _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat = _cast, _dot, _splat
