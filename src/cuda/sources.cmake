@@ -8,6 +8,7 @@ set(FASTNN_CUDA_KERNELS
   conv/implicit.cu
   conv/pixels.cu
   conv/weight.cu
+  cross_entropy/cross_entropy.cu
   device.cu
   dropout/dropout.cu
   elementwise/elementwise.cu
@@ -36,6 +37,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/batch_norm.cpp
   bind/conv.cpp
+  bind/cross_entropy.cpp
   bind/dropout.cpp
   bind/elementwise.cpp
   bind/embedding.cpp

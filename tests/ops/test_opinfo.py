@@ -62,7 +62,7 @@ ON_CUDA = (
     *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
     "nn.functional.scaled_dot_product_attention",
     *("softmax", "log_softmax", "nn.functional.softmin"),
-    "nn.functional.embedding",
+    *("nn.functional.embedding", "nn.functional.cross_entropy"),
     *(f"nn.functional.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
     # Of others the samples are large; tests/kernels/test_conv.py has all.
     *(f"nn.functional.{name}" for name in ("conv1d", "conv2d", "conv_transpose2d")),
@@ -71,7 +71,9 @@ ON_CUDA = (
 )
 #: And Triton kernels.
 ON_TRITON = tuple(
-    name for name in ON_CUDA if not any(part in name for part in ("attention", "conv", "pool", "embedding"))
+    name
+    for name in ON_CUDA
+    if not any(part in name for part in ("attention", "conv", "pool", "embedding", "cross_entropy"))
 )
 CASES = [
     *((name, dtype, "cpu") for name in OURS for dtype in FLOATS),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: The ops that are given statistics in float64 beside their tensors, the first of which decides.
-WITH_STATISTICS = ("batch_norm_backward", "group_norm_backward")
+WITH_STATISTICS = ("batch_norm_backward", "group_norm_backward", "cross_entropy_backward")
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES = (torch.int8, torch.uint8)
 #: What some ops take beside these.

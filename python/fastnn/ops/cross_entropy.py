@@ -10,8 +10,8 @@ input's dtype; weight (C). float32, float64, bfloat16 and float16; computed in f
 and over positions in float64; the result is rounded once. The log-softmax is not kept: the backward makes it again from the
 logits. Under autocast it is computed in float32, as torch's. Other dtypes, and weights that require a gradient, go to torch.
 
-Raises what torch raises: IndexError "Target ... is out of bounds.", ValueError for sizes that differ and for an unknown
-reduction, RuntimeError for dtypes, for a label smoothing beyond 0 to 1 and for an ``ignore_index`` beside probabilities.
+Raises what torch raises: IndexError "Target ... is out of bounds." (on a GPU an assertion of the device, as torch's),
+ValueError for sizes that differ and for an unknown reduction, RuntimeError for dtypes, for a label smoothing beyond 0 to 1 and for an ``ignore_index`` beside probabilities.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import _reduction
 
-from ..backends import cpu
-from ..backends.cpu import cross_entropy as kernels
+from ..backends import Kernels, cpu
+from ..backends._cross_entropy import REDUCTION, result_shape, wide
 from ..backends.reference import cross_entropy as formulas
 from ._op import Op
 from ._route import (
     Unsupported,
     ask_torch,
+    autocast_device,
     describe,
     fall_back,
     is_autocast_enabled,
@@ -42,6 +43,7 @@ F = torch.nn.functional
 _torch_cross_entropy = F.cross_entropy
 _tensor_cross_entropy = cpu.tensor_cross_entropy
 _tensor_cross_entropy_backward = cpu.tensor_cross_entropy_backward
+kernels = Kernels("cross_entropy")
 
 
 # ---- the public function -----------------------------------------------------------------------------------------
@@ -90,7 +92,7 @@ def cross_entropy(
 def check_options(target: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
     if not isinstance(target, Tensor):
         raise Unsupported(f"target: expected a Tensor, got {type(target).__name__}")
-    if reduction not in kernels.REDUCTION:
+    if reduction not in REDUCTION:
         raise Unsupported(f"reduction: expected none, mean or sum, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise Unsupported(f"{describe('ignore_index', ignore_index)}: expected an integer")
@@ -150,8 +152,8 @@ def check_indices(input: Tensor, target: Tensor) -> None:
 
 
 def _widened(x: Tensor | None) -> Tensor | None:
-    """For what torch.autocast("cpu") computes in float32."""
-    if x is not None and x.dtype in cpu.HALF and is_autocast_enabled("cpu"):
+    """For what torch.autocast computes in float32."""
+    if x is not None and x.dtype in cpu.HALF and is_autocast_enabled(autocast_device(x)):
         return x.float()
     return x
 
@@ -159,13 +161,8 @@ def _widened(x: Tensor | None) -> Tensor | None:
 # ---- derivatives -------------------------------------------------------------------------------------------------
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What derivatives in plain torch are computed in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _weighted(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[Any, ...]) -> formulas.Weighted:
-    return formulas.Weighted(input, target, weight, *options, _wide(input.dtype))
+    return formulas.Weighted(input, target, weight, *options, wide(input.dtype))
 
 
 class _CrossEntropy(Function):
@@ -211,15 +208,15 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         if forward_ad._current_level >= 0:
             # Forward mode over reverse mode: torch knows how to differentiate the formula.
-            by_input = formulas.cross_entropy_backward(*args, dtype=_wide(input.dtype))
+            by_input = formulas.cross_entropy_backward(*args, dtype=wide(input.dtype))
         else:
             try:
                 by_input = CROSS_ENTROPY_BACKWARD(*args)
             except Unsupported as reason:
                 formula = formulas.cross_entropy_backward
-                by_input = fall_back("cross_entropy_backward", reason.args[0], formula, *args, dtype=_wide(input.dtype))
+                by_input = fall_back("cross_entropy_backward", reason.args[0], formula, *args, dtype=wide(input.dtype))
     if ctx.needs_input_grad[1]:
-        by_target = formulas.by_probabilities(grad, input, target, weight, *ctx.options, _wide(input.dtype))
+        by_target = formulas.by_probabilities(grad, input, target, weight, *ctx.options, wide(input.dtype))
     return by_input, by_target, None, None, None, None
 
 
@@ -272,7 +269,7 @@ def each_sample(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ..
 
 def _fake(input: Tensor, target: Tensor, weight: Tensor | None, ignore: int, reduction: str, _: float) -> Any:
     positions = input.numel() // input.shape[1]
-    out = input.new_empty(kernels.result_shape(input, reduction))
+    out = input.new_empty(result_shape(input, reduction))
     return out, input.new_empty(2 * positions + 1, dtype=torch.float64)
 
 

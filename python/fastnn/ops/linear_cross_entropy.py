@@ -3,8 +3,8 @@
 Formula: cross_entropy(input @ linear_weight.T + linear_bias, target): see cross_entropy.py. Shapes: input (N, K) or (K),
 linear_weight (C, K), linear_bias (C), target (N) or () of class indices, weight (C).
 
-Rows go through in chunks of about 48 MB of logits. Where a gradient is wanted and the losses are reduced, the forward makes
-the gradients, chunk by chunk, for the gradient 1 of the loss, and the backward multiplies them; where they were used up by
+Rows go through in chunks of about 48 MB of logits, on a GPU of 256 MB. Where a gradient is wanted and the losses are
+reduced, the forward makes the gradients, chunk by chunk, for the gradient 1 of the loss, and the backward multiplies them; where they were used up by
 an earlier backward, and for ``reduction="none"``, the backward computes the logits again. Gradients of gradients are
 computed by the formula in plain torch, which holds the logits. The weight's gradient is summed in float32 (float64).
 
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from ..backends._cross_entropy import wide as wide_dtype
 from ..backends.cpu import HALF
-from ..backends.cpu import cross_entropy as kernels
 from ..backends.reference import cross_entropy as formulas
 from ._op import Op
 from ._route import (
@@ -30,6 +30,7 @@ from ._route import (
     Unsupported,
     ask_torch,
     autocast,
+    autocast_device,
     describe,
     fall_back,
     is_autocast_enabled,
@@ -38,7 +39,7 @@ from ._route import (
     route,
     wants_grad,
 )
-from .cross_entropy import check_indices, check_options, check_weight, cross_entropy, each_sample
+from .cross_entropy import check_indices, check_options, check_weight, cross_entropy, each_sample, kernels
 from .linear import linear
 
 F = torch.nn.functional
@@ -73,7 +74,7 @@ def linear_cross_entropy(
         if all(isinstance(t, Tensor) for t in (x, w)) and (b is None or isinstance(b, Tensor)):
             x, w, b = autocast(x, w, b)
         # Under autocast torch's linear gives 16 bits, of which its cross entropy makes float32.
-        wide = is_autocast_enabled("cpu") and isinstance(x, Tensor) and x.dtype in HALF
+        wide = isinstance(x, Tensor) and x.dtype in HALF and is_autocast_enabled(autocast_device(x))
         if wide and isinstance(weight, Tensor) and weight.dtype in HALF:
             weight = weight.float()
         _check(x, w, b, target, weight, torch.float32 if wide else None)
@@ -186,22 +187,18 @@ def _reference(
     return formulas.cross_entropy(F.linear(*tensors), *args)[0].to(torch.float32 if wide else input.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _by_everything(ctx: Any, grad: Tensor, saved: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
     """Computes the logits again."""
     input, linear_weight, bias, target, weight = saved or ctx.saved_tensors
     args = (grad, input, linear_weight, bias, target, weight, *ctx.options)
     if forward_ad._current_level >= 0:
         # Forward mode over reverse mode: torch knows how to differentiate the formula.
-        found = _formula(*args, dtype=_wide(input.dtype))
+        found = _formula(*args, dtype=wide_dtype(input.dtype))
     else:
         try:
             found = LINEAR_CROSS_ENTROPY_BACKWARD(*args)
         except Unsupported as reason:
-            dtype = _wide(input.dtype)
+            dtype = wide_dtype(input.dtype)
             found = fall_back("linear_cross_entropy_backward", reason.args[0], _formula, *args, dtype=dtype)
     by_input, by_weight, by_bias = found
     return by_input, by_weight, None if bias is None else by_bias, *(None,) * 6
@@ -213,7 +210,7 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.options = args[5:8]
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device=args[0].device)
         loss, ctx.found = kernels.linear_cross_entropy(*args, grad=one, wanted=tuple(ctx.needs_input_grad[:3]))
         ctx.save_for_backward(*args[:5])
         return loss
@@ -225,7 +222,7 @@ class _LinearCrossEntropy(Function):
         if ctx.found is None or not is_straight("linear_cross_entropy", grad):
             return _by_everything(ctx, grad, saved)
         found, ctx.found = ctx.found, None
-        if grad.item() != 1:
+        if grad.is_cuda or grad.item() != 1:  # of a GPU one would have to wait for it
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(grad)
@@ -247,7 +244,7 @@ def _jvp(ctx: Any, by_input: Any, by_linear_weight: Any, by_bias: Any, *_: Any) 
         along = along + F.linear(input, by_linear_weight)
     if by_bias is not None:
         along = along + by_bias
-    of = formulas.Weighted(logits, target, weight, *ctx.options, _wide(input.dtype))
+    of = formulas.Weighted(logits, target, weight, *ctx.options, wide_dtype(input.dtype))
     found = of.reduced(((of.mass * of.x.softmax(1) - of.q) * along).sum(1))
     return found.to(torch.float32 if ctx.wide else input.dtype)
 
@@ -259,7 +256,7 @@ def _save_backward(ctx: Any, args: tuple[Any, ...], result: Any) -> tuple[Tensor
 
 def _backward_twice(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
     grad, input, linear_weight, bias, target, weight = ctx.saved_tensors
-    dtype = _wide(input.dtype)
+    dtype = wide_dtype(input.dtype)
 
     def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = tensors if bias is not None else (*tensors, None)

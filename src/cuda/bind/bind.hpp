@@ -8,6 +8,7 @@
 void bind_attention(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_conv(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 void bind_fake_quantize(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_attention(m);
   bind_batch_norm(m);
   bind_conv(m);
+  bind_cross_entropy(m);
   bind_gemm(m);
   bind_dropout(m);
   bind_elementwise(m);

@@ -1,5 +1,7 @@
 // Operands that are gone over by rows, from Python.
 #pragma once
+#include <vector>
+
 #include "cuda/bind/bind.hpp"
 #include "cuda/reduce/rows.hpp"
 
@@ -7,7 +9,7 @@ namespace fastnn {
 
 // Each operand is (address, strides); the rows lie along dimension `dim`.
 inline cuda::Rows rows_argument(const char* op, pybind11::handle shape, int dim,
-                                std::initializer_list<pybind11::handle> operands) {
+                                const std::vector<pybind11::handle>& operands) {
   constexpr int most = cuda::kMaxRowDims;
   int64_t sizes[most], strides[most];
   const int dims = read_tuple(op, "shape", shape, sizes, most);

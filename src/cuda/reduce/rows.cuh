@@ -107,12 +107,12 @@ struct HeldRow {
 // Longer rows are a block's, in pieces. f(i, count) for those of this thread; neighbouring threads
 // have neighbouring pieces.
 constexpr int kLongThreads = 512;
-template <class T, class F>
+template <class T, int threads = kLongThreads, class F>
 __device__ __forceinline__ void for_each_piece(int64_t n, F f) {
   constexpr int each = Pack<T>::kEach;
   const bool packs = n % each == 0;
   const int64_t size = packs ? each : 1;
-  for (int64_t i = int64_t(threadIdx.x) * size; i < n; i += kLongThreads * size)
+  for (int64_t i = int64_t(threadIdx.x) % threads * size; i < n; i += threads * size)
     f(i, packs ? each : 1);
 }
 template <class T>

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ... import _cpu, _state
+from .._cross_entropy import REDUCTION, address, operand, result_shape, targets
+from .._cross_entropy import wide as wide_dtype
 from . import DTYPE, empty, precision
-
-#: The codes of the kernels.
-REDUCTION = {"none": 0, "mean": 1, "sum": 2}
-
-
-def _operand(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.data_ptr(), x.stride())
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _targets(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The probabilities or the indices as the kernels read them, and the weights."""
-    weights = None if weight is None else weight.to(_wide(x.dtype)).contiguous()
-    if target.is_floating_point():
-        return target, None, weights
-    return None, target.to(torch.int64).contiguous(), weights
-
-
-def result_shape(x: Tensor, reduction: str) -> tuple[int, ...]:
-    return (x.shape[0], *x.shape[2:]) if reduction == "none" else ()
 
 
 def cross_entropy(
@@ -44,17 +16,17 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """input (N, C, ...); the losses, and in float64 the log-sum-exp and the sum of the weights of every position and what a
     mean is divided by."""
-    probabilities, index, weights = _targets(input, target, weight)
+    probabilities, index, weights = targets(input, target, weight)
     out = torch.empty(result_shape(input, reduction), dtype=input.dtype)
     positions = input.numel() // input.shape[1]
     statistics = torch.empty(2 * positions + 1, dtype=torch.float64)
     _cpu.cross_entropy(
         input.shape,
         DTYPE[input.dtype],
-        _operand(input),
-        _operand(probabilities),
-        _address(index),
-        _address(weights),
+        operand(input),
+        operand(probabilities),
+        address(index),
+        address(weights),
         ignore_index,
         smoothing,
         REDUCTION[reduction],
@@ -75,23 +47,23 @@ def cross_entropy_backward(
     smoothing: float,
 ) -> Tensor:
     """The gradient by the input; contiguous."""
-    probabilities, index, weights = _targets(input, target, weight)
+    probabilities, index, weights = targets(input, target, weight)
     wide = grad.to(torch.float64).contiguous()
     statistics = statistics.contiguous()
     out = empty(input.shape, input.dtype)
     _cpu.cross_entropy_backward(
         input.shape,
         DTYPE[input.dtype],
-        _operand(input),
-        _operand(probabilities),
-        _address(index),
-        _address(weights),
+        operand(input),
+        operand(probabilities),
+        address(index),
+        address(weights),
         ignore_index,
         smoothing,
         REDUCTION[reduction],
         statistics.data_ptr(),
         wide.data_ptr(),
-        _operand(out),
+        operand(out),
     )
     return out
 
@@ -112,9 +84,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """input (N, K), linear_weight (C, K), bias (C), target (N) of indices: the losses, in float32 if ``wide``; and, where ``grad``, the gradient by
     them, is given, those gradients by input, linear_weight and bias that are ``wanted``."""
-    dtype, sums = input.dtype, _wide(input.dtype)
+    dtype, sums = input.dtype, wide_dtype(input.dtype)
     result = torch.float32 if wide else dtype
-    _, index, weights = _targets(input, target, weight)
+    _, index, weights = targets(input, target, weight)
     rows, features = input.shape
     classes = linear_weight.shape[0]
     out = torch.empty((rows,) if reduction == "none" else (), dtype=result)
@@ -125,11 +97,11 @@ def linear_cross_entropy(
     _cpu.linear_cross_entropy(
         (rows, classes, features),
         DTYPE[dtype],
-        _operand(input),
-        _operand(linear_weight),
+        operand(input),
+        operand(linear_weight),
         None if bias is None else (bias.data_ptr(), bias.stride(0)),
-        _address(index),
-        _address(weights),
+        address(index),
+        address(weights),
         ignore_index,
         smoothing,
         REDUCTION[reduction],
@@ -137,10 +109,10 @@ def linear_cross_entropy(
         _state.settings().batch_invariant,
         out.data_ptr(),
         DTYPE[result],
-        _address(scale),
-        _address(by_input),
-        _address(by_weight),
-        _address(by_bias),
+        address(scale),
+        address(by_input),
+        address(by_weight),
+        address(by_bias),
     )
     # Sums are kept in float32 where the dtype is narrower.
     found = [None if g is None else g.to(dtype) for g in (by_input, by_weight, by_bias)]
