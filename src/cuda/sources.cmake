@@ -6,6 +6,7 @@ set(FASTNN_CUDA_KERNELS
   conv/depthwise.cu
   conv/depthwise_weight.cu
   conv/implicit.cu
+  conv/int8.cu
   conv/pixels.cu
   conv/weight.cu
   cross_entropy/cross_entropy.cu
@@ -43,6 +44,7 @@ set(FASTNN_CUDA_BINDINGS
   bind/embedding.cpp
   bind/fake_quantize.cpp
   bind/gemm.cpp
+  bind/int8_conv.cpp
   bind/module.cpp
   bind/norm.cpp
   bind/pool.cpp

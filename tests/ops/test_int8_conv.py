@@ -9,10 +9,8 @@ from torch.library import opcheck
 
 import fastnn
 import fastnn.functional as fF
-from fastnn import _cpu
 
-ISAS = [name for name in _cpu.available_isas() if name != "amx"]
-isas = pytest.mark.parametrize("isa", ISAS)
+every_machine = pytest.mark.not_on("amx", "triton")
 
 
 def images(*shape, dtype=torch.uint8, channels_last=True):
@@ -85,7 +83,13 @@ def check(x, w, *args, **options):
     weight_scale, *rest = args or (scales(w.shape[0]),)
     function = (fF.int8_conv1d, fF.int8_conv2d, fF.int8_conv3d)[x.dim() - 3]
     y = function(x, w, weight_scale, *rest, **options)
-    correct = expected(x, w, weight_scale, *rest, **options)
+
+    def on_cpu(value):
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    options = {name: on_cpu(value) for name, value in options.items()}
+    with torch.device("cpu"):
+        correct = expected(*map(on_cpu, (x, w, weight_scale, *rest)), **options).to(y.device)
     assert y.dtype is correct.dtype and y.shape == correct.shape
     assert torch.equal(y, correct)
     assert y.numel() == 0 or y.shape[1] == 1 or y.stride(1) == 1
@@ -122,14 +126,15 @@ SHAPES = [
 ]
 
 
-@isas
+@every_machine
 @pytest.mark.parametrize("n,c,size,m,kernel,stride,padding,dilation,groups", SHAPES)
-def test_shapes(n, c, size, m, kernel, stride, padding, dilation, groups, isa, use_isa, no_fallback):
-    use_isa(isa)
+def test_shapes(n, c, size, m, kernel, stride, padding, dilation, groups, machine, no_fallback):
+    if machine == "cuda" and c * m > 10_000:
+        pytest.skip("the emulation of a GPU is slow")
     x, w = images(n, c, *size), filters(m, c // groups, *kernel)
     where = (scales(m), torch.randn(m), stride, padding, dilation, groups)
     check(x, w, *where, input_scale=0.02, input_zero_point=113)
-    if isa.startswith("amx") and c * kernel[0] > 1000:
+    if machine.startswith("amx") and c * kernel[0] > 1000:
         return  # the emulation of tiles is slow
     requantized = dict(output_scale=0.13, output_zero_point=77, dtype=torch.uint8)
     y = check(x, w, *where, input_scale=0.02, input_zero_point=5, **requantized)
@@ -140,12 +145,11 @@ def test_shapes(n, c, size, m, kernel, stride, padding, dilation, groups, isa, u
     )  # fmt: skip
 
 
-@isas
+@every_machine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int8], ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 @pytest.mark.parametrize("groups", [1, 20])
-def test_results(dtype, activation, groups, isa, use_isa):
-    use_isa(isa)
+def test_results(dtype, activation, groups, machine):
     for input_type, residual_type in itertools.product((torch.uint8, torch.int8), (None, torch.uint8, torch.int8)):
         x, w = images(2, 20, 6, 7, dtype=input_type), filters(20, 20 // groups, 3, 3)
         options = dict(
@@ -159,9 +163,15 @@ def test_results(dtype, activation, groups, isa, use_isa):
         check(x, w, scales(20), torch.randn(20), 1, 1, 1, groups, dtype=dtype, **options)
 
 
-@isas
-def test_sums_that_saturate_16_bits(isa, use_isa):
-    use_isa(isa)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_enough_pixels_for_the_largest_tiles_on_a_gpu(dtype, on_cuda, no_fallback):
+    """An odd number of them, and of filters, with an edge."""
+    x, w = images(1, 16, 113, 111, dtype=dtype), filters(17, 16, 1, 2)
+    check(x, w, scales(17), None, 1, (0, 1), input_scale=0.1, input_zero_point=40)
+
+
+@every_machine
+def test_sums_that_saturate_16_bits(machine):
     x = torch.full((1, 64, 5, 5), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     for value in (-128, 127):
         w = torch.full((40, 64, 3, 3), value, dtype=torch.int8)
@@ -171,9 +181,8 @@ def test_sums_that_saturate_16_bits(isa, use_isa):
         assert torch.equal(y.long(), sums(x, w[:64, :1].repeat(2, 1, 1, 1)[:64], 0, 1, 1, 1, 64))
 
 
-@isas
-def test_rounds_half_to_even(isa, use_isa):
-    use_isa(isa)
+@every_machine
+def test_rounds_half_to_even(machine):
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for m, groups in ((1, 1), (17, 1)):
         w = torch.ones(m, 1, 1, 1, dtype=torch.int8)
@@ -183,9 +192,8 @@ def test_rounds_half_to_even(isa, use_isa):
         assert torch.equal(y.double(), halves.expand(y.shape))
 
 
-@isas
-def test_results_out_of_range_and_nan(isa, use_isa):
-    use_isa(isa)
+@every_machine
+def test_results_out_of_range_and_nan(machine):
     x, w = images(1, 8, 4, 5), filters(6, 8, 1, 1)
     bias = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 0])
     options = dict(input_scale=1.0, output_scale=1e-3, dtype=torch.uint8)
@@ -195,10 +203,9 @@ def test_results_out_of_range_and_nan(isa, use_isa):
     assert [y[0, i].unique().tolist() for i in range(5)] == [[255], [50], [50], [255], [50]]
 
 
-@isas
+@every_machine
 @pytest.mark.parametrize("c,groups", [(8, 1), (24, 1), (24, 24), (3, 1)])
-def test_layouts(c, groups, isa, use_isa):
-    use_isa(isa)
+def test_layouts(c, groups, machine):
     x, w = images(2, c, 8, 9), filters(24, c // groups, 3, 3)
     rest = (scales(24), None, 1, 1, 1, groups)
     y = check(x, w, *rest, input_scale=0.1, input_zero_point=40)
@@ -221,9 +228,8 @@ def test_layouts(c, groups, isa, use_isa):
     )
 
 
-@isas
-def test_one_dimension(isa, use_isa):
-    use_isa(isa)
+@every_machine
+def test_one_dimension(machine):
     for n, c, length, m, k, stride, padding, dilation, groups in (
         (2, 12, 19, 20, 5, 2, 2, 1, 1),
         (1, 7, 30, 5, 3, 1, 4, 2, 1),
@@ -234,9 +240,8 @@ def test_one_dimension(isa, use_isa):
         check(images(n, c, length), filters(m, c // groups, k), *where, input_scale=0.1, input_zero_point=99)
 
 
-@isas
-def test_three_dimensions(isa, use_isa):
-    use_isa(isa)
+@every_machine
+def test_three_dimensions(machine):
     for n, c, size, m, kernel, stride, padding, dilation, groups in (
         (2, 12, (5, 6, 7), 20, (3, 3, 3), 1, 1, 1, 1),
         (1, 3, (7, 9, 8), 33, (3, 5, 4), (1, 2, 2), (1, 2, 0), 1, 1),  # a first layer
@@ -254,13 +259,12 @@ def test_three_dimensions(isa, use_isa):
         )  # fmt: skip
 
 
-@isas
+@every_machine
 @pytest.mark.parametrize("zero,activation", [(0, "none"), (255, "none"), (131, "relu"), (7, "relu6")])
-def test_results_far_out_of_range(zero, activation, isa, use_isa):
+def test_results_far_out_of_range(zero, activation, machine):
     """Integers of 16 bits would not hold them, those of 32 do; or would not either."""
-    use_isa(isa)
     x, w, residual = images(3, 8, 5, 9), filters(67, 8, 1, 1), images(3, 67, 5, 9)
-    for size in (3e2, 4e4, 1e6, 1e8, 1e12):
+    for size in (3e2, 4e4, 1e6, 1e8, 1e12) if machine != "cuda" else (4e4, 1e12):
         check(
             *(x, w, torch.full((67,), size / 1e5), torch.randn(67) * size), input_scale=1.0, input_zero_point=128,
             output_scale=1.0, output_zero_point=zero, dtype=torch.uint8, activation=activation, residual=residual,

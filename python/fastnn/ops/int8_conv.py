@@ -16,7 +16,8 @@ The same bits on every instruction set, for any number of threads and any stride
 as neighbours; inputs that are laid out so, with a multiple of four channels (64 where there is AMX), are read where they lie. No
 gradients: see :func:`fastnn.fake_quantize` for training.
 
-Raises TypeError for what is no tensor or of another dtype, ValueError for shapes, numbers, scales and zero points.
+Raises TypeError for what is no tensor or of another dtype, ValueError for shapes, numbers, scales and zero points; of a GPU's
+tensors the values of scales and zero points are not looked at.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import Kernels
 from ..backends._tensors import channels_last_strides
-from ..backends.cpu import int8_conv as kernels
 from ..backends.reference import int8_conv as formulas
 from ._op import Op, sample_by_sample
 from ._route import Unsupported, describe, fall_back
 from ._scheme import check_numbers, parameters, scheme
+
+kernels = Kernels("int8_conv")
 
 _Numbers = int | Sequence[int]
 

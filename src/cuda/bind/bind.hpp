@@ -11,6 +11,7 @@ void bind_conv(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_fake_quantize(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
+void bind_int8_conv(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_elementwise(pybind11::module_& m);
 void bind_embedding(pybind11::module_& m);

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_conv(m);
   bind_cross_entropy(m);
   bind_gemm(m);
+  bind_int8_conv(m);
   bind_dropout(m);
   bind_elementwise(m);
   bind_embedding(m);

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/conv/gather.cuh"
+#include "cuda/conv/copies.cuh"
 #include "cuda/gemm/epilogue.cuh"
 #include "cuda/gemm/mainloop.cuh"
 #include "cuda/types.cuh"
@@ -15,118 +15,9 @@
 namespace fastnn::cuda {
 namespace {
 
-constexpr int kFarOutside = -(1 << 30);  // a pixel's place that no tap brings into the image
-
 // What the kernel knows of a call.
-struct Call {
+struct Call : Gathered {
   Gemm g;
-  AxisSizes axes[kSpatial];
-  const char *image, *filters;
-  int64_t image_stride, image_group, image_step[kSpatial];
-  int64_t filter_stride, filter_group, filter_step[kSpatial];
-  int64_t out_image, out_group, out_step[kSpatial];
-  int images, channels;  // of K in a tap, in pieces
-  int rows, columns;     // of the filters: how many of a group there are to read, and wide
-  int image_size[kSpatial];
-};
-
-// Copies the tiles of one step of K after the other. Filters lie along K (channels of x together)
-// for y, and across for x.
-template <class Element, class S, bool transposed>
-class Copies {
- public:
-  using A = TileOf<Element, S::kM, true, S::kThreads>;
-  using B = TileOf<Element, S::kN, !transposed, S::kThreads>;
-
-  __device__ __forceinline__ Copies(const Call& c, const Axis* axes, int group, int64_t first_row,
-                                    int64_t rows, int first_column)
-      : c_(c), axes_(axes) {
-    const int thread = int(threadIdx.x);
-    image_ = c.image + group * c.image_group * A::kSize;
-    filters_ = c.filters + group * c.filter_group * A::kSize;
-#pragma unroll
-    for (int i = 0; i < kA; i++) {
-      const int64_t row = first_row + thread / A::kRow + i * (S::kThreads / A::kRow);
-      at_[i][0] = kFarOutside, at_[i][1] = at_[i][2] = 0, origin_[i] = 0;
-      if (row >= rows) continue;
-      const Place p = place_of(int(row), axes[0].positions, axes[1].positions, axes[2].positions);
-      origin_[i] = p.image * c.image_stride;
-#pragma unroll
-      for (int d = 0; d < kSpatial; d++) {
-        at_[i][d] = axes[d].first + p.at[d] * axes[d].stride;
-        origin_[i] += at_[i][d] * c.image_step[d];
-      }
-    }
-    walk_.begin(thread % A::kRow * A::kEach, axes, c.channels);
-    if constexpr (transposed) {
-      column_ = first_column + thread % B::kRow * B::kEach;
-#pragma unroll
-      for (int i = 0; i < kB; i++)
-        of_rows_[i].begin(thread / B::kRow + i * (S::kThreads / B::kRow), axes, c.channels);
-    } else {
-      column_ = first_column + thread / B::kRow;
-    }
-  }
-
-  __device__ __forceinline__ void load(char* to_a, char* to_b) {
-    const int thread = int(threadIdx.x), piece = thread % A::kRow;
-    const bool there = walk_.exists(axes_);
-    int64_t beside = walk_.channel;
-    int to[kSpatial];
-#pragma unroll
-    for (int d = 0; d < kSpatial; d++) {
-      to[d] = walk_.tap[d] * axes_[d].step;
-      beside += to[d] * c_.image_step[d];
-    }
-#pragma unroll
-    for (int i = 0; i < kA; i++) {
-      bool inside = there;
-#pragma unroll
-      for (int d = 0; d < kSpatial; d++)
-        inside = inside && unsigned(at_[i][d] + to[d]) < unsigned(c_.image_size[d]);
-      const char* from = image_ + (origin_[i] + beside) * A::kSize;
-      const int row = thread / A::kRow + i * (S::kThreads / A::kRow);
-      ptx::cp_async<kPieceBytes>(to_a + A::offset(row, piece), inside ? from : c_.image,
-                                 inside ? kPieceBytes : 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kB; i++) {
-      const int row = thread / B::kRow + i * (S::kThreads / B::kRow);
-      const TapWalk& walk = transposed ? of_rows_[i] : walk_;
-      int64_t at = 0;
-#pragma unroll
-      for (int d = 0; d < kSpatial; d++)
-        at += (axes_[d].tap_first + walk.tap[d] * axes_[d].tap_step) * c_.filter_step[d];
-      bool inside;
-      if constexpr (transposed) {
-        at += walk.channel * c_.filter_stride + column_;
-        inside = walk.exists(axes_) && walk.channel < c_.rows && column_ < c_.columns;
-      } else {
-        const int column = column_ + i * (S::kThreads / B::kRow);
-        at += column * c_.filter_stride + walk.channel;
-        inside = there && column < c_.rows;
-      }
-      const char* from = filters_ + at * B::kSize;
-      ptx::cp_async<kPieceBytes>(to_b + B::offset(row, thread % B::kRow),
-                                 inside ? from : c_.filters, inside ? kPieceBytes : 0);
-    }
-    walk_.advance(A::kDepth, axes_, c_.channels);
-    if constexpr (transposed)
-#pragma unroll
-      for (int i = 0; i < kB; i++) of_rows_[i].advance(A::kDepth, axes_, c_.channels);
-  }
-
- private:
-  static constexpr int kA = A::kPieces / S::kThreads, kB = B::kPieces / S::kThreads;
-  static_assert(S::kThreads % A::kRow == 0 && S::kThreads % B::kRow == 0);
-
-  const Call& c_;
-  const Axis* axes_;
-  const char *image_, *filters_;
-  int64_t origin_[kA];
-  int at_[kA][kSpatial];
-  int column_;
-  TapWalk walk_, of_rows_[transposed ? kB : 1];
 };
 
 // An element of the result by one thread, without tensor cores.
@@ -248,22 +139,12 @@ void choose_way(const Call& c, bool transposed, int64_t rows, int64_t groups, in
 
 void implicit_product(const Implicit& p, void* stream) {
   const Conv& s = *p.sizes;
-  const Tensor5 &image = p.transposed ? s.y : s.x, &out = p.transposed ? s.x : s.y;
+  const Tensor5& out = p.transposed ? s.x : s.y;
   Call c{};
   c.g = p.g;
-  c.image = p.image.data, c.filters = p.filters.data;
-  c.image_stride = p.image.image, c.image_group = p.image.group;
-  c.filter_stride = p.filters.image, c.filter_group = s.w.size[0] / s.groups * p.filters.image;
-  c.out_image = out.stride[0], c.out_group = out.size[1] / s.groups * out.stride[1];
-  c.images = int(image.size[0]), c.channels = p.image.channels;
-  c.rows = int(s.w.size[0] / s.groups), c.columns = p.filters.channels;
-  int64_t rows = image.size[0], phases = 1;
+  static_cast<Gathered&>(c) = gathered(s, p.transposed, p.image, p.filters);
+  int64_t rows = out.size[0], phases = 1;
   for (int d = 0; d < kSpatial; d++) {
-    c.axes[d] = {int(s.x.size[2 + d]), int(s.y.size[2 + d]), int(s.w.size[2 + d]),
-                 int(s.stride[d]),     int(s.padding[d]),    int(s.dilation[d])};
-    c.image_step[d] = p.image.step[d], c.filter_step[d] = p.filters.step[d];
-    c.out_step[d] = out.stride[2 + d];
-    c.image_size[d] = int(image.size[2 + d]);
     rows *= p.transposed ? ceil_div(out.size[2 + d], s.stride[d]) : out.size[2 + d];
     if (p.transposed) phases *= s.stride[d];
   }

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) bring_together(const Copy c) {
       const int row = along ? i / width : i % height, column = along ? i % width : i / height;
       const int64_t pixel = first_pixel + row;
       const int channel = first_channel + column;
-      T x = from_float<T>(0);
+      T x{};
       if (pixel < c.pixels && channel < c.channels) {
         const int64_t line = pixel / c.size[2], w = pixel % c.size[2];
         x = from[image * c.image + group * c.group + channel * c.channel +
@@ -75,7 +75,7 @@ bool evenly_spaced(const Tensor5& t) {
 
 Pixels in_pixels(const Tensor5& t, int64_t groups, DType type, bool even, const Allocate& allocate,
                  void* stream) {
-  const int64_t size = type == DType::f32 ? 4 : 2, each = kPieceBytes / size;
+  const int64_t size = int64_t(dtype_size(type)), each = kPieceBytes / size;
   const int64_t channels = t.size[1] / groups, pixels = t.spatial();
   Pixels p;
   bool direct = (t.stride[1] == 1 || t.size[1] == 1) && channels % each == 0 &&
@@ -104,12 +104,14 @@ Pixels in_pixels(const Tensor5& t, int64_t groups, DType type, bool even, const 
   const int64_t blocks =
       ceil_div(pixels, kTile / c.tile_channels) * ceil_div(padded, c.tile_channels);
   const int64_t outer = t.size[0] * groups;
-  if (blocks && outer)
-    with_float_type("conv", type, [&](auto zero) {
-      launch(bring_together<decltype(zero)>,
-             dim3(unsigned(blocks), unsigned(outer < kMostBlocks ? outer : kMostBlocks)),
-             dim3(kThreads), 0, stream, c);
-    });
+  const auto go = [&](auto zero) {
+    launch(bring_together<decltype(zero)>,
+           dim3(unsigned(blocks), unsigned(outer < kMostBlocks ? outer : kMostBlocks)),
+           dim3(kThreads), 0, stream, c);
+  };
+  if (blocks == 0 || outer == 0) return p;
+  // What is copied are bits, of so many bytes.
+  size == 4 ? go(uint32_t{}) : size == 2 ? go(uint16_t{}) : go(uint8_t{});
   return p;
 }
 

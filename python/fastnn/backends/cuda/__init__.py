@@ -44,7 +44,7 @@ OPS = frozenset(
         *("group_norm", "group_norm_backward", "instance_norm"),
         *("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
         *("fake_quantize_gradients", "fake_quantize_mask"),
-        *("int8_linear", "weight_only_linear"),
+        *("int8_linear", "weight_only_linear", "int8_conv"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
         "split_search",
     )
