@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fastnn.functional as fF
+from fastnn import _state
+from fastnn.backends.cuda.conv import too_large
 from fastnn.ops.conv import conv_fused, inverted_residual
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,3 +101,26 @@ def test_the_same_bits_in_any_order_of_threads(on_cuda, no_fallback):
     first = run(1)
     for seed in (2, 3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(seed), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "stride", "groups", "why"),
+    [
+        ((1, 2 * 65536, 1, 1), (65536, 2, 1, 1), 1, 65536, "groups"),
+        ((1, 16, 301, 302), (8, 16, 2, 2), 300, 1, "strides"),
+    ],
+)
+def test_what_no_launch_can_count_goes_to_torch(x_shape, w_shape, stride, groups, why, on_cuda):
+    """Forward and both gradients; tensors that are too large are not made here."""
+    x, w = torch.randn(x_shape, requires_grad=True), torch.randn(w_shape, requires_grad=True)
+    _state.reset_fallbacks()
+    y = fF.conv2d(x, w, stride=stride, groups=groups)
+    torch.testing.assert_close(y, F.conv2d(x, w, stride=stride, groups=groups))
+    torch.testing.assert_close(
+        conv_fused(x.detach(), w.detach(), None, stride, 0, 1, groups, "relu"), y.detach().relu()
+    )
+    assert {op for op, _ in _state.fallbacks()} == {"conv2d"}
+    assert all(why in reason for _, reason in _state.fallbacks())
+    _state.reset_fallbacks()
+    assert too_large((1, 1, 1 << 16, 1 << 15), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (0, 0), (1, 1), 1).startswith("x")
+    assert too_large((1, 1, 9, 9), (1, 1, 3, 3), (1, 1, 7, 7), (1, 1), (0, 0), (1, 1), 1) is None

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _cpu, _state
-from ..backends import Kernels, cpu
+from ..backends import Kernels, cpu, cuda, names_of
 from ..backends._conv import gives_channels_last, is_channels_last, result_shape
 from ..backends._tensors import channels_last_strides
 from ..backends.cpu.conv import Layer
+from ..backends.cuda import conv as cuda_conv
 from ..backends.reference import conv as reference
 from ._op import Op
 from ._route import (
@@ -195,6 +196,7 @@ def conv_fused(
             for d, (s, p, dil) in enumerate(zip(*options, strict=True))
         ]
         fits = input.shape[1] == weight.shape[1] * groups and all(n > 0 for n in (*size, *weight.shape))
+        fits = fits and convolution.too_large(input, weight, None, *options, groups) is None
         if fits and (residual is None or list(residual.shape) == [input.shape[0], weight.shape[0], *size]):
             return kernels.forward(
                 resolve(input),
@@ -728,11 +730,26 @@ def _weight_vmap(
 
 
 class _Product(Op):
-    """With a way out for backwards, whose gradients may be what the kernels do not take."""
+    """With a way out for backwards, whose gradients may be what the kernels do not take. ``shapes``: of x, w and y, from the
+    arguments."""
 
-    def __init__(self, schema: str, in_torch: Callable[..., Tensor], **rules: Any) -> None:
+    def __init__(
+        self, schema: str, in_torch: Callable[..., Tensor], shapes: Callable[..., tuple[Any, ...]], **rules: Any
+    ) -> None:
         super().__init__(schema, **rules)
-        self._in_torch = in_torch
+        self._in_torch, self._shapes = in_torch, shapes
+
+    def too_large(self, *args: Any) -> str | None:
+        """None where the sizes are no reason against the kernels, else the reason, for people."""
+        if "cuda" not in names_of(args[0]) or cuda.why_not() is not None:
+            return None
+        return cuda_conv.too_large(*self._shapes(*args))
+
+    def __call__(self, *args: Any, where: str | None = None) -> Any:
+        reason = self.too_large(*args)
+        if reason is not None:
+            raise Unsupported(reason)
+        return super().__call__(*args, where=where)
 
     def either(self, *args: Any) -> Tensor:
         try:
@@ -779,6 +796,10 @@ _OPTIONS = "int[] stride, int[] padding, int[] dilation, SymInt groups"
 convolution = _Product(
     f"convolution(Tensor x, Tensor w, Tensor? b, {_OPTIONS}) -> Tensor",
     _torch_forward,
+    lambda x, w, b, stride, padding, dilation, groups: (
+        *(x.shape, w.shape, result_shape(x, w, stride, padding, dilation)),
+        *(stride, padding, dilation, groups),
+    ),
     kernel=kernels.forward,
     reference=reference.forward,
     fake=_forward_fake,
@@ -791,6 +812,7 @@ convolution = _Product(
 convolution_input = _Product(
     f"convolution_input(Tensor y, Tensor w, Tensor? b, SymInt[] size, {_OPTIONS}) -> Tensor",
     _torch_input,
+    lambda y, w, b, size, *options: ((y.shape[0], w.shape[1] * options[-1], *size), w.shape, y.shape, *options),
     kernel=kernels.input,
     reference=reference.input,
     fake=_input_fake,
@@ -803,6 +825,10 @@ convolution_input = _Product(
 convolution_weight = _Product(
     f"convolution_weight(Tensor y, Tensor x, SymInt[] kernel, {_OPTIONS}, bool channels_last) -> Tensor",
     _torch_weight,
+    lambda y, x, kernel, stride, padding, dilation, groups, channels_last: (
+        *(x.shape, (y.shape[1], x.shape[1] // groups, *kernel), y.shape),
+        *(stride, padding, dilation, groups),
+    ),
     kernel=kernels.weight,
     reference=reference.weight,
     fake=_weight_fake,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,32 @@ def convolve(
         allocate,
         **where(x),
     )
+
+
+#: Kernels count pixels and channels in 32 bits, and blocks of a launch are limited.
+_MOST_PIXELS, _MOST_BLOCKS = 1 << 31, 65535
+
+
+def too_large(
+    x: Sequence[int],
+    w: Sequence[int],
+    y: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """None where the kernels can compute each of tensors of these shapes from the others, else the reason why not, for people."""
+    depthwise = w[1] == 1 and w[0] == groups
+    for name, shape in (("x", x), ("y", y)):
+        if (math.prod(shape) if depthwise else shape[0] * math.prod(shape[2:])) >= _MOST_PIXELS:
+            return f"{name}: 2^31 pixels or more on CUDA"
+    reach = max(p + d * k + n for p, d, k, n in zip(padding, dilation, w[2:], x[2:], strict=True))
+    if math.prod(w) >= _MOST_PIXELS or reach >= _MOST_PIXELS // 4:
+        return "w: 2^31 elements, or a reach of 2^29 pixels, or more on CUDA"
+    if (groups > _MOST_BLOCKS and not depthwise) or math.prod(stride) > _MOST_BLOCKS:
+        return f"groups, or strides multiplied, beyond {_MOST_BLOCKS} on CUDA"
+    return None
 
 
 _convolutions = Convolutions(convolve, column_sum)
