@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastnn.backends.triton import (
+    attention,
     conv,
     dropout,
     elementwise,
@@ -109,6 +110,33 @@ def convolutions(arch):
         any_of = {*axes, "groups", "pixels", "piece"}
         kernel = compiled(conv.weight_gradient, types | numbers, constants, arch, any_of, **options)
         yield f"convolution's weight {element}", kernel
+
+
+def attentions(arch):
+    """Of causal masks and, of the queries' gradient, an added one whose gradient is wanted."""
+    lies = ("i32", "i32", "i32", "constexpr")
+    beside = {name: "i32" for name in (*attention._COUNTS, "heads", "group")} | dict(log_sum="*fp32", delta="*fp32")
+    mask = dict(mask="*fp32", by_scores="*fp32", mask_strides=lies)
+    for name, table, element, size, given in (
+        ("attention bf16", attention.FORWARD, "bf16", 128, dict(seed="*i64")),
+        ("attention fp32", attention.FORWARD, "fp32", 64, {}),
+        ("attention by queries fp16", attention.BY_QUERIES, "fp16", 64, mask),
+        ("attention of long rows by keys", attention.BY_KEYS, "bf16", 512, {}),
+    ):
+        kernel, by_keys = (
+            attention.forward if table is attention.FORWARD else attention.backward,
+            table is attention.BY_KEYS,
+        )
+        kept, passing, warps, stages = table[size][element == "fp32"]
+        names = ("q", "k", "v", "out", "x", "x2", "y", "y2", "by_x", *(["by_x2"] if by_keys else []))
+        types = {name: f"*{element}" for name in names} | {f"{name}_strides": lies for name in names}
+        types |= beside | given | dict(scale="fp32", kept="fp32")
+        constants = {"low" if not by_keys else "high": None, "BY_KEYS": by_keys, "PARTS": 3 if element == "fp32" else 0}
+        constants |= dict.fromkeys(("HEAD", "VALUE", "COLUMNS", "VALUE_COLUMNS"), size)
+        constants |= dict(QUERIES=kept, KEYS=passing, KEPT=kept, PASSING=passing)
+        types = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
+        options = dict(num_warps=warps, num_stages=stages)
+        yield name, compiled(kernel, types, constants, arch, set(attention._COUNTS), **options)
 
 
 def others(arch):
@@ -228,6 +256,7 @@ def main():
     for name, kernel in (
         *products(arch),
         *convolutions(arch),
+        *attentions(arch),
         *others(arch),
         *norms(arch),
         *quantization(arch),

@@ -15,6 +15,7 @@ OPERANDS = {"fp32": "bf16.bf16", "bf16": "bf16.bf16", "fp16": "f16.f16", "i8": "
 for _type in ("fp32", "bf16", "fp16"):
     for _product in ("convolution", "convolution's weight"):
         OPERANDS[f"{_product} {_type}"] = OPERANDS[_type]
+OPERANDS |= {"attention bf16": "bf16.bf16", "attention fp32": "bf16.bf16", "attention by queries fp16": "f16.f16"}
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 
@@ -36,6 +37,6 @@ def test_every_kernel_compiles(arch):
         if name not in OPERANDS:
             continue
         assert any(OPERANDS[name] in instruction for instruction in kernel["tensor_cores"]), (name, kernel)
-        if arch == 90 and name == "bf16":
+        if arch == 90 and name in ("bf16", "attention bf16"):
             assert any(instruction.startswith("wgmma") for instruction in kernel["tensor_cores"])
         assert kernel["asynchronous_copies"], name

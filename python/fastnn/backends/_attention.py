@@ -21,17 +21,17 @@ def operand(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.stride()
 
 
-def _broadcast(x: Tensor) -> tuple[int, ...]:
+def broadcast(x: Tensor) -> tuple[int, ...]:
     """Strides with which what has one of something is read again and again."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _mask(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.data_ptr(), _broadcast(x), _MASK[x.dtype])
+    return None if x is None else (x.data_ptr(), broadcast(x), _MASK[x.dtype])
 
 
 def _slopes(x: Tensor | None, shift: int) -> tuple[Any, ...] | None:
-    return None if x is None else (x.data_ptr(), *_broadcast(x), shift)
+    return None if x is None else (x.data_ptr(), *broadcast(x), shift)
 
 
 def _dropout(dropout: float, seed: Tensor | None) -> tuple[float, int] | None:
@@ -123,6 +123,11 @@ def backward(
         _dropout(dropout, seed),
         **options,
     )
+    return (*gradients, of_mask(by_scores, mask, query))
+
+
+def of_mask(by_scores: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor:
+    """The gradient of the mask, from that by every score."""
     if by_scores is None or mask is None:
-        return (*gradients, query.new_empty(0))
-    return (*gradients, by_scores.sum_to_size(mask.shape).to(mask.dtype))
+        return query.new_empty(0)
+    return by_scores.sum_to_size(mask.shape).to(mask.dtype)

@@ -26,6 +26,7 @@ NEEDED = (3, 4)
 OPS = frozenset(
     (
         *("gemm", "activation", "int_mm", "dropout"),
+        *("attention", "attention_backward"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),

@@ -18,8 +18,11 @@ from triton.runtime import interpreter
 
 _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _cast, _dot, _splat = _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat
+_patch = interpreter._patch_lang
 #: The interpreter changes Triton's own modules while it runs.
 _one_at_a_time = threading.RLock()
+#: The namespaces that see them changed, by their ids.
+_patched: set[int] = set()
 
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -54,12 +57,23 @@ def _splat_as_a_gpu(self: Any, to: Any, scalar: Any) -> Any:
     return _splat(self, to, scalar)
 
 
+def _patch_once(function: Any) -> Any:
+    """As the interpreter does it for each function that a kernel calls, at each call, which is up to half of its time."""
+    if id(function.__globals__) in _patched:
+        return None
+    _patched.add(id(function.__globals__))
+    return _patch(function)
+
+
 @contextlib.contextmanager
 def as_a_gpu() -> Iterator[None]:
     """Kernels that are started inside compute as on a GPU, one at a time."""
     with _one_at_a_time, np.errstate(all="ignore"):
         _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat = _cast_as_a_gpu, _dot_as_a_gpu, _splat_as_a_gpu
+        interpreter._patch_lang = _patch_once
+        _patched.clear()
         try:
             yield
         finally:
+            interpreter._patch_lang = _patch
             _Builder.cast_impl, _Builder.create_dot, _Builder.create_splat = _cast, _dot, _splat
