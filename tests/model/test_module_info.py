@@ -58,17 +58,22 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 each_mode = pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
 
 
+def torchs_samples(info, dtype=torch.float32, *, training=True, requires_grad=False):
+    found = list(
+        info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training)
+    )
+    # Of the dozens that transformers have, and the hundreds of losses, every n-th: n is odd, so that all values of every
+    # argument are among them.
+    return found[:: len(found) // 8 | 1 if info.module_cls in DEEP else 7 if len(found) > 200 else 1]
+
+
 def samples(info, dtype, *, training=True, requires_grad=True):
     """Pairs of torch's module and fastnn's with the same parameters, and the arguments to call them with."""
     # torch makes its samples in float32 and float64; the half precisions are those rounded.
     if info.module_cls is torch.nn.AvgPool3d and dtype.itemsize == 2:
         return  # torch has no kernel to compare with; test_opinfo.py compares with float64
     made = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    found = list(
-        info.module_inputs_func(info, device="cpu", dtype=made, requires_grad=requires_grad, training=training)
-    )
-    # Of the dozens that transformers have every n-th: n is odd, so that all values of every argument are among them.
-    for sample in found[:: len(found) // 8 | 1 if info.module_cls in DEEP else 1]:
+    for sample in torchs_samples(info, made, training=training, requires_grad=requires_grad):
         build = sample.constructor_input
         theirs = info.module_cls(*build.args, **build.kwargs).to(dtype).train(training)
         # A stack of layers gets fastnn's.
@@ -187,13 +192,10 @@ def test_non_contiguous_inputs(info, dtype):
 @each_module
 @each_dtype
 def test_factory_arguments(info, dtype):
-    for theirs, _, _, _ in samples(info, dtype):
-        if not list(theirs.parameters()) or "dtype" not in inspect.signature(info.module_cls).parameters:
-            continue
-        build = next(
-            iter(info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True))
-        )
-        args, kwargs = build.constructor_input.args, build.constructor_input.kwargs
+    if "dtype" not in inspect.signature(info.module_cls).parameters:
+        return
+    for sample in torchs_samples(info):
+        args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
         kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "dtype")}
         cls = REPLACEMENTS[info.module_cls]
         assert all(p.dtype == dtype for p in cls(*args, **kwargs, dtype=dtype).parameters())
