@@ -34,6 +34,9 @@ set(FASTNN_CUDA_KERNELS
   tensor_map.cu
   tree/binning.cu
   tree/split_search.cu)
+# Of these the ones with kernels of ptx_sm90.cuh: elsewhere __CUDA_ARCH_FEAT_SM90_ALL is never defined.
+set(FASTNN_CUDA_HOPPER
+  gemm/hopper.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/batch_norm.cpp
