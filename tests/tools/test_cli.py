@@ -137,9 +137,10 @@ def test_peak_memory_of_a_pointwise_layer():
 SHORT = {
     "train_cnn": ["--epochs", "2"],
     "finetune": ["--epochs", "3"],
-    "char_gpt": ["--steps", "15"],
+    "char_gpt": ["--steps", "5"],
     "translate_dates": ["--steps", "15"],
     "cascade": ["--png", os.devnull],
+    "trees_vs_sklearn": ["--repeats", "1"],
     "prune_model": ["--epochs", "1", "--width", "64"],
     "quantize_improve": ["--epochs", "1", "--steps", "5"],
     "quantize_model": ["--epochs", "1", "--width", "64", "--png", os.devnull],
