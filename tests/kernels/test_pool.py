@@ -13,7 +13,6 @@ from fastnn.backends.reference import pool as reference
 
 from .calls import FLOATS, error_in_ulp
 
-pytestmark = pytest.mark.not_on("triton")
 kernels = Kernels("pool")
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
@@ -34,7 +33,7 @@ WINDOWS = [
 ]
 ADAPTIVE = [
     ((9, 31), (4, 7)),
-    ((17, 33), (1, 1)),
+    ((17, 17), (1, 1)),
     ((5, 11, 13), (2, 1, 1)),
     ((12, 40), (3, 10)),
     ((5, 6, 7), (2, 6, 3)),
@@ -43,7 +42,13 @@ ADAPTIVE = [
 ]
 
 
-def calls():
+def calls(machine):
+    """All, but a few where they are slow to interpret."""
+    found = list(_calls())
+    return [found[i] for i in (4, 9, 12, 15)] if machine == "triton" else found
+
+
+def _calls():
     for size, *windows in WINDOWS:
         output = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *windows, strict=True)]
         yield size, Windows(*windows), tuple(output)
@@ -51,10 +56,10 @@ def calls():
         yield size, Windows((), (), (), ()), output
 
 
-def inputs(size, dtype):
+def inputs(size, dtype, machine):
     """In planes, and with the channels together; small integers, with NaN around."""
     dims = len(size)
-    for channels in (1, 37, 16):
+    for channels in (3,) if machine == "triton" else (1, 37, 16):
         shape = (2, channels, *size)
         base = torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype)
         x = base[64:-64].view(shape).copy_(torch.randint(-9, 10, shape))
@@ -66,8 +71,8 @@ def inputs(size, dtype):
 
 @dtypes
 def test_maxima(machine, dtype):
-    for size, windows, output in calls():
-        for x, last in inputs(size, dtype):
+    for size, windows, output in calls(machine):
+        for x, last in inputs(size, dtype, machine):
             values, codes = kernels.max_pool(x, windows, output, last)
             expected, expected_codes = reference.max_pool(x, windows, output)
             assert torch.equal(values, expected), (size, windows)
@@ -83,10 +88,10 @@ def test_maxima(machine, dtype):
 
 @dtypes
 def test_averages(machine, dtype):
-    for size, windows, output in calls():
+    for size, windows, output in calls(machine):
         if windows.dilation and max(windows.dilation) > 1:
             continue
-        for x, last in inputs(size, dtype):
+        for x, last in inputs(size, dtype, machine):
             for include, divisor in ((True, 0), (False, 0), (True, 3)):
                 found = kernels.avg_pool(x, windows, output, include, divisor, last)
                 exact = reference.avg_pool(x.double(), windows, output, include, divisor)

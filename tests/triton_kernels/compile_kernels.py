@@ -19,6 +19,7 @@ from fastnn.backends.triton import (
     gemm,
     layer_norm,
     norm,
+    pool,
     quantize,
     reduce,
     softmax,
@@ -250,6 +251,30 @@ def trees(arch):
         yield name, compiled(kernel, types, constants, arch, set(sizes), enable_fp_fusion=False)
 
 
+def pools(arch):
+    """Of channels-last images."""
+    image, axis = ("i32", "constexpr", "i32", "i32", "i32"), ("i32",) * 6
+    known = {name: "*bf16" for name in ("x", "out", "grad", "to")} | {
+        name: image for name in ("x_strides", "to_strides")
+    }
+    known |= {f"{name}_strides": image for name in ("out", "grad", "code")} | {f"{name}_axis": axis for name in "zyx"}
+    known |= dict(codes="*u8", count="i32", size=("i32",) * 4, users=("i32",) * 3, divisor="fp32")
+    sizes = {"size", "users", "z_axis", "y_axis", "x_axis"}
+    given = dict(INCLUDE_PADDING=True, CHANNELS_LAST=True, WIDE=False)
+    for kernel, *cases in (
+        (pool.reduce_windows, (True, False, 512, 1), (False, False, 512, 1), (False, True, 16, 64)),
+        (pool.gather_gradient, (True, False, 512, 1), (False, True, 512, 1)),
+        (pool.follow_codes, (True, False, 512, 1)),
+    ):
+        for maximum, adaptive, block, elements in cases:
+            types = {name: known[name] for name in kernel.arg_names if name in known}
+            if not maximum:
+                types.pop("codes")
+            constants = given | dict(MAXIMUM=maximum, ADAPTIVE=adaptive, BLOCK=block, ELEMENTS=elements)
+            name = f"{kernel.fn.__name__} {'of maxima' if maximum else 'of averages'} {elements}"
+            yield name, compiled(kernel, types, constants, arch, sizes)
+
+
 def main():
     arch = int(sys.argv[1])
     found = {}
@@ -261,6 +286,7 @@ def main():
         *norms(arch),
         *quantization(arch),
         *trees(arch),
+        *pools(arch),
     ):
         ptx = kernel.asm["ptx"]
         found[name] = {

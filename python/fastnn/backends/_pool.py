@@ -1,4 +1,4 @@
-"""How the pooling of an extension module is called, on CPUs and GPUs alike."""
+"""How pooling kernels are called, on CPUs and GPUs alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .codes import DTYPE
 
-_MAX, _SCATTER, _GATHER, _INDICES, _AVG, _AVG_BACKWARD = range(6)
+#: What is computed.
+MAX, SCATTER, GATHER, INDICES, AVG, AVG_BACKWARD = range(6)
 
 #: Codes pass through float32 in the kernels.
 MOST_TAPS = 1 << 24
@@ -38,20 +39,13 @@ def code_dtype(windows: Windows, size: Sequence[int], output: Sequence[int]) -> 
     return torch.uint8 if taps(windows, size, output) <= 256 else torch.int32
 
 
-class Pools:
-    """The pooling kernels of an extension module: its function ``pool``, where it runs (a tensor -> further arguments) and
-    what memory results are given: (like, shape, dtype, channels_last) -> Tensor."""
+def by_address(
+    function: Callable[..., None], where: Callable[[Tensor], dict[str, int]] = lambda tensor: {}
+) -> Callable[..., None]:
+    """What :class:`Pools` runs, of an extension module: its function ``pool``, and where that runs (a tensor -> further
+    arguments)."""
 
-    def __init__(
-        self,
-        function: Callable[..., None],
-        empty: Callable[[Tensor, Sequence[int], torch.dtype, bool], Tensor],
-        where: Callable[[Tensor], dict[str, int]] = lambda tensor: {},
-    ) -> None:
-        self._function, self._empty, self._where = function, empty, where
-
-    def _run(
-        self,
+    def run(
         job: int,
         dims: int,
         x: Tensor | None,
@@ -63,8 +57,7 @@ class Pools:
         include_padding: bool = True,
         divisor: int = 0,
     ) -> None:
-        """``x`` has the shape of the pool's input, ``out`` and ``codes`` that of its output."""
-        self._function(
+        function(
             job,
             dims,
             0 if x is None else x.data_ptr(),
@@ -83,8 +76,21 @@ class Pools:
             include_padding,
             float(divisor),
             DTYPE[dtype],
-            **self._where(out),
+            **where(out),
         )
+
+    return run
+
+
+class Pools:
+    """The functions of a backend. ``run``: (job, dims, x, shape of x, out, codes, windows, dtype, include_padding=True, divisor=0);
+    ``x`` has the shape of the pool's input, ``out`` and ``codes`` that of its output, and one of x and out is written.
+    ``empty``: what memory results are given, (like, shape, dtype, channels_last) -> Tensor."""
+
+    def __init__(
+        self, run: Callable[..., None], empty: Callable[[Tensor, Sequence[int], torch.dtype, bool], Tensor]
+    ) -> None:
+        self._run, self._empty = run, empty
 
     def max_pool(
         self, x: Tensor, windows: Windows, output: Sequence[int], channels_last: bool, coded: bool = True
@@ -96,7 +102,7 @@ class Pools:
         out = self._empty(x, shape, x.dtype, channels_last)
         codes = self._empty(x, shape, code_dtype(windows, size, output), channels_last) if coded else None
         if out.numel():
-            self._run(_MAX, dims, x, x.shape, out, codes, windows, x.dtype)
+            self._run(MAX, dims, x, x.shape, out, codes, windows, x.dtype)
         return out, codes
 
     def max_pool_backward(
@@ -105,14 +111,14 @@ class Pools:
         """The gradient of an input of shape ``size``."""
         x = self._empty(grad, size, grad.dtype, channels_last)
         if x.numel():
-            self._run(_SCATTER, dims, x, x.shape, grad, codes, windows, grad.dtype)
+            self._run(SCATTER, dims, x, x.shape, grad, codes, windows, grad.dtype)
         return x
 
     def max_pool_gather(self, x: Tensor, codes: Tensor, windows: Windows, dims: int, channels_last: bool) -> Tensor:
         """x at the places that the codes mean."""
         out = self._empty(x, codes.shape, x.dtype, channels_last)
         if out.numel():
-            self._run(_GATHER, dims, x, x.shape, out, codes, windows, x.dtype)
+            self._run(GATHER, dims, x, x.shape, out, codes, windows, x.dtype)
         return out
 
     def max_pool_indices(self, codes: Tensor, windows: Windows, size: Sequence[int], channels_last: bool) -> Tensor:
@@ -121,7 +127,7 @@ class Pools:
         out = self._empty(codes, codes.shape, torch.int64, channels_last)
         if out.numel():
             shape = (*codes.shape[: codes.dim() - dims], *size)
-            self._run(_INDICES, dims, None, shape, out, codes, windows, torch.float32)
+            self._run(INDICES, dims, None, shape, out, codes, windows, torch.float32)
         return out
 
     def avg_pool(
@@ -137,7 +143,7 @@ class Pools:
         dims = len(output)
         out = self._empty(x, (*x.shape[: x.dim() - dims], *output), x.dtype, channels_last)
         if out.numel():
-            self._run(_AVG, dims, x, x.shape, out, None, windows, x.dtype, include_padding, divisor)
+            self._run(AVG, dims, x, x.shape, out, None, windows, x.dtype, include_padding, divisor)
         return out
 
     def avg_pool_backward(
@@ -152,5 +158,5 @@ class Pools:
     ) -> Tensor:
         x = self._empty(grad, size, grad.dtype, channels_last)
         if x.numel():
-            self._run(_AVG_BACKWARD, dims, x, x.shape, grad, None, windows, grad.dtype, include_padding, divisor)
+            self._run(AVG_BACKWARD, dims, x, x.shape, grad, None, windows, grad.dtype, include_padding, divisor)
         return x

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ... import _cpu
-from .._pool import Pools
+from .._pool import Pools, by_address
 from . import empty_image
 
-_pools = Pools(_cpu.pool, lambda like, shape, dtype, channels_last: empty_image(like, shape, channels_last, dtype))
+_pools = Pools(
+    by_address(_cpu.pool), lambda like, shape, dtype, channels_last: empty_image(like, shape, channels_last, dtype)
+)
 max_pool = _pools.max_pool
 max_pool_backward = _pools.max_pool_backward
 max_pool_gather = _pools.max_pool_gather

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._pool import Pools
+from .._pool import Pools, by_address
 from .._tensors import new_image
 from . import module, where
 
@@ -13,7 +13,9 @@ def _pool(*args: Any, **kwargs: Any) -> None:
     module().pool(*args, **kwargs)
 
 
-_pools = Pools(_pool, lambda like, shape, dtype, channels_last: new_image(like, shape, channels_last, dtype), where)
+_pools = Pools(
+    by_address(_pool, where), lambda like, shape, dtype, channels_last: new_image(like, shape, channels_last, dtype)
+)
 max_pool = _pools.max_pool
 max_pool_backward = _pools.max_pool_backward
 max_pool_gather = _pools.max_pool_gather

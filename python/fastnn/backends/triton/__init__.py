@@ -28,6 +28,7 @@ OPS = frozenset(
         *("gemm", "activation", "int_mm", "dropout"),
         *("attention", "attention_backward"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
+        *("pool", "max_pool", "max_pool_backward", "max_pool_gather", "avg_pool", "avg_pool_backward"),
         *("softmax", "softmax_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("batch_norm", "batch_norm_backward"),
