@@ -66,6 +66,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return two;
 }
 
+// 2 to the power of x, of about 22 bits; denormal results are zero.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers at a time: a b + c, rounded once.
 __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t two;

@@ -7,14 +7,10 @@
 //
 // the first adds dS y up (by the query), the second dS y (by the key) and P y' (by the value);
 // delta is the sum over a query's result times its gradient.
-#include "cuda/attention/view.cuh"
+#include "cuda/attention/scores.cuh"
 
 namespace fastnn::cuda {
 namespace {
-
-struct Pieces {
-  bool q, k, v, grad;
-};
 
 // A warp a query.
 template <class Element>
@@ -53,6 +49,58 @@ __device__ __forceinline__ void store(const AttentionOperand& to, const Head& at
     }
 }
 
+// From the products x yᵀ and x' y'ᵀ to the weights of the sums: P (without what is dropped) and dS.
+template <class Element, bool by_keys, int blocks>
+__device__ __forceinline__ void weigh(float (&p)[1][blocks][4], float (&ds)[1][blocks][4],
+                                      const Scores<by_keys>& scores, const AttentionBackward& a,
+                                      const Head& head, const float* delta, int64_t first,
+                                      int warp_row, int64_t column) {
+  const int64_t row = first + warp_row, queries = (head.batch * a.heads + head.head) * a.q_length;
+  const float* log_sums = static_cast<const float*>(a.log_sum) + queries;
+  const float* deltas = delta + queries;
+  // What does not exist is not seen either, and its weights are set below.
+  auto query_of = [&](int e, int at) {
+    return at_most(by_keys ? column + at + column_of(e) : row + row_of(e), a.q_length - 1);
+  };
+  auto weights = [&](float& product, float& other, float score, int64_t query, float keeps) {
+    const float probability = exp_of_difference<Element>(score, log_sums[query]);
+    other = probability * (other * keeps - deltas[query]);
+    product = probability * keeps;
+  };
+  const Limits seen = scores.limits(row, column, 8 * blocks);
+  if (scores.biased() || scores.threshold || a.grad_scores.data) {
+    each_block(p, ds, [&](float(&of_p)[4], float(&of_ds)[4], int at) {
+      float keeps[4] = {1, 1, 1, 1};
+      if (scores.threshold) scores.keep(keeps, row, column + at);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        if (!seen.sees(e, at)) {
+          of_p[e] = of_ds[e] = 0;
+          continue;
+        }
+        const int64_t x = row + row_of(e), y = column + at + column_of(e);
+        weights(of_p[e], of_ds[e], scores.of(of_p[e], x, y), by_keys ? y : x, keeps[e]);
+        if (!by_keys && a.grad_scores.data)
+          reinterpret_cast<float*>(a.grad_scores.data)[offset(a.grad_scores, head.batch, head.head) +
+                                                       x * a.grad_scores.strides[2] +
+                                                       y * a.grad_scores.strides[3]] = of_ds[e];
+      }
+    });
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < blocks; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      weights(p[0][j][e], ds[0][j][e], p[0][j][e] * scores.scale, query_of(e, 8 * j), 1);
+  if (scores.whole(first, column, 8 * blocks)) return;
+#pragma unroll
+  for (int j = 0; j < blocks; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (!seen.sees(e, 8 * j)) p[0][j][e] = ds[0][j][e] = 0;
+}
+
 template <class Mode, int kSize, int kPassing, bool by_keys>
 __global__ void __launch_bounds__(kThreads, 1)
     backward(const AttentionBackward a, const Pieces pieces, const float* delta,
@@ -70,19 +118,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t length = by_keys ? a.q_length : a.k_length;  // of what passes by
   const int warp_row = int(threadIdx.x) / 32 * 16;
 
-  auto load = [&](auto tile, char* to, const AttentionOperand& x, int64_t head, int64_t count,
-                  int64_t size, bool whole, int64_t row) {
+  // Two operands of a head, of size head_size and value_size.
+  auto rows_of_two = [&](auto tile, char* to, int bytes, bool of_keys, int64_t head, int64_t row) {
     using Tile = decltype(tile);
-    const Source from = rows_of<Element>(x, batch, head, count, size, whole);
-    for (int c = 0; c < kChunks; c++) Tile::load(to + c * Tile::kBytes, from, row, c * kDepth);
+    const AttentionOperand& x = of_keys ? a.k : a.q;
+    const AttentionOperand& other = of_keys ? a.v : a.grad;
+    const int64_t count = of_keys ? a.k_length : a.q_length;
+    load_rows<Tile, kChunks>(to,
+                             rows_of<Element>(x, batch, head, count, a.head_size,
+                                              of_keys ? pieces.k : pieces.q),
+                             row);
+    load_rows<Tile, kChunks>(to + bytes,
+                             rows_of<Element>(other, batch, head, count, a.value_size,
+                                              of_keys ? pieces.v : pieces.grad),
+                             row);
   };
-  if (by_keys) {
-    load(X{}, x_tiles, a.k, own, a.k_length, a.head_size, pieces.k, first);
-    load(X{}, x_tiles + kXBytes, a.v, own, a.k_length, a.value_size, pieces.v, first);
-  } else {
-    load(X{}, x_tiles, a.q, own, a.q_length, a.head_size, pieces.q, first);
-    load(X{}, x_tiles + kXBytes, a.grad, own, a.q_length, a.value_size, pieces.grad, first);
-  }
+  rows_of_two(X{}, x_tiles, kXBytes, by_keys, own, first);
 
   // What passes by: the part of it that any of the rows has to do with, once a head.
   const int64_t from_row = by_keys ? first - a.high : first + a.low;
@@ -92,18 +143,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t steps = high < low ? 0 : (high - low) / kPassing + 1;
   const int64_t all = by_keys ? steps * group : steps;
   auto load_step = [&](int64_t step) {
-    if (step < all) {
-      char* to = y_tiles + step % 2 * 2 * kYBytes;
-      const int64_t row = low + step % steps * kPassing,
-                    head = by_keys ? own * group + step / steps : own / group;
-      if (by_keys) {
-        load(Y{}, to, a.q, head, a.q_length, a.head_size, pieces.q, row);
-        load(Y{}, to + kYBytes, a.grad, head, a.q_length, a.value_size, pieces.grad, row);
-      } else {
-        load(Y{}, to, a.k, head, a.k_length, a.head_size, pieces.k, row);
-        load(Y{}, to + kYBytes, a.v, head, a.k_length, a.value_size, pieces.v, row);
-      }
-    }
+    if (step < all)
+      rows_of_two(Y{}, y_tiles + step % 2 * 2 * kYBytes, kYBytes, !by_keys,
+                  by_keys ? own * group + step / steps : own / group, low + step % steps * kPassing);
     ptx::cp_async_commit();
   };
   load_step(0);
@@ -124,28 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t row = low + step % steps * kPassing,
                   query_head = by_keys ? own * group + step / steps : own;
     const Head head{batch, query_head, query_head / group};
-    const Scores scores(a, head);
-    const int64_t queries = (batch * a.heads + query_head) * a.q_length;
-#pragma unroll
-    for (int j = 0; j < kPassing / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int64_t x_at = first + warp_row + row_of(e), y_at = row + 8 * j + column_of(e);
-        const int64_t query = by_keys ? y_at : x_at, key = by_keys ? x_at : y_at;
-        const bool sees = scores.sees(query, key);
-        const float log_sum = sees ? static_cast<const float*>(a.log_sum)[queries + query] : 0;
-        const float score = scores.of(p[0][j][e], query, key);
-        const float probability = sees ? expf(score - log_sum) : 0;
-        const float keeps = scores.threshold && sees ? scores.keeps(query, key) : 1;
-        const float by_score =
-            sees ? probability * (ds[0][j][e] * keeps - delta[queries + query]) : 0;
-        if (!by_keys && a.grad_scores.data && sees)
-          reinterpret_cast<float*>(a.grad_scores.data)[offset(a.grad_scores, batch, query_head) +
-                                                       query * a.grad_scores.strides[2] +
-                                                       key * a.grad_scores.strides[3]] = by_score;
-        p[0][j][e] = probability * keeps;
-        ds[0][j][e] = by_score;
-      }
+    const Scores<by_keys> scores(a, head);
+    weigh<Element>(p, ds, scores, a, head, delta, first, warp_row, row);
 #pragma unroll
     for (int s = 0; s < kPassing / 16; s++) {
       Mode::template step_of_results<Y>(by_first, ds[0][2 * s], ds[0][2 * s + 1], y, 16 * s);

@@ -1,14 +1,10 @@
 // A block of four warps has 64 queries of one head, 16 a warp, and goes through the keys in blocks.
 // While it works on the scores of one, the values of that one and then the keys of the next are on
 // their way.
-#include "cuda/attention/view.cuh"
+#include "cuda/attention/scores.cuh"
 
 namespace fastnn::cuda {
 namespace {
-
-struct Pieces {
-  bool q, k, v;
-};
 
 template <class Mode, int kSize, int kKeys>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -28,22 +24,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       rows_of<Element>(a.k, head.batch, head.kv_head, a.k_length, a.head_size, pieces.k);
   const Source v =
       rows_of<Element>(a.v, head.batch, head.kv_head, a.k_length, a.value_size, pieces.v);
-  const Scores scores(a, head);
+  const Scores<false> scores(a, head);
   const int warp_row = int(threadIdx.x) / 32 * 16;
 
   // The keys that any of these queries sees.
   const int64_t low = at_least(first + a.low, 0) / kKeys * kKeys;
   const int64_t high = at_most(first + kRows - 1 + a.high, a.k_length - 1);
 
-  auto load = [&](auto tile, char* to, const Source& from, int64_t row) {
-    using Tile = decltype(tile);
-    if (row <= high || &from == &q)
-      for (int c = 0; c < kChunks; c++) Tile::load(to + c * Tile::kBytes, from, row, c * kDepth);
+  // Begins to copy a block of keys or values, if there is one.
+  auto load = [&](char* to, const Source& from, int64_t key) {
+    if (key <= high) load_rows<Keys, kChunks>(to, from, key);
     ptx::cp_async_commit();
   };
-  load(Queries{}, q_tiles, q, first);
-  load(Keys{}, k_tiles, k, low);
-  load(Keys{}, v_tiles, v, low);
+  load_rows<Queries, kChunks>(q_tiles, q, first);
+  load(k_tiles, k, low);
+  load(v_tiles, v, low);
 
   float sums[kSize / 8][4] = {};
   float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
@@ -56,24 +51,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       Mode::template step<Queries, Keys>(p, q_tiles + c * Queries::kBytes,
                                          k_tiles + c * Keys::kBytes, warp_row, 0);
     __syncthreads();  // and read
-    load(Keys{}, k_tiles, k, key + kKeys);
+    load(k_tiles, k, key + kKeys);
 
+    scores.apply(p, first, warp_row, key);
     float most[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        p[0][j][e] =
-            scores.of(p[0][j][e], first + warp_row + row_of(e), key + 8 * j + column_of(e));
-        most[e / 2] = fmaxf(most[e / 2], p[0][j][e]);
-      }
+      for (int e = 0; e < 4; e++) most[e / 2] = fmaxf(most[e / 2], p[0][j][e]);
     float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       most[half] = row_max(most[half]);
       // A row that has seen nothing yet has no largest score to take off.
       const float base = most[half] == -kInfinity ? 0 : most[half];
-      shrink[half] = expf(largest[half] - base);
+      shrink[half] = exp_of_difference<Element>(largest[half], base);
       largest[half] = most[half], most[half] = base;
       total[half] *= shrink[half];
     }
@@ -81,12 +73,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const float x = expf(p[0][j][e] - most[e / 2]);
-        total[e / 2] += x;
-        p[0][j][e] = scores.threshold ? x * scores.keeps(first + warp_row + row_of(e),
-                                                         key + 8 * j + column_of(e))
-                                      : x;
+        p[0][j][e] = exp_of_difference<Element>(p[0][j][e], most[e / 2]);
+        total[e / 2] += p[0][j][e];
       }
+    if (scores.threshold)
+      each_block(p, [&](float(&four)[4], int at) {
+        float keeps[4];
+        scores.keep(keeps, first + warp_row, key + at);
+#pragma unroll
+        for (int e = 0; e < 4; e++) four[e] *= keeps[e];
+      });
 #pragma unroll
     for (int d = 0; d < kSize / 8; d++)
 #pragma unroll
@@ -98,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int s = 0; s < kKeys / 16; s++)
       Mode::template step_of_results<Keys>(sums, p[0][2 * s], p[0][2 * s + 1], v_tiles, 16 * s);
     __syncthreads();
-    load(Keys{}, v_tiles, v, key + kKeys);
+    load(v_tiles, v, key + kKeys);
   }
   ptx::cp_async_wait<0>();
 
@@ -137,7 +133,7 @@ void attention(const AttentionForward& a, void* stream) {
     const int64_t blocks = (a.q_length + kRows - 1) / kRows;
     constexpr size_t shared = size_t(kRows + 2 * kKeys) * kSize * sizeof(Element);
     const Pieces pieces{in_pieces(a.q, sizeof(Element)), in_pieces(a.k, sizeof(Element)),
-                        in_pieces(a.v, sizeof(Element))};
+                        in_pieces(a.v, sizeof(Element)), false};
     launch(forward<Mode, kSize, kKeys>, dim3(unsigned(blocks * a.batch * a.heads)), dim3(kThreads),
            shared, stream, a, pieces, blocks);
   });

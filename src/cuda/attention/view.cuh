@@ -1,10 +1,8 @@
-// What forward and backward have in common: one head's operands, and what becomes of a product of a
-// query and a key.
+// What forward and backward have in common: one head's operands, and who has what of a tile.
 #pragma once
 #include <stdexcept>
 #include <string>
 
-#include "common/philox.hpp"
 #include "cuda/attention/attention.hpp"
 #include "cuda/gemm/modes.cuh"
 
@@ -16,6 +14,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Head {
   int64_t batch, head, kv_head;
+};
+
+// Whose rows can be copied 16 bytes at a time.
+struct Pieces {
+  bool q, k, v, grad;
 };
 
 __device__ inline int64_t offset(const AttentionOperand& x, int64_t batch, int64_t head) {
@@ -41,78 +44,6 @@ inline bool in_pieces(const AttentionOperand& x, int size) {
   return fits;
 }
 
-// The score of query i and key j of one head, from their product; -infinity where the query does
-// not see the key.
-struct Scores {
-  const Attention& a;
-  const char* mask;
-  float slope, scale;
-  uint64_t threshold, dropout_row;
-  float kept;  // what a probability is multiplied with that was not dropped
-
-  __device__ Scores(const Attention& a, const Head& h)
-      : a(a),
-        mask(nullptr),
-        slope(0),
-        scale(float(a.scale)),
-        threshold(0),
-        dropout_row(0),
-        kept(1) {
-    if (a.mask.data)
-      mask = a.mask.data + offset(a.mask, h.batch, h.head) * int64_t(mask_size(a.mask_type));
-    if (a.slopes) slope = a.slopes[h.batch * a.slopes_batch + h.head * a.slopes_head];
-    if (a.dropout > 0) {
-      threshold = dropout_threshold(a.dropout);
-      dropout_row = uint64_t(h.batch * a.heads + h.head) * uint64_t(a.q_length);
-      kept = a.dropout < 1 ? float(1 / (1 - a.dropout)) : 0.0f;
-    }
-  }
-
-  __device__ static int mask_size(DType type) {
-    return type == DType::u8 ? 1 : type == DType::f32 ? 4 : 2;
-  }
-
-  __device__ bool sees(int64_t i, int64_t j) const {
-    return i < a.q_length && j < a.k_length && j - i >= a.low && j - i <= a.high;
-  }
-
-  __device__ float of(float product, int64_t i, int64_t j) const {
-    if (!sees(i, j)) return -kInfinity;
-    float score = product * scale;
-    if (mask) {
-      const int64_t at = i * a.mask.strides[2] + j * a.mask.strides[3];
-      switch (a.mask_type) {
-        case DType::u8:
-          if (!mask[at]) return -kInfinity;
-          break;
-        case DType::bf16:
-          score += to_float(reinterpret_cast<const __nv_bfloat16*>(mask)[at]);
-          break;
-        case DType::f16:
-          score += to_float(reinterpret_cast<const __half*>(mask)[at]);
-          break;
-        default:
-          score += reinterpret_cast<const float*>(mask)[at];
-      }
-    }
-    if (a.slopes) score -= slope * fabsf(float(i + a.shift - j));
-    return score;
-  }
-
-  // 0 for a probability that is dropped.
-  __device__ float keeps(int64_t i, int64_t j) const {
-    if (!threshold) return 1;
-    const uint64_t keys = (uint64_t(a.k_length) + 3) / 4 * 4;
-    const uint64_t element = (dropout_row + uint64_t(i)) * keys + uint64_t(j);
-    // The seed is read again each time: kept in registers, there are too few for the sums.
-    const PhiloxWords words = philox(*a.seed, element / 4);
-    // Chosen, not indexed, which would put them into memory.
-    const uint32_t low = element & 1 ? words.word[1] : words.word[0];
-    const uint32_t high = element & 1 ? words.word[3] : words.word[2];
-    return (element & 2 ? high : low) >= threshold ? kept : 0;
-  }
-};
-
 // The place of an element that mma.sync leaves a thread, in its warp's rows and a tile's 8 columns.
 __device__ __forceinline__ int row_of(int e) { return int(threadIdx.x) % 32 / 4 + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int e) { return int(threadIdx.x) % 4 * 2 + e % 2; }
@@ -129,6 +60,20 @@ __device__ __forceinline__ float row_sum(float x) {
 
 __device__ inline int64_t at_least(int64_t x, int64_t y) { return x < y ? y : x; }
 __device__ inline int64_t at_most(int64_t x, int64_t y) { return x < y ? x : y; }
+
+// Begins to copy all 64 bytes wide tiles of these rows.
+template <class Tile, int chunks>
+__device__ __forceinline__ void load_rows(char* to, const Source& from, int64_t row) {
+  if (from.pieces) {
+#pragma unroll
+    for (int c = 0; c < chunks; c++)
+      Tile::load_pieces(to + c * Tile::kBytes, from, row, c * Tile::kDepth);
+  } else {
+#pragma unroll 1
+    for (int c = 0; c < chunks; c++)
+      Tile::load_elements(to + c * Tile::kBytes, from, row, c * Tile::kDepth);
+  }
+}
 
 // Calls f(Mode{}, integer_constant<padded size>) for the type and the longer of the two sizes.
 template <class F>

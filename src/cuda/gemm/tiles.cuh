@@ -43,31 +43,58 @@ struct TileOf {
                                               int64_t k0) {
 #pragma unroll
     for (int i = 0; i < kPieces / threads; i++) {
-      const int index = i * threads + int(threadIdx.x);
+      const Piece p(tile, from, i * threads + int(threadIdx.x), first, k0);
+      if (from.pieces)
+        p.copy(from);
+      else
+        p.copy_elements(from);
+    }
+  }
+  // Likewise where from.pieces is known.
+  __device__ static __forceinline__ void load_pieces(char* tile, const Source& from, int64_t first,
+                                                     int64_t k0) {
+#pragma unroll
+    for (int i = 0; i < kPieces / threads; i++)
+      Piece(tile, from, i * threads + int(threadIdx.x), first, k0).copy(from);
+  }
+  __device__ static __forceinline__ void load_elements(char* tile, const Source& from,
+                                                       int64_t first, int64_t k0) {
+#pragma unroll 1
+    for (int i = 0; i < kPieces / threads; i++)
+      Piece(tile, from, i * threads + int(threadIdx.x), first, k0).copy_elements(from);
+  }
+
+  struct Piece {
+    char* to;
+    const char* source;
+    int count;  // of its elements that exist
+
+    __device__ __forceinline__ Piece(char* tile, const Source& from, int index, int64_t first,
+                                     int64_t k0) {
       const int row = index / kRow, piece = index % kRow;
       const int64_t at = first + (along_k ? row : piece * kEach);
       const int64_t k = k0 + (along_k ? piece * kEach : row);
-      char* to = tile + offset(row, piece);
-      // How many of the piece's elements exist.
+      to = tile + offset(row, piece);
       const int64_t left =
           along_k ? (at < from.extent ? from.k - k : 0) : (k < from.k ? from.extent - at : 0);
-      const int count = left >= kEach ? kEach : left > 0 ? int(left) : 0;
-      const char* source = from.data + (at * from.extent_stride + k * from.k_stride) * kSize;
-      if (from.pieces) {
-        ptx::cp_async<kPieceBytes>(to, count ? source : from.data, count * kSize);
-      } else {
-        const int64_t step = along_k ? from.k_stride : from.extent_stride;
-        Element elements[kEach];
-#pragma unroll
-        for (int e = 0; e < kEach; e++)
-          elements[e] =
-              e < count ? *reinterpret_cast<const Element*>(source + e * step * kSize) : Element{};
-        uint4 together;
-        memcpy(&together, elements, kPieceBytes);
-        *reinterpret_cast<uint4*>(to) = together;
-      }
+      count = left >= kEach ? kEach : left > 0 ? int(left) : 0;
+      source = from.data + (at * from.extent_stride + k * from.k_stride) * kSize;
     }
-  }
+    __device__ __forceinline__ void copy(const Source& from) const {
+      ptx::cp_async<kPieceBytes>(to, count ? source : from.data, count * kSize);
+    }
+    __device__ __forceinline__ void copy_elements(const Source& from) const {
+      const int64_t step = along_k ? from.k_stride : from.extent_stride;
+      Element elements[kEach];
+#pragma unroll
+      for (int e = 0; e < kEach; e++)
+        elements[e] =
+            e < count ? *reinterpret_cast<const Element*>(source + e * step * kSize) : Element{};
+      uint4 together;
+      memcpy(&together, elements, kPieceBytes);
+      *reinterpret_cast<uint4*>(to) = together;
+    }
+  };
 
   // ---- fragments of 8- and 16-bit elements: 32 bytes of K in step `step` -----------------------
 

@@ -65,6 +65,11 @@ inline uint32_t pack_f16(float low, float high) {
   return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
 }
 
+inline float exp2(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0 : y;
+}
+
 // In float64, of which a product of two has all digits, and then rounded once (twice where the sum
 // has more than 53, which those of small integers have not).
 template <class Half, class To, class From>
