@@ -66,6 +66,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return two;
 }
 
+// x, but the compiler does not know: what follows from it is computed anew each time instead of
+// being kept in registers throughout a loop.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2 to the power of x, of about 22 bits; denormal results are zero.
 __device__ __forceinline__ float exp2(float x) {
   float y;

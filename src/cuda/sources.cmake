@@ -2,6 +2,7 @@
 set(FASTNN_CUDA_KERNELS
   attention/backward.cu
   attention/forward.cu
+  attention/long_rows.cu
   conv/conv.cu
   conv/depthwise.cu
   conv/depthwise_weight.cu

@@ -1,5 +1,6 @@
-"""Attention on CUDA at the edges of its blocks of 64 queries and 32 or 64 keys, and of its rows of 32, 64 and 128; and with
-dropout, for which the CPU and CUDA draw the same numbers."""
+"""Attention on CUDA at the edges of its blocks of 64 queries and 32, 64 or 128 keys, and of its rows of 32, 64 and 128, and of
+the slices of 128 or 256 of longer ones; with infinities; and with dropout, for which the CPU and CUDA draw the same numbers.
+"""
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def check(q_shape, k_shape, v_size, dtype, **options):
         ((65, 127), (65, 17)),
         ((1, 193), (128, 128)),
         ((130, 31), (8, 127)),
+        ((33, 129), (129, 31)),
+        ((3, 65), (31, 257)),
     ],
     ids=str,
 )
@@ -50,14 +53,38 @@ def test_unaligned_rows_are_read_by_elements(on_cuda, no_fallback):
     torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_is_that_of_the_cpu(on_cuda, no_fallback):
-    args = [torch.randn(2, 3, n, 16) for n in (70, 45, 45)]
-    torch.manual_seed(7)
-    on_a_gpu = fF.scaled_dot_product_attention(*args, dropout_p=0.4)
-    torch.manual_seed(7)
+@pytest.mark.parametrize("size", [16, 140])
+def test_dropout_is_that_of_the_cpu(size, on_cuda, no_fallback):
+    args = [torch.randn(1, 2, n, size).requires_grad_() for n in (70, 45, 45)]
+    mask = torch.randn(70, 45)
+
+    def results():
+        torch.manual_seed(7)
+        result = fF.scaled_dot_product_attention(*args, attn_mask=mask, dropout_p=0.4)
+        return result, *torch.autograd.grad(result.sin().sum(), args)
+
+    on_a_gpu = results()
     with fastnn.backend("cpu"):
-        on_a_cpu = fF.scaled_dot_product_attention(*args, dropout_p=0.4)
-    torch.testing.assert_close(on_a_gpu, on_a_cpu, rtol=1e-5, atol=1e-6)
+        on_a_cpu = results()
+    for got, expected in zip(on_a_gpu, on_a_cpu, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 64, 140])
+def test_infinities_of_float32_are_not_taken_apart(size, on_cuda, no_fallback):
+    """Parts of an infinity, or of products that are beyond float32, would sum up to NaN."""
+    query, key, value = (torch.rand(1, 1, n, size) + 0.5 for n in (5, 40, 40))
+    key[0, 0, 3] = -torch.inf  # a score of -infinity
+    key[0, 0, 7] = -3e38
+    query[0, 0, 2] = 3e38
+    query[0, 0, 2, ::2] = 0.5
+    key[0, 0, :, 1::2] = torch.where(key[0, 0, :, 1::2].isfinite(), 0.0, key[0, 0, :, 1::2])
+    value[0, 0, 11, 1] = torch.inf
+    value[0, 0, 12, 2] = -3.4e38
+    result = fF.scaled_dot_product_attention(query, key, value)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert result[..., 0].isfinite().all() and (result[..., 1] == torch.inf).all()
 
 
 def test_the_same_bits_again(on_cuda):

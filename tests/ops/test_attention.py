@@ -98,8 +98,6 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name, is_causal, with_grad, kernels, no_fallback):
     slow_to_interpret(kernels, with_grad and name in ("matrices", "broadcast in five", "one of each", "long rows"))
-    if kernels == "cuda" and name == "long rows":
-        pytest.skip("no CUDA kernel of rows over 128")
     args = make(*SHAPES[name], grad=with_grad)
     compare(ours, torchs, args, torchs, is_causal=is_causal)
 

@@ -1,6 +1,5 @@
 // Attention on a GPU; the arguments, and their meaning, are those of the CPU's
-// (src/cpp/attention/attention.hpp), of float32, bfloat16 or float16 and rows of up to kMaxSize
-// elements.
+// (src/cpp/attention/attention.hpp), of float32, bfloat16 or float16 and rows of any size.
 //
 // Forward: Dao, arXiv:2307.08691. Its backward adds to the queries' gradients with atomics, in
 // whatever order blocks come; here the scores are computed a second time instead, for the queries'
@@ -10,11 +9,13 @@
 
 namespace fastnn::cuda {
 
-constexpr int64_t kMaxSize = 128;
-
-// Throw std::invalid_argument for types and sizes that have no kernel.
+// Throw std::invalid_argument for types that have no kernel.
 void attention(const AttentionForward& a, void* stream);
 // `workspace`: batch x heads x q_length floats.
 void attention_backward(const AttentionBackward& a, float* workspace, void* stream);
+
+// Those for rows that are too long for a block to keep, with the deltas that backward.cu computes.
+void attention_long(const AttentionForward& a, void* stream);
+void attention_backward_long(const AttentionBackward& a, const float* deltas, void* stream);
 
 }  // namespace fastnn::cuda

@@ -7,7 +7,8 @@
 //
 // the first adds dS y up (by the query), the second dS y (by the key) and P y' (by the value);
 // delta is the sum over a query's result times its gradient.
-#include "cuda/attention/scores.cuh"
+#include "cuda/attention/gradients.cuh"
+#include "cuda/attention/plain.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -33,74 +34,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) to[row] = sum;
 }
 
-template <class Element, int columns>
-__device__ __forceinline__ void store(const AttentionOperand& to, const Head& at, int64_t head,
-                                      int64_t first, int64_t length, int64_t size,
-                                      const float (&sums)[columns][4], float scale) {
-  auto* data = reinterpret_cast<Element*>(to.data) + offset(to, at.batch, head);
-#pragma unroll
-  for (int d = 0; d < columns; d++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int64_t row = first + row_of(e), column = 8 * d + column_of(e);
-      if (row < length && column < size)
-        data[row * to.strides[2] + column * to.strides[3]] =
-            from_float<Element>(sums[d][e] * scale);
-    }
-}
-
-// From the products x yᵀ and x' y'ᵀ to the weights of the sums: P (without what is dropped) and dS.
-template <class Element, bool by_keys, int blocks>
-__device__ __forceinline__ void weigh(float (&p)[1][blocks][4], float (&ds)[1][blocks][4],
-                                      const Scores<by_keys>& scores, const AttentionBackward& a,
-                                      const Head& head, const float* delta, int64_t first,
-                                      int warp_row, int64_t column) {
-  const int64_t row = first + warp_row, queries = (head.batch * a.heads + head.head) * a.q_length;
-  const float* log_sums = static_cast<const float*>(a.log_sum) + queries;
-  const float* deltas = delta + queries;
-  // What does not exist is not seen either, and its weights are set below.
-  auto query_of = [&](int e, int at) {
-    return at_most(by_keys ? column + at + column_of(e) : row + row_of(e), a.q_length - 1);
-  };
-  auto weights = [&](float& product, float& other, float score, int64_t query, float keeps) {
-    const float probability = exp_of_difference<Element>(score, log_sums[query]);
-    other = probability * (other * keeps - deltas[query]);
-    product = probability * keeps;
-  };
-  const Limits seen = scores.limits(row, column, 8 * blocks);
-  if (scores.biased() || scores.threshold || a.grad_scores.data) {
-    each_block(p, ds, [&](float(&of_p)[4], float(&of_ds)[4], int at) {
-      float keeps[4] = {1, 1, 1, 1};
-      if (scores.threshold) scores.keep(keeps, row, column + at);
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        if (!seen.sees(e, at)) {
-          of_p[e] = of_ds[e] = 0;
-          continue;
-        }
-        const int64_t x = row + row_of(e), y = column + at + column_of(e);
-        weights(of_p[e], of_ds[e], scores.of(of_p[e], x, y), by_keys ? y : x, keeps[e]);
-        if (!by_keys && a.grad_scores.data)
-          reinterpret_cast<float*>(a.grad_scores.data)[offset(a.grad_scores, head.batch, head.head) +
-                                                       x * a.grad_scores.strides[2] +
-                                                       y * a.grad_scores.strides[3]] = of_ds[e];
-      }
-    });
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < blocks; j++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      weights(p[0][j][e], ds[0][j][e], p[0][j][e] * scores.scale, query_of(e, 8 * j), 1);
-  if (scores.whole(first, column, 8 * blocks)) return;
-#pragma unroll
-  for (int j = 0; j < blocks; j++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (!seen.sees(e, 8 * j)) p[0][j][e] = ds[0][j][e] = 0;
-}
-
 template <class Mode, int kSize, int kPassing, bool by_keys>
 __global__ void __launch_bounds__(kThreads, 1)
     backward(const AttentionBackward a, const Pieces pieces, const float* delta,
@@ -108,10 +41,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Element = typename Mode::Element;
   using X = TileOf<Element, kRows, true, kThreads>;
   using Y = TileOf<Element, kPassing, true, kThreads>;
+  using Sums = QuerySums<by_keys, kPassing>;
   constexpr int kDepth = X::kDepth, kChunks = kSize / kDepth;
   constexpr int kXBytes = kChunks * X::kBytes, kYBytes = kChunks * Y::kBytes;
-  char* x_tiles = dynamic_shared<char>();  // x, x'
-  char* y_tiles = x_tiles + 2 * kXBytes;   // two stages of y, y'
+  char* x_tiles = dynamic_shared<char>();                                   // x, x'
+  char* y_tiles = x_tiles + 2 * kXBytes;                                    // two stages of y, y'
+  auto* sums_of_queries = reinterpret_cast<float*>(y_tiles + 4 * kYBytes);  // likewise
   const int64_t heads = by_keys ? a.kv_heads : a.heads, group = a.heads / a.kv_heads;
   const int64_t index = int64_t(blockIdx.x) / blocks, first = int64_t(blockIdx.x) % blocks * kRows;
   const int64_t batch = index / heads, own = index % heads;
@@ -124,14 +59,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const AttentionOperand& x = of_keys ? a.k : a.q;
     const AttentionOperand& other = of_keys ? a.v : a.grad;
     const int64_t count = of_keys ? a.k_length : a.q_length;
-    load_rows<Tile, kChunks>(to,
-                             rows_of<Element>(x, batch, head, count, a.head_size,
-                                              of_keys ? pieces.k : pieces.q),
-                             row);
-    load_rows<Tile, kChunks>(to + bytes,
-                             rows_of<Element>(other, batch, head, count, a.value_size,
-                                              of_keys ? pieces.v : pieces.grad),
-                             row);
+    load_tiles<Tile, kChunks>(
+        to, rows_of<Element>(x, batch, head, count, a.head_size, of_keys ? pieces.k : pieces.q),
+        row);
+    load_tiles<Tile, kChunks>(
+        to + bytes,
+        rows_of<Element>(other, batch, head, count, a.value_size, of_keys ? pieces.v : pieces.grad),
+        row);
   };
   rows_of_two(X{}, x_tiles, kXBytes, by_keys, own, first);
 
@@ -143,57 +77,69 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t steps = high < low ? 0 : (high - low) / kPassing + 1;
   const int64_t all = by_keys ? steps * group : steps;
   auto load_step = [&](int64_t step) {
-    if (step < all)
-      rows_of_two(Y{}, y_tiles + step % 2 * 2 * kYBytes, kYBytes, !by_keys,
-                  by_keys ? own * group + step / steps : own / group, low + step % steps * kPassing);
+    if (step < all) {
+      const int64_t row = low + step % steps * kPassing;
+      const int64_t head = by_keys ? own * group + step / steps : own / group;
+      rows_of_two(Y{}, y_tiles + step % 2 * 2 * kYBytes, kYBytes, !by_keys, head, row);
+      Sums::copy(sums_of_queries + step % 2 * 2 * kPassing, a, delta, batch, head, row);
+    }
     ptx::cp_async_commit();
   };
   load_step(0);
 
-  float by_first[kSize / 8][4] = {}, by_value[by_keys ? kSize / 8 : 1][4] = {};
+  float by_first[1][kSize / 8][4] = {}, by_value[1][by_keys ? kSize / 8 : 1][4] = {};
+  bool large_row = false;
   for (int64_t step = 0; step < all; step++) {
     load_step(step + 1);
     ptx::cp_async_wait<1>();
-    __syncthreads();
     const char* y = y_tiles + step % 2 * 2 * kYBytes;
+    if (step == 0) large_row = any_large_row<X, 2 * kChunks>(x_tiles);
+    const bool plain = sync_or<Element>(large_row || any_large_row<Y, 2 * kChunks>(y));
     float p[1][kPassing / 8][4] = {}, ds[1][kPassing / 8][4] = {};
 #pragma unroll(sizeof(Element) == 4 ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++) {
-      Mode::template step<X, Y>(p, x_tiles + c * X::kBytes, y + c * Y::kBytes, warp_row, 0);
-      Mode::template step<X, Y>(ds, x_tiles + kXBytes + c * X::kBytes, y + kYBytes + c * Y::kBytes,
-                                warp_row, 0);
+      cuda::step<Mode, X, Y>(plain, p, x_tiles + c * X::kBytes, y + c * Y::kBytes, warp_row, 0);
+      cuda::step<Mode, X, Y>(plain, ds, x_tiles + kXBytes + c * X::kBytes,
+                             y + kYBytes + c * Y::kBytes, warp_row, 0);
     }
     const int64_t row = low + step % steps * kPassing,
                   query_head = by_keys ? own * group + step / steps : own;
     const Head head{batch, query_head, query_head / group};
     const Scores<by_keys> scores(a, head);
-    weigh<Element>(p, ds, scores, a, head, delta, first, warp_row, row);
+    const Sums sums(a, delta, sums_of_queries + step % 2 * 2 * kPassing, head, first + warp_row);
+    weigh<Element>(p, ds, scores, a, head, sums, first, warp_row, row, 0);
 #pragma unroll
     for (int s = 0; s < kPassing / 16; s++) {
-      Mode::template step_of_results<Y>(by_first, ds[0][2 * s], ds[0][2 * s + 1], y, 16 * s);
+      step_of_results<Mode, Y>(plain, by_first, ds[0][2 * s], ds[0][2 * s + 1], y, 16 * s);
       if constexpr (by_keys)
-        Mode::template step_of_results<Y>(by_value, p[0][2 * s], p[0][2 * s + 1], y + kYBytes,
-                                          16 * s);
+        step_of_results<Mode, Y>(plain, by_value, p[0][2 * s], p[0][2 * s + 1], y + kYBytes,
+                                 16 * s);
     }
     __syncthreads();  // everyone has read the stage that is filled next
   }
   ptx::cp_async_wait<0>();
 
-  const Head at{batch, own, own};
+  const float scale[2] = {float(a.scale), float(a.scale)}, one[2] = {1, 1};
+  const int64_t row = first + warp_row;
   if constexpr (by_keys) {
-    store<Element>(a.grad_k, at, own, first + warp_row, a.k_length, a.head_size, by_first,
-                   float(a.scale));
-    store<Element>(a.grad_v, at, own, first + warp_row, a.k_length, a.value_size, by_value, 1.0f);
+    store<Element>(a.grad_k, batch, own, row, a.k_length, 0, a.head_size, by_first, scale);
+    store<Element>(a.grad_v, batch, own, row, a.k_length, 0, a.value_size, by_value, one);
   } else {
-    store<Element>(a.grad_q, at, own, first + warp_row, a.q_length, a.head_size, by_first,
-                   float(a.scale));
+    store<Element>(a.grad_q, batch, own, row, a.q_length, 0, a.head_size, by_first, scale);
   }
 }
 
 }  // namespace
 
 void attention_backward(const AttentionBackward& a, float* workspace, void* stream) {
-  with_kernel(a, [&](auto mode, auto size) {
+  const int64_t queries = a.batch * a.heads * a.q_length;
+  with_mode(a.type, [&](auto mode) {
+    launch(deltas<typename decltype(mode)::Element>,
+           dim3(unsigned(ceil_div(queries, kThreads / 32))), dim3(kThreads), 0, stream, a,
+           workspace, queries);
+  });
+  const float* delta = workspace;
+  auto kernels = [&](auto mode, auto size) {
     using Mode = decltype(mode);
     using Element = typename Mode::Element;
     constexpr int kSize = decltype(size)::value;
@@ -202,21 +148,17 @@ void attention_backward(const AttentionBackward& a, float* workspace, void* stre
     constexpr int kOfKeys = kSize < 128 && !kWide ? 64 : 32,
                   kOfQueries = kSize < 64 && !kWide ? 64 : 32;
     constexpr size_t kRowBytesOfAll = kSize * sizeof(Element);
-    const Pieces pieces{in_pieces(a.q, sizeof(Element)), in_pieces(a.k, sizeof(Element)),
-                        in_pieces(a.v, sizeof(Element)), in_pieces(a.grad, sizeof(Element))};
-    const int64_t rows = a.batch * a.heads * a.q_length;
-    launch(deltas<Element>, dim3(unsigned((rows + kThreads / 32 - 1) / (kThreads / 32))),
-           dim3(kThreads), 0, stream, a, workspace, rows);
-    const float* delta = workspace;
-    const int64_t by_queries = (a.q_length + kRows - 1) / kRows;
-    const int64_t by_keys = (a.k_length + kRows - 1) / kRows;
+    const Pieces pieces = pieces_of(a);
+    const int64_t by_queries = ceil_div(a.q_length, kRows), by_keys = ceil_div(a.k_length, kRows);
     launch(backward<Mode, kSize, kOfKeys, false>, dim3(unsigned(by_queries * a.batch * a.heads)),
            dim3(kThreads), (2 * kRows + 4 * kOfKeys) * kRowBytesOfAll, stream, a, pieces, delta,
            by_queries);
     launch(backward<Mode, kSize, kOfQueries, true>, dim3(unsigned(by_keys * a.batch * a.kv_heads)),
-           dim3(kThreads), (2 * kRows + 4 * kOfQueries) * kRowBytesOfAll, stream, a, pieces, delta,
-           by_keys);
-  });
+           dim3(kThreads),
+           (2 * kRows + 4 * kOfQueries) * kRowBytesOfAll + 2 * QuerySums<true, kOfQueries>::kBytes,
+           stream, a, pieces, delta, by_keys);
+  };
+  with_kernel(a, kernels, [&] { attention_backward_long(a, delta, stream); });
 }
 
 }  // namespace fastnn::cuda

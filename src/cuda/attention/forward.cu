@@ -1,7 +1,7 @@
 // A block of four warps has 64 queries of one head, 16 a warp, and goes through the keys in blocks.
 // While it works on the scores of one, the values of that one and then the keys of the next are on
 // their way.
-#include "cuda/attention/scores.cuh"
+#include "cuda/attention/plain.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -33,23 +33,26 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Begins to copy a block of keys or values, if there is one.
   auto load = [&](char* to, const Source& from, int64_t key) {
-    if (key <= high) load_rows<Keys, kChunks>(to, from, key);
+    if (key <= high) load_tiles<Keys, kChunks>(to, from, key);
     ptx::cp_async_commit();
   };
-  load_rows<Queries, kChunks>(q_tiles, q, first);
+  load_tiles<Queries, kChunks>(q_tiles, q, first);
   load(k_tiles, k, low);
   load(v_tiles, v, low);
 
-  float sums[kSize / 8][4] = {};
+  float sums[1][kSize / 8][4] = {};
+  bool large_query = false;
   float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
   for (int64_t key = low; key <= high; key += kKeys) {
     ptx::cp_async_wait<1>();
-    __syncthreads();  // the keys are there
+    if (key == low) large_query = any_large_row<Queries, kChunks>(q_tiles);
+    // The keys are there.
+    const bool plain = sync_or<Element>(large_query || any_large_row<Keys, kChunks>(k_tiles));
     float p[1][kKeys / 8][4] = {};
 #pragma unroll(sizeof(Element) == 4 ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++)
-      Mode::template step<Queries, Keys>(p, q_tiles + c * Queries::kBytes,
-                                         k_tiles + c * Keys::kBytes, warp_row, 0);
+      step<Mode, Queries, Keys>(plain, p, q_tiles + c * Queries::kBytes, k_tiles + c * Keys::kBytes,
+                                warp_row, 0);
     __syncthreads();  // and read
     load(k_tiles, k, key + kKeys);
 
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         total[e / 2] += p[0][j][e];
       }
     if (scores.threshold)
-      each_block(p, [&](float(&four)[4], int at) {
+      each_block(p, [&](float (&four)[4], int at) {
         float keeps[4];
         scores.keep(keeps, first + warp_row, key + at);
 #pragma unroll
@@ -86,57 +89,50 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int d = 0; d < kSize / 8; d++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) sums[d][e] *= shrink[e / 2];
+      for (int e = 0; e < 4; e++) sums[0][d][e] *= shrink[e / 2];
 
     ptx::cp_async_wait<1>();
-    __syncthreads();  // the values are there
+    // The values are there.
+    const bool plain_values = sync_or<Element>(any_large_row<Keys, kChunks>(v_tiles));
 #pragma unroll
     for (int s = 0; s < kKeys / 16; s++)
-      Mode::template step_of_results<Keys>(sums, p[0][2 * s], p[0][2 * s + 1], v_tiles, 16 * s);
+      step_of_results<Mode, Keys>(plain_values, sums, p[0][2 * s], p[0][2 * s + 1], v_tiles,
+                                  16 * s);
     __syncthreads();
     load(v_tiles, v, key + kKeys);
   }
   ptx::cp_async_wait<0>();
 
-  auto* out = reinterpret_cast<Element*>(a.out.data) + offset(a.out, head.batch, head.head);
+  float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     total[half] = row_sum(total[half]);
-    const int64_t row = first + warp_row + row_of(2 * half);
-    if (row >= a.q_length) continue;
     // A query that sees nothing: the sum is 0, and so is its result.
     const bool nothing = largest[half] == -kInfinity && total[half] == 0;
-    const float inverse = nothing ? 0 : 1 / total[half];
-#pragma unroll
-    for (int d = 0; d < kSize / 8; d++)
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; e++) {
-        const int64_t column = 8 * d + column_of(e);
-        if (column < a.value_size)
-          out[row * a.out.strides[2] + column * a.out.strides[3]] =
-              from_float<Element>(sums[d][e] * inverse);
-      }
-    if (a.log_sum && threadIdx.x % 4 == 0)
+    inverse[half] = nothing ? 0 : 1 / total[half];
+    const int64_t row = first + warp_row + row_of(2 * half);
+    if (a.log_sum && threadIdx.x % 4 == 0 && row < a.q_length)
       static_cast<float*>(a.log_sum)[index * a.q_length + row] =
           nothing ? kInfinity : largest[half] + logf(total[half]);
   }
+  store<Element>(a.out, head.batch, head.head, first + warp_row, a.q_length, 0, a.value_size, sums,
+                 inverse);
 }
 
 }  // namespace
 
 void attention(const AttentionForward& a, void* stream) {
-  with_kernel(a, [&](auto mode, auto size) {
+  auto kernel = [&](auto mode, auto size) {
     using Mode = decltype(mode);
     using Element = typename Mode::Element;
     // float32's parts take registers, of which fewer keys at a time leave more.
     constexpr int kSize = decltype(size)::value, kKeys = sizeof(Element) == 4 ? 32 : 64;
-    const int64_t blocks = (a.q_length + kRows - 1) / kRows;
+    const int64_t blocks = ceil_div(a.q_length, kRows);
     constexpr size_t shared = size_t(kRows + 2 * kKeys) * kSize * sizeof(Element);
-    const Pieces pieces{in_pieces(a.q, sizeof(Element)), in_pieces(a.k, sizeof(Element)),
-                        in_pieces(a.v, sizeof(Element)), false};
     launch(forward<Mode, kSize, kKeys>, dim3(unsigned(blocks * a.batch * a.heads)), dim3(kThreads),
-           shared, stream, a, pieces, blocks);
-  });
+           shared, stream, a, pieces_of(a), blocks);
+  };
+  with_kernel(a, kernel, [&] { attention_long(a, stream); });
 }
 
 }  // namespace fastnn::cuda

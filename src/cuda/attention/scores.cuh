@@ -19,23 +19,7 @@ __device__ __forceinline__ float exp_of_difference(float x, float base) {
   return ptx::exp2(fmaf(x, kLog2E, -base * kLog2E));
 }
 
-// f(elements, their first column) for 8 columns after 8 of one array, or of two.
-template <int blocks, class F>
-__device__ __forceinline__ void each_block(float (&x)[1][blocks][4], F f) {
-#pragma unroll 1
-  for (int column = 0; column < 8 * blocks; column += 8) {
-    float four[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) four[e] = x[0][0][e];
-    f(four, column);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-#pragma unroll
-      for (int j = 0; j + 1 < blocks; j++) x[0][j][e] = x[0][j + 1][e];
-      x[0][blocks - 1][e] = four[e];
-    }
-  }
-}
+// each_block() of two arrays.
 template <int blocks, class F>
 __device__ __forceinline__ void each_block(float (&x)[1][blocks][4], float (&y)[1][blocks][4],
                                            F f) {
@@ -48,8 +32,7 @@ __device__ __forceinline__ void each_block(float (&x)[1][blocks][4], float (&y)[
 #pragma unroll
     for (int e = 0; e < 4; e++) {
 #pragma unroll
-      for (int j = 0; j + 1 < blocks; j++)
-        x[0][j][e] = x[0][j + 1][e], y[0][j][e] = y[0][j + 1][e];
+      for (int j = 0; j + 1 < blocks; j++) x[0][j][e] = x[0][j + 1][e], y[0][j][e] = y[0][j + 1][e];
       x[0][blocks - 1][e] = of_x[e], y[0][blocks - 1][e] = of_y[e];
     }
   }
@@ -67,8 +50,8 @@ struct Limits {
 template <bool by_keys>
 struct Scores {
   const Attention& a;
-  int64_t low, high;       // row x sees columns x + low to x + high
-  int64_t rows, columns;   // how many there are
+  int64_t low, high;      // row x sees columns x + low to x + high
+  int64_t rows, columns;  // how many there are
   const char* mask;
   float slope, scale;
   uint64_t threshold, dropout_row;
@@ -152,7 +135,7 @@ struct Scores {
     const int64_t row = first + warp_row;
     if (biased()) {
       const Limits seen = limits(row, column, 8 * blocks);
-      each_block(x, [&](float(&four)[4], int at) {
+      each_block(x, [&](float (&four)[4], int at) {
 #pragma unroll
         for (int e = 0; e < 4; e++)
           four[e] = seen.sees(e, at) ? of(four[e], row + row_of(e), column + at + column_of(e))
@@ -184,7 +167,7 @@ struct Scores {
     const uint64_t query = uint64_t(by_keys ? y : x), key = uint64_t(by_keys ? x : y);
     const uint64_t keys = (uint64_t(a.k_length) + 3) / 4 * 4;
     PhiloxWords words = philox(*a.seed, ((dropout_row + query) * keys + key) / 4);
-    uint32_t(&word)[4] = words.word;
+    uint32_t (&word)[4] = words.word;
     if constexpr (by_keys) {
 #pragma unroll
       for (int distance = 1; distance <= 2; distance *= 2) {

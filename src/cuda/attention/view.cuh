@@ -2,9 +2,11 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/attention/attention.hpp"
 #include "cuda/gemm/modes.cuh"
+#include "cuda/types.cuh"
 
 namespace fastnn::cuda {
 
@@ -61,45 +63,117 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ inline int64_t at_least(int64_t x, int64_t y) { return x < y ? y : x; }
 __device__ inline int64_t at_most(int64_t x, int64_t y) { return x < y ? x : y; }
 
-// Begins to copy all 64 bytes wide tiles of these rows.
-template <class Tile, int chunks>
-__device__ __forceinline__ void load_rows(char* to, const Source& from, int64_t row) {
+// Begins to copy tiles of 64 bytes each, one after the other along their depth.
+template <class Tile, int tiles>
+__device__ __forceinline__ void load_tiles(char* to, const Source& from, int64_t first,
+                                           int64_t k = 0) {
   if (from.pieces) {
 #pragma unroll
-    for (int c = 0; c < chunks; c++)
-      Tile::load_pieces(to + c * Tile::kBytes, from, row, c * Tile::kDepth);
+    for (int i = 0; i < tiles; i++)
+      Tile::load_pieces(to + i * Tile::kBytes, from, first, k + i * Tile::kDepth);
   } else {
 #pragma unroll 1
-    for (int c = 0; c < chunks; c++)
-      Tile::load_elements(to + c * Tile::kBytes, from, row, c * Tile::kDepth);
+    for (int i = 0; i < tiles; i++)
+      Tile::load_elements(to + i * Tile::kBytes, from, first, k + i * Tile::kDepth);
   }
 }
 
-// Calls f(Mode{}, integer_constant<padded size>) for the type and the longer of the two sizes.
-template <class F>
-void with_kernel(const Attention& a, F f) {
-  const int64_t size = a.head_size > a.value_size ? a.head_size : a.value_size;
-  if (size > kMaxSize)
-    throw std::invalid_argument("attention: no CUDA kernel for rows of " + std::to_string(size));
-  auto sized = [&](auto mode) {
-    if (size <= 32)
-      f(mode, std::integral_constant<int, 32>{});
-    else if (size <= 64)
-      f(mode, std::integral_constant<int, 64>{});
-    else
-      f(mode, std::integral_constant<int, 128>{});
-  };
-  switch (a.type) {
-    case DType::f32:
-      return sized(SplitF32<3>{});
-    case DType::bf16:
-      return sized(Bf16{});
-    case DType::f16:
-      return sized(F16{});
-    default:
-      throw std::invalid_argument(std::string("attention: no CUDA kernel for ") +
-                                  dtype_name(a.type));
+// f(elements, their first column) for 8 columns after 8.
+template <int blocks, class F>
+__device__ __forceinline__ void each_block(float (&x)[1][blocks][4], F f) {
+#pragma unroll 1
+  for (int column = 0; column < 8 * blocks; column += 8) {
+    float four[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) four[e] = x[0][0][e];
+    f(four, column);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+#pragma unroll
+      for (int j = 0; j + 1 < blocks; j++) x[0][j][e] = x[0][j + 1][e];
+      x[0][blocks - 1][e] = four[e];
+    }
   }
+}
+
+// Two neighbours of a tensor.
+template <class Element>
+struct alignas(2 * sizeof(Element)) Pair {
+  Element first, second;
+};
+
+// A warp's sums, of rows from `first` and columns from `from` on, times `scale`: by pairs, where
+// they lie so.
+template <class Element, int blocks>
+__device__ __forceinline__ void store(const AttentionOperand& to, int64_t batch, int64_t head,
+                                      int64_t first, int64_t length, int64_t from, int64_t size,
+                                      float (&sums)[1][blocks][4], const float (&scale)[2]) {
+  auto* data = reinterpret_cast<Element*>(to.data) + offset(to, batch, head);
+  const int64_t rows[2] = {first + row_of(0), first + row_of(2)};
+  const bool pairs = to.strides[3] == 1 && size % 2 == 0 &&
+                     (to.strides[0] | to.strides[1] | to.strides[2]) % 2 == 0 &&
+                     reinterpret_cast<uintptr_t>(to.data) % sizeof(Pair<Element>) == 0;
+  if (pairs) {
+    const int left = int(at_most(size - from, 8 * blocks)) - column_of(0);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (rows[half] >= length) continue;
+      Element* at = data + rows[half] * to.strides[2] + from + column_of(0);
+#pragma unroll
+      for (int d = 0; d < blocks; d++)
+        if (8 * d < left)
+          *reinterpret_cast<Pair<Element>*>(at + 8 * d) = {
+              from_float<Element>(sums[0][d][2 * half] * scale[half]),
+              from_float<Element>(sums[0][d][2 * half + 1] * scale[half])};
+    }
+    return;
+  }
+  each_block(sums, [&](float (&four)[4], int at) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int64_t column = from + at + column_of(e);
+      if (rows[e / 2] < length && column < size)
+        data[rows[e / 2] * to.strides[2] + column * to.strides[3]] =
+            from_float<Element>(four[e] * scale[e / 2]);
+    }
+  });
+}
+
+template <class Call>
+Pieces pieces_of(const Call& a) {
+  const int size = a.type == DType::f32 ? 4 : 2;
+  Pieces pieces{in_pieces(a.q, size), in_pieces(a.k, size), in_pieces(a.v, size), false};
+  if constexpr (std::is_same_v<Call, AttentionBackward>) pieces.grad = in_pieces(a.grad, size);
+  return pieces;
+}
+
+// Calls f(Mode{}) for the type.
+template <class F>
+void with_mode(DType type, F f) {
+  switch (type) {
+    case DType::f32:
+      return f(SplitF32<3>{});
+    case DType::bf16:
+      return f(Bf16{});
+    case DType::f16:
+      return f(F16{});
+    default:
+      throw std::invalid_argument(std::string("attention: no CUDA kernel for ") + dtype_name(type));
+  }
+}
+
+// Calls f(Mode{}, integer_constant<padded size>) for the type and the longer of the two sizes, or
+// long_rows() where a block has no room for such rows: three parts of float32 take more of it.
+template <class F, class Long>
+void with_kernel(const Attention& a, F f, Long long_rows) {
+  const int64_t size = a.head_size > a.value_size ? a.head_size : a.value_size;
+  with_mode(a.type, [&](auto mode) {
+    if (size <= 32) return f(mode, std::integral_constant<int, 32>{});
+    if (size <= 64) return f(mode, std::integral_constant<int, 64>{});
+    if constexpr (sizeof(typename decltype(mode)::Element) == 2)
+      if (size <= 128) return f(mode, std::integral_constant<int, 128>{});
+    long_rows();
+  });
 }
 
 }  // namespace fastnn::cuda

@@ -23,6 +23,7 @@ struct Source {
 
 template <class Element, int extent, bool along_k, int threads>
 struct TileOf {
+  using Type = Element;
   static constexpr int kSize = sizeof(Element), kDepth = kRowBytes / kSize;
   static constexpr int kBytes = extent * kRowBytes, kPieces = kBytes / kPieceBytes;
   static constexpr int kEach = kPieceBytes / kSize;  // elements of a piece
@@ -36,6 +37,19 @@ struct TileOf {
     // Two rows along K share a set of 128 bytes; float32 lying across is read by columns of four k.
     const int with = along_k ? (row >> 1) & 3 : kSize == 4 ? ((row >> 2) & 3) << 1 : row & 7;
     return (row * kRow + (piece ^ with)) * kPieceBytes;
+  }
+
+  // An element, for what has no fragments.
+  __device__ static __forceinline__ float element(const char* tile, int at, int k) {
+    const int row = along_k ? at : k, column = along_k ? k : at;
+    return to_float(*reinterpret_cast<const Element*>(tile + offset(row, column / kEach) +
+                                                      column % kEach * kSize));
+  }
+  // The pieces that this thread copies.
+  static constexpr int kEachThreads = kPieces / threads;
+  __device__ static __forceinline__ const char* own_piece(const char* tile, int i) {
+    const int index = i * threads + int(threadIdx.x);
+    return tile + offset(index / kRow, index % kRow);
   }
 
   // Begins to copy the tile at (first, k0), with zeros where the operand ends.

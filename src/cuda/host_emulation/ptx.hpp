@@ -65,6 +65,8 @@ inline uint32_t pack_f16(float low, float high) {
   return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
 }
 
+inline int anew(int x) { return x; }
+
 inline float exp2(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0 : y;

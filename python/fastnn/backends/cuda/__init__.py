@@ -49,8 +49,6 @@ OPS = frozenset(
         "split_search",
     )
 )
-#: The longest rows of attention.
-MAX_SIZE = 128
 
 
 def use(module: Any) -> None:
@@ -81,8 +79,6 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
         return reason
     if op not in OPS:
         return f"no CUDA kernel for {op}"
-    if op.startswith("attention") and any(x is not None and x.shape[-1] > MAX_SIZE for x in tensors[:3]):
-        return f"rows longer than {MAX_SIZE} on CUDA"
     return reason_against(op, device_type(), *tensors)
 
 
