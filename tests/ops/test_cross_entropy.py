@@ -14,18 +14,18 @@ from torch.library import opcheck
 import fastnn
 import fastnn.functional as fF
 from fastnn import _cpu, _state
-from fastnn.backends import cpu, cuda
-from fastnn.backends.cuda import cross_entropy as cuda_kernels
+from fastnn.backends import _cross_entropy, cpu, cuda
 from fastnn.ops import cross_entropy as ops
 
 from .support import FLOATS, TORCH, assert_within
 
 HAS_TABLE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 ISAS = [name for name in _cpu.available_isas() if name != "amx"]
-every_machine = pytest.mark.not_on("amx", "triton")
+every_machine = pytest.mark.not_on("amx")
 SHAPES = [(5,), (1, 3), (6, 7), (17, 130), (3, 1500), (70, 2), (2, 5, 4), (3, 21, 40), (2, 3, 4, 5), (1, 300, 3, 3)]
 #: A row for a warp, one for a block, with packs of 16 bytes and without, and images; fewer than SHAPES, which take long there.
-ON_CUDA = [(5,), (6, 7), (17, 136), (2, 2504), (3, 2051), (2, 5, 20), (1, 70, 3, 3)]
+GPUS = ("cuda", "triton")
+ON_GPUS = [(5,), (6, 7), (17, 136), (2, 2504), (3, 2051), (2, 5, 20), (1, 70, 3, 3)]
 
 
 def targets(shape, kind, dtype=torch.float32):
@@ -52,11 +52,11 @@ def layouts(x):
 def test_values_and_gradients(dtype, kind, machine, no_fallback):
     tight = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     choices = itertools.cycle(itertools.product(("mean", "sum", "none"), (0.0, 0.3), (False, True)))
-    for number, shape in enumerate(SHAPES if machine != "cuda" else ON_CUDA):
+    for number, shape in enumerate(SHAPES if machine not in GPUS else ON_GPUS):
         classes = shape[0] if len(shape) == 1 else shape[1]
         some = list(layouts((torch.randn(shape) * 3).to(dtype)))
-        for x in some if machine != "cuda" else some[number % 2 :: 3]:
-            for _ in range(5 if machine != "cuda" else 1):
+        for x in some if machine not in GPUS else some[number % 2 :: 3]:
+            for _ in range(5 if machine not in GPUS else 1):
                 reduction, smoothing, weighted = next(choices)
                 target = targets(shape, kind, dtype)
                 weight = (torch.rand(classes) + 0.1).to(dtype) if weighted else None
@@ -89,7 +89,7 @@ def test_signatures():
         assert list(inspect.signature(fF.linear_cross_entropy).parameters) == list(theirs)
 
 
-@pytest.mark.not_on("amx", "amx-emulated", "portable", "avx2", "triton")
+@pytest.mark.not_on("amx", "amx-emulated", "portable", "avx2")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_logits_that_are_not_finite(smoothing, machine, no_fallback):
     for classes_last in (True, False):
@@ -106,7 +106,7 @@ def test_logits_that_are_not_finite(smoothing, machine, no_fallback):
         torch.testing.assert_close(ours, torchs, equal_nan=True)
 
 
-@pytest.mark.not_on("amx", "amx-emulated", "portable", "avx2", "triton")
+@pytest.mark.not_on("amx", "amx-emulated", "portable", "avx2")
 def test_ignored_positions(machine, no_fallback):
     x = torch.randn(5, 4, requires_grad=True)
     for target, ignored in ((torch.tensor([-100, 1, -100, 2, 0]), -100), (torch.tensor([9, 1, 2, 3, 0]), 9)):
@@ -134,7 +134,7 @@ def test_on_a_gpu(on_cuda, no_fallback, monkeypatch):
             for call in (lambda t: fF.cross_entropy(x[:4], t), lambda t: fF.linear_cross_entropy(x[:4], x[:3], t)):
                 with pytest.raises(RuntimeError, match="Target is out of bounds"):
                     call(torch.tensor([0, 1, bad, 2]))
-    monkeypatch.setattr(cuda_kernels, "SLICE_BYTES", 3 * 11 * 4)
+    monkeypatch.setattr(_cross_entropy, "SLICE_BYTES", 3 * 11 * 4)
     for reduction in ("mean", "none"):
         found = []
         for dtype in (torch.float32, torch.float64):
@@ -414,7 +414,7 @@ def test_the_short_way(no_fallback):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear(dtype, reduction, machine, no_fallback):
     loose = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 8e-3}[dtype]
-    for rows, classes, features in ((1, 3, 2), (7, 130, 19), (130, 31, 64))[: 2 if machine == "cuda" else 3]:
+    for rows, classes, features in ((1, 3, 2), (7, 130, 19), (130, 31, 64))[: 2 if machine in GPUS else 3]:
         for smoothing, with_bias, weighted in ((0.0, False, False), (0.1, True, True), (0.0, True, False)):
             x = (torch.randn(features, rows) / features**0.5).to(dtype).t()
             w, b = torch.randn(classes, features).to(dtype), torch.randn(2 * classes).to(dtype)[::2]

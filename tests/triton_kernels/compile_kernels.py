@@ -14,8 +14,10 @@ from triton.compiler import ASTSource
 from fastnn.backends.triton import (
     attention,
     conv,
+    cross_entropy,
     dropout,
     elementwise,
+    embedding,
     gemm,
     layer_norm,
     norm,
@@ -225,6 +227,34 @@ def norms(arch):
     yield "sum_pieces fp64", compiled(reduce.sum_pieces, matrix, dict(column_stride=1, ROWS=32, COLUMNS=64), arch)
 
 
+def losses(arch):
+    """Of logits whose rows lie dense, and tables of dense rows."""
+    numbers = dict(size="i32", shape=("i32", "i32"), ignore_index="i32", base="fp32", hard="fp32")
+    numbers |= {name: "*fp64" for name in ("lse", "mass_of", "total")} | dict(
+        index="*i64", weight="*fp32", grad="*fp32"
+    )
+    for indexed, spread in ((True, False), (True, True), (False, True)):
+        constants = dict(INDEX=indexed, SPREAD=spread, WEIGHTED=spread, EACH=False, MEAN=True, DIMS=2, BLOCK=1024)
+        for kernel, names in ((cross_entropy.forward, "x t out"), (cross_entropy.backward, "x t to")):
+            known = numbers | {name: "*bf16" for name in names.split()}
+            known |= {f"{name}_strides": ("i32", "i32") for name in names.split()}
+            types = {name: known[name] for name in kernel.arg_names if name in known}
+            steps = {name: 1 for name in kernel.arg_names if name.endswith("_step")}
+            yield (
+                f"cross entropy {kernel.fn.__name__} {indexed} {spread}",
+                compiled(kernel, types, constants | steps, arch),
+            )
+    types = dict(losses="*fp64", index="*i64", weight="*fp32", out="*bf16", total="*fp64", positions="i32")
+    constants = dict(INDEX=True, WEIGHTED=True, MEAN=True, BLOCK=1024)
+    yield "loss sum", compiled(cross_entropy.sum_losses, types | dict(ignore_index="i32"), constants, arch)
+    sizes = dict(rows="i32", count="i32", columns="i32", row_stride="i32")
+    tile = dict(ROWS=16, COLUMNS=128, column_stride=1, BY_FREQUENCY=True)
+    tensors = dict(table="*bf16", indices="*i64", out="*bf16")
+    yield "embedding", compiled(embedding.gather, tensors | sizes, tile, arch)
+    types = dict(grad="*bf16", order="*i64", begins="*i64", out="*bf16", columns="i32", row_stride="i32", padding="i32")
+    yield "embedding backward", compiled(embedding.sum_places, types, tile, arch)
+
+
 def trees(arch):
     """Of two classes and 256 bins, rows with weights and without."""
     integers = ("sums", "nodes", "weights", "weights_below", "below", "plan", "counts", "above")
@@ -283,6 +313,7 @@ def main():
         *convolutions(arch),
         *attentions(arch),
         *others(arch),
+        *losses(arch),
         *norms(arch),
         *quantization(arch),
         *trees(arch),

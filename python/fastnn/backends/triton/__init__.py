@@ -30,6 +30,8 @@ OPS = frozenset(
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("pool", "max_pool", "max_pool_backward", "max_pool_gather", "avg_pool", "avg_pool_backward"),
         *("softmax", "softmax_backward"),
+        *("embedding", "embedding_backward"),
+        *("cross_entropy", "cross_entropy_backward", "linear_cross_entropy", "linear_cross_entropy_backward"),
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("batch_norm", "batch_norm_backward"),
         *("group_norm", "group_norm_backward", "instance_norm"),
