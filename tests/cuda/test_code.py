@@ -63,13 +63,22 @@ def test_products_run_on_tensor_cores(extension, kernel):
     names = [name for name in kernels(extension, "sm_80") if kernel in name]
     for part, instruction in TENSOR_CORES.items():
         if part == "2S8" and kernel != "product":
-            continue  # convolutions and attention of integers have no kernel
+            continue  # convolutions of integers are another kernel, attention of integers is none
         name = next(name for name in names if part in name)
         code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
         assert instruction in code, part
         assert "LDGSTS.E.BYPASS.128" in code, "cp.async of 16 bytes"
         assert ("LDSM.16" in code) == (part != "SplitF32"), "ldmatrix"
         assert "STL" not in code, "a store to local memory"
+
+
+@pytest.mark.parametrize(("part", "instruction"), [("2S8", "IMMA.16832.S8.S8"), ("2U8", "IMMA.16832.U8.S8")])
+def test_convolutions_of_integers(part, instruction, extension):
+    name = next(name for name in kernels(extension, "sm_80") if "int8_tiles" in name and part in name)
+    code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
+    assert instruction in code
+    assert "LDGSTS.E.BYPASS.128" in code and "LDSM.16" in code
+    assert "STL" not in code
 
 
 def test_few_rows_of_quantized_layers(extension):

@@ -1,5 +1,4 @@
-"""Whole models on CUDA's kernels: converted, in `patch()`, in bfloat16 and under autocast; what has no kernel there is torch's and
-counted, and no more than the list below."""
+"""Whole models on CUDA's kernels: converted, in `patch()`, in bfloat16 and under autocast; nothing of them goes to torch."""
 
 import copy
 
@@ -10,9 +9,6 @@ from torch import nn
 import fastnn
 from fastnn import _state, models
 from fastnn.testing import verify_model
-
-#: What goes to torch for want of a kernel, in whole or in part.
-WITHOUT_A_KERNEL = {"embedding", "cross_entropy"}
 
 
 def encoder(**options):
@@ -50,9 +46,8 @@ def made(name):
 
 
 def went_to_torch():
-    """But for what has no kernel, and for the reference in float64 where the model is fastnn's own."""
-    found = _state.fallbacks().items()
-    return {(op, why): n for (op, why), n in found if op not in WITHOUT_A_KERNEL and "float64" not in why}
+    """But for the reference in float64 where the model is fastnn's own."""
+    return {(op, why): n for (op, why), n in _state.fallbacks().items() if "float64" not in why}
 
 
 @pytest.mark.parametrize("name", MODELS)
