@@ -75,6 +75,10 @@ ROWS = (
             "softmax_backward",
         )
     ),
+    Row("embedding", "embedding", _BF16, ((50304, 4096, 16384),)),
+    Row("embedding-train", "embedding_train", _BF16, ((50304, 4096, 16384),)),
+    Row("cross-entropy", "cross_entropy", _BF16, ((8192, 50304),)),
+    Row("linear-cross-entropy", "linear_cross_entropy", _BF16, ((8192, 32000, 4096),)),
     *(
         Row(name.replace("_", "-"), name, _F32, _IMAGES, share=0.92)
         for name in ("batch_norm", "batch_norm_relu", "batch_norm_backward")
