@@ -34,16 +34,49 @@ def product(sums, a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
-def rows(x, first, length, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows from ``first`` on of one head, (ROWS, COLUMNS); what there is not is 0."""
+def rows(x, first, length, strides, column, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from ``first`` on of one head, and of their SIZE columns those from ``column`` on, (ROWS, COLUMNS); what there is
+    not is 0."""
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    at = x + first.to(tl.int64) * strides[2]
-    at += row[:, None].to(tl.int64) * strides[2] + column[None, :].to(tl.int64) * strides[3]
+    at = tl.arange(0, COLUMNS)
+    x += first.to(tl.int64) * strides[2]
+    x += row[:, None].to(tl.int64) * strides[2] + (column + at)[None, :].to(tl.int64) * strides[3]
     inside = (first + row < length)[:, None]
-    if SIZE < COLUMNS:
-        inside = inside & (column < SIZE)[None, :]
-    return tl.load(at, mask=inside, other=0.0)
+    if SIZE % COLUMNS != 0:
+        inside = inside & (column + at < SIZE)[None, :]
+    return tl.load(x, mask=inside, other=0.0)
+
+
+@triton.jit
+def scores_of(
+    kept,
+    x,
+    first,
+    length,
+    x_strides,
+    passing,
+    y,
+    row,
+    their_length,
+    y_strides,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    KEPT: tl.constexpr,
+    PASSING: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """x yᵀ of kept and passing rows, which are held; long ones of float32, for whose parts there are no registers, are read
+    again, some columns at a time."""
+    CHUNK: tl.constexpr = 64
+    sums = tl.zeros((KEPT, PASSING), tl.float32)
+    if PARTS > 0 and COLUMNS > CHUNK:
+        for column in range(0, SIZE, CHUNK):
+            a = rows(x, first, length, x_strides, column, SIZE, KEPT, CHUNK)
+            b = rows(y, row, their_length, y_strides, column, SIZE, PASSING, CHUNK)
+            sums = product(sums, a, tl.trans(b), PARTS)
+    else:
+        sums = product(sums, kept, tl.trans(passing), PARTS)
+    return sums
 
 
 @triton.jit
@@ -141,8 +174,10 @@ def attend(
     total,
     largest,
     queries,
+    q,
     k,
     v,
+    q_strides,
     k_strides,
     v_strides,
     mask,
@@ -177,9 +212,10 @@ def attend(
     for block in range(begin, end - skipped):
         key = tl.where(block < skipped_from, block, block + skipped) * KEYS
         j = (key + tl.arange(0, KEYS))[None, :]
-        zeros = tl.zeros((QUERIES, KEYS), tl.float32)
-        their_keys = rows(k, key, keys, k_strides, HEAD, KEYS, COLUMNS)
-        scores = product(zeros, queries, tl.trans(their_keys), PARTS) * scale
+        their_keys = rows(k, key, keys, k_strides, 0, HEAD, KEYS, COLUMNS)
+        scores = scale * scores_of(
+            queries, q, first, length, q_strides, their_keys, k, key, keys, k_strides, PARTS, HEAD, QUERIES, KEYS, COLUMNS
+        )  # fmt: skip
         scores = biased(scores, i, j, length, keys, mask, mask_strides, slope, shift)
         if BOUNDED:
             scores = tl.where(visible(i, j, keys, low, high), scores, float("-inf"))
@@ -192,7 +228,7 @@ def attend(
         largest = higher
         if seed is not None:
             p = tl.where(kept_scores(seed, threshold, head_row, first, key, keys, QUERIES, KEYS), p, 0.0)
-        values = rows(v, key, keys, v_strides, VALUE, KEYS, VALUE_COLUMNS)
+        values = rows(v, key, keys, v_strides, 0, VALUE, KEYS, VALUE_COLUMNS)
         sums = product(sums * shrink[:, None], p, values, PARTS)
     return sums, total, largest
 
@@ -236,7 +272,8 @@ def forward(
     first = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
     index = tl.program_id(0) // blocks
     batch, head = index // heads, index % heads
-    queries = rows(head_of(q, batch, head, q_strides), first, length, q_strides, HEAD, QUERIES, COLUMNS)
+    q = head_of(q, batch, head, q_strides)
+    queries = rows(q, first, length, q_strides, 0, HEAD, QUERIES, COLUMNS)
     k = head_of(k, batch, head // group, k_strides)
     v = head_of(v, batch, head // group, v_strides)
     mask = mask_of(mask, mask_strides, batch, head)
@@ -250,12 +287,12 @@ def forward(
     # What every query sees without a question, and then what is left on both sides.
     if PARTS == 0:
         sums, total, largest = attend(
-            sums, total, largest, queries, k, v, k_strides, v_strides, mask, mask_strides, slope, seed, head_row,
+            sums, total, largest, queries, q, k, v, q_strides, k_strides, v_strides, mask, mask_strides, slope, seed, head_row,
             threshold, first, whole, broken, broken, 0, length, keys, low, high, shift, scale,
             False, PARTS, HEAD, VALUE, QUERIES, KEYS, COLUMNS, VALUE_COLUMNS,
         )  # fmt: skip
     sums, total, largest = attend(
-        sums, total, largest, queries, k, v, k_strides, v_strides, mask, mask_strides, slope, seed, head_row,
+        sums, total, largest, queries, q, k, v, q_strides, k_strides, v_strides, mask, mask_strides, slope, seed, head_row,
         threshold, first, begin, end, whole, broken - whole, length, keys, low, high, shift, scale,
         True, PARTS, HEAD, VALUE, QUERIES, KEYS, COLUMNS, VALUE_COLUMNS,
     )  # fmt: skip
@@ -275,12 +312,16 @@ def forward(
 def differentiate(
     by_x,
     by_x2,
+    kept_x,
+    kept_x2,
     x,
     x2,
     x_log_sum,
     x_delta,
     y,
     y2,
+    x_strides,
+    x2_strides,
     y_strides,
     y2_strides,
     log_sum,
@@ -316,14 +357,15 @@ def differentiate(
 ):
     """What blocks of passing rows from ``begin`` to ``end`` add to the gradients of the kept rows from ``first`` on."""
     at_x = (first + tl.arange(0, KEPT))[:, None]
-    passing = length if BY_KEYS else keys
+    of_x, passing = (keys, length) if BY_KEYS else (length, keys)
     for block in range(begin, end - skipped):
         row = tl.where(block < skipped_from, block, block + skipped) * PASSING
         at_y = (row + tl.arange(0, PASSING))[None, :]
         i, j = (at_y, at_x) if BY_KEYS else (at_x, at_y)
-        zeros = tl.zeros((KEPT, PASSING), tl.float32)
-        their_y = rows(y, row, passing, y_strides, HEAD, PASSING, COLUMNS)
-        scores = product(zeros, x, tl.trans(their_y), PARTS) * scale
+        their_y = rows(y, row, passing, y_strides, 0, HEAD, PASSING, COLUMNS)
+        scores = scale * scores_of(
+            kept_x, x, first, of_x, x_strides, their_y, y, row, passing, y_strides, PARTS, HEAD, KEPT, PASSING, COLUMNS
+        )  # fmt: skip
         scores = biased(scores, i, j, length, keys, mask, mask_strides, slope, shift)
         if BY_KEYS:
             # A query that there is not has seen nothing.
@@ -332,8 +374,11 @@ def differentiate(
         else:
             its_log_sum, its_delta = x_log_sum, x_delta
         p = tl.exp(scores - its_log_sum)
-        their_y2 = rows(y2, row, passing, y2_strides, VALUE, PASSING, VALUE_COLUMNS)
-        by_p = product(zeros, x2, tl.trans(their_y2), PARTS)
+        their_y2 = rows(y2, row, passing, y2_strides, 0, VALUE, PASSING, VALUE_COLUMNS)
+        by_p = scores_of(
+            kept_x2, x2, first, of_x, x2_strides, their_y2, y2, row, passing, y2_strides,
+            PARTS, VALUE, KEPT, PASSING, VALUE_COLUMNS,
+        )  # fmt: skip
         if BOUNDED:
             seen = visible(at_x, at_y, passing, low, high)
             p = tl.where(seen, p, 0.0)
@@ -406,15 +451,17 @@ def backward(
     index = tl.program_id(0) // blocks
     batch, own = index // heads, index % heads
     of_x, passing = (keys, length) if BY_KEYS else (length, keys)
-    kept_x = rows(head_of(x, batch, own, x_strides), first, of_x, x_strides, HEAD, KEPT, COLUMNS)
-    kept_x2 = rows(head_of(x2, batch, own, x2_strides), first, of_x, x2_strides, VALUE, KEPT, VALUE_COLUMNS)
+    x = head_of(x, batch, own, x_strides)
+    x2 = head_of(x2, batch, own, x2_strides)
+    kept_x = rows(x, first, of_x, x_strides, 0, HEAD, KEPT, COLUMNS)
+    kept_x2 = rows(x2, first, of_x, x2_strides, 0, VALUE, KEPT, VALUE_COLUMNS)
     begin, whole, broken, end = passing_blocks(first, passing, low, high, PARTS, KEPT, PASSING)
     x_log_sum = tl.zeros((KEPT, 1), tl.float32)
     x_delta = x_log_sum
     if not BY_KEYS:
         i = first + tl.arange(0, KEPT)
         at = index.to(tl.int64) * length + i
-        result = rows(head_of(out, batch, own, out_strides), first, length, out_strides, VALUE, KEPT, VALUE_COLUMNS)
+        result = rows(head_of(out, batch, own, out_strides), first, length, out_strides, 0, VALUE, KEPT, VALUE_COLUMNS)
         deltas = tl.sum(result.to(tl.float32) * kept_x2.to(tl.float32), 1)
         tl.store(delta + at, deltas, mask=i < length)
         x_delta = deltas[:, None]
@@ -433,14 +480,16 @@ def backward(
         slope = slope_of(slopes, slopes_strides, batch, head)
         if PARTS == 0:
             sums, sums2 = differentiate(
-                sums, sums2, kept_x, kept_x2, x_log_sum, x_delta, their_y, their_y2, y_strides, y2_strides, log_sum, delta,
-                by_scores, their_mask, mask_strides, slope, seed, head_row, threshold, first, whole, broken, broken, 0,
+                sums, sums2, kept_x, kept_x2, x, x2, x_log_sum, x_delta, their_y, their_y2, x_strides, x2_strides, y_strides,
+                y2_strides, log_sum, delta, by_scores, their_mask, mask_strides, slope, seed, head_row,
+                threshold, first, whole, broken, broken, 0,
                 length, keys, low, high, shift, scale, kept,
                 BY_KEYS, False, PARTS, HEAD, VALUE, KEPT, PASSING, COLUMNS, VALUE_COLUMNS,
             )  # fmt: skip
         sums, sums2 = differentiate(
-            sums, sums2, kept_x, kept_x2, x_log_sum, x_delta, their_y, their_y2, y_strides, y2_strides, log_sum, delta,
-            by_scores, their_mask, mask_strides, slope, seed, head_row, threshold, first, begin, end, whole, broken - whole,
+            sums, sums2, kept_x, kept_x2, x, x2, x_log_sum, x_delta, their_y, their_y2, x_strides, x2_strides, y_strides,
+            y2_strides, log_sum, delta, by_scores, their_mask, mask_strides, slope, seed, head_row,
+            threshold, first, begin, end, whole, broken - whole,
             length, keys, low, high, shift, scale, kept,
             BY_KEYS, True, PARTS, HEAD, VALUE, KEPT, PASSING, COLUMNS, VALUE_COLUMNS,
         )  # fmt: skip
@@ -599,20 +648,20 @@ def attention_backward(
 #: what fits the registers of sm_80 and sm_90, and 114 KiB of shared memory.
 FORWARD = {
     64: ((128, 64, 8, 3), (64, 32, 4, 2)),
-    128: ((128, 32, 8, 3), (64, 32, 4, 2)),
-    256: ((64, 32, 8, 2), (32, 16, 4, 1)),
+    128: ((128, 32, 8, 3), (64, 32, 8, 2)),
+    256: ((64, 32, 8, 2), (32, 16, 8, 1)),
     512: ((32, 32, 8, 1), (16, 16, 8, 1)),
 }
 BY_QUERIES = {
     64: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    128: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    256: ((64, 16, 8, 1), (16, 16, 4, 1)),
+    128: ((64, 32, 4, 2), (32, 32, 8, 2)),
+    256: ((64, 16, 8, 1), (16, 16, 8, 1)),
     512: ((32, 16, 8, 1), (16, 16, 8, 1)),
 }
 BY_KEYS = {
     64: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    128: ((64, 32, 8, 2), (32, 32, 4, 2)),
-    256: ((32, 32, 8, 1), (16, 16, 4, 1)),
+    128: ((64, 32, 8, 2), (32, 32, 8, 2)),
+    256: ((32, 32, 8, 1), (16, 16, 8, 1)),
     512: ((32, 16, 8, 1), (16, 16, 8, 1)),
 }
 #: What tl.dot multiplies at least.
