@@ -20,8 +20,8 @@ from fastnn.ops._random import draw_seed
 
 from .support import FLOATS
 
-# amx and amx-emulated have no kernels of their own for this, and Triton has none.
-pytestmark = pytest.mark.not_on("amx", "amx-emulated", "triton")
+# amx and amx-emulated have no kernels of their own for this.
+pytestmark = pytest.mark.not_on("amx", "amx-emulated")
 RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 

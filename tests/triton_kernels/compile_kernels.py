@@ -18,6 +18,7 @@ from fastnn.backends.triton import (
     dropout,
     elementwise,
     embedding,
+    fake_quantize,
     gemm,
     layer_norm,
     norm,
@@ -188,6 +189,26 @@ def quantization(arch):
     yield "choose", compiled(quantize.choose, types, dict(BLOCK=128), arch, enable_fp_fusion=False)
 
 
+def fake_quantization(arch):
+    row, spread = ("i32", "constexpr"), ("i32",)
+    known = dict(zip(("x", "grad", "out", "to"), ["*bf16"] * 4, strict=True)) | dict(mask="*u8", scale="*fp32")
+    known |= dict(
+        zero_point="*i32", seed="*i64", by_scale="*fp32", by_zero_point="*fp32", lowest="fp32", highest="fp32"
+    )
+    known |= dict.fromkeys(("mask_size", "count", "scales", "elements", "piece", "pieces"), "i32")
+    known |= {f"{name}_strides": row for name in ("x", "out", "scale", "zero", "grad")} | dict(shape=("i32", "i32"))
+    known |= {f"{part}_{name}": spread for part in ("own", "shared") for name in ("shape", "grad", "x", "to", "index")}
+    known |= dict(of_scale="*fp32", of_zero_point="*fp32", factor="*fp64")
+    constants = dict(AS_TORCH=False, DIMS=2, BYTES=128, OWN=1, SHARED=1, SCALES=32, ELEMENTS=16, BLOCK=128)
+    for kernel in (
+        *(fake_quantize.round_each, fake_quantize.mask_each),
+        *(fake_quantize.sum_gradients, fake_quantize.add_pieces),
+    ):
+        types = {name: known[name] for name in kernel.arg_names if name in known}
+        name = f"fake_quantize: {kernel.fn.__name__}"
+        yield name, compiled(kernel, types, constants, arch, enable_fp_fusion=False)
+
+
 def batch_norms(arch):
     sizes = {name: "i32" for name in ("images", "channels", "groups", "share", "elements", "chunks")}
     half, wide = ("x", "residual", "out", "grad", "to", "to_residual"), ("means", "squares", "sums", "products")
@@ -316,6 +337,7 @@ def main():
         *losses(arch),
         *norms(arch),
         *quantization(arch),
+        *fake_quantization(arch),
         *trees(arch),
         *pools(arch),
     ):

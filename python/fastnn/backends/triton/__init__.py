@@ -35,6 +35,8 @@ OPS = frozenset(
         *("layer_norm", "rms_norm", "row_norm", "row_norm_backward"),
         *("batch_norm", "batch_norm_backward"),
         *("group_norm", "group_norm_backward", "instance_norm"),
+        *("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
+        *("fake_quantize_gradients", "fake_quantize_mask"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
         "split_search",
     )
