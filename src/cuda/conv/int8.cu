@@ -197,7 +197,7 @@ void choose_shape(const Call& c, int64_t rows, void* stream) {
 
 // A thread has kEach filters of a pixel, so that neighbours read neighbouring channels.
 template <class Byte>
-__global__ void __launch_bounds__(kThreads) int8_direct(const Call c, const int64_t count) {
+__global__ void __launch_bounds__(kThreads, 8) int8_direct(const Call c, const int64_t count) {
   const Tensor5 &x = c.call.sizes.x, &w = c.call.sizes.w;
   const int fours = (c.filters + kEach - 1) / kEach;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
