@@ -504,7 +504,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or self.training
-            or torch.is_autocast_enabled("cpu")
+            or torch._C._is_any_autocast_enabled()
             or not plain()
         ):
             return kind.forward(self, *args, **kwargs)

@@ -48,6 +48,27 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def autocast_on_cuda():
+    """What torch.autocast("cuda") sets, which it does not do without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("name", ["mm", "matmul", "baddbmm", "linear", "attention"])
+def test_autocast(name, compiled, autocast_on_cuda, no_fallback):
+    """Of operands of two types, too."""
+    ours, _, *shapes = CALLS[name]
+    for dtypes in ((torch.float32, torch.float32, torch.float32), (torch.bfloat16, torch.float32, torch.float32)):
+        with torch.no_grad(), FakeTensorMode():
+            tensors = [torch.empty(shape, dtype=dtypes[i], device="cuda") for i, shape in enumerate(shapes)]
+            assert ours(*tensors).dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_results_are_described(name, dtype, compiled, no_fallback):

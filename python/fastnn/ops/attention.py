@@ -44,7 +44,7 @@ from ._route import (
     describe,
     fall_back,
     functorch_active,
-    is_autocast_enabled,
+    is_any_autocast_enabled,
     is_dynamo_compiling,
     is_straight,
     resolve,
@@ -344,7 +344,7 @@ def _run(
     scale: float | None,
     gqa: bool,
 ) -> Tensor:
-    if is_autocast_enabled("cpu"):
+    if is_any_autocast_enabled():
         query, key, value, mask = autocast(query, key, value, mask)
     dtype = query.dtype
     if key.dtype is not dtype or value.dtype is not dtype or dtype is torch.bool:

@@ -28,6 +28,7 @@ from ._route import (
     TRANSFORM,
     Unsupported,
     autocast,
+    autocast_device,
     describe,
     fall_back,
     is_autocast_enabled,
@@ -294,7 +295,7 @@ def _check_tensors(**arguments: Any) -> None:
             raise Unsupported(f"{name}: a nested tensor")
         if first is None:
             first_name, first = name, value
-        elif value.dtype != first.dtype and not is_autocast_enabled("cpu"):
+        elif value.dtype != first.dtype and not is_autocast_enabled(autocast_device(value)):
             _wrong("expected one dtype", **{first_name: first, name: value})
         elif value.device != first.device:
             reason = f"expected one device, got {first_name} on {first.device} and {name} on {value.device}"

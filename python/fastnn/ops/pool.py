@@ -282,7 +282,7 @@ def _like_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def _widened(input: Tensor) -> Tensor:
     """For what torch.autocast("cpu") computes in float32."""
     halves = (torch.bfloat16, torch.float16)
-    return input.float() if is_autocast_enabled("cpu") and input.dtype in halves else input
+    return input.float() if is_autocast_enabled("cpu") and input.is_cpu and input.dtype in halves else input
 
 
 # ---- the way of a call -------------------------------------------------------------------------------------------
