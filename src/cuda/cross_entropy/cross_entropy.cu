@@ -121,7 +121,8 @@ struct Slope {
 // ---- rows of neighbours ------------------------------------------------------------------------
 
 template <class T, int threads, bool kSpread>
-__global__ void __launch_bounds__(threads > 32 ? threads : kBlock)
+// Without the second number ptxas takes it to be three, and spills on sm_90a.
+__global__ void __launch_bounds__(threads > 32 ? threads : kBlock, 2)
     forward_rows(const CrossEntropy c, double* const losses, void* const out) {
   constexpr int block = threads > 32 ? threads : kBlock, groups = block / threads;
   constexpr int each = Pack<T>::kEach;

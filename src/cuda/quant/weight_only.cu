@@ -391,10 +391,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   for_fours<S>(reinterpret_cast<const float*>(shared), first_row, first_column, c.m, c.n,
                [&](int64_t m, int64_t n, float (&sums)[4], int count) {
                  if constexpr (kWide)
-                   if (again)
+                   if (again) {
 #pragma unroll
                      for (int e = 0; e < 4; e++)
                        if (e < count) sums[e] = plain_sum(c, group, m, n + e);
+                   }
                  finish(c, m, n, sums, count);
                });
 }
