@@ -10,6 +10,13 @@ list(TRANSFORM FASTNN_CUDA_KERNELS PREPEND src/cuda/)
 list(TRANSFORM FASTNN_CUDA_HOPPER PREPEND src/cuda/)
 list(TRANSFORM FASTNN_CUDA_BINDINGS PREPEND src/cuda/)
 
+foreach(file IN LISTS FASTNN_CUDA_KERNELS)
+  file(STRINGS ${file} hopper REGEX "#include.*ptx_sm90.cuh")
+  if(hopper AND NOT file IN_LIST FASTNN_CUDA_HOPPER)
+    message(FATAL_ERROR "${file} has to be in FASTNN_CUDA_HOPPER too: elsewhere its kernels would be empty")
+  endif()
+endforeach()
+
 # sm_80 runs on everything from Ampere on, later GPUs get code of their own, and PTX is for GPUs that are newer than the
 # compiler. All is made from one PTX, that of compute_80, so that the front end, half of the build's time and more, runs
 # once; sm_90a's machine code comes out the same. Only what is written in Hopper's own instructions is compiled for it.
