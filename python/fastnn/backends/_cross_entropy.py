@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ SLICE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
+class Positions(abc.ABC):
     """Targets and statistics of positions: of those from ``first`` on, as many as the tensors that a method is given have."""
 
     probabilities: Tensor | None
@@ -59,18 +60,18 @@ class Positions:
     def total(self) -> Tensor:
         return self.statistics[-1:]
 
+    @abc.abstractmethod
     def losses(self, x: Tensor, losses: Tensor | None, out: Tensor | None) -> None:
         """Writes those of x (N, C, ...), in float64 or in x's dtype, and the statistics but the total."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def gradient(self, x: Tensor, by_x: Tensor, grad: Tensor, each: bool, mean: bool) -> None:
         """Writes that by x, to by_x, which may be x: times float32 grad, a number for ``each`` position or one, over the total
         for a mean."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reduce(self, losses: Tensor, mean: bool, out: Tensor) -> None:
         """Writes the total, and the sum of float64 losses, over it for a mean."""
-        raise NotImplementedError
 
 
 class CrossEntropies:

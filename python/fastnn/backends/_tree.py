@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 
 import numpy as np
@@ -51,7 +52,7 @@ def bin_rows(
     return bins, np.where(nothing, np.float32(np.inf), values[0]), np.where(nothing, np.float32(-np.inf), values[1])
 
 
-class SplitSearch:
+class SplitSearch(abc.ABC):
     """The search of a tree of ``columns`` columns in ``bins``, by :func:`bin_rows`: what ``_cpu.tree_grow_ahead`` calls.
 
     ``codes`` are the rows' classes, from 0 to ``classes`` - 1, and ``weights`` whole numbers below 2^24, or None for 1
@@ -106,6 +107,6 @@ class SplitSearch:
         self.search(nodes, weights_of, candidates, count, levels, rows)
         return nodes.cpu().numpy(), weights_of.cpu().numpy(), candidates.cpu().numpy()
 
+    @abc.abstractmethod
     def search(self, nodes: Tensor, weights: Tensor, candidates: Tensor, roots: int, levels: int, rows: int) -> None:
         """Some levels of trees, whose roots lie first in ``nodes`` and ``weights``, as bytes: see ahead_nodes.hpp."""
-        raise NotImplementedError
