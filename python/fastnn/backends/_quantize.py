@@ -66,6 +66,13 @@ def scale_shape(shape: Sequence[int], axis: Sequence[int], group_size: int) -> t
     return (*shape[:-1], shape[-1] // group_size) if group_size else tuple(shape[a] for a in axis)
 
 
+def fake_zero_points(zero_point: Tensor | None) -> Tensor | None:
+    """Those of fake quantization may be learned, and are floats then."""
+    if zero_point is None:
+        return None
+    return zero_point.to(torch.float32 if zero_point.is_floating_point() else torch.int32).contiguous()
+
+
 def fake_grid(
     scale: Tensor,
     zero_point: Tensor | None,
@@ -76,11 +83,8 @@ def fake_grid(
     wide: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """The arguments of fake quantization that tell the grid, and the tensors that their addresses belong to."""
-    scale = scale.to(torch.float32).contiguous()
-    zero, kind = None, 0
-    if zero_point is not None:
-        kind = 2 if zero_point.is_floating_point() else 1
-        zero = zero_point.to(torch.float32 if kind == 2 else torch.int32).contiguous()
+    scale, zero = scales(scale), fake_zero_points(zero_point)
+    kind = 0 if zero is None else 2 if zero.is_floating_point() else 1
     seed = on_device(seed, scale)
     shape = tuple(scale.shape)
     grid = (scale.data_ptr(), shape, address(zero), kind, quant_min, quant_max, as_torch, wide, address(seed))

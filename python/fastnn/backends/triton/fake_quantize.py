@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._quantize import scales
+from .._quantize import fake_zero_points, on_device, scales
 from .._tensors import contiguous, merge
 from ..reference.fake_quantize import mask_bytes
 from ._launch import ceil_div, launch
@@ -197,12 +197,6 @@ def add_pieces(scale, of_scale, of_zero_point, factor, by_scale, by_zero_point, 
     tl.store(by_zero_point + i, (zeros * (0.0 - step) * times).to(tl.float32), mask=there)
 
 
-def _zeros(zero_point: Tensor | None) -> Tensor | None:
-    if zero_point is None:
-        return None
-    return zero_point.to(torch.float32 if zero_point.is_floating_point() else torch.int32).contiguous()
-
-
 def fake_quantize(
     input: Tensor,
     scale: Tensor,
@@ -218,7 +212,7 @@ def fake_quantize(
     """The result, and the mask (of no elements where none is asked for)."""
     out = torch.empty_like(input)
     mask = input.new_empty(mask_bytes(input.numel()) if masked else 0, dtype=torch.uint8)
-    scale, zero = scales(scale), _zeros(zero_point)
+    scale, zero = scales(scale), fake_zero_points(zero_point)
     steps = (t.expand(input.shape).stride() for t in (scale, scale if zero is None else zero))
     shape, strides = merge(input.shape, input.stride(), out.stride(), *steps)
     programs = ceil_div(max(mask.numel(), ceil_div(input.numel(), 8)), _BYTES)
@@ -234,7 +228,7 @@ def fake_quantize(
         mask.numel(),
         scale,
         zero,
-        None if seed is None else seed.to(input.device).reshape(1),
+        on_device(seed, input),
         input.numel(),
         shape,
         *strides,
@@ -285,7 +279,7 @@ def gradients(
     elements = grad.numel() // count
     pieces = ceil_div(elements, _PIECE)
     parts = [grad.new_empty((pieces, count), dtype=torch.float32) for _ in range(2)]
-    scale, zero = scales(scale), _zeros(zero_point)
+    scale, zero = scales(scale), fake_zero_points(zero_point)
     together, at_once = (32, 16) if count >= 32 else (1, 512)
     launch(
         sum_gradients,
@@ -297,7 +291,7 @@ def gradients(
         mask,
         scale,
         zero,
-        None if seed is None else seed.to(grad.device).reshape(1),
+        on_device(seed, grad),
         *parts,
         count,
         elements,

@@ -296,7 +296,7 @@ def quantize(
         _bytes(q),
         scales(scale),
         zero_points(zero_point),
-        None if seed is None else on_device(seed, input).reshape(1),
+        on_device(seed, input),
         q.numel(),
         shape,
         *strides,
