@@ -84,6 +84,17 @@ def on_cuda(request):
 
 
 @pytest.fixture
+def hopper(on_cuda):
+    """Inside the test, the kernels of devices of capability 9.0 are used; its value is the extension module."""
+    module = cuda.module()
+    if not module.emulated and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a GPU of capability 9.0")
+    before = module.limit_capability(90)
+    yield module
+    module.limit_capability(before)
+
+
+@pytest.fixture
 def on_triton():
     """Inside the test, ops run the Triton kernels: compiled, on a GPU, where new tensors then are, or interpreted, on CPU
     tensors."""

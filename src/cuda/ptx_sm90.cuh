@@ -99,6 +99,15 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// Waits at the block's barrier of this number (1 to 15), until so many threads are there; or is
+// counted as one of them and goes on.
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Between the last use of registers and a product that takes or changes them.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -114,15 +123,35 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
+// Registers have their values before this, and are used after it: the compiler, which knows wgmma
+// as something that ends where it begins, would move what computes operands behind the fence, and
+// what uses accumulators before the wait.
+template <int count>
+__device__ __forceinline__ void settle(float (&x)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int count>
+__device__ __forceinline__ void settle(uint32_t (&x)[count][4]) {
+#pragma unroll
+  for (int i = 0; i < count; i++)
+    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+}
+
 // d = a b, or d += a b where `accumulate`: 64 rows of A, 32 bytes of K, and 128 or 256 columns of
 // B, matrices in shared memory given by descriptors, along whose rows K runs or, `across`, M or N.
 // A warp has 16 rows; of these a thread has lane / 4 and the eighth after it, and columns 2 (lane %
 // 4) and the next of each eight: d[4 j + 2 h + e] is row 8 h, column 8 j + e from there.
+//
+// Or, of 16-bit elements and 64 or 128 columns, A comes from registers: of each two blocks of eight
+// columns of K, a thread has what it has of d, two neighbours a register. They are not to be
+// written before the wait either.
 #define FASTNN_R10(t)                                                                              \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9, "
 #define FASTNN_R60 \
   FASTNN_R10() FASTNN_R10(1) FASTNN_R10(2) FASTNN_R10(3) FASTNN_R10(4) FASTNN_R10(5)
+#define FASTNN_R32 FASTNN_R10() FASTNN_R10(1) FASTNN_R10(2) "%30, %31"
 #define FASTNN_R64 FASTNN_R60 "%60, %61, %62, %63"
 #define FASTNN_R128                                                                 \
   FASTNN_R60 FASTNN_R10(6) FASTNN_R10(7) FASTNN_R10(8) FASTNN_R10(9) FASTNN_R10(10) \
@@ -149,11 +178,29 @@ __device__ __forceinline__ void wgmma_wait() {
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(a_across)), "n"(int(b_across))    \
                  : "memory");                                                                      \
   }
-#define FASTNN_WGMMA_FLOAT(name, types)                                                        \
-  FASTNN_WGMMA(name, "m64n128k16", types, FASTNN_R64, FASTNN_D64("f"), float, 64, 64, 65, 66,  \
-               ", 1, 1, %67, %68")                                                             \
-  FASTNN_WGMMA(name, "m64n256k16", types, FASTNN_R128, FASTNN_D128("f"), float, 128, 128, 129, \
-               130, ", 1, 1, %131, %132")
+// The same, the first of four registers of A being operand a0.
+#define FASTNN_WGMMA_REGISTERS(name, shape, types, registers, accumulators, count, a0, a1, a2, a3, \
+                               b_at, p_at, across_at)                                              \
+  template <bool b_across>                                                                         \
+  __device__ __forceinline__ void name(float (&d)[count], const uint32_t (&a)[4], uint64_t b,      \
+                                       bool accumulate) {                                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_at                                        \
+                 ", 0;\nwgmma.mma_async.sync.aligned." shape "." types " {" registers "}, {%" #a0  \
+                 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_at ", p, 1, 1, %" #across_at ";\n}"       \
+                 : accumulators                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),       \
+                   "n"(int(b_across))                                                              \
+                 : "memory");                                                                      \
+  }
+#define FASTNN_WGMMA_FLOAT(name, types)                                                            \
+  FASTNN_WGMMA(name, "m64n128k16", types, FASTNN_R64, FASTNN_D64("f"), float, 64, 64, 65, 66,      \
+               ", 1, 1, %67, %68")                                                                 \
+  FASTNN_WGMMA(name, "m64n256k16", types, FASTNN_R128, FASTNN_D128("f"), float, 128, 128, 129,     \
+               130, ", 1, 1, %131, %132")                                                          \
+  FASTNN_WGMMA_REGISTERS(name, "m64n64k16", types, FASTNN_R32, FASTNN_D32("f", 0), 32, 32, 33, 34, \
+                         35, 36, 37, 38)                                                           \
+  FASTNN_WGMMA_REGISTERS(name, "m64n128k16", types, FASTNN_R64, FASTNN_D64("f"), 64, 64, 65, 66,   \
+                         67, 68, 69, 70)
 // 8-bit elements lie along K, always.
 #define FASTNN_WGMMA_INTEGER(name, types)                                                         \
   FASTNN_WGMMA(name, "m64n128k32", types, FASTNN_R64, FASTNN_D64("r"), int, 64, 64, 65, 66, "")   \
@@ -165,6 +212,7 @@ FASTNN_WGMMA_INTEGER(wgmma_s8, "s32.s8.s8")
 FASTNN_WGMMA_INTEGER(wgmma_u8_s8, "s32.u8.s8")
 #undef FASTNN_WGMMA_INTEGER
 #undef FASTNN_WGMMA_FLOAT
+#undef FASTNN_WGMMA_REGISTERS
 #undef FASTNN_WGMMA
 #undef FASTNN_D128
 #undef FASTNN_D64
@@ -172,6 +220,7 @@ FASTNN_WGMMA_INTEGER(wgmma_u8_s8, "s32.u8.s8")
 #undef FASTNN_D8
 #undef FASTNN_R128
 #undef FASTNN_R64
+#undef FASTNN_R32
 #undef FASTNN_R60
 #undef FASTNN_R10
 

@@ -2,6 +2,7 @@
 set(FASTNN_CUDA_KERNELS
   attention/backward.cu
   attention/forward.cu
+  attention/hopper.cu
   attention/long_rows.cu
   conv/conv.cu
   conv/depthwise.cu
@@ -37,6 +38,7 @@ set(FASTNN_CUDA_KERNELS
   tree/split_search.cu)
 # Of these the ones with kernels of ptx_sm90.cuh: elsewhere __CUDA_ARCH_FEAT_SM90_ALL is never defined.
 set(FASTNN_CUDA_HOPPER
+  attention/hopper.cu
   gemm/hopper.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp

@@ -121,6 +121,29 @@ def test_hoppers_products_run_on_warpgroups(extension):
         assert "STL" not in code, "a store to local memory"
 
 
+@pytest.mark.parametrize("part", ["10HopperBf16ELi128", "10HopperBf16ELi64", "9HopperF16ELi128", "9HopperF16ELi64"])
+def test_hoppers_attention_weighs_while_products_are_under_way(part, extension):
+    names = [name for name in kernels(extension, "sm_90a") if "hopper_forward" in name]
+    assert len(names) == 4
+    name = next(name for name in names if part in name)
+    code = dump("--dump-sass", "--gpu-architecture", "sm_90a", "--function", name, extension)
+    element = "F32.BF16" if "Bf16" in part else "F32"
+    assert f"HGMMA.64x128x16.{element} " in code, "queries and keys, from shared memory"
+    # Weights from registers, values across.
+    columns = part.split("Li")[1]
+    assert re.search(rf"HGMMA.64x{columns}x16.{element} R\d+, R\d+, gdesc\[UR\d+\].tnspB", code)
+    # Between the wait for scores and that for results, under way since before.
+    weighing = code[code.index("gsb0, 0x1") :]
+    weighing = weighing[: weighing.index("gsb0, 0x0")]
+    assert weighing.count("MUFU.EX2") >= 64 and "HGMMA" not in weighing
+    assert "UTMALDG.4D" in code and "USETMAXREG" in code
+    producer = code[code.index("USETMAXREG.DEALLOC") : code.rindex("UTMALDG")]
+    assert "CALL" not in producer
+    assert max(int(register) for register in re.findall(r"\bR(\d+)\b", producer)) < 40
+    assert max(int(register) for register in re.findall(r"\bR(\d+)\b", code)) < 232
+    assert "STL" not in code and "LDL" not in code, "local memory"
+
+
 def test_histograms_are_counted_without_loops(extension):
     """An addition in shared memory is one instruction, not a loop that compares and swaps."""
     names = [name for name in kernels(extension, "sm_90a") if "count_bins" in name]

@@ -9,7 +9,7 @@ import torch
 
 import fastnn
 import fastnn.functional as fF
-from fastnn.backends import cuda, reference
+from fastnn.backends import reference
 from fastnn.backends.codes import DTYPE
 from fastnn.ops.conv import conv_fused
 
@@ -18,17 +18,6 @@ from .support import assert_within, integers
 HALVES = (torch.bfloat16, torch.float16)
 # (M, N, K), K and N multiples of 8, so that rows begin at multiples of 16 bytes: tiles and steps, one less, one more.
 SHAPES = ((1, 8, 8), (8, 128, 64), (127, 120, 56), (129, 136, 72), (260, 264, 200))
-
-
-@pytest.fixture
-def hopper(on_cuda):
-    """Inside the test, the kernels of devices of capability 9.0 are used; its value is the extension module."""
-    module = cuda.module()
-    if not module.emulated and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("not a GPU of capability 9.0")
-    before = module.limit_capability(90)
-    yield module
-    module.limit_capability(before)
 
 
 @contextlib.contextmanager

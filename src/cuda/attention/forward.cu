@@ -1,7 +1,9 @@
 // A block of four warps has 64 queries of one head, 16 a warp, and goes through the keys in blocks.
 // While it works on the scores of one, the values of that one and then the keys of the next are on
 // their way.
+#include "cuda/attention/hopper.hpp"
 #include "cuda/attention/plain.cuh"
+#include "cuda/device.hpp"
 
 namespace fastnn::cuda {
 namespace {
@@ -122,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void attention(const AttentionForward& a, void* stream) {
+  if (capability() == kHopper && attention_on_hopper(a, stream)) return;
   auto kernel = [&](auto mode, auto size) {
     using Mode = decltype(mode);
     using Element = typename Mode::Element;

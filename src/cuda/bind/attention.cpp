@@ -1,5 +1,6 @@
 // Attention for Python, with the arguments of the CPU's, a device and a stream.
 #include "cuda/attention/attention.hpp"
+#include "cuda/attention/hopper.hpp"
 
 #include "bind/attention_arguments.hpp"
 #include "cuda/bind/bind.hpp"
@@ -55,4 +56,6 @@ void bind_attention(py::module_& m) {
         py::arg("grad_v"), py::arg("grad_scores"), py::arg("scale"), py::arg("mask"),
         py::arg("bounds"), py::arg("slopes"), py::arg("dropout"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));
+  m.def("attentions_on_hopper", &cuda::attentions_on_hopper,
+        "How many attentions the kernel of sm_90a has computed.");
 }

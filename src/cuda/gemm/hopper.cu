@@ -16,6 +16,7 @@
 #include "cuda/gemm/plain_sum.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/types.cuh"
+#include "cuda/warpgroups.cuh"
 
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177  // "declared but never referenced": other architectures' kernels are
@@ -25,9 +26,8 @@
 namespace fastnn::cuda {
 namespace {
 
-constexpr int kRows = 128;      // of a tile
-constexpr int kRowOfK = 128;    // bytes of K in a tile: one row of the swizzling pattern
-constexpr int kPattern = 1024;  // eight such rows
+constexpr int kRows = 128;    // of a tile
+constexpr int kRowOfK = 128;  // bytes of K in a tile: one row of the swizzling pattern
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kStageRoom = 220 << 10;  // bytes of shared memory for stages
 constexpr int kTileStrip = 16;         // rows of tiles that are taken together, see tile_place()
@@ -130,36 +130,6 @@ __device__ __forceinline__ Piece piece_of(const Work& w, uint32_t index, int col
   p.first_step = p.split * w.steps_each;
   p.steps = w.steps - p.first_step < w.steps_each ? w.steps - p.first_step : w.steps_each;
   return p;
-}
-
-// Stages are filled and emptied in turn; every time round, the parity of their barriers changes.
-template <int stages>
-struct Turn {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
-// Among four neighbouring threads, pairs of columns of four blocks of eight columns become one
-// block of eight columns each.
-template <class Sum>
-__device__ __forceinline__ void gather_columns(Sum (&x)[8]) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = threadIdx.x & distance;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (i / 2 & distance) continue;
-      Sum& kept = x[i];
-      Sum& other = x[i + 2 * distance];
-      const Sum received = __shfl_xor_sync(~0u, upper ? kept : other, distance);
-      if (upper)
-        kept = received;
-      else
-        other = received;
-    }
-  }
 }
 
 // Eight neighbours in C, alpha times their sums.

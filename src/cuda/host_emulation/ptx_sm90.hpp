@@ -44,12 +44,21 @@ void fewer_registers(FASTNN_HERE) {
   emulation::set_registers(count, false, where);
 }
 
+inline void barrier_sync(int barrier, int threads, FASTNN_HERE) {
+  emulation::barrier(barrier, threads, false, "bar.sync", where);
+}
+inline void barrier_arrive(int barrier, int threads, FASTNN_HERE) {
+  emulation::barrier_arrive(barrier, threads, "bar.arrive", where);
+}
+
 inline void wgmma_fence(FASTNN_HERE) { emulation::warpgroup_fence(where); }
 inline void wgmma_commit(FASTNN_HERE) { emulation::warpgroup_commit(where); }
 template <int groups>
 void wgmma_wait(FASTNN_HERE) {
   emulation::warpgroup_wait(groups, where);
 }
+template <class T>
+void settle(T&) {}
 
 #define FASTNN_WGMMA(name, columns, a_type, b_type, Accumulator)                                  \
   template <bool a_across, bool b_across>                                                         \
@@ -67,6 +76,20 @@ FASTNN_WGMMA(wgmma_s8, 256, s8, s8, int)
 FASTNN_WGMMA(wgmma_u8_s8, 128, u8, s8, int)
 FASTNN_WGMMA(wgmma_u8_s8, 256, u8, s8, int)
 #undef FASTNN_WGMMA
+
+#define FASTNN_WGMMA_REGISTERS(name, columns, type)                                         \
+  template <bool b_across>                                                                  \
+  void name(float (&d)[columns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,   \
+            FASTNN_HERE) {                                                                  \
+    emulation::warpgroup_product({emulation::MatrixType::type, emulation::MatrixType::type, \
+                                  columns, a, 0, b, false, b_across, accumulate, d},        \
+                                 where);                                                    \
+  }
+FASTNN_WGMMA_REGISTERS(wgmma_bf16, 64, bf16)
+FASTNN_WGMMA_REGISTERS(wgmma_bf16, 128, bf16)
+FASTNN_WGMMA_REGISTERS(wgmma_f16, 64, f16)
+FASTNN_WGMMA_REGISTERS(wgmma_f16, 128, f16)
+#undef FASTNN_WGMMA_REGISTERS
 
 }  // namespace fastnn::ptx
 #undef FASTNN_HERE
