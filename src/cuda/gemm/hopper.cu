@@ -8,15 +8,12 @@
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
-#include <utility>
 
 #include "cuda/device.hpp"
-#include "cuda/gemm/mainloop.cuh"
+#include "cuda/gemm/hopper_epilogue.cuh"
+#include "cuda/gemm/hopper_work.cuh"
 #include "cuda/gemm/parts.cuh"
-#include "cuda/gemm/plain_sum.cuh"
 #include "cuda/ptx_sm90.cuh"
-#include "cuda/types.cuh"
-#include "cuda/warpgroups.cuh"
 
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177  // "declared but never referenced": other architectures' kernels are
@@ -26,14 +23,8 @@
 namespace fastnn::cuda {
 namespace {
 
-constexpr int kRows = 128;    // of a tile
-constexpr int kRowOfK = 128;  // bytes of K in a tile: one row of the swizzling pattern
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kStageRoom = 220 << 10;  // bytes of shared memory for stages
-constexpr int kTileStrip = 16;         // rows of tiles that are taken together, see tile_place()
-// Multiprocessors of an H100 or H200. The shape of tiles and the number of splits are chosen for
-// these, wherever it runs: they are not to change bits from one GPU to the next.
-constexpr int kUsualBlocks = 132;
 
 // ---- how a step is multiplied -------------------------------------------------------------------
 
@@ -63,146 +54,7 @@ struct HopperParts : HopperBf16 {
   static constexpr bool kSplit = true;
 };
 
-// ---- tiles in shared memory ---------------------------------------------------------------------
-
-// `extent` rows of A, or columns of B, times 128 bytes of K. K runs along the rows of 128 bytes,
-// or, `across`, 64 elements of M or N do (16-bit ones), in as many boxes as it takes.
-template <int size, int extent, bool across>
-struct HopperTile {
-  static constexpr int kBytes = extent * kRowOfK;
-  static constexpr int kBoxExtent = across ? kRowOfK / size : extent;
-  static constexpr int kBoxBytes = kBoxExtent * kRowOfK;
-  static_assert(!across || size == 2);
-
-  __device__ static __forceinline__ void load(char* to, const TensorMap& map, uint64_t* full,
-                                              int first, int k, const int (&batch)[3], bool deep) {
-#pragma unroll
-    for (int box = 0; box < extent / kBoxExtent; box++) {
-      const int from = first + box * kBoxExtent;
-      const int inner = across ? from : k, outer = across ? k : from;
-      if (deep)
-        ptx::copy_tile<5>(to + box * kBoxBytes, map, full,
-                          {inner, outer, batch[0], batch[1], batch[2]});
-      else
-        ptx::copy_tile<3>(to + box * kBoxBytes, map, full, {inner, outer, batch[0]});
-    }
-  }
-  // Of the rows or columns from `first` on, a multiple of 64.
-  __device__ static __forceinline__ uint64_t descriptor(const char* tile, int first) {
-    return ptx::matrix_descriptor(tile + first * kRowOfK, across ? kBoxBytes : kPieceBytes,
-                                  kPattern, Swizzle::bytes128);
-  }
-  // From one instruction's 32 bytes of K to the next: within the pattern's rows, or 16 rows on.
-  static constexpr uint64_t kNext = (across ? 16 * kRowOfK : 32) / 16;
-};
-constexpr int kInstructions = kRowOfK / 32;  // of a step of one tile
-
 // ---- the kernel ---------------------------------------------------------------------------------
-
-struct Work {
-  // What is counted here is less than 2 to the power of 31, so that divisions are short.
-  uint32_t rows, columns;  // of tiles
-  uint32_t steps;          // of K
-  uint32_t splits, steps_each;
-  uint32_t count;        // of all pieces of work
-  int64_t split_stride;  // elements of C from one split's sums to the next one's
-  // Batches are the third coordinate of the maps or, deep, the third to the fifth, the innermost of
-  // which count to `batch`. Steps are from one to the next, 0 where an operand is shared.
-  bool deep;
-  uint32_t batch[2];
-  int a_step[3], b_step[3];
-  int a_parts, b_parts;  // of the third coordinate from part to part
-};
-
-struct Piece {
-  uint32_t batch, split, first_step, steps;
-  int64_t row, column;
-};
-
-// The splits of a tile follow each other, so that they read the same tiles' neighbours at a time.
-__device__ __forceinline__ Piece piece_of(const Work& w, uint32_t index, int columns) {
-  Piece p;
-  p.split = index % w.splits, index /= w.splits;
-  p.batch = index / (w.rows * w.columns);
-  const TilePlace place =
-      tile_place(index - p.batch * w.rows * w.columns, w.rows, w.columns, kTileStrip);
-  p.row = place.row * kRows, p.column = place.column * columns;
-  p.first_step = p.split * w.steps_each;
-  p.steps = w.steps - p.first_step < w.steps_each ? w.steps - p.first_step : w.steps_each;
-  return p;
-}
-
-// Eight neighbours in C, alpha times their sums.
-template <class Sum>
-__device__ __forceinline__ void write_eight(const Gemm& g, int64_t to, const Sum (&sums)[8]) {
-  void* c = const_cast<void*>(g.c.data);
-  if constexpr (std::is_same_v<Sum, int>)
-    if (g.out == DType::s32) {
-      uint32_t words[8];
-#pragma unroll
-      for (int e = 0; e < 8; e++) words[e] = uint32_t(sums[e]);
-      return store_words(static_cast<int*>(c) + to, words);
-    }
-  float x[8];
-#pragma unroll
-  for (int e = 0; e < 8; e++) x[e] = float(sums[e]) * g.alpha;
-  write_all(g.out, c, to, x);
-}
-
-// From a warp's 16 rows of sums to C. `simple`: C is alpha times the sums, and so aligned that it
-// is written 16 bytes at a time; that is unrolled, as registers have no index. For all the rest the
-// sums move down by 16 registers at a time instead, past one copy of much code.
-template <bool split, int count, class Sum>
-__device__ __forceinline__ void write_rows(const Gemm& g, const Placed& at, Sum (&sums)[count],
-                                           int64_t first_row, int64_t first_column, bool simple) {
-  constexpr float kMost = 3.402823466e38f;
-  const int lane = int(threadIdx.x) % 32;
-  const int64_t row = first_row + lane / 4;
-  if constexpr (split) {
-    bool finite = true;
-#pragma unroll
-    for (int i = 0; i < count; i++) finite = finite && fabsf(float(sums[i])) <= kMost;
-    simple = simple && __all_sync(~0u, finite);
-  }
-  if (simple) {
-#pragma unroll
-    for (int j = 0; j < count / 4; j += 4)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        Sum eight[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) eight[i] = sums[4 * (j + i / 2) + 2 * half + i % 2];
-        gather_columns(eight);
-        const int64_t column = first_column + 8 * (j + lane % 4);
-        if (row + 8 * half < g.m && column < g.n)
-          write_eight(g, at.c + (row + 8 * half) * g.c.row + column, eight);
-      }
-    return;
-  }
-#pragma unroll 1
-  for (int j = 0; j < count / 4; j += 4) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      Sum eight[8];
-#pragma unroll
-      for (int i = 0; i < 8; i++) eight[i] = sums[4 * (i / 2) + 2 * half + i % 2];
-      gather_columns(eight);
-      const int64_t column = first_column + 8 * (j + lane % 4);
-      const int64_t left = row + 8 * half < g.m ? g.n - column : 0;
-      if constexpr (split) {
-        // Parts of an infinity, or of a number whose products leave float32's range on the way,
-        // multiply to NaN where float32 has a number or an infinity.
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-          if (e < left && !(fabsf(eight[e]) <= kMost))
-            eight[e] = plain_sum<float>(g, at, row + 8 * half, column + e);
-      }
-      if (left > 0) finish(g, at, row + 8 * half, column, eight, left < 8 ? int(left) : 8);
-    }
-#pragma unroll
-    for (int i = 0; i + 16 < count; i++) sums[i] = sums[i + 16];
-  }
-}
 
 template <class Mode, int columns, bool a_across, bool b_across>
 struct Kernel {
@@ -232,7 +84,7 @@ struct Kernel {
                                                  const Work& w) {
     Stages turn;
     for (uint32_t index = blockIdx.x; index < w.count; index += gridDim.x) {
-      const Piece p = piece_of(w, index, columns);
+      const PieceOfWork p = piece_of(w, index, columns);
       int batch[3] = {int(p.batch), 0, 0};
       if (w.deep) {
         const uint32_t outer = p.batch / w.batch[0];
@@ -321,7 +173,7 @@ struct Kernel {
     Stages turn;
     const int first_row = (int(threadIdx.x) / 128 - 1) * 64;
     for (uint32_t index = blockIdx.x; index < w.count; index += gridDim.x) {
-      const Piece p = piece_of(w, index, columns);
+      const PieceOfWork p = piece_of(w, index, columns);
       Sum sums[kSums];
       if constexpr (kParts > 1)
         sum_up_parts(sums, turn, p.steps, first_row);
@@ -387,112 +239,6 @@ __global__ void __launch_bounds__(256)
 
 // ---- from a product to its launch ---------------------------------------------------------------
 
-// Of tiles, steps, and what the coordinates of tensor maps count, with room for a tile.
-constexpr int64_t kMostCounted = (int64_t(1) << 31) - 512;
-
-// The batches as up to three dimensions, innermost first, in each of which both operands have a
-// stride (0: they are shared).
-struct Batches {
-  int dims = 0;
-  int64_t size[3] = {1, 1, 1}, a[3] = {}, b[3] = {};
-};
-
-bool group_batches(const Gemm& g, Batches& out) {
-  for (int d = g.batch_dims - 1; d >= 0; d--) {
-    if (g.batch[d] == 1) continue;
-    const int last = out.dims - 1;
-    if (last >= 0 && g.a.batch[d] == out.a[last] * out.size[last] &&
-        g.b.batch[d] == out.b[last] * out.size[last]) {
-      out.size[last] *= g.batch[d];
-      continue;
-    }
-    if (out.dims == 3) return false;
-    out.size[out.dims] = g.batch[d], out.a[out.dims] = g.a.batch[d];
-    out.b[out.dims++] = g.b.batch[d];
-  }
-  return true;
-}
-
-struct Lying {
-  TensorLayout layout;
-  bool across = false;
-  int step[3] = {};  // see Work
-};
-
-// How an operand lies, whose extent is M or N; false where no map can say so.
-bool describe(const void* data, int64_t extent, int64_t extent_stride, int64_t k, int64_t k_stride,
-              const Batches& batches, const int64_t (&strides)[3], int size, int box,
-              bool batch_invariant, Lying& out) {
-  const bool along = k_stride == 1 || k == 1;
-  out.across = !along;
-  if (!along && (extent_stride != 1 && extent != 1)) return false;
-  if (!along && size != 2) return false;  // wgmma takes only 16-bit elements across
-  TensorLayout& t = out.layout;
-  t.data = data, t.element_bytes = size, t.swizzle = Swizzle::bytes128;
-  t.dims = batches.dims > 1 ? 5 : 3;
-  const int depth = kRowOfK / size;
-  t.sizes[0] = along ? k : extent, t.sizes[1] = along ? extent : k;
-  t.box[0] = depth, t.box[1] = along ? box : depth;
-  // A dimension of one element may have any stride: one that the map takes. But a row alone is not
-  // to go another way than the same row among others.
-  const int64_t least = ceil_div(t.sizes[0] * size, 16) * 16;
-  t.strides[1] =
-      t.sizes[1] == 1 && !batch_invariant ? least : (along ? extent_stride : k_stride) * size;
-  for (int d = 0; d < 3; d++) {
-    out.step[d] = strides[d] != 0;
-    t.sizes[2 + d] = out.step[d] ? batches.size[d] : 1, t.box[2 + d] = 1;
-    t.strides[2 + d] = out.step[d] ? strides[d] * size : least;
-  }
-  return t.strides[1] >= t.sizes[0] * size && why_no_tensor_map(t) == nullptr;
-}
-
-bool is_shared(const Gemm& g, const Operand& x) {
-  for (int d = 0; d < g.batch_dims; d++)
-    if (g.batch[d] > 1 && x.batch[d] != 0) return false;
-  return true;
-}
-
-void set_batches(const Batches& batches, const Lying& a, const Lying& b, Work& w) {
-  w.deep = batches.dims > 1;
-  w.batch[0] = uint32_t(batches.size[0]), w.batch[1] = uint32_t(batches.size[1]);
-  std::copy(a.step, a.step + 3, w.a_step), std::copy(b.step, b.step + 3, w.b_step);
-}
-
-int64_t batches_of(const Gemm& g) {
-  int64_t batches = 1;
-  for (int d = 0; d < g.batch_dims; d++) batches *= g.batch[d];
-  return batches;
-}
-
-Operand turned(Operand x) {
-  std::swap(x.row, x.column);
-  return x;
-}
-
-// C transposed is B transposed times A transposed: where C's columns are contiguous, so that what
-// neighbouring threads write is.
-Gemm turned(const Gemm& g) {
-  Gemm t = g;
-  t.m = g.n, t.n = g.m;
-  t.a = turned(g.b), t.b = turned(g.a), t.c = turned(g.c), t.residual = turned(g.residual);
-  t.row_scale = g.col_scale, t.col_scale = g.row_scale;
-  if (g.bias_axis != BiasAxis::none)
-    t.bias_axis = g.bias_axis == BiasAxis::row ? BiasAxis::column : BiasAxis::row;
-  return t;
-}
-
-// Whether C is alpha times the sums and lies in pieces of eight that are whole and aligned.
-bool is_simple(const Gemm& g) {
-  const int64_t piece = g.out == DType::bf16 || g.out == DType::f16 ? 16 : 32;
-  if (g.c.column != 1 || g.n % 8 || g.c.row % 8 ||
-      reinterpret_cast<uintptr_t>(g.c.data) % std::min<int64_t>(piece, 16))
-    return false;
-  for (int d = 0; d < g.batch_dims; d++)
-    if (g.batch[d] > 1 && g.c.batch[d] % 8) return false;
-  return !g.row_scale && !g.col_scale && g.bias_axis == BiasAxis::none && !g.residual.data &&
-         g.activation == kNone;
-}
-
 std::atomic<int64_t> started = 0;
 
 template <class Mode, int columns, bool a_across, bool b_across>
@@ -514,34 +260,6 @@ void choose_layout(const Gemm& g, const Lying& a, const Lying& b, const Work& w,
   else
     b.across ? start<Mode, columns, false, true>(g, a, b, w, stream)
              : start<Mode, columns, false, false>(g, a, b, w, stream);
-}
-
-// Whether tiles of 256 columns take less time than twice as many of 128, which read more.
-bool wide(int64_t batches, int64_t m, int64_t n) {
-  const int64_t rows = ceil_div(m, kRows) * batches;
-  const int64_t rounds_wide = ceil_div(rows * ceil_div(n, 256), kUsualBlocks),
-                rounds = ceil_div(rows * ceil_div(n, 128), kUsualBlocks);
-  return 20 * rounds_wide <= 11 * rounds;
-}
-
-// How many ways K is split where there are few tiles: by the shape alone.
-int64_t splits_of(int size, int64_t batches, int64_t m, int64_t n, int64_t k) {
-  constexpr int64_t kFewestSteps = 8;  // of a split
-  const int64_t tiles = ceil_div(m, kRows) * ceil_div(n, 128) * batches;
-  const int64_t steps = ceil_div(k * size, kRowOfK);
-  return std::max<int64_t>(1, std::min(kUsualBlocks / tiles, steps / kFewestSteps));
-}
-
-// False where it is too much to be counted.
-bool count_work(const Gemm& g, int columns, int size, int64_t batches, int64_t splits, Work& w) {
-  const int64_t rows = ceil_div(g.m, kRows), across = ceil_div(g.n, columns);
-  const int64_t steps = ceil_div(g.k * size, kRowOfK), each = ceil_div(steps, splits);
-  const int64_t used = ceil_div(steps, each);  // splits, none without a step
-  if (rows * across > kMostCounted / batches / used) return false;
-  w.rows = uint32_t(rows), w.columns = uint32_t(across), w.steps = uint32_t(steps);
-  w.steps_each = uint32_t(each), w.splits = uint32_t(used);
-  w.count = uint32_t(rows * across * batches * used);
-  return true;
 }
 
 template <class Mode>
