@@ -20,6 +20,7 @@ from fastnn.backends.triton import (
     embedding,
     fake_quantize,
     gemm,
+    int8_linear,
     layer_norm,
     norm,
     pool,
@@ -189,6 +190,31 @@ def quantization(arch):
     yield "choose", compiled(quantize.choose, types, dict(BLOCK=128), arch, enable_fp_fusion=False)
 
 
+def quantized_layers(arch):
+    sizes = dict(rows="i32", columns="i32", m="i32", n="i32", k="i32", q_row="i32")
+    types = dict(x="*bf16", q="*i8", scale="*fp32", zero_point="*i32", **sizes, x_strides=("i32", "constexpr"))
+    types = {name: types[name] for name in int8_linear.quantize_rows.arg_names if name in types}
+    constants = dict(EACH=True, ROWS=4, BLOCK=1024)
+    kernel = compiled(int8_linear.quantize_rows, types, constants, arch, enable_fp_fusion=False)
+    yield "quantize rows", kernel
+    types = dict(
+        x="*i8", sums="*i32", rows="i32", columns="i32", row_stride="i32", shape=("i32",), strides=("constexpr",)
+    )
+    yield "sum_rows", compiled(int8_linear.sum_rows, types, dict(DIMS=1, ROWS=4, BLOCK=1024), arch)
+    pointers = dict(
+        q="*i8", weight="*i8", out="*bf16", scale="*fp32", zero_point="*i32", weight_scale="*fp32", bias="*fp32"
+    )
+    for name, (rows, columns, warps, stages), sums in (
+        ("int8 linear", int8_linear._LARGE, {"sums": "*i32"}),
+        ("int8 linear of few rows", int8_linear._FEW, {}),
+    ):
+        types = pointers | sums | dict(m="i32", n="i32", k="i32", q_row="i32", weight_strides=("i32", "constexpr"))
+        constants = dict(scale_step=1, weight_scale_step=1, ACTIVATION="relu", EVEN_K=False)
+        constants |= dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=int8_linear._BLOCK_K, BAND=8)
+        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+        yield name, compiled(int8_linear.multiply, types, constants, arch, **options)
+
+
 def fake_quantization(arch):
     row, spread = ("i32", "constexpr"), ("i32",)
     known = dict(zip(("x", "grad", "out", "to"), ["*bf16"] * 4, strict=True)) | dict(mask="*u8", scale="*fp32")
@@ -337,6 +363,7 @@ def main():
         *losses(arch),
         *norms(arch),
         *quantization(arch),
+        *quantized_layers(arch),
         *fake_quantization(arch),
         *trees(arch),
         *pools(arch),

@@ -16,6 +16,7 @@ for _type in ("fp32", "bf16", "fp16"):
     for _product in ("convolution", "convolution's weight"):
         OPERANDS[f"{_product} {_type}"] = OPERANDS[_type]
 OPERANDS |= {"attention bf16": "bf16.bf16", "attention fp32": "bf16.bf16", "attention by queries fp16": "f16.f16"}
+OPERANDS |= dict.fromkeys(("int8 linear", "int8 linear of few rows"), "s8.s8")
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 
@@ -32,7 +33,7 @@ def test_every_kernel_compiles(arch):
     assert found.keys() > OPERANDS.keys()
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED[arch]
-        if "quantize" in name or name == "choose":
+        if "quantize" in name or "int8" in name or name == "choose":
             assert not kernel["fused"], "a product and a sum that are rounded once"
         if name not in OPERANDS:
             continue

@@ -94,6 +94,16 @@ def sum_products(
 
 
 @triton.jit
+def tile_in_bands(tile, row_tiles, column_tiles, BAND: tl.constexpr):
+    """The row and the column of a tile: programs that run at the same time compute a band of a few rows of tiles, whose A
+    stays in L2."""
+    band = tile // (BAND * column_tiles)
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    within = tile % (BAND * column_tiles)
+    return band * BAND + within % height, within // height
+
+
+@triton.jit
 def multiply(
     a,
     b,
@@ -129,17 +139,13 @@ def multiply(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    # Programs that run at the same time compute a band of a few rows of tiles, whose A stays in L2.
     row_tiles = tl.cdiv(m, BLOCK_M)
     column_tiles = tl.cdiv(n, BLOCK_N)
     tiles = row_tiles * column_tiles
-    tile = tl.program_id(0) % tiles
     at = (tl.program_id(0) // tiles).to(tl.int64)
-    band = tile // (BAND * column_tiles)
-    height = tl.minimum(row_tiles - band * BAND, BAND)
-    within = tile % (BAND * column_tiles)
-    row = ((band * BAND + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (within // height * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row_tile, column_tile = tile_in_bands(tl.program_id(0) % tiles, row_tiles, column_tiles, BAND)
+    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside = row < m
     column_inside = column < n

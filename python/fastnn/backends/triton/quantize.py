@@ -234,6 +234,19 @@ def ranges(
 
 
 @triton.jit
+def grid_of(bottom, top, least, most, SYMMETRIC: tl.constexpr):
+    """The scale and the zero point, a whole float, of numbers from bottom, at most 0, to top, at least 0."""
+    if SYMMETRIC:
+        step = tl.div_rn(tl.maximum(top, -bottom), most)
+    else:
+        step = tl.div_rn(top, most - least) - tl.div_rn(bottom, most - least)
+    step = tl.where(step == 0.0, 1.0, tl.maximum(step, 1.1754943508222875e-38))
+    # Of no more than 255 steps.
+    zero = least - ((tl.div_rn(bottom, step) + 12582912.0) - 12582912.0)
+    return step, tl.minimum(tl.maximum(zero, least), most)
+
+
+@triton.jit
 def choose(low, high, scale, zero_point, scales, pieces, least, most, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < scales
@@ -242,16 +255,9 @@ def choose(low, high, scale, zero_point, scales, pieces, least, most, BLOCK: tl.
     for p in range(pieces):
         bottom = tl.minimum(bottom, tl.load(low + p * scales + i, mask=inside, other=0.0))
         top = tl.maximum(top, tl.load(high + p * scales + i, mask=inside, other=0.0))
-    if zero_point is None:
-        step = tl.div_rn(tl.maximum(top, -bottom), most)
-    else:
-        step = tl.div_rn(top, most - least) - tl.div_rn(bottom, most - least)
-    step = tl.where(step == 0.0, 1.0, tl.maximum(step, 1.1754943508222875e-38))
+    step, zero = grid_of(bottom, top, least, most, zero_point is None)
     tl.store(scale + i, step, mask=inside)
     if zero_point is not None:
-        # Of no more than 255 steps.
-        zero = least - ((tl.div_rn(bottom, step) + 12582912.0) - 12582912.0)
-        zero = tl.minimum(tl.maximum(zero, least), most)
         tl.store(zero_point + i, zero.to(tl.int32), mask=inside)
 
 
