@@ -48,7 +48,7 @@ gpu:
 	    --editable . -C cmake.define.FASTNN_CUDA=ON
 	$(GPU)/bin/python -m fastnn info
 	status=0; \
-	timeout 150 $(GPU)/bin/python -m pytest -q -k "cuda or triton" $(GPU_TESTS) || status=1; \
+	timeout 150 $(GPU)/bin/python -m pytest -q -k "cuda or triton or hopper" $(GPU_TESTS) || status=1; \
 	for tool in memcheck racecheck synccheck; do \
 	    timeout 40 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	        $(GPU)/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED_ON_GPU) || status=1; \
