@@ -162,11 +162,13 @@ def test_the_backward_finds_what_it_needs(hopper, no_fallback):
         assert (got.double() - true).abs().max() <= 3e-3 * true.abs().max()
 
 
-def test_the_order_of_threads_changes_nothing(on_cuda, hopper):
-    inputs = [normal(2, 2, n, 128) for n in (150, 290, 290)]
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_order_of_threads_changes_nothing(size, on_cuda, hopper):
+    """Of so many tiles of keys that each stage of shared memory is filled again and again."""
+    inputs = [normal(1, 1, n, size) for n in (130, 1300, 1300)]
     results = []
     for seed in (0, 1, 2):
         on_cuda.set_seed(seed)
-        results.append([check(*inputs, high) for high in (None, 0)])
+        results.append([check(*inputs, high) for high in (None, 400)])
     for more in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], more, strict=True))

@@ -239,6 +239,7 @@ void run_block(std::mt19937_64& random, bool shuffled) {
   }
   std::vector<unsigned> order(warps);
   for (unsigned w = 0; w < warps; w++) order[w] = w;
+  const bool lively = shuffled && (random() & 1);  // the copy engine: else it is as late as can be
   while (block.unended && !block.faulted) {
     if (shuffled) std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
@@ -256,7 +257,7 @@ void run_block(std::mt19937_64& random, bool shuffled) {
     }
     if (block.faulted) break;
     // The copy engine works at its own pace; where nobody else can go on, it does.
-    if ((!moved || (shuffled && (random() & 1))) && end_a_copy(random, shuffled)) continue;
+    if ((!moved || (lively && (random() & 1))) && end_a_copy(random, shuffled)) continue;
     if (!moved) check_deadlock();
   }
   if (block.faulted) return;
