@@ -196,6 +196,43 @@ def test_queries_that_see_nothing(kernels, no_fallback):
     assert not torch.isnan(result).any()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("lengths", [(5, 7), (1, 300), (40, 70)], ids=str)
+def test_nan_and_infinity(lengths, value, dtype, machine, no_fallback):
+    """Where torch's formula has them: booleans add -infinity to an infinite score, and 0 times an infinite value is NaN. What
+    causality excludes may spread, as there, or not."""
+    if machine == "triton" and value == -math.inf:
+        pytest.skip("the interpreter is slow, and infinity is like it")
+    length, keys = lengths
+    visible = torch.rand(length, keys) < 0.7
+    visible[:, 0] = True
+    for which in range(3):
+        args = make((1, 2, length, 16), (1, 2, keys, 16), (1, 2, keys, 16), dtype=dtype)
+        at = args[which].shape[2] // 2
+        visible[:, at] = torch.arange(length) % 2 == 0
+        args[which][0, 0, at, 3] = value
+        for options in ({}, {"is_causal": True}, {"attn_mask": visible}):
+            result = ours(*args, **options).double()
+            exact = math_attention(*map(wide, args), **options)
+            if "is_causal" in options:
+                if not which:
+                    continue  # infinite scores, less infinity
+                result, exact = result[:, :, at:], exact[:, :, at:]
+            assert torch.equal(result.isnan(), exact.isnan())
+            assert torch.equal(result.isinf(), exact.isinf())
+            there = exact.isfinite()
+            torch.testing.assert_close(result[there], exact[there], rtol=0.02, atol=0.02)
+
+
+@with_triton
+def test_the_largest_numbers_are_not_infinite(kernels, no_fallback):
+    """... though they are above the largest of bfloat16."""
+    query, key, value = torch.ones(1, 1, 2, 16), torch.zeros(1, 1, 9, 16), torch.ones(1, 1, 9, 16)
+    value[0, 0, 3, 1], value[0, 0, 5, 2] = 3.4e38, -3.4e38
+    torch.testing.assert_close(ours(query, key, value), value.mean(2, keepdim=True).expand(1, 1, 2, 16))
+
+
 def strided():
     """query, key, value of (2, 3, 5, 4) and (2, 3, 7, 4) in many layouts."""
     for orders in itertools.product(itertools.permutations(range(4)), ([0, 1, 2, 3], [0, 2, 1, 3])):

@@ -112,7 +112,7 @@ struct Scores {
       const int64_t at = i * a.mask.strides[2] + j * a.mask.strides[3];
       switch (a.mask_type) {
         case DType::u8:
-          if (!mask[at]) return -kInfinity;
+          score += mask[at] ? 0.0f : -kInfinity;  // an infinite one becomes NaN, as in torch
           break;
         case DType::bf16:
           score += to_float(reinterpret_cast<const __nv_bfloat16*>(mask)[at]);

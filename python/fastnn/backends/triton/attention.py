@@ -135,7 +135,7 @@ def biased(scores, i, j, length, keys, mask, mask_strides, slope, shift):
         at = mask + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
         given = tl.load(at, mask=(i < length) & (j < keys), other=0)
         if mask.dtype.element_ty == tl.uint8:
-            scores = tl.where(given != 0, scores, float("-inf"))
+            scores += tl.where(given != 0, 0.0, float("-inf"))
         else:
             scores += given.to(tl.float32)
     if slope is not None:

@@ -21,15 +21,23 @@ from .elementwise import activate, offset
 
 
 @triton.jit
+def first_part(x):
+    """As bfloat16, rounded; what rounds to infinity though it is finite is cut."""
+    cut = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 2.0**127, x, cut).to(tl.bfloat16)
+
+
+@triton.jit
 def multiply_parts(sums, a, b, PARTS: tl.constexpr):
     """sums + a b, of float32 as a sum of bfloat16: as src/cuda/gemm/modes.cuh does it, and for the same reasons.
 
     Each part is what the ones before it leave, rounded; three hold all 24 bits. Of the products those are computed whose
     parts i, j have i + j < PARTS. Tensor cores cut where float32 rounds: the products of the first parts are a sum of their
-    own, begun anew for each tile; of the others the smallest come first.
+    own, begun anew for each tile; of the others the smallest come first. What an infinity leaves is NaN; it is the first parts
+    that have its sign, and where their sum is not finite the others do not count.
     """
-    a0 = a.to(tl.bfloat16)
-    b0 = b.to(tl.bfloat16)
+    a0 = first_part(a)
+    b0 = first_part(b)
     result = tl.dot(a0, b0)
     if PARTS > 1:
         a = a - a0.to(tl.float32)
@@ -46,7 +54,7 @@ def multiply_parts(sums, a, b, PARTS: tl.constexpr):
         else:
             others = tl.dot(a1, b0)
         others = tl.dot(a0, b1, others)
-        result += others
+        result += tl.where(tl.abs(result) < float("inf"), others, 0.0)
     return sums + result
 
 
