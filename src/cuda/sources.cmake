@@ -1,6 +1,7 @@
 # The CUDA sources, for the CUDA compiler and for the emulation alike. Paths from src/cuda/.
 set(FASTNN_CUDA_KERNELS
   attention/backward.cu
+  attention/decode.cu
   attention/forward.cu
   attention/hopper.cu
   attention/long_rows.cu

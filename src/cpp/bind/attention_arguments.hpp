@@ -34,9 +34,8 @@ struct AttentionArguments {
     return result;
   }
 
-  void common(Attention& call, int dtype, py::handle shape, py::handle q, py::handle k,
-              py::handle v, double scale, py::handle mask, py::handle bounds, py::handle slopes,
-              py::handle dropout) const {
+  // What is known without the tensors.
+  void sizes(Attention& call, int dtype, py::handle shape, py::handle bounds) const {
     call.type = dtype_argument(op, "dtype", dtype);
     if (dtype > int(DType::f16)) bad_argument(op, "dtype", "a floating-point type (0 to 3)");
     int64_t sizes[7];
@@ -48,6 +47,19 @@ struct AttentionArguments {
     call.head_size = sizes[5], call.value_size = sizes[6];
     if (call.heads % call.kv_heads)
       bad_argument(op, "shape", "heads that are a multiple of the key's");
+    const py::tuple low_high = parts("bounds", bounds, 2);
+    const auto bound = [](py::handle given, int64_t none) {
+      if (given.is_none()) return none;
+      const int64_t b = given.cast<int64_t>();
+      return b < -kNoBound ? -kNoBound : b > kNoBound ? kNoBound : b;
+    };
+    call.low = bound(low_high[0], -kNoBound), call.high = bound(low_high[1], kNoBound);
+  }
+
+  void common(Attention& call, int dtype, py::handle shape, py::handle q, py::handle k,
+              py::handle v, double scale, py::handle mask, py::handle bounds, py::handle slopes,
+              py::handle dropout) const {
+    sizes(call, dtype, shape, bounds);
     call.q = operand("q", q), call.k = operand("k", k), call.v = operand("v", v);
     call.scale = scale;
     if (!mask.is_none()) {
@@ -58,13 +70,6 @@ struct AttentionArguments {
           call.mask_type != DType::f32)
         bad_argument(op, "mask", "booleans, the dtype of q or float32");
     }
-    const py::tuple low_high = parts("bounds", bounds, 2);
-    const auto bound = [](py::handle given, int64_t none) {
-      if (given.is_none()) return none;
-      const int64_t b = given.cast<int64_t>();
-      return b < -kNoBound ? -kNoBound : b > kNoBound ? kNoBound : b;
-    };
-    call.low = bound(low_high[0], -kNoBound), call.high = bound(low_high[1], kNoBound);
     if (!slopes.is_none()) {
       const py::tuple given = parts("slopes", slopes, 4);
       call.slopes = reinterpret_cast<const float*>(address("slopes", given[0]));

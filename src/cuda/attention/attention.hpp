@@ -9,8 +9,9 @@
 
 namespace fastnn::cuda {
 
-// Throw std::invalid_argument for types that have no kernel.
-void attention(const AttentionForward& a, void* stream);
+// Throw std::invalid_argument for types that have no kernel. `workspace`: as many floats as
+// decode_workspace() says.
+void attention(const AttentionForward& a, float* workspace, bool batch_invariant, void* stream);
 // `workspace`: batch x heads x q_length floats.
 void attention_backward(const AttentionBackward& a, float* workspace, void* stream);
 

@@ -1,6 +1,7 @@
 // A block of four warps has 64 queries of one head, 16 a warp, and goes through the keys in blocks.
 // While it works on the scores of one, the values of that one and then the keys of the next are on
 // their way.
+#include "cuda/attention/decode.hpp"
 #include "cuda/attention/hopper.hpp"
 #include "cuda/attention/plain.cuh"
 #include "cuda/device.hpp"
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   float sums[1][kSize / 8][4] = {};
   bool large_query = false;
-  float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
+  OnlineSoftmax softmax;
   for (int64_t key = low; key <= high; key += kKeys) {
     ptx::cp_async_wait<1>();
     if (key == low) large_query = any_large_row<Queries, kChunks>(q_tiles);
@@ -59,28 +60,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     load(k_tiles, k, key + kKeys);
 
     scores.apply(p, first, warp_row, key);
-    float most[2] = {largest[0], largest[1]};
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) most[e / 2] = fmaxf(most[e / 2], p[0][j][e]);
     float shrink[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      most[half] = row_max(most[half]);
-      // A row that has seen nothing yet has no largest score to take off.
-      const float base = most[half] == -kInfinity ? 0 : most[half];
-      shrink[half] = exp_of_difference<Element>(largest[half], base);
-      largest[half] = most[half], most[half] = base;
-      total[half] *= shrink[half];
-    }
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        p[0][j][e] = exp_of_difference<Element>(p[0][j][e], most[e / 2]);
-        total[e / 2] += p[0][j][e];
-      }
+    softmax.add<Element>(p, shrink);
     if (scores.threshold)
       each_block(p, [&](float (&four)[4], int at) {
         float keeps[4];
@@ -108,14 +89,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    total[half] = row_sum(total[half]);
+    const float largest = softmax.largest[half], total = row_sum(softmax.total[half]);
     // A query that sees nothing: the sum is 0, and so is its result.
-    const bool nothing = largest[half] == -kInfinity && total[half] == 0;
-    inverse[half] = nothing ? 0 : 1 / total[half];
+    const bool nothing = largest == -kInfinity && total == 0;
+    inverse[half] = nothing ? 0 : 1 / total;
     const int64_t row = first + warp_row + row_of(2 * half);
     if (a.log_sum && threadIdx.x % 4 == 0 && row < a.q_length)
       static_cast<float*>(a.log_sum)[index * a.q_length + row] =
-          nothing ? kInfinity : largest[half] + logf(total[half]);
+          nothing ? kInfinity : largest + logf(total);
   }
   store<Element>(a.out, head.batch, head.head, first + warp_row, a.q_length, 0, a.value_size, sums,
                  inverse);
@@ -123,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-void attention(const AttentionForward& a, void* stream) {
+void attention(const AttentionForward& a, float* workspace, bool batch_invariant, void* stream) {
+  if (decodes(a)) return attention_decode(a, workspace, batch_invariant, stream);
   if (capability() == kHopper && attention_on_hopper(a, stream)) return;
   auto kernel = [&](auto mode, auto size) {
     using Mode = decltype(mode);

@@ -19,6 +19,38 @@ __device__ __forceinline__ float exp_of_difference(float x, float base) {
   return ptx::exp2(fmaf(x, kLog2E, -base * kLog2E));
 }
 
+// The softmax of a thread's two rows, blocks of columns after one another (Milakov and Gimelshein,
+// arXiv:1805.02867). `total` is the thread's own: four threads share a row.
+struct OnlineSoftmax {
+  float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
+
+  // From scores to exponentials; what was summed up before is to be multiplied with `shrink`.
+  template <class Element, int blocks>
+  __device__ __forceinline__ void add(float (&p)[1][blocks][4], float (&shrink)[2]) {
+    float most[2] = {largest[0], largest[1]};
+#pragma unroll
+    for (int j = 0; j < blocks; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) most[e / 2] = fmaxf(most[e / 2], p[0][j][e]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      most[half] = row_max(most[half]);
+      // A row that has seen nothing yet has no largest score to take off.
+      const float base = most[half] == -kInfinity ? 0 : most[half];
+      shrink[half] = exp_of_difference<Element>(largest[half], base);
+      largest[half] = most[half], most[half] = base;
+      total[half] *= shrink[half];
+    }
+#pragma unroll
+    for (int j = 0; j < blocks; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        p[0][j][e] = exp_of_difference<Element>(p[0][j][e], most[e / 2]);
+        total[e / 2] += p[0][j][e];
+      }
+  }
+};
+
 // each_block() of two arrays.
 template <int blocks, class F>
 __device__ __forceinline__ void each_block(float (&x)[1][blocks][4], float (&y)[1][blocks][4],

@@ -1,5 +1,6 @@
 // Attention for Python, with the arguments of the CPU's, a device and a stream.
 #include "cuda/attention/attention.hpp"
+#include "cuda/attention/decode.hpp"
 #include "cuda/attention/hopper.hpp"
 
 #include "bind/attention_arguments.hpp"
@@ -12,15 +13,25 @@ namespace {
 
 void forward(int dtype, py::handle shape, py::handle q, py::handle k, py::handle v, py::handle out,
              py::handle log_sum, double scale, py::handle mask, py::handle bounds,
-             py::handle slopes, py::handle dropout, int device, uintptr_t stream) {
+             py::handle slopes, py::handle dropout, uintptr_t workspace, bool batch_invariant,
+             int device, uintptr_t stream) {
   const AttentionArguments a{"attention"};
   AttentionForward call;
   a.common(call, dtype, shape, q, k, v, scale, mask, bounds, slopes, dropout);
   call.out = a.operand("out", out);
   if (!log_sum.is_none()) call.log_sum = a.address("log_sum", log_sum);
+  if (!workspace && cuda::decode_workspace(call, batch_invariant))
+    bad_argument("attention", "workspace", "what attention_workspace says");
   py::gil_scoped_release release;
   cuda::OnDevice on(device);
-  cuda::attention(call, reinterpret_cast<void*>(stream));
+  cuda::attention(call, reinterpret_cast<float*>(workspace), batch_invariant,
+                  reinterpret_cast<void*>(stream));
+}
+
+int64_t workspace(int dtype, py::handle shape, py::handle bounds, bool batch_invariant) {
+  AttentionForward call;
+  AttentionArguments{"attention_workspace"}.sizes(call, dtype, shape, bounds);
+  return cuda::decode_workspace(call, batch_invariant);
 }
 
 void backward(int dtype, py::handle shape, py::handle q, py::handle k, py::handle v, py::handle out,
@@ -48,7 +59,11 @@ void bind_attention(py::module_& m) {
   m.def("attention", &forward, "As fastnn._cpu.attention, on a device and a stream.",
         py::arg("dtype"), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("log_sum"), py::arg("scale"), py::arg("mask"), py::arg("bounds"),
-        py::arg("slopes"), py::arg("dropout"), py::arg("device"), py::arg("stream"));
+        py::arg("slopes"), py::arg("dropout"), py::arg("workspace"), py::arg("batch_invariant"),
+        py::arg("device"), py::arg("stream"));
+  m.def("attention_workspace", &workspace,
+        "How many float32 of scratch memory attention without dropout wants.", py::arg("dtype"),
+        py::arg("shape"), py::arg("bounds"), py::arg("batch_invariant"));
   m.def("attention_backward", &backward,
         "As fastnn._cpu.attention_backward; workspace: batch x heads x q_length float32.",
         py::arg("dtype"), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("v"),

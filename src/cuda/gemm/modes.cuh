@@ -112,26 +112,31 @@ struct SplitF32 {
   using Sum = float;
   static constexpr int kGroup = parts == 3 ? 32 : 0;
 
-  // out[p][0] holds x[0] and x[1], out[p][1] the others.
+  // out[p][0] holds x[0] and x[1], out[p][1] the others. `cut`: the first part is cut instead of
+  // rounded, so that no finite number has an infinite one.
+  template <bool cut = false>
   __device__ static __forceinline__ void split(uint32_t (&out)[parts][2], float (&x)[4]) {
 #pragma unroll
     for (int p = 0; p < parts; p++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const uint32_t two = ptx::pack_bf16(x[2 * half], x[2 * half + 1]);
+        const uint32_t two = cut && p == 0 ? (__float_as_uint(x[2 * half]) >> 16) |
+                                                 (__float_as_uint(x[2 * half + 1]) & 0xFFFF0000u)
+                                           : ptx::pack_bf16(x[2 * half], x[2 * half + 1]);
         out[p][half] = two;
         x[2 * half] -= __uint_as_float(two << 16);
         x[2 * half + 1] -= __uint_as_float(two & 0xFFFF0000u);
       }
   }
 
-  // sum += the product. Of the first parts it is a sum of its own, which no other cuts; of the
-  // others the smallest come first.
-  __device__ static __forceinline__ void multiply(float (&sum)[4],
+  // Of the first parts the product is a sum of its own, which no other cuts; of the others the
+  // smallest come first.
+  __device__ static __forceinline__ void products(float (&first)[4], float (&others)[4],
                                                   const uint32_t (&upper)[parts][2],
                                                   const uint32_t (&lower)[parts][2],
                                                   const uint32_t (&right)[parts][2]) {
-    float first[4] = {0, 0, 0, 0}, others[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < 4; e++) first[e] = others[e] = 0;
 #pragma unroll
     for (int order = parts - 1; order >= 0; order--)
 #pragma unroll
@@ -139,6 +144,14 @@ struct SplitF32 {
         const uint32_t left[4] = {upper[p][0], lower[p][0], upper[p][1], lower[p][1]};
         ptx::mma_m16n8k16_bf16(order ? others : first, left, right[order - p]);
       }
+  }
+  // sum += the product.
+  __device__ static __forceinline__ void multiply(float (&sum)[4],
+                                                  const uint32_t (&upper)[parts][2],
+                                                  const uint32_t (&lower)[parts][2],
+                                                  const uint32_t (&right)[parts][2]) {
+    float first[4], others[4];
+    products(first, others, upper, lower, right);
 #pragma unroll
     for (int e = 0; e < 4; e++) sum[e] += first[e] + others[e];
   }

@@ -21,6 +21,20 @@ struct Source {
   bool pieces;                      // whether 16 bytes may be copied at once
 };
 
+// 16 bytes of elements that lie `step` apart, of which `count` exist; the others are 0.
+template <class Element>
+__device__ __forceinline__ void copy_elements(char* to, const char* from, int64_t step, int count) {
+  constexpr int kSize = sizeof(Element), kEach = kPieceBytes / kSize;
+  Element elements[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; e++)
+    elements[e] =
+        e < count ? *reinterpret_cast<const Element*>(from + e * step * kSize) : Element{};
+  uint4 together;
+  memcpy(&together, elements, kPieceBytes);
+  *reinterpret_cast<uint4*>(to) = together;
+}
+
 template <class Element, int extent, bool along_k, int threads>
 struct TileOf {
   using Type = Element;
@@ -98,15 +112,7 @@ struct TileOf {
       ptx::cp_async<kPieceBytes>(to, count ? source : from.data, count * kSize);
     }
     __device__ __forceinline__ void copy_elements(const Source& from) const {
-      const int64_t step = along_k ? from.k_stride : from.extent_stride;
-      Element elements[kEach];
-#pragma unroll
-      for (int e = 0; e < kEach; e++)
-        elements[e] =
-            e < count ? *reinterpret_cast<const Element*>(source + e * step * kSize) : Element{};
-      uint4 together;
-      memcpy(&together, elements, kPieceBytes);
-      *reinterpret_cast<uint4*>(to) = together;
+      cuda::copy_elements<Element>(to, source, along_k ? from.k_stride : from.extent_stride, count);
     }
   };
 

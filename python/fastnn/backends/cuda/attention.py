@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _state
 from .. import _attention
+from ..codes import DTYPE
 from . import module, where
 
 
@@ -21,8 +23,25 @@ def attention(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def attention_alone(query: Tensor, key: Tensor, value: Tensor, *args: Any, log_sum: Tensor | None = None) -> Tensor:
     """As backends.cpu.attention.attention_alone."""
     *args, like_query = args
+    _, _, _, low, high, _, _, seed = args
     out = torch.empty_like(query) if like_query else query.new_empty((*query.shape[:3], value.shape[3]))
-    _attention.forward(module().attention, out, query, key, value, *args, log_sum, **where(query))
+    invariant = _state.settings().batch_invariant
+    # Of few queries the keys are split, and the splits' sums kept until all are there.
+    shape = _attention.shape_of(query, key, value)
+    wanted = module().attention_workspace(DTYPE[query.dtype], shape, (low, high), invariant) if seed is None else 0
+    workspace = query.new_empty(wanted, dtype=torch.float32)
+    _attention.forward(
+        module().attention,
+        out,
+        query,
+        key,
+        value,
+        *args,
+        log_sum,
+        workspace=workspace.data_ptr(),
+        batch_invariant=invariant,
+        **where(query),
+    )
     return out
 
 
