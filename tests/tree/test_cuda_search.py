@@ -236,7 +236,7 @@ def test_bins_are_the_cpus(gpu, columns, max_bins):
         edges[1].sort()
     expected = bin_columns(x, edges, missing=max_bins)
     given = on_device(x)
-    bins, least, largest = file_of("tree", "split_search", given).bin_rows(given, edges, max_bins + 1)
+    bins, least, largest = file_of("tree", "bin_rows", given).bin_rows(given, edges, max_bins + 1)
     np.testing.assert_array_equal(bins.cpu().numpy()[:, :columns], expected)
     assert not bins[:, columns:].any()
     for column in range(columns):

@@ -1,7 +1,8 @@
 """What can run an op. ``cpu``, ``cuda`` and ``triton``: the kernels of this package; ``reference``: the formula in plain torch.
 
-The device of a call's tensors chooses, unless ``with fastnn.backend(name):`` has chosen: on a GPU the CUDA kernel or, where
-there is none, Triton's. Ops ask :func:`supports` whether there is a kernel, and call it through a :class:`Kernels`.
+The device of a call's tensors says which backends it may go to, unless ``with fastnn.backend(name):`` has: on a GPU CUDA, then
+Triton. The first of them that can run at all and has a function runs it (:func:`file_of`). Ops ask :func:`supports` whether one
+has a kernel for their tensors, and call it through a :class:`Kernels`.
 """
 
 from __future__ import annotations
@@ -57,16 +58,19 @@ def _module(backend: str, family: str) -> ModuleType | None:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-def file_of(family: str, op: str, *tensors: Tensor | None) -> ModuleType:
-    """The file for a family of the first backend of these tensors that supports ``op``, which one does."""
-    for name in names_of(*tensors):
-        if _MODULES[name].supports(op, *tensors) is None:
-            return _module(name, family)
-    raise NotImplementedError(f"no kernel for {op}: {supports(op, *tensors)}")
+def file_of(family: str, function: str, *tensors: Any) -> ModuleType:
+    """The file for a family of the backend that runs one of its functions: of those of these tensors the first that can run at
+    all and has it."""
+    names = names_of(*tensors)
+    for name in names:
+        module = _module(name, family) if _MODULES[name].why_not() is None else None
+        if hasattr(module, function):
+            return module
+    raise NotImplementedError(f"no kernel {function!r} on {' or '.join(names)}")
 
 
 class Kernels:
-    """The functions of one family, each on the backend that its tensors go to.
+    """The functions of one family, each in the file that :func:`file_of` its arguments gives.
 
     ``Kernels("softmax").softmax(x, ...)`` is ``backends.cpu.softmax.softmax(x, ...)`` for a tensor on the CPU; for one on a
     GPU it is that of ``backends.cuda``, or where there is none that of ``backends.triton``. ``Kernels()`` has what the
@@ -83,15 +87,9 @@ class Kernels:
         getattr(on_cpu, function)  # an AttributeError now, not at the call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            names = names_of(*args)
-            if names == ("cpu",):
-                return getattr(on_cpu, function)(*args, **kwargs)
-            for name in names:
-                module = _module(name, self._family) if _MODULES[name].why_not() is None else None
-                found = getattr(module, function, None)
-                if found is not None:
-                    return found(*args, **kwargs)
-            raise NotImplementedError(f"no kernel {function!r} on {' or '.join(names)}")
+            # Without a search where there is no choice: that is some of what a small call takes.
+            module = on_cpu if names_of(*args) == ("cpu",) else file_of(self._family, function, *args)
+            return getattr(module, function)(*args, **kwargs)
 
         setattr(self, function, call)  # found at once from now on
         return call

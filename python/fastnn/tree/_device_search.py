@@ -60,7 +60,7 @@ def checked(X: torch.Tensor) -> torch.Tensor:
 def bins_of(estimator: Any, X: torch.Tensor, target: _exact.Target) -> DeviceBins | None:
     """The bins of a tensor that :func:`keeps` let stay, or None, counted as a fallback, where this target's tree is the CPU's."""
     bins = None
-    reason = _reason_against(target, backends.file_of("tree", "split_search", _like(X)).most_classes())
+    reason = _reason_against(target, backends.file_of("tree", "most_classes", _like(X)).most_classes())
     if reason is None:
         bins = DeviceBins(X, estimator.max_bins)
         if bins.close:
@@ -130,7 +130,7 @@ class DeviceBins:
 
     def __init__(self, X: torch.Tensor, max_bins: int) -> None:
         X = X.to(torch.float32)
-        self._kernels = backends.file_of("tree", "split_search", _like(X))
+        self._kernels = backends.file_of("tree", "bin_rows", _like(X))
         self._shape, self._slots = tuple(X.shape), max_bins + 1
         sample, _ = BinMapper(n_bins=max_bins + 1, random_state=0).draw(len(X))
         looked_at = X if sample is None else X[torch.from_numpy(sample).to(X.device)]

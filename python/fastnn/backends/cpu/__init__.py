@@ -87,6 +87,10 @@ if has_table:
     )
 
 
+def why_not() -> None:
+    """These kernels can run on any machine."""
+
+
 def supports(op: str, *tensors: Tensor | None) -> str | None:
     """None when the kernels can run ``op`` on these tensors, else the reason why not, for people.
 
