@@ -64,6 +64,7 @@ ROWS = (
             ("float32", _F32, ((1, 16, 4096, 128),), None if suffix == "_backward" else 2.0),
         )
     ),
+    Row("attention-decode", "attention_decode", _BF16, ((1, 32, 8, 4096, 128), (64, 32, 8, 4096, 128))),
     *(
         Row(name.replace("_", "-"), name, _BF16, _ROWS, share=0.92)
         for name in (

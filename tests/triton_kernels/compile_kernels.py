@@ -12,7 +12,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastnn.backends.triton import (
-    attention,
+    _scores,
+    attention_backward,
+    attention_decode,
+    attention_forward,
     conv,
     cross_entropy,
     dropout,
@@ -120,17 +123,17 @@ def convolutions(arch):
 def attentions(arch):
     """Of causal masks and, of the queries' gradient, an added one whose gradient is wanted."""
     lies = ("i32", "i32", "i32", "constexpr")
-    beside = {name: "i32" for name in (*attention._COUNTS, "heads", "group")} | dict(log_sum="*fp32", delta="*fp32")
+    beside = {name: "i32" for name in (*_scores.COUNTS, "heads", "group")} | dict(log_sum="*fp32", delta="*fp32")
     mask = dict(mask="*fp32", by_scores="*fp32", mask_strides=lies)
     for name, table, element, size, given in (
-        ("attention bf16", attention.FORWARD, "bf16", 128, dict(seed="*i64")),
-        ("attention fp32", attention.FORWARD, "fp32", 64, {}),
-        ("attention by queries fp16", attention.BY_QUERIES, "fp16", 64, mask),
-        ("attention of long rows by keys", attention.BY_KEYS, "bf16", 512, {}),
+        ("attention bf16", attention_forward.FORWARD, "bf16", 128, dict(seed="*i64")),
+        ("attention fp32", attention_forward.FORWARD, "fp32", 64, {}),
+        ("attention by queries fp16", attention_backward.BY_QUERIES, "fp16", 64, mask),
+        ("attention of long rows by keys", attention_backward.BY_KEYS, "bf16", 512, {}),
     ):
         kernel, by_keys = (
-            attention.forward if table is attention.FORWARD else attention.backward,
-            table is attention.BY_KEYS,
+            attention_forward.forward if table is attention_forward.FORWARD else attention_backward.backward,
+            table is attention_backward.BY_KEYS,
         )
         kept, passing, warps, stages = table[size][element == "fp32"]
         names = ("q", "k", "v", "out", "x", "x2", "y", "y2", "by_x", *(["by_x2"] if by_keys else []))
@@ -141,7 +144,27 @@ def attentions(arch):
         constants |= dict(QUERIES=kept, KEYS=passing, KEPT=kept, PASSING=passing)
         types = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
         options = dict(num_warps=warps, num_stages=stages)
-        yield name, compiled(kernel, types, constants, arch, set(attention._COUNTS), **options)
+        yield name, compiled(kernel, types, constants, arch, set(_scores.COUNTS), **options)
+
+
+def few_queries(arch):
+    """Of a cache, without a mask."""
+    lies = ("i32", "i32", "i32", "constexpr")
+    known = dict(q="*bf16", k="*bf16", v="*bf16", scale="fp32") | {
+        f"{name}_strides": lies for name in ("q", "k", "v", "out")
+    }
+    known |= dict.fromkeys(("log_sum", "sums", "softmax"), "*fp32")
+    numbers = ("length", "keys", "high", "shift", "begin", "end", "each", "splits")
+    known |= dict.fromkeys((*numbers, "kv_heads", "heads", "group", "tiles"), "i32")
+    (keys, warps, stages), _ = attention_decode.TILES[128]
+    constants = dict(WHOLE=False, PARTS=0, ROWS=attention_decode.ROWS, KEYS=keys, SPLITS=32, TOGETHER=16)
+    constants |= dict.fromkeys(("HEAD", "VALUE", "COLUMNS", "VALUE_COLUMNS"), 128)
+    for name, kernel, out, options in (
+        ("attention of few queries", attention_decode.decode, "*fp32", dict(num_warps=warps, num_stages=stages)),
+        ("few queries' splits", attention_decode.combine, "*bf16", {}),
+    ):
+        types = {name: (known | {"out": out})[name] for name in kernel.arg_names if name in known or name == "out"}
+        yield name, compiled(kernel, types, constants, arch, set(numbers), **options)
 
 
 def others(arch):
@@ -359,6 +382,7 @@ def main():
         *products(arch),
         *convolutions(arch),
         *attentions(arch),
+        *few_queries(arch),
         *others(arch),
         *losses(arch),
         *norms(arch),

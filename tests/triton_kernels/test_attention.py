@@ -48,10 +48,11 @@ def compare(heads, kv_heads, length, keys, size, value_size, dtype=torch.float32
 
 @pytest.fixture
 def tiny(monkeypatch, on_triton):
-    from fastnn.backends.triton import attention as kernels
+    from fastnn.backends.triton import attention_backward, attention_forward
 
-    for name in ("FORWARD", "BY_QUERIES", "BY_KEYS"):
-        monkeypatch.setattr(kernels, name, dict(TINY))
+    monkeypatch.setattr(attention_forward, "FORWARD", dict(TINY))
+    for name in ("BY_QUERIES", "BY_KEYS"):
+        monkeypatch.setattr(attention_backward, name, dict(TINY))
 
 
 @pytest.mark.parametrize(

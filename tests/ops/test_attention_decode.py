@@ -1,5 +1,6 @@
-"""Attention of few queries on CUDA: how the keys are split over blocks and warps, and how their sums come together."""
+"""Attention of few queries on GPUs: how the keys are split over blocks and warps, and how their sums come together."""
 
+import importlib
 import math
 
 import pytest
@@ -7,11 +8,17 @@ import torch
 
 import fastnn
 import fastnn.functional as fF
-from fastnn.backends.cuda import attention as kernels
 from fastnn.backends.reference import attention as formulas
 
 LOOSE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 dtypes = pytest.mark.parametrize("dtype", LOOSE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request):
+    """The module that calls them."""
+    request.getfixturevalue(f"on_{request.param}")
+    return importlib.import_module(f"fastnn.backends.{request.param}.attention")
 
 
 def wide(x):
@@ -25,7 +32,7 @@ def cache_of(keys, *shape, dtype):
     return view.copy_(torch.randn(view.shape))
 
 
-def check(heads, kv_heads, length, keys, size, value_size, dtype, *, batch=1, **options):
+def check(kernels, heads, kv_heads, length, keys, size, value_size, dtype, *, batch=1, **options):
     """Result and log sum exp beside float64's, and the gradients that come of them."""
     o = dict(mask=None, slopes=None, scale=size**-0.5, low=None, high=None, shift=0, dropout=0.0, seed=None) | options
     query = torch.randn(batch, heads, length, size).to(dtype)
@@ -57,12 +64,12 @@ def check(heads, kv_heads, length, keys, size, value_size, dtype, *, batch=1, **
     ],
     ids=str,
 )
-def test_splits(heads, kv_heads, length, keys, size, value_size, dtype, on_cuda):
-    check(heads, kv_heads, length, keys, size, value_size, dtype)
+def test_splits(heads, kv_heads, length, keys, size, value_size, dtype, kernels):
+    check(kernels, heads, kv_heads, length, keys, size, value_size, dtype)
 
 
-def test_long_rows(on_cuda):
-    check(2, 1, 1, 70, 256, 200, torch.bfloat16)
+def test_long_rows(kernels):
+    check(kernels, 2, 1, 1, 70, 256, 200, torch.bfloat16)
 
 
 @dtypes
@@ -78,24 +85,24 @@ def test_long_rows(on_cuda):
     ],
     ids=str,
 )
-def test_bounds(length, low, high, dtype, on_cuda):
+def test_bounds(length, low, high, dtype, kernels):
     slopes = torch.rand(1, 4) / 10 if length in (4, 7) else None
-    check(4, 2, length, 130, 64, 64, dtype, low=low, high=high, slopes=slopes, shift=130 - length)
+    check(kernels, 4, 2, length, 130, 64, 64, dtype, low=low, high=high, slopes=slopes, shift=130 - length)
 
 
 @dtypes
-def test_masks_that_hide_whole_splits(dtype, on_cuda):
+def test_masks_that_hide_whole_splits(dtype, kernels):
     """... and all of a query's keys: its result is 0."""
     seen = torch.rand(2, 1, 3, 260) < 0.8
     seen[0, :, :, 64:192] = False
     seen[1, :, :, :64] = False
     seen[1, :, 1] = False
-    assert not check(4, 2, 3, 260, 64, 64, dtype, batch=2, mask=seen)[1, :, 1].any()
+    assert not check(kernels, 4, 2, 3, 260, 64, 64, dtype, batch=2, mask=seen)[1, :, 1].any()
     bias = torch.randn(1, 4, 3, 260).masked_fill(~seen[1:], -math.inf)
-    check(4, 2, 3, 260, 64, 64, dtype, mask=bias, slopes=torch.rand(1, 4) / 10, shift=257)
+    check(kernels, 4, 2, 3, 260, 64, 64, dtype, mask=bias, slopes=torch.rand(1, 4) / 10, shift=257)
 
 
-def test_the_largest_score_in_any_split(on_cuda):
+def test_the_largest_score_in_any_split(kernels):
     """Scores beyond exp's range, in each split others."""
     for at in (3, 70, 140):
         query, key, value = torch.ones(1, 2, 1, 64), torch.randn(1, 1, 150, 64), torch.randn(1, 1, 150, 64)
@@ -104,7 +111,7 @@ def test_the_largest_score_in_any_split(on_cuda):
         torch.testing.assert_close(out, value[:, :, at : at + 1].expand(1, 2, 1, 64))
 
 
-def test_infinities_of_a_split(on_cuda):
+def test_infinities_of_a_split(kernels):
     """One that is hidden altogether counts for nothing, whatever its values are."""
     query, key, value = torch.randn(1, 2, 1, 64), torch.randn(1, 1, 150, 64), torch.randn(1, 1, 150, 64)
     seen = torch.ones(1, 150, dtype=torch.bool)
@@ -114,11 +121,12 @@ def test_infinities_of_a_split(on_cuda):
     assert torch.equal(fF.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True), clean)
 
 
-def test_the_same_bits_again_and_in_any_batch(on_cuda):
+def test_the_same_bits_again_and_in_any_batch(kernels, request):
     query, key, value = torch.randn(3, 4, 2, 32), torch.randn(3, 2, 200, 32), torch.randn(3, 2, 200, 32)
     found = []
     for seed in (0, 5):
-        on_cuda.set_seed(seed)
+        if "cuda" in kernels.__name__:
+            request.getfixturevalue("on_cuda").set_seed(seed)
         found.append(fF.scaled_dot_product_attention(query, key, value, enable_gqa=True))
     assert torch.equal(*found)
     with fastnn.batch_invariant():
@@ -129,6 +137,7 @@ def test_the_same_bits_again_and_in_any_batch(on_cuda):
 
 def test_how_many_splits_there_are(on_cuda):
     """Enough for two blocks a multiprocessor, and none more where batches fill them."""
+    from fastnn.backends import _attention
     from fastnn.backends.cuda import module
 
     def splits(batch, heads, kv_heads, length, keys, invariant=False, bounds=(None, None)):
@@ -145,7 +154,7 @@ def test_how_many_splits_there_are(on_cuda):
     with pytest.raises(ValueError, match="workspace"):
         x = torch.randn(1, 1, 1, 64)
         k = torch.randn(1, 1, 300, 64)
-        kernels._attention.forward(
+        _attention.forward(
             module().attention, x, x, k, k, None, None, 1.0, None, None, 0, 0.0, None, None,
             workspace=0, batch_invariant=False, device=0, stream=0,
         )  # fmt: skip
