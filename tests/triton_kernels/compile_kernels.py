@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastnn.backends.reference.quantize import PACKED
 from fastnn.backends.triton import (
     _scores,
     attention_backward,
@@ -31,6 +32,7 @@ from fastnn.backends.triton import (
     reduce,
     softmax,
     tree,
+    weight_only,
 )
 
 LARGE, SMALL = (128, 128, 8, 3), (64, 64, 4, 4)
@@ -238,6 +240,31 @@ def quantized_layers(arch):
         yield name, compiled(int8_linear.multiply, types, constants, arch, **options)
 
 
+def weight_only_layers(arch):
+    numbers = {name: "i32" for name in ("m", "n", "k", "x_row", "weight_row", "group", "groups")}
+    for name, element, scheme, (rows, columns, warps, stages), block, given in (
+        ("of 4 bits, few rows", "bf16", "uint4", weight_only._FEW, weight_only._FEW_BLOCK_K, dict(GROUPED=True)),
+        ("of 8 bits", "bf16", "int8", weight_only._LARGE, weight_only._BLOCK_K, {}),
+        ("of float8", "fp32", "float8_e4m3fn", weight_only._LARGE_PARTS, weight_only._PARTS_BLOCK_K, dict(PARTS=3)),
+        (
+            "scaled first",
+            "fp32",
+            "int4",
+            weight_only._SCALED,
+            weight_only.STEP,
+            dict(PARTS=3, SCALED=True, GROUPED=True),
+        ),
+    ):
+        types = dict(x=f"*{element}", weight="*u8", out=f"*{element}", scale="*fp32", bias=f"*{element}", **numbers)
+        if scheme in PACKED:
+            types["zero_point"] = "*i32"
+        constants = dict(PARTS=0, SCALED=False, GROUPED=False) | given | quantize.decoding(scheme)
+        constants |= dict(PACKED=scheme in PACKED, ACTIVATION="none", EVEN_K=False)
+        constants |= dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=block, BAND=8)
+        kernel = compiled(weight_only.multiply, types, constants, arch, num_warps=warps, num_stages=stages)
+        yield f"weight {name}", kernel
+
+
 def fake_quantization(arch):
     row, spread = ("i32", "constexpr"), ("i32",)
     known = dict(zip(("x", "grad", "out", "to"), ["*bf16"] * 4, strict=True)) | dict(mask="*u8", scale="*fp32")
@@ -388,6 +415,7 @@ def main():
         *norms(arch),
         *quantization(arch),
         *quantized_layers(arch),
+        *weight_only_layers(arch),
         *fake_quantization(arch),
         *trees(arch),
         *pools(arch),

@@ -69,7 +69,8 @@ def encode(x, scale, zero, word, least, most, DIGITS: tl.constexpr, BIAS: tl.con
 def decode(code, zero, SIGN: tl.constexpr, DIGITS: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
     """Back. SIGN: what the sign's bit of an integer counts, 0 where it has none."""
     if DIGITS == 0:
-        return ((code ^ SIGN) - SIGN).to(tl.float32) - zero
+        # Behind 2^23 an integer is the lower bits, of which one subtraction takes the rest.
+        return ((code ^ SIGN) | 0x4B000000).to(tl.float32, bitcast=True) - (zero + (8388608.0 + SIGN))
     else:
         size = code & 127
         # Subnormal numbers by a product, so that nothing depends on whether the device flushes its own.
@@ -270,6 +271,17 @@ def _scheme(dtype: str) -> tuple[float, float, int, int]:
     return -largest, largest, digits, 1 - least_exponent
 
 
+def decoding(dtype: str) -> dict[str, int]:
+    """What decode() is told of a scheme."""
+    _, _, digits, bias = _scheme(dtype)
+    return {
+        "SIGN": {"int8": 128, "int4": 8}.get(dtype, 0),
+        "DIGITS": digits,
+        "BIAS": bias,
+        "LARGEST": 0x7E if digits == 3 else 0x7B,
+    }
+
+
 def _bytes(q: Tensor) -> Tensor:
     return q if q.dtype is torch.uint8 else q.view(torch.uint8)
 
@@ -330,7 +342,6 @@ def dequantize(
         return x
     shape, scale_strides = loop(x.shape, axis, group_size)
     shape, strides = merge(shape, split(q_strides, group_size), split(x.stride(), group_size), scale_strides)
-    _, _, digits, bias = _scheme(from_dtype)
     _launch(
         dequantize_each,
         x.numel(),
@@ -343,10 +354,7 @@ def dequantize(
         shape,
         *strides,
         PACKED=from_dtype in PACKED,
-        SIGN={"int8": 128, "int4": 8}.get(from_dtype, 0),
-        DIGITS=digits,
-        BIAS=bias,
-        LARGEST=0x7E if digits == 3 else 0x7B,
+        **decoding(from_dtype),
         DIMS=len(shape),
     )
     return x
