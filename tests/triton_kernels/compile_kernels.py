@@ -24,6 +24,7 @@ from fastnn.backends.triton import (
     embedding,
     fake_quantize,
     gemm,
+    int8_conv,
     int8_linear,
     layer_norm,
     norm,
@@ -265,6 +266,26 @@ def weight_only_layers(arch):
         yield f"weight {name}", kernel
 
 
+def int8_convolutions(arch):
+    """Of channels-last images."""
+    image, three = ("i32", "constexpr", "i32", "i32", "i32"), ("i32",) * 3
+    tensors = dict(filters="*i8", filter_sums="*i32", bias="*fp32", residual="*u8", x_scale="*fp32", x_zero="*i32")
+    tensors |= dict(w_scale="*fp32", y_scale="*fp32", y_zero="*i32", residual_scale="*fp32", residual_zero="*i32")
+    known = tensors | dict.fromkeys(("images", "channels", "columns", "groups"), "i32")
+    axes = dict.fromkeys(("image_size", "out_size", "taps", "stride", "padding", "dilation"), three)
+    known |= axes | {f"{name}_strides": image for name in ("image", "filter", "out")}
+    constants = dict(w_scale_step=1, ACTIVATION="relu6", LEAST=0.0, MOST=255.0)
+    for kernel, name, element, (rows, columns, warps, stages), step in (
+        (int8_conv.tiles, "convolution u8", "u8", LARGE, dict(BLOCK_K=64)),
+        (int8_conv.tiles, "convolution i8", "i8", SMALL, dict(BLOCK_K=128)),
+        (int8_conv.direct, "convolution of few channels", "u8", (*int8_conv._DIRECT, 1), {}),
+    ):
+        types = {n: known[n] for n in kernel.arg_names if n in known} | dict(image=f"*{element}", out=f"*{element}")
+        sizes = constants | step | dict(BLOCK_M=rows, BLOCK_N=columns)
+        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+        yield f"int8 {name}", compiled(kernel, types, sizes, arch, {*axes, "images", "groups"}, **options)
+
+
 def fake_quantization(arch):
     row, spread = ("i32", "constexpr"), ("i32",)
     known = dict(zip(("x", "grad", "out", "to"), ["*bf16"] * 4, strict=True)) | dict(mask="*u8", scale="*fp32")
@@ -416,6 +437,7 @@ def main():
         *quantization(arch),
         *quantized_layers(arch),
         *weight_only_layers(arch),
+        *int8_convolutions(arch),
         *fake_quantization(arch),
         *trees(arch),
         *pools(arch),

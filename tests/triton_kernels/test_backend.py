@@ -13,9 +13,9 @@ from fastnn.backends import Kernels, cuda, supports, triton
 
 def test_without_a_kernel_the_call_is_torchs_and_counted(on_triton):
     _state.reset_fallbacks()
-    x, w = torch.arange(5, dtype=torch.uint8).view(1, 1, 5), torch.full((1, 1, 1), 3, dtype=torch.int8)
-    y = fastnn.functional.int8_conv1d(x, w, 1.0, input_scale=1.0)
-    assert torch.equal(y, 3 * torch.arange(5.0).view(1, 1, 5))
+    x = torch.arange(4.0).view(1, 4)
+    y = fastnn.functional.rotary_embedding(x, torch.zeros(1, 2), torch.ones(1, 2))
+    assert torch.equal(y, torch.tensor([[-2.0, -3.0, 0.0, 1.0]]))
     ((_, reason),) = _state.fallbacks()
     assert reason.startswith("no Triton kernel for")
     _state.reset_fallbacks()
@@ -41,7 +41,7 @@ def test_a_gpu_without_cuda_kernels_gets_tritons(monkeypatch):
         x = torch.randn(3, 5)
         assert supports("activation", x) is None
         assert torch.equal(Kernels().activation("relu", x), x.clamp(min=0))
-        assert supports("int8_conv", x) == "this build of fastnn has no CUDA kernels; no Triton kernel for int8_conv"
+        assert supports("rotary", x) == "this build of fastnn has no CUDA kernels; no Triton kernel for rotary"
     finally:
         cuda.use(before)
 

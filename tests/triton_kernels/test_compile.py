@@ -18,6 +18,8 @@ for _type in ("fp32", "bf16", "fp16"):
 OPERANDS |= {"attention bf16": "bf16.bf16", "attention fp32": "bf16.bf16", "attention by queries fp16": "f16.f16"}
 OPERANDS["attention of few queries"] = "bf16.bf16"
 OPERANDS |= dict.fromkeys(("int8 linear", "int8 linear of few rows"), "s8.s8")
+OPERANDS |= dict.fromkeys(("int8 convolution u8", "int8 convolution i8"), "s8.s8")
+OPERANDS |= dict.fromkeys(("weight of 4 bits, few rows", "weight of 8 bits", "weight of float8"), "bf16.bf16")
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 

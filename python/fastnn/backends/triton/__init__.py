@@ -38,7 +38,7 @@ OPS = frozenset(
         *("fake_quantize", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
         *("fake_quantize_gradients", "fake_quantize_mask"),
         *("quantize", "dequantize", "quantize_dynamic", "choose_scale"),
-        *("int8_linear", "weight_only_linear"),
+        *("int8_linear", "weight_only_linear", "int8_conv"),
         "split_search",
     )
 )

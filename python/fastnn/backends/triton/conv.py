@@ -256,7 +256,7 @@ def _input_axis(x: int, kernel: int, stride: int, padding: int, dilation: int, r
     return positions, first, 1, -(dilation // divisor), (kernel - 1 - tap) // period + 1, tap, period, out, stride
 
 
-def _tile(rows: int, columns: int, batches: int, parts: int) -> tuple[int, int, int, int]:
+def tile_of(rows: int, columns: int, batches: int, parts: int) -> tuple[int, int, int, int]:
     large = _LARGE_PARTS if parts or columns <= 64 else _LARGE
     enough = ceil_div(rows, large[0]) * ceil_div(columns, large[1]) * batches >= _ENOUGH_TILES
     return large if enough else _SMALL
@@ -305,7 +305,7 @@ def convolve(
         pixels = image.shape[0] * math.prod(numbers[0])
         if pixels == 0:
             continue
-        block_m, block_n, warps, stages = _tile(pixels, columns, groups, parts)
+        block_m, block_n, warps, stages = tile_of(pixels, columns, groups, parts)
         launch(
             implicit,
             ceil_div(pixels, block_m) * ceil_div(columns, block_n) * groups,
