@@ -58,7 +58,9 @@ def test_no_kernel_spills(extension, arch):
         assert used["LOCAL"] == 0, name
 
 
-@pytest.mark.parametrize("kernel", ["product", "implicit", "weight_gradient", "forward_long", "backward_long"])
+@pytest.mark.parametrize(
+    "kernel", ["product", "implicit", "weight_gradient", "forward_long", "backward_long", "decode"]
+)
 def test_products_run_on_tensor_cores(extension, kernel):
     names = [name for name in kernels(extension, "sm_80") if kernel in name]
     for part, instruction in TENSOR_CORES.items():
@@ -68,7 +70,8 @@ def test_products_run_on_tensor_cores(extension, kernel):
         code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
         assert instruction in code, part
         assert "LDGSTS.E.BYPASS.128" in code, "cp.async of 16 bytes"
-        assert ("LDSM.16" in code) == (part != "SplitF32"), "ldmatrix"
+        # Of few queries a thread makes its operands of what it copied itself.
+        assert ("LDSM.16" in code) == (part != "SplitF32" and kernel != "decode"), "ldmatrix"
         assert "STL" not in code, "a store to local memory"
 
 
