@@ -32,7 +32,12 @@ from fastnn.backends.triton import (
     quantize,
     reduce,
     softmax,
-    tree,
+    tree_binning,
+    tree_borders,
+    tree_children,
+    tree_histograms,
+    tree_nodes,
+    tree_rows,
     weight_only,
 )
 
@@ -383,15 +388,15 @@ def trees(arch):
     known |= dict.fromkeys((*sizes, "step", "min_split", "min_leaf"), "i32")
     given = dict(GROUP=32, COUNTED=4096, MOVED=1024, NODES=256, TOP=False, DIGITS=1, UPPER=16, LINES=16, SLOTS=256)
     for kernel, weighted, own in (
-        (tree.put_into_bins, False, dict(ROWS=64)),
-        (tree.plan_level, False, {}),
-        (tree.count_bins, False, dict(WORDS=2, PIECE=4096, ROWS=64)),
-        (tree.count_bins, True, dict(WORDS=4, PIECE=4096, ROWS=64, DIGITS=4)),
-        (tree.sum_bins, False, {}),
-        (tree.find_borders, True, dict(COLUMNS=4)),
-        (tree.choose_columns, True, dict(COLUMNS=128, WORDS=4)),
-        (tree.move_rows, False, dict(PIECE=1024)),
-        (tree.copy_rows, False, dict(PIECE=1024)),
+        (tree_binning.put_into_bins, False, dict(ROWS=64)),
+        (tree_nodes.plan_level, False, {}),
+        (tree_histograms.count_bins, False, dict(WORDS=2, PIECE=4096, ROWS=64)),
+        (tree_histograms.count_bins, True, dict(WORDS=4, PIECE=4096, ROWS=64, DIGITS=4)),
+        (tree_histograms.sum_bins, False, {}),
+        (tree_borders.find_borders, True, dict(COLUMNS=4)),
+        (tree_children.choose_columns, True, dict(COLUMNS=128, WORDS=4)),
+        (tree_rows.move_rows, False, dict(PIECE=1024)),
+        (tree_rows.copy_rows, False, dict(PIECE=1024)),
     ):
         types = {name: known[name] for name in kernel.arg_names if name in known}
         constants = given | own | dict(WEIGHTED=weighted)
