@@ -152,7 +152,7 @@ PyObject* tensor_attention_backward(PyObject*, PyObject* const* args, Py_ssize_t
   return PyTuple_Pack(3, gradients[0].object, gradients[1].object, gradients[2].object);
 }
 
-PyMethodDef functions[] = {
+PyMethodDef attention_functions[] = {
     method("tensor_attention", tensor_attention, "Attention; None where not taken."),
     method("tensor_attention_backward", tensor_attention_backward,
            "The gradients of query, key and value; None where not taken."),
@@ -161,5 +161,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_attention_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), attention_functions) != 0) throw py::error_already_set();
 }

@@ -320,7 +320,7 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
   return tuple;
 }
 
-PyMethodDef functions[] = {
+PyMethodDef conv_functions[] = {
     method("tensor_convolution", tensor_convolution,
            "activation(conv(x, w) + bias + residual); None where not taken, a tuple of it where a "
            "gradient is wanted."),
@@ -339,5 +339,5 @@ void bind_conv_tensors(py::module_& m) {
       "by one who knows that these do not change.")
       .def(py::init<>())
       .def_property_readonly("nbytes", &Prepared::bytes);
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), conv_functions) != 0) throw py::error_already_set();
 }

@@ -12,7 +12,7 @@ using namespace fastnn::tensors;
 namespace {
 
 // What both directions are given: input, target, weight, ignore_index, reduction, smoothing.
-class Arguments {
+class LossArguments {
  public:
   CrossEntropy call;
   Tensor x;
@@ -62,7 +62,7 @@ class Arguments {
 // tensor_cross_entropy(input, target, weight, ignore_index, reduction, smoothing): the result, or
 // (result, statistics) where a gradient is wanted.
 PyObject* tensor_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Arguments a;
+  LossArguments a;
   if (n != 6 || !readable() || !a.read_from(args) || !quiet()) return not_taken();
   const bool grad = wants_grad(args[0]);
   if (PyErr_Occurred()) return not_taken();
@@ -93,7 +93,7 @@ PyObject* tensor_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // tensor_cross_entropy_backward(grad, statistics, input, ...): by the input, of what was reduced.
 PyObject* tensor_cross_entropy_backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Arguments a;
+  LossArguments a;
   Tensor statistics, out;
   double grad;
   if (n != 8 || !readable() || !a.read_from(args + 2) || a.call.reduction == Reduction::none ||
@@ -111,7 +111,7 @@ PyObject* tensor_cross_entropy_backward(PyObject*, PyObject* const* args, Py_ssi
   });
 }
 
-PyMethodDef functions[] = {
+PyMethodDef cross_entropy_functions[] = {
     method("tensor_cross_entropy", tensor_cross_entropy,
            "Cross entropy; None where not taken, (result, statistics) where a gradient is wanted."),
     method("tensor_cross_entropy_backward", tensor_cross_entropy_backward,
@@ -121,5 +121,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_cross_entropy_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), cross_entropy_functions) != 0) throw py::error_already_set();
 }

@@ -39,7 +39,7 @@ PyObject* tensor_dropout(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return PyTuple_Pack(2, result.object, drawn.object);
 }
 
-PyMethodDef functions[] = {
+PyMethodDef dropout_functions[] = {
     method("tensor_dropout", tensor_dropout,
            "Dropout; None where not taken, a tuple of it and its seed where a gradient is wanted."),
     {nullptr, nullptr, 0, nullptr}};
@@ -47,5 +47,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_dropout_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), dropout_functions) != 0) throw py::error_already_set();
 }

@@ -139,7 +139,7 @@ PyObject* tensor_rotary(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return grad ? in_tuple(result) : result;
 }
 
-PyMethodDef functions[] = {
+PyMethodDef embedding_functions[] = {
     method("tensor_embedding", tensor_embedding,
            "Rows of a table; None where not taken, a tuple of it where a gradient is wanted."),
     method("tensor_embedding_backward", tensor_embedding_backward,
@@ -151,5 +151,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_embedding_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), embedding_functions) != 0) throw py::error_already_set();
 }

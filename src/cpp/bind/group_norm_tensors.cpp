@@ -111,7 +111,7 @@ PyObject* tensor_group_norm_backward(PyObject*, PyObject* const* args, Py_ssize_
   return PyTuple_Pack(3, all[0], all[1], all[2]);
 }
 
-PyMethodDef functions[] = {
+PyMethodDef group_norm_functions[] = {
     method("tensor_group_norm", tensor_group_norm,
            "Group norm; None where not taken, (result, mean, var) where a gradient is wanted."),
     method("tensor_group_norm_backward", tensor_group_norm_backward,
@@ -121,5 +121,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_group_norm_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), group_norm_functions) != 0) throw py::error_already_set();
 }

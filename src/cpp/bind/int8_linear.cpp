@@ -123,9 +123,9 @@ PyObject* tensor_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return run(result, double(c.m) * double(c.n) * double(c.k), [&] { int8_linear(c); });
 }
 
-PyMethodDef functions[] = {method("tensor_int8_linear", tensor_int8_linear,
-                                  "A linear layer in int8; None where not taken."),
-                           {nullptr, nullptr, 0, nullptr}};
+PyMethodDef int8_linear_functions[] = {method("tensor_int8_linear", tensor_int8_linear,
+                                              "A linear layer in int8; None where not taken."),
+                                       {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
@@ -151,5 +151,5 @@ void bind_int8_linear(py::module_& m) {
                   reinterpret_cast<char*>(to));
       },
       py::arg("w"), py::arg("n"), py::arg("k"), py::arg("w_row"), py::arg("w_col"), py::arg("to"));
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), int8_linear_functions) != 0) throw py::error_already_set();
 }

@@ -142,7 +142,7 @@ PyObject* tensor_row_norm_backward(PyObject*, PyObject* const* args, Py_ssize_t 
   return PyTuple_Pack(3, all[0], all[1], all[2]);
 }
 
-PyMethodDef functions[] = {
+PyMethodDef layer_norm_functions[] = {
     method("tensor_row_norm", tensor_row_norm,
            "Layer norm or rms norm; None where not taken, a tuple of it where a gradient is "
            "wanted."),
@@ -153,5 +153,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_layer_norm_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), layer_norm_functions) != 0) throw py::error_already_set();
 }

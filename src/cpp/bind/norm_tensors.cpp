@@ -130,7 +130,7 @@ PyObject* tensor_batch_norm_backward(PyObject*, PyObject* const* args, Py_ssize_
   return PyTuple_Pack(4, all[0], all[1], all[2], all[3]);
 }
 
-PyMethodDef functions[] = {
+PyMethodDef norm_functions[] = {
     method("tensor_batch_norm", tensor_batch_norm,
            "Batch norm; None where not taken, (result, mean, var) where a gradient is wanted."),
     method("tensor_batch_norm_backward", tensor_batch_norm_backward,
@@ -141,5 +141,5 @@ PyMethodDef functions[] = {
 
 void bind_norm_tensors(py::module_& m) {
   bind_group_norm_tensors(m);
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), norm_functions) != 0) throw py::error_already_set();
 }

@@ -175,7 +175,7 @@ PyObject* tensor_pool_backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
   });
 }
 
-PyMethodDef functions[] = {
+PyMethodDef pool_functions[] = {
     method("tensor_pool", tensor_pool,
            "Pooling; None where not taken, (result, codes, channels_last) where a gradient is "
            "wanted."),
@@ -186,5 +186,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_pool_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), pool_functions) != 0) throw py::error_already_set();
 }

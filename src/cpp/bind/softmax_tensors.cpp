@@ -57,7 +57,7 @@ PyObject* tensor_softmax_backward(PyObject*, PyObject* const* args, Py_ssize_t n
   });
 }
 
-PyMethodDef functions[] = {
+PyMethodDef softmax_functions[] = {
     method("tensor_softmax", tensor_softmax,
            "softmax or log_softmax; None where not taken, a tuple of it where a gradient is "
            "wanted."),
@@ -68,5 +68,5 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void bind_softmax_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), softmax_functions) != 0) throw py::error_already_set();
 }

@@ -630,7 +630,7 @@ PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_
   });
 }
 
-PyMethodDef functions[] = {
+PyMethodDef tensors_functions[] = {
     method("tensor_product", tensor_product,
            "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is "
            "wanted."),
@@ -686,5 +686,5 @@ void bind_tensors(py::module_& m) {
         py::arg("asked"),
         "Reads tensors through DLPack's C table from now on, and asks torch what `asked` holds; "
         "False if it cannot.");
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), tensors_functions) != 0) throw py::error_already_set();
 }

@@ -68,12 +68,13 @@ PyObject* tensor_weight_only(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return run(result, operations, [&] { weight_only(c); });
 }
 
-PyMethodDef functions[] = {method("tensor_weight_only", tensor_weight_only,
-                                  "A linear layer with a quantized weight; None where not taken."),
-                           {nullptr, nullptr, 0, nullptr}};
+PyMethodDef weight_only_functions[] = {
+    method("tensor_weight_only", tensor_weight_only,
+           "A linear layer with a quantized weight; None where not taken."),
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void bind_weight_only_tensors(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), weight_only_functions) != 0) throw py::error_already_set();
 }
