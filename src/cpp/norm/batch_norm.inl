@@ -78,33 +78,52 @@ static FASTNN_INLINE void apply_as(const NormBlock& b, const void* const* coef, 
     }
 }
 
-template <class T, bool dense, bool across, bool training, bool residual, bool relu>
-static FASTNN_INLINE void backward_as(const NormBlock& b, const void* const* coef) {
+// The gradient of what the normalization gave, before relu. Of a row.
+template <class T, bool dense, bool relu>
+struct OutputGradient {
   using V = typename ComputeIn<T>::V;
-  const int64_t grad_stride = b.inner[0], x_stride = b.inner[1], out_stride = b.inner[2],
-                residual_stride = b.inner[4], ahead = b.ahead;
+  const T *grad, *out;
+  int64_t grad_stride, out_stride;
+  FASTNN_INLINE OutputGradient(const NormBlock& b, int64_t r, int64_t c)
+      : grad(row_of<T>(b, 0, r, c)),
+        out(row_of<T>(b, 2, r, c)),
+        grad_stride(b.inner[0]),
+        out_stride(b.inner[2]) {}
+  FASTNN_INLINE V operator()(int64_t i, int lanes) const {
+    const V g = load_at<dense, V>(grad, grad_stride, i, lanes);
+    if constexpr (relu)
+      return select(le(load_at<dense, V>(out, out_stride, i, lanes), V::zero()), V::zero(), g);
+    else
+      return g;
+  }
+};
+
+// It is that of the residual, too.
+template <class T, bool dense, bool relu>
+static __attribute__((noinline)) void backward_residual(const NormBlock& b, int64_t r, int64_t c) {
+  const OutputGradient<T, dense, relu> gradient(b, r, c);
+  fill_row<dense, typename ComputeIn<T>::V>(
+      row_of<T>(b, 4, r, c), b.inner[4], b.n, b.around_caches,
+      [=](int64_t i, int lanes) __attribute__((always_inline)) { return gradient(i, lanes); });
+}
+
+template <class T, bool dense, bool across, bool training, bool relu>
+static FASTNN_INLINE void backward_as(const NormBlock& b, const void* const* coef, bool residual) {
+  using V = typename ComputeIn<T>::V;
+  const int64_t x_stride = b.inner[1], ahead = b.ahead;
   for (int64_t r = 0; r < b.rows; r++)
     for (int64_t c = 0; c < b.channels; c++) {
       const Coefficient<across, V> center(coef[0], c), by_grad(coef[1], c), by_x(coef[2], c),
           rest(coef[3], c);
-      const T* grad = row_of<T>(b, 0, r, c);
+      const OutputGradient<T, dense, relu> gradient(b, r, c);
       const T* x = row_of<T>(b, 1, r, c);
-      const T* out = row_of<T>(b, 2, r, c);
-      auto gradient = [=](int64_t i, int lanes) __attribute__((always_inline)) {
-        const V g = load_at<dense, V>(grad, grad_stride, i, lanes);
-        if constexpr (relu)
-          return select(le(load_at<dense, V>(out, out_stride, i, lanes), V::zero()), V::zero(), g);
-        else
-          return g;
-      };
-      if constexpr (residual)
-        fill_row<dense, V>(row_of<T>(b, 4, r, c), residual_stride, b.n, b.around_caches, gradient);
+      if (residual) backward_residual<T, dense, relu>(b, r, c);
       fill_row<dense, V>(row_of<T>(b, 3, r, c), b.inner[3], b.n, b.around_caches,
                          [=](int64_t i, int lanes) __attribute__((always_inline)) {
                            if constexpr (dense && !across && training) {
-                             __builtin_prefetch(grad + i + ahead, 0, 2);
+                             __builtin_prefetch(gradient.grad + i + ahead, 0, 2);
                              __builtin_prefetch(x + i + ahead, 0, 2);
-                             if constexpr (relu) __builtin_prefetch(out + i + ahead, 0, 2);
+                             if constexpr (relu) __builtin_prefetch(gradient.out + i + ahead, 0, 2);
                            }
                            const V g = gradient(i, lanes);
                            if constexpr (training)
@@ -127,15 +146,12 @@ static void apply(const NormBlock& b, const void* const* coef, bool residual, bo
 template <class T, bool dense, bool across>
 static void backward(const NormBlock& b, const void* const* coef, bool training, bool residual,
                      bool relu) {
-  auto with = [&]<bool train>() __attribute__((always_inline)) {
-    if (residual)
-      relu ? backward_as<T, dense, across, train, true, true>(b, coef)
-           : backward_as<T, dense, across, train, true, false>(b, coef);
-    else
-      relu ? backward_as<T, dense, across, train, false, true>(b, coef)
-           : backward_as<T, dense, across, train, false, false>(b, coef);
-  };
-  training ? with.template operator()<true>() : with.template operator()<false>();
+  if (training)
+    relu ? backward_as<T, dense, across, true, true>(b, coef, residual)
+         : backward_as<T, dense, across, true, false>(b, coef, residual);
+  else
+    relu ? backward_as<T, dense, across, false, true>(b, coef, residual)
+         : backward_as<T, dense, across, false, false>(b, coef, residual);
 }
 
 template <class T>

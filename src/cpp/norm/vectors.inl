@@ -26,9 +26,9 @@ static FASTNN_INLINE V load_at(const T* p, int64_t stride, int64_t i, int lanes)
   if constexpr (dense) {
     return lanes == V::width ? V::load(p + i) : V::load_partial(p + i, lanes);
   } else {
-    T gathered[V::width];
+    T gathered[V::width] = {};
     for (int j = 0; j < lanes; j++) gathered[j] = p[(i + j) * stride];
-    return V::load_partial(gathered, lanes);
+    return V::load(gathered);
   }
 }
 // 1 in the first lanes, 0 in the others.
