@@ -118,10 +118,17 @@ static void weight_rows_of(const TapRuns& r) {
   if constexpr (B >= 1) {
     if (r.count < B) return weight_rows_of<T, TAPS, S, B - 1>(r);
     // Where masks cost nothing, one form is enough.
-    if (FASTNN_TARGET_ID == 2 || r.lanes < In<T>::V::width)
-      weight_runs<T, TAPS, S, B, false>(r);
-    else
+    if (FASTNN_TARGET_ID != 2 && r.lanes == In<T>::V::width) {
       weight_runs<T, TAPS, S, B, FASTNN_TARGET_ID != 2>(r);
+    } else if constexpr (FASTNN_TARGET_ID > 0) {
+      weight_runs<T, TAPS, S, B, false>(r);
+    } else {  // row by row: a form for each number of them would be much code
+      TapRuns one = r;
+      for (int b = 0; b < B; b++, one.offset++, one.asks = 0) {
+        weight_runs<T, TAPS, S, 1, false>(one);
+        one.sums = static_cast<typename In<T>::Acc*>(one.sums) + r.sums_row;
+      }
+    }
   }
 }
 

@@ -416,6 +416,8 @@ FASTNN_INLINE VecF32 narrow(VecF64 low, VecF64 high) {
 #else  // -------------------------------------------------------------------------- portable
 
 // GCC and clang lower these to whatever the baseline of the target has (SSE2, NEON, ...).
+#include "isa/portable_lanes.inl"
+
 template <class Scalar, class Int, int Width>
 struct PortableVec {
   using T = Scalar;
@@ -440,15 +442,11 @@ struct PortableVec {
   }
   template <class H>
   static FASTNN_INLINE PortableVec load(const H* p) {
-    PortableVec v;
-    for (int i = 0; i < Width; i++) v.r[i] = to_f32(p[i]);
-    return v;
+    return load_partial(p, Width);
   }
   template <class H>
   static FASTNN_INLINE PortableVec load_partial(const H* p, int n) {
-    PortableVec v = zero();
-    for (int i = 0; i < n; i++) v.r[i] = to_f32(p[i]);
-    return v;
+    return {to_floats(load_halves(p, n), H())};
   }
   FASTNN_INLINE void store(T* p) const { __builtin_memcpy(p, &r, sizeof(r)); }
   FASTNN_INLINE void store_partial(T* p, int n) const {
@@ -456,11 +454,11 @@ struct PortableVec {
   }
   template <class H>
   FASTNN_INLINE void store(H* p) const {
-    for (int i = 0; i < Width; i++) from_f32(p[i], r[i]);
+    store_partial(p, Width);
   }
   template <class H>
   FASTNN_INLINE void store_partial(H* p, int n) const {
-    for (int i = 0; i < n; i++) from_f32(p[i], r[i]);
+    store_halves(p, from_floats(r, H()), n);
   }
   friend FASTNN_INLINE PortableVec operator+(PortableVec a, PortableVec b) { return {a.r + b.r}; }
   friend FASTNN_INLINE PortableVec operator-(PortableVec a, PortableVec b) { return {a.r - b.r}; }
@@ -502,9 +500,11 @@ struct PortableVec {
     return {bit_cast<Lanes>(bit_cast<Bits>(a.r) & ~bit_cast<Bits>(set1(T(-0.0)).r))};
   }
   friend FASTNN_INLINE PortableVec round(PortableVec a) {
-    PortableVec v;
-    for (int i = 0; i < Width; i++) v.r[i] = __builtin_nearbyint(a.r[i]);
-    return v;
+    // From `least` on there are no fractions, and none is left where it was added.
+    const PortableVec least = set1(sizeof(T) == 4 ? T(0x1p23) : T(0x1p52)), size = abs(a);
+    const Bits sign = bit_cast<Bits>(a.r) & bit_cast<Bits>(set1(T(-0.0)).r);
+    const Lanes whole = (size.r + least.r) - least.r;
+    return select(lt(size, least), {bit_cast<Lanes>(bit_cast<Bits>(whole) | sign)}, a);
   }
   friend FASTNN_INLINE PortableVec sqrt(PortableVec a) {
     PortableVec v;
