@@ -33,6 +33,8 @@ constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand pack
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
 constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
+constexpr int64_t kLeastBlocks = 3, kManyBlocks = 12;  // for each thread
+constexpr int64_t kLongBlock = 12;                     // tiles
 constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
@@ -91,16 +93,18 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
   // The sums of a block live in L2 as well.
   if (sum)
     block_a = std::min(block_a, std::max<int64_t>(1, kSumBytes / (block_b * tile_bytes(kn))));
-  // Enough blocks that threads which finish early find work.
-  while (ceil_div(mp, block_a) * ceil_div(np, block_b) < 3 * threads && threads > 1 &&
-         (block_a > 1 || block_b > 1)) {
-    if (block_b * kn.nr >= block_a * kn.mr && block_b > 1)
+  // Enough blocks that threads which finish early find work: some each, and, where they are still
+  // long then, more, because no two threads are equally fast. Of each a share that is as large.
+  auto blocks = [&] { return ceil_div(mp, block_a) * ceil_div(np, block_b); };
+  while (threads > 1 && (block_a > 1 || block_b > 1) &&
+         (blocks() < kLeastBlocks * threads ||
+          (blocks() < kManyBlocks * threads && block_a * block_b > kLongBlock))) {
+    if (block_b > 1 && (block_b * kn.nr >= block_a * kn.mr || block_a <= kLongBlock))
       block_b = ceil_div(block_b, 2);
-    else if (block_a > 1)
-      block_a = ceil_div(block_a, 2);
     else
-      block_b = ceil_div(block_b, 2);
+      block_a = ceil_div(block_a, 2);
   }
+  block_a = ceil_div(mp, ceil_div(mp, block_a)), block_b = ceil_div(np, ceil_div(np, block_b));
   const int64_t blocks_m = ceil_div(mp, block_a), blocks_n = ceil_div(np, block_b);
   const Sums sums(kn, a.layout.blocks(), block_a * block_b);
   const int64_t own_bytes = round_up(sums.bytes(kn), 64);
