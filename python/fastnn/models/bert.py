@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import nn
 from ..nn.mlp import run_layers
-from .heads import join_heads, split_heads
+from .heads import join_heads, split_projections
 
 #: What one linear layer computes, by the names of the three that it stands for.
 _PROJECTIONS = ("query", "key", "value")
@@ -74,7 +74,7 @@ class BertSelfAttention(torch.nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        query, key, value = (split_heads(part, self.num_attention_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        query, key, value = split_projections(self.qkv(x), self.num_attention_heads)
         dropout = self.dropout if self.training else 0.0
         return join_heads(self.attention(query, key, value, attention_mask, dropout))
 
@@ -106,7 +106,7 @@ class BertResidual(torch.nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.LayerNorm(run_layers((self.dense, self.dropout), x, residual))
 
 
 class BertIntermediate(torch.nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import nn
 from ..nn.mlp import run_layers
-from .heads import join_heads, split_heads
+from .heads import join_heads, split_projections
 from .sampling import check_sampling, probabilities
 
 
@@ -58,9 +58,10 @@ class KVCache:
 
 
 class CausalSelfAttention(torch.nn.Module):
-    """Queries, keys and values from one linear layer; each token looks at itself and at those before it.
+    """Queries, keys and values from one linear layer; each token looks at itself and at those before it. ``residual`` is
+    added to the result.
 
-    Shapes: input and output ``(N, L, n_embd)``.
+    Shapes: input, residual and output ``(N, L, n_embd)``.
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
@@ -72,8 +73,8 @@ class CausalSelfAttention(torch.nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        query, key, value = (split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
+    def forward(self, x: Tensor, residual: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        query, key, value = split_projections(self.c_attn(x), self.n_head)
         length = x.shape[1]
         mask = None
         if cache is not None:
@@ -84,11 +85,11 @@ class CausalSelfAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         # One query sees every key.
         y = self.attention(query, key, value, mask, dropout, is_causal=mask is None and length > 1)
-        return self.resid_dropout(self.c_proj(join_heads(y)))
+        return run_layers((self.c_proj, self.resid_dropout), join_heads(y), residual)
 
 
 class MLP(torch.nn.Module):
-    """A linear layer to four times the width, gelu in its tanh form, and one back."""
+    """A linear layer to four times the width, gelu in its tanh form, one back, and the sum with ``residual``."""
 
     def __init__(self, n_embd: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -97,8 +98,8 @@ class MLP(torch.nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_layers((self.c_fc, self.act, self.c_proj, self.dropout), x)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return run_layers((self.c_fc, self.act, self.c_proj, self.dropout), x, residual)
 
 
 class Block(torch.nn.Module):
@@ -112,8 +113,8 @@ class Block(torch.nn.Module):
         self.mlp = MLP(n_embd, dropout, bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), x, cache, layer)
+        return self.mlp(self.ln_2(x), x)
 
 
 class GPT(torch.nn.Module):

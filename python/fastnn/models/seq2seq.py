@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import functional, nn
 from ..nn.mlp import _any_global_hook, _unwatched
-from .heads import join_heads, split_heads
+from .heads import join_heads, split_heads, split_projections
 
 
 class PositionalEncoding(torch.nn.Module):
@@ -81,7 +81,7 @@ def _next_features(
     def attend_target(x: Tensor) -> Tensor:
         attention = layer.self_attn
         projected = functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = (split_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1))
+        query, key, value = split_projections(projected, attention.num_heads)
         found = functional.scaled_dot_product_attention(query, *cache.append(at, key, value))
         return attention.out_proj(join_heads(found))
 

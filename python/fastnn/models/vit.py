@@ -66,7 +66,7 @@ class EncoderBlock(torch.nn.Module):
         y = self.ln_1(x)
         y, _ = self.self_attention(y, y, y, need_weights=False)
         x = x + self.dropout(y)
-        return x + run_layers(self.mlp, self.ln_2(x))
+        return run_layers(self.mlp, self.ln_2(x), x)
 
 
 class Encoder(torch.nn.Module):

@@ -81,6 +81,17 @@ class Linear(PackableWeight, torch.nn.Linear):
                 return output
         return functional.linear_act(input, weight, bias, activation)
 
+    def forward_add(self, input: Tensor, residual: Tensor) -> Tensor:
+        """``forward(input) + residual``: one call where the weight is packed (:func:`fastnn.prepack_`)."""
+        packed = self._packed_weight
+        if packed is not None and not torch.compiler.is_compiling():
+            weight = self.weight
+            if packed.is_current(weight):
+                output = packed.linear_add(input, weight, self.bias, residual)
+                if output is not None:
+                    return output
+        return self.forward(input) + residual
+
 
 class NonDynamicallyQuantizableLinear(Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
     """The ``out_proj`` of :class:`torch.nn.MultiheadAttention`, a linear layer with a name of its own.

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn.modules import module as _torch_module
 
 from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh, activation_name
+from .dropout import Dropout
 from .linear import Linear
+
+_DROPOUTS = (Dropout, torch.nn.Dropout)
 
 _ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {
     "relu": ReLU,
@@ -90,13 +93,18 @@ class MLP(torch.nn.Sequential):
         return run_layers(self, input)
 
 
-def run_layers(layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: Tensor) -> Tensor:
+def run_layers(
+    layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """Calls one layer after the other; each linear layer and the activation after it are one fused call, as in :class:`MLP`.
 
-    ``layers`` may be a :class:`torch.nn.Sequential` itself.
+    ``layers`` may be a :class:`torch.nn.Sequential` itself. ``residual`` is added to what the last one gives: in the same
+    call where that is a linear layer with a packed weight, and only dropouts that drop nothing come after it.
     """
     fusing = not _any_global_hook()
     layers = list(layers._modules.values()) if isinstance(layers, torch.nn.Sequential) else layers
+    if fusing:
+        layers = [layer for layer in layers if not _passes(layer)]
     position = 0
     while position < len(layers):
         layer = layers[position]
@@ -108,8 +116,15 @@ def run_layers(layers: Sequence[torch.nn.Module] | torch.nn.Sequential, input: T
                 input = layer.forward_act(input, name)
                 position += 1
                 continue
+        if fusing and residual is not None and position == len(layers) and type(layer) is Linear and _unwatched(layer):
+            return layer.forward_add(input, residual)
         input = layer(input)
-    return input
+    return input if residual is None else input + residual
+
+
+def _passes(layer: torch.nn.Module) -> bool:
+    """Whether it is a dropout that gives what it is given, and nobody would see that it was not called."""
+    return type(layer) in _DROPOUTS and not layer.training and _unwatched(layer)
 
 
 #: Classes with a ``forward_act`` that goes with their forward, by exact type. fastnn.quant adds its own.

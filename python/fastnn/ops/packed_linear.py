@@ -28,6 +28,8 @@ LEAST_WORK = 1 << 20
 
 _KERNELS = (None, "cpu")
 
+_tensor_product = cpu.tensor_product
+
 
 def why_not(weight: Tensor | None) -> str | None:
     """None if a weight of two dimensions can be packed, else the reason for people."""
@@ -59,6 +61,7 @@ class PackedWeight:
         "fewest",
         "in_features",
         "isa",
+        "kind",
         "packed",
         "precision",
         "rows",
@@ -79,6 +82,7 @@ class PackedWeight:
         self.precision = cpu.precision(weight.dtype)
         self.isa = cpu.isa()
         self.packed = cpu.pack_weight(self.rows)
+        self.kind = cpu.MATMUL if transposed else cpu.LINEAR
         _watch_optimizers(self)
 
     def is_current(self, weight: Tensor) -> bool:
@@ -90,6 +94,10 @@ class PackedWeight:
             and weight.dtype is self.dtype
         )
 
+    def linear_add(self, input: Any, weight: Tensor, bias: Tensor | None, residual: Any) -> Tensor | None:
+        """input @ W + bias + residual from the packed weight, or None as :meth:`linear`; also without DLPack's table."""
+        return _tensor_product(self.kind, input, weight, bias, 0, None, residual, self.packed, self.fewest)
+
     def linear(self, input: Any, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
         """activation(input @ W + bias) from the packed weight, or None where this call has to go the ordinary way.
 
@@ -97,6 +105,11 @@ class PackedWeight:
         or transforms; autocast is on; another backend, instruction set or float32 precision than at the time of
         packing; or arguments that the kernels do not take.
         """
+        output = _tensor_product(
+            self.kind, input, weight, bias, cpu.ACTIVATION[activation], None, None, self.packed, self.fewest
+        )
+        if output is not None:
+            return output
         if type(input) not in PLAIN or input.layout is not torch.strided or not input.is_cpu:
             return None
         settings = _state.settings()

@@ -8,6 +8,7 @@
 // is not yet part of the graph: an autograd.Function makes it so.
 #include "bind/tensors.hpp"
 
+#include "common/cpu_features.hpp"
 #include "elementwise/elementwise.hpp"
 #include "gemm/gemm.hpp"
 
@@ -67,7 +68,8 @@ PyObject *get_settings = nullptr, *dispatch_modes = nullptr, *functorch_active =
 // Functions of a tensor, or of a tuple of them.
 PyObject *is_neg = nullptr, *is_inference = nullptr, *increment_version = nullptr;
 PyObject *name_new_empty = nullptr, *name_new_empty_strided = nullptr,
-         *name_requires_grad = nullptr, *name_current_level = nullptr;
+         *name_requires_grad = nullptr, *name_current_level = nullptr, *name_dtype = nullptr;
+PyObject* large_empty = nullptr;  // of this package: (shape, dtype) to a tensor
 PyObject *float64 = nullptr, *uint8 = nullptr, *int32 = nullptr;  // torch's dtypes
 PyObject* names_dtype = nullptr;                                  // ("dtype",)
 
@@ -264,11 +266,24 @@ bool apart(const Tensor& out) {
   }
   return true;
 }
+static PyObject* new_large(const Tensor& like, const int64_t* shape, int dims, DType type,
+                           Tensor& out) {
+  const Held sizes{to_tuple(shape, dims)};
+  const Held dtype{type == like.type ? PyObject_GetAttr(like.object, name_dtype)
+                                     : Py_NewRef(dtype_object(type))};
+  PyObject* result = sizes.object && dtype.object
+                         ? PyObject_CallFunctionObjArgs(large_empty, sizes.object, dtype.object,
+                                                        static_cast<PyObject*>(nullptr))
+                         : nullptr;
+  if (result && !read_new(result, out)) Py_CLEAR(result);
+  return result;
+}
 PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType type, Tensor& out) {
   int64_t count = 1;
   for (int d = 0; d < dims; d++)
     if (__builtin_mul_overflow(count, shape[d], &count)) return nullptr;
-  if (count > kLargeBytes / int64_t(dtype_size(type))) return nullptr;
+  if (count > kLargeBytes / int64_t(dtype_size(type)))
+    return new_large(like, shape, dims, type, out);
   PyObject* arguments[kMaxDims + 2] = {like.object};
   int made = 0;
   for (; made < dims; made++)
@@ -422,15 +437,20 @@ const char* end_of(const Tensor& t) {
 }
 bool overlap(const Tensor& x, const Tensor& y) { return x.data < end_of(y) && y.data < end_of(x); }
 
+bool of_shape(const Tensor& t, const int64_t* shape, int dims) {
+  if (t.dims != dims) return false;
+  for (int d = 0; d < dims; d++)
+    if (t.shape[d] != shape[d]) return false;
+  return true;
+}
+
 // The result of a product or a function: fresh, or the caller's `out`. Null where it is not taken.
 PyObject* result_in(PyObject* out_object, const Tensor& like, const int64_t* shape, int dims,
                     Tensor& out) {
   if (out_object == Py_None) return new_result(like, shape, dims, out);
-  if (!read(out_object, out) || out.type != like.type || out.dims != dims || !apart(out) ||
-      !is_ordinary(out_object))
+  if (!read(out_object, out) || out.type != like.type || !apart(out) || !is_ordinary(out_object))
     return nullptr;
-  for (int d = 0; d < dims; d++)
-    if (out.shape[d] != shape[d]) return nullptr;
+  if (!of_shape(out, shape, dims)) return nullptr;
   Py_INCREF(out_object);
   return out_object;
 }
@@ -440,14 +460,30 @@ PyObject* written(PyObject* out_object, PyObject* result) {
   return nullptr;
 }
 
+// The product's B, packed; false where this call has to go another way: for little work it is read
+// where it lies, and the setting may be another than at the time of packing.
+bool take_packed(PyObject* packed, PyObject* fewest, const Tensor& a, Gemm& g) {
+  const auto* operand = py::handle(packed).cast<const PackedOperand*>();
+  const int64_t least = PyLong_AsLongLong(fewest);
+  forget_error();
+  if (!operand || least < 0 || a.count() < least || operand->k != g.k || operand->n != g.n ||
+      operand->dtype != a.type || operand->precision != g.precision ||
+      operand->isa != active_isa())
+    return false;
+  g.packed = operand;
+  return true;
+}
+
 enum Kind { kMatmul = 0, kLinear = 1, kMm = 2, kBmm = 3 };
 
-// tensor_product(kind, a, b, bias, activation, out): activation(a @ b + bias), with b transposed in
-// a linear layer. a (..., M, K); b a matrix, or, except there, of a's batch.
+// tensor_product(kind, a, b, bias, activation, out, [residual, packed, fewest]):
+// activation(a @ b + bias + residual), with b transposed in a linear layer. a (..., M, K); b a
+// matrix, or, except there, of a's batch. `packed`, a PackedOperand or None, is read instead of a
+// matrix b where a has `fewest` elements or more.
 PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Tensor a, b, bias, out;
+  Tensor a, b, bias, residual, out;
   int kind, activation;
-  if (n != 6 || !readable() || !integer(args[0], kBmm, kind) || !read(args[1], a) ||
+  if ((n != 6 && n != 9) || !readable() || !integer(args[0], kBmm, kind) || !read(args[1], a) ||
       !read(args[2], b) || a.type != b.type || a.dims < 2 || b.dims < 2 ||
       !integer(args[4], kActivations - 1, activation))
     return not_taken();
@@ -484,16 +520,32 @@ PyObject* tensor_product(PyObject*, PyObject* const* args, Py_ssize_t n) {
       g.a.batch[d] = a.strides[d], g.b.batch[d] = b.strides[d];
     }
   }
-  if (!precision_of(a.type, operations, g.precision) || !quiet()) return not_taken();
-  const bool grad = wants_grad(args[1], args[2], has_bias ? args[3] : args[1],
-                               args[5] != Py_None ? args[5] : args[1]);
+  const bool has_residual = n == 9 && args[6] != Py_None;
+  if (has_residual) {
+    if (!read(args[6], residual) || residual.type != a.type || b.dims != 2 ||
+        !of_shape(residual, shape, a.dims))
+      return not_taken();
+    int64_t rows;
+    if (!fold_rows(residual, rows, g.residual.rs)) return not_taken();
+    g.residual.data = residual.data, g.residual.type = residual.type;
+    g.residual.cs = residual.stride(-1), g.beta = 1;
+  }
+  const bool packed = n == 9 && args[7] != Py_None;  // at one precision, which must be today's
+  if (!precision_of(a.type, packed ? kFewOperations : operations, g.precision) || !quiet())
+    return not_taken();
+  const bool grad =
+      wants_grad(args[1], args[2], has_bias ? args[3] : args[1], has_residual ? args[6] : args[1],
+                 args[5] != Py_None ? args[5] : args[1]);
   if (PyErr_Occurred()) return not_taken();
+  if (grad && (packed || has_residual)) return not_taken();
+  if (packed && (b.dims != 2 || !take_packed(args[7], args[8], a, g))) return not_taken();
   // Where the gradient needs the product before its activation, the two are computed apart.
   if (grad && (args[5] != Py_None || !saves_output(activation))) return not_taken();
   PyObject* result = result_in(args[5], a, shape, a.dims, out);
   if (!result) return not_taken();
   if (args[5] != Py_None &&
-      (overlap(out, a) || overlap(out, b) || (has_bias && overlap(out, bias))))
+      (overlap(out, a) || overlap(out, b) || (has_bias && overlap(out, bias)) ||
+       (has_residual && overlap(out, residual))))
     return not_taken(result);
   g.c.cs = out.stride(-1);
   if (b.dims == 2) {
@@ -527,11 +579,6 @@ PyObject* tensor_linear_gradients(PyObject*, PyObject* const* args, Py_ssize_t n
     return not_taken();
   if (by_weight && (!read(args[1], input) || input.type != grad.type ||
                     !fold_rows(input, input_rows, input_rs) || input_rows != rows))
-    return not_taken();
-  // All or nothing: large results, which the long way allocates, must not be found out half-way.
-  const int64_t most = kLargeBytes / int64_t(dtype_size(grad.type));
-  if ((by_input && double(rows) * double(weight.shape[1]) > double(most)) ||
-      (by_weight && double(columns) * double(input.size(-1)) > double(most)))
     return not_taken();
   Precision precision;
   const double operations = double(rows) * double(columns) *
@@ -632,8 +679,8 @@ PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_
 
 PyMethodDef tensors_functions[] = {
     method("tensor_product", tensor_product,
-           "activation(a @ b + bias); None where not taken, a tuple of it where a gradient is "
-           "wanted."),
+           "activation(a @ b + bias + residual); None where not taken, a tuple of it where a gradient "
+           "is wanted."),
     method("tensor_linear_gradients", tensor_linear_gradients,
            "The gradients of a linear layer; None where not taken."),
     method("tensor_activation", tensor_activation,
@@ -665,6 +712,7 @@ bool use_torch(py::object capsule, py::type tensor, py::type parameter, py::dict
       {"float64", &float64},
       {"uint8", &uint8},
       {"int32", &int32},
+      {"empty", &large_empty},
   };
   for (auto [name, object] : names) *object = py::object(asked[name]).release().ptr();
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
@@ -675,6 +723,7 @@ bool use_torch(py::object capsule, py::type tensor, py::type parameter, py::dict
   names_dtype = py::make_tuple("dtype").release().ptr();
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_current_level = PyUnicode_InternFromString("_current_level");
+  name_dtype = PyUnicode_InternFromString("dtype");
   read_tensor = table->dltensor_from_py_object_no_sync;
   return true;
 }

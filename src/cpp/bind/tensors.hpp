@@ -74,8 +74,8 @@ PyObject* dtype_object(DType type);  // of float64 and of codes; borrowed
 // Whether all elements of `out` lie apart.
 bool apart(const Tensor& out);
 // A tensor as torch makes them: like.new_empty(*shape), so that inference mode, resize_ and
-// whatever else torch's own results know hold for these too. Null with an error set, or without
-// when large.
+// whatever else torch's own results know hold for these too; large ones as the long way has them.
+// Null with an error set.
 PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType type, Tensor& out);
 inline PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
   return new_result(like, shape, dims, like.type, out);

@@ -10,10 +10,11 @@
 #include <mutex>
 #include <new>
 
+#include "common/huge_pages.hpp"
+
 namespace fastnn {
 namespace {
 
-constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kLarge = size_t(1) << 20;  // below, malloc is quick and its memory warm
 constexpr size_t kAlignment = 64;
 

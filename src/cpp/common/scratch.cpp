@@ -1,14 +1,12 @@
 #include "common/scratch.hpp"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
-#include <new>
+
+#include "common/huge_pages.hpp"
 
 namespace fastnn {
 
 namespace {
-constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kKeep = size_t(256) << 20;
 
 struct Buffer {
@@ -28,12 +26,9 @@ void* scratch(Scratch slot, size_t bytes) {
   Buffer& b = buffers[int(slot)];
   if (bytes <= b.size) return b.data;
   b.release();
-  // Packed panels are walked with large strides: huge pages keep them inside the TLB.
   const size_t align = bytes >= kHugePage ? kHugePage : 64;
   const size_t size = (bytes + bytes / 4 + align - 1) / align * align;
-  b.data = std::aligned_alloc(align, size);
-  if (!b.data) throw std::bad_alloc();
-  if (align == kHugePage) madvise(b.data, size, MADV_HUGEPAGE);
+  b.data = paged_memory(size);
   b.size = size;
   return b.data;
 }

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "common/cpu_features.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "gemm/kernel.hpp"
 
@@ -312,10 +313,10 @@ std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Pre
   if (!kn) throw std::invalid_argument("pack: no kernel for this type");
   auto out = std::make_unique<PackedOperand>();
   out->k = k, out->n = n, out->dtype = b.type, out->precision = precision, out->kernel = kn;
+  out->isa = active_isa();
   out->bytes = packed_b_bytes(*kn, k, n);
-  const size_t size = (out->bytes + 4095) / 4096 * 4096 + 4096;
-  out->data = {static_cast<char*>(std::aligned_alloc(4096, size)), std::free};
-  if (!out->data) throw std::bad_alloc();
+  constexpr size_t beyond = 4096;  // where the last tiles may look ahead
+  out->data = {static_cast<char*>(paged_memory(out->bytes + beyond)), std::free};
   std::atomic<unsigned> flags{0};
   parallel(threads_for(0, double(out->bytes)), [&](int thread, int came) {
     flags |= pack_all_b(*kn, b, k, n, out->data.get(), thread, came);

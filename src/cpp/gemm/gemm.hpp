@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "common/cpu_features.hpp"
 #include "common/dtype.hpp"
 
 namespace fastnn {
@@ -28,6 +29,7 @@ struct PackedOperand {
   DType dtype = DType::f32;
   Precision precision = Precision::highest;
   const Kernel* kernel = nullptr;
+  Isa isa = Isa::portable;  // the active one when it was packed
   unsigned flags = 0;
   size_t bytes = 0;
   std::unique_ptr<char, void (*)(void*)> data{nullptr, nullptr};

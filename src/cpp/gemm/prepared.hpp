@@ -4,10 +4,10 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "common/dtype.hpp"
+#include "common/huge_pages.hpp"
 #include "gemm/gemm.hpp"
 
 namespace fastnn {
@@ -27,9 +27,8 @@ class Prepared {
                   Make make) {
     return find(way, kernel, detail, part,
                 [&](Entry& e) {
-                  e.memory.reset(static_cast<char*>(
-                      std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096 + 4096)));
-                  if (!e.memory) throw std::bad_alloc();
+                  constexpr size_t beyond = 4096;  // where the last tiles may look ahead
+                  e.memory.reset(static_cast<char*>(paged_memory(bytes + beyond)));
                   make(e.memory.get());
                   bytes_ += int64_t(bytes);
                 })

@@ -27,6 +27,29 @@ LARGE_BYTES = 1 << 20
 # Bound once: an attribute lookup in a module costs 30 ns, and the short ways make dozens.
 _from_dlpack = torch.from_dlpack
 
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
+    if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
+        return _from_dlpack(_Capsule(_cpu.empty_dlpack(tuple(shape), DTYPE[dtype])))
+    return torch.empty_strided(shape, contiguous(shape), dtype=dtype)
+
+
+class _Capsule:
+    """What torch.from_dlpack asks for: an object that hands over its capsule."""
+
+    __slots__ = ("capsule",)
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
 # The shortest way of small calls: C reads the tensors itself, through the table that DLPack defines for it and torch has
 # since 2.10, and asks what _route.py asks. What these functions do not take they answer with None, and without the table
 # that is everything. Where a gradient is wanted, the result comes in a tuple, for an autograd.Function to make it part of
@@ -83,6 +106,7 @@ if has_table:
             "float64": torch.float64,
             "uint8": torch.uint8,
             "int32": torch.int32,
+            "empty": empty,
         },
     )
 
@@ -113,28 +137,6 @@ def supports(op: str, *tensors: Tensor | None) -> str | None:
         if tensor.dtype not in table:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     return None
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
-    if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
-        return _from_dlpack(_Capsule(_cpu.empty_dlpack(tuple(shape), DTYPE[dtype])))
-    return torch.empty_strided(shape, contiguous(shape), dtype=dtype)
-
-
-class _Capsule:
-    """What torch.from_dlpack asks for: an object that hands over its capsule."""
-
-    __slots__ = ("capsule",)
-
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
 
 
 def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
