@@ -147,7 +147,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
             Ahead ahead(
                 b.packed && next < sums.blocks ? b.at(next, q + 1 < q1 ? q + 1 : q0) : nullptr,
                 b.layout.panel_bytes(block), p1 - p0);
-            for (int64_t p = p0; p < p1; p++) ahead.step(), one(p, q);
+            for (int64_t p = p0; p < p1; p++) ahead.step(tiles), one(p, q);
           }
         } else {  // little work an element of C: its rows are written through, one by one
           for (int64_t p = p0; p < p1; p++)

@@ -83,6 +83,10 @@ struct TileArgs {
   int64_t acc_row = 0;
   bool add = false;                // to what acc holds, instead of replacing it
   const Finish* finish = nullptr;  // where the sums go instead of acc, by kernels that finish
+  // What a later tile reads, asked for a part at a time by kernels that finish: so many lines with
+  // every line of words of K. In one go they would wait for each other, and the tile for them.
+  const char* ahead = nullptr;
+  int64_t ahead_lines = 0;
 };
 using TileFn = void (*)(const TileArgs&);
 // Rows [i0, i0+rows) and columns [j0, j0+cols) of C from a tile whose rows are `ld` apart.
@@ -111,7 +115,7 @@ struct Kernel {
   const char* dot_name = "";
   bool direct_a = false;      // can read A where it lies, along K or across
   bool direct_b = false;      // and B, across
-  bool finishes = false;      // its tiles take a Finish, and runs
+  bool finishes = false;      // its tiles take a Finish, runs and `ahead`
   bool requantizes = false;   // its tiles of nr columns take a Finish that requantizes
   bool runs = false;          // its tiles take runs of uint8
   bool split = false;         // a split product: see split_refused

@@ -216,19 +216,19 @@ static void tile(const TileArgs& t) {
       b += b_word;
     }
   };
+  const char* ahead = t.ahead;
   for (int64_t run = 0;;) {
-    if constexpr (PackedA || !PackedB) {
-      steps(t.words);
-    } else {
-      // Each row is a stream of its own, too short for the hardware to see it coming: the lines of
-      // the rows after these are asked for a line's length ahead.
-      constexpr int64_t line = 64 / word;
-      for (int64_t k = 0; k < t.words; k += line) {
-        if (a_word == word)
+    // Read in place, each row is a stream of its own, too short for the hardware to see it coming:
+    // the lines of the rows after these are asked for a line's length ahead.
+    constexpr bool streams = !PackedA && PackedB;
+    const int64_t some = streams || t.ahead_lines ? 64 / word : t.words;
+    for (int64_t k = 0; k < t.words; k += some) {
+      if (streams && a_word == word)
 #pragma GCC unroll 16
-          for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
-        steps(least(line, t.words - k));
-      }
+        for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
+      for (const char* end = ahead + t.ahead_lines * 64; ahead < end; ahead += 64)
+        __builtin_prefetch(ahead, 0, 2);
+      steps(least(some, t.words - k));
     }
     if (++run == t.runs) break;
     a = t.a + t.a_runs[run];

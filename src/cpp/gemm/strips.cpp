@@ -149,7 +149,7 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
             g.rows.find(first + line, c, residual);
             tiles.line(c, residual);
             for (int64_t p = 0; p < tiles_in_line; p++) {
-              ahead.step();
+              ahead.step(tiles);
               for (int64_t i = 0; i < some; i++) {
                 tiles.panel(panel + i * panel_bytes, true, b_word, q + i);
                 tiles.run(from + (line * s.line_step + p * a.layout.lanes * s.row_step) * size, p,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
 
 #include "common/activation.hpp"
 #include "common/integers.hpp"
@@ -150,24 +151,6 @@ struct Sums {
   int64_t bytes(const Kernel& kn) const { return count * (two_levels ? 2 : 1) * tile_bytes(kn); }
 };
 
-// Fetches the panel of B that is needed next while the tiles of this one are computed, a part with
-// each: packed panels are read once, often from memory, and a tile alone would wait for it.
-class Ahead {
- public:
-  Ahead(const char* next, int64_t bytes, int64_t tiles)
-      : next_(next),
-        end_(next ? next + bytes : nullptr),
-        part_(round_up(ceil_div(bytes, tiles), 64)) {}
-  void step() {
-    for (const char* to = std::min(end_, next_ + part_); next_ < to; next_ += 64)
-      __builtin_prefetch(next_, 0, 2);
-  }
-
- private:
-  const char *next_, *end_;
-  int64_t part_;
-};
-
 // One tile over one block of K, and its way to C after the last.
 class Tiles {
  public:
@@ -221,10 +204,22 @@ class Tiles {
     t_.words = words;
     t_.add = index % (sums_.two_levels ? kBlocksInSum : sums_.blocks) != 0;
   }
+  // The next tile asks for what a later one reads.
+  void ahead(const char* from, int64_t bytes) {
+    if (kn_.finishes) {
+      const int64_t line = 64 / (kn_.b_bytes * kn_.k_word);  // of words
+      const int64_t lines = t_.runs * std::max<int64_t>(1, ceil_div(t_.words, line));
+      t_.ahead = from, t_.ahead_lines = ceil_div(ceil_div(bytes, 64), lines);
+      asks_ = true;
+    } else {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+  }
   // `slot` says which of the sums is this tile's.
   void run(const char* a, int64_t p, int64_t slot) {
     t_.a = a;
     t_.rows = int(std::min<int64_t>(mr_, m_ - p * mr_));
+    if (!std::exchange(asks_, false)) t_.ahead_lines = 0;
     const int64_t i = i0_ + p * mr_;
     if (straight_ && whole_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
       const int64_t size = dtype_size(store_.type);
@@ -360,8 +355,32 @@ class Tiles {
   char* memory_;
   int64_t mr_, m_, n_, i0_, j0_, block_ = 0, acc_row_;
   int64_t j_ = 0, c_ = 0, r_ = 0, within_ = 0, line_c_ = 0, line_r_ = 0;
-  bool straight_, finishes_, requantizes_, whole_ = true;
+  bool straight_, finishes_, requantizes_, whole_ = true, asks_ = false;
   TileArgs t_;
+};
+
+// Fetches the panel of B that is needed next while the tiles of this one are computed, a part with
+// each: packed panels are read once, often from memory, and a tile alone would wait for it.
+class Ahead {
+ public:
+  Ahead(const char* next, int64_t bytes, int64_t tiles)
+      : next_(next),
+        end_(next ? next + bytes : nullptr),
+        part_(round_up(ceil_div(bytes, tiles), 64)) {}
+  // Before each tile: within it, where there is nothing else that it asks for.
+  void step(Tiles& tiles) {
+    const char* to = std::min(end_, next_ + part_);
+    tiles.ahead(next_, to - next_);
+    next_ = to;
+  }
+  void step() {
+    for (const char* to = std::min(end_, next_ + part_); next_ < to; next_ += 64)
+      __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *end_;
+  int64_t part_;
 };
 
 }  // namespace fastnn
