@@ -467,8 +467,7 @@ bool take_packed(PyObject* packed, PyObject* fewest, const Tensor& a, Gemm& g) {
   const int64_t least = PyLong_AsLongLong(fewest);
   forget_error();
   if (!operand || least < 0 || a.count() < least || operand->k != g.k || operand->n != g.n ||
-      operand->dtype != a.type || operand->precision != g.precision ||
-      operand->isa != active_isa())
+      operand->dtype != a.type || operand->precision != g.precision || operand->isa != active_isa())
     return false;
   g.packed = operand;
   return true;
@@ -678,9 +677,10 @@ PyObject* tensor_activation_backward(PyObject*, PyObject* const* args, Py_ssize_
 }
 
 PyMethodDef tensors_functions[] = {
-    method("tensor_product", tensor_product,
-           "activation(a @ b + bias + residual); None where not taken, a tuple of it where a gradient "
-           "is wanted."),
+    method(
+        "tensor_product", tensor_product,
+        "activation(a @ b + bias + residual); None where not taken, a tuple of it where a gradient "
+        "is wanted."),
     method("tensor_linear_gradients", tensor_linear_gradients,
            "The gradients of a linear layer; None where not taken."),
     method("tensor_activation", tensor_activation,
