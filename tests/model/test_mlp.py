@@ -11,6 +11,7 @@ from torch import nn
 
 import fastnn
 from fastnn import functional
+from fastnn.nn.mlp import run_layers
 from fastnn.ops import packed_linear
 
 from .closeness import assert_as_near_as_torch
@@ -101,6 +102,30 @@ def test_hooks_are_not_skipped(where, fused):
     assert fused == []
     model(x)
     assert fused == ["relu"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("where", [None, 0, 1, 2, 3])
+def test_residual_and_dropout_with_and_without_hooks(training, where):
+    layers = [fastnn.nn.Linear(64, 70), fastnn.nn.GELU(), fastnn.nn.Linear(70, 64), fastnn.nn.Dropout(0.5)]
+    model = fastnn.prepack_(torch.nn.Sequential(*layers).train(training))
+    seen = []
+    if where is not None:
+        layers[where].register_forward_hook(lambda *_: seen.append(where))
+    x, residual = torch.randn(40, 64), torch.randn(40, 64)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        output = run_layers(model, x, residual)
+        torch.manual_seed(1)
+        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
+        expected = torch.nn.functional.linear(expected, layers[2].weight, layers[2].bias)
+        if not training:
+            torch.testing.assert_close(output, expected + residual)
+        else:
+            kept = output - residual
+            assert 0.3 < (kept.abs() < 1e-5).float().mean() < 0.7
+            torch.testing.assert_close(kept[kept.abs() > 1e-5], 2 * expected[kept.abs() > 1e-5], rtol=1e-4, atol=1e-4)
+    assert seen == ([] if where is None else [where])
 
 
 def test_foreign_layers_are_called_as_modules(fused):

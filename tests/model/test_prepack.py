@@ -382,3 +382,58 @@ def test_many_threads(packed_calls):
 
     with ThreadPoolExecutor(16) as pool:
         assert all(torch.equal(output, expected) for output in pool.map(call, range(200)))
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """The results of packed layers with a residual in the same call, None where it was not."""
+    seen = []
+    original = packed_linear.PackedWeight.linear_add
+
+    def spy(self, *arguments):
+        seen.append(original(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(packed_linear.PackedWeight, "linear_add", spy)
+    return seen
+
+
+@pytest.mark.skipif(not cpu.has_table, reason="torch before 2.10 has no table of DLPack's")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16, 65), (200, 65), (2, 3, 5, 65)])
+def test_residual_in_the_same_call(dtype, bias, shape, sums):
+    model = layer(dtype=dtype, bias=bias)
+    plain = fastnn.revert(copy.deepcopy(model))
+    x, residual = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], 33, dtype=dtype)
+    padded = torch.full((*shape[:-1], 40), torch.nan, dtype=dtype)
+    padded[..., 3:36] = residual
+    turned = residual.movedim(-1, 0).contiguous().movedim(0, -1)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(x.double()) + residual.double()
+        for value in (residual, padded[..., 3:36], turned):
+            before = value.clone()
+            output = model.forward_add(x, value)
+            assert_as_near_as_torch(output, plain(x) + value, exact)
+            assert output.is_contiguous() and torch.equal(value, before)
+    assert len(sums) == 3 and all(output is not None for output in sums)
+
+
+def test_residual_apart_where_the_packed_weight_is_of_no_use(sums):
+    model = layer()
+    x = torch.randn(19, 65)
+    expected = model(x) + 1
+    with torch.no_grad():
+        # Broadcast, of another dtype, and of few rows.
+        torch.testing.assert_close(model.forward_add(x, torch.ones(33)), expected)
+        torch.testing.assert_close(model.forward_add(x, torch.ones(19, 33).double()), expected.double())
+        torch.testing.assert_close(model.forward_add(x[:3], torch.ones(3, 33)), expected[:3])
+    with pytest.raises(RuntimeError, match="must match the size"), torch.no_grad():
+        model.forward_add(x, torch.ones(18, 33))
+    residual = torch.ones(19, 33, requires_grad=True)
+    model.forward_add(x, residual).sum().backward()
+    assert torch.equal(residual.grad, torch.ones(19, 33)) and model.weight.grad is not None
+    with torch.no_grad():
+        model.weight.mul_(2)
+        torch.testing.assert_close(model.forward_add(x, torch.ones(19, 33)), model(x) + 1)
+    assert all(output is None for output in sums)

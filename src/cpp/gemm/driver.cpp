@@ -33,8 +33,8 @@ constexpr int64_t kPackedLimit = int64_t(64) << 20;  // bytes of an operand pack
 constexpr int64_t kBlockBytes = 256 << 10;           // packed A of a block: a share of L2
 constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
-constexpr int64_t kLeastBlocks = 3, kManyBlocks = 12;  // for each thread
-constexpr int64_t kLongBlock = 12;                     // tiles
+constexpr int64_t kLeastBlocks = 3, kManyBlocks = 12;    // for each thread
+constexpr int64_t kLongBlock = 12;                       // tiles
 constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
