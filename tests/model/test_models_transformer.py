@@ -914,3 +914,12 @@ def test_gpt_learns_a_period():
         optimizer.step()
     # 3 is followed by 7 and by 1: which of them is known only from the tokens before.
     assert torch.equal(model.eval().generate(rows[:, :7], 18, do_sample=False), rows[:, :25])
+
+
+def test_parts_of_a_gpt_block_by_themselves():
+    """Called without a residual they add none."""
+    model = models.GPT(**GPT).eval()
+    block = model.transformer["h"][0]
+    x = torch.randn(2, 5, block.ln_1.normalized_shape[0])
+    y = x + block.attn(block.ln_1(x))
+    torch.testing.assert_close(block(x), y + block.mlp(block.ln_2(y)))

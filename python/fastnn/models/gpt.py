@@ -58,7 +58,7 @@ class KVCache:
 
 
 class CausalSelfAttention(torch.nn.Module):
-    """Queries, keys and values from one linear layer; each token looks at itself and at those before it. ``residual`` is
+    """Queries, keys and values from one linear layer; each token looks at itself and at those before it. A ``residual`` is
     added to the result.
 
     Shapes: input, residual and output ``(N, L, n_embd)``.
@@ -73,7 +73,9 @@ class CausalSelfAttention(torch.nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, residual: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, residual: Tensor | None = None
+    ) -> Tensor:
         query, key, value = split_projections(self.c_attn(x), self.n_head)
         length = x.shape[1]
         mask = None
@@ -89,7 +91,7 @@ class CausalSelfAttention(torch.nn.Module):
 
 
 class MLP(torch.nn.Module):
-    """A linear layer to four times the width, gelu in its tanh form, one back, and the sum with ``residual``."""
+    """A linear layer to four times the width, gelu in its tanh form, and one back, to which a ``residual`` is added."""
 
     def __init__(self, n_embd: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class MLP(torch.nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return run_layers((self.c_fc, self.act, self.c_proj, self.dropout), x, residual)
 
 
@@ -113,8 +115,8 @@ class Block(torch.nn.Module):
         self.mlp = MLP(n_embd, dropout, bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = self.attn(self.ln_1(x), x, cache, layer)
-        return self.mlp(self.ln_2(x), x)
+        x = self.attn(self.ln_1(x), cache, layer, residual=x)
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class GPT(torch.nn.Module):
