@@ -298,6 +298,8 @@ def test_the_dlpack_table_is_used():
     most = cpu.LARGE_BYTES // 4
     column = torch.ones(most, 1)
     assert product(column, torch.ones(1, 1), kind=cpu.MM) is not None
+    # No packed weight, and neither a crash.
+    assert cpu.tensor_product(cpu.LINEAR, x, w.detach(), None, 0, None, None, object(), 0) is None
     # Larger results come from the caching allocator, in whole huge pages.
     large = product(torch.ones(most + 1, 1), torch.ones(1, 1), kind=cpu.MM)
     assert large.data_ptr() % (2 << 20) == 0 and bool((large == 1).all())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+from ..ops.multi_head_attention import heads_of
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -11,16 +15,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(n, length, heads, width // heads).transpose(1, 2)
 
 
-def split_projections(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_projections(x: Tensor, heads: int) -> Sequence[Tensor]:
     """Queries, keys and values side by side, ``(N, L, 3 * heads * d)``, as three of ``(N, heads, L, d)``: views."""
-    n, length, width = x.shape
-    parts = x.view(n, length, 3, heads, width // (3 * heads))
-    if x.requires_grad:
-        # Unbound where they lie next to each other: the gradient is then one stack, in the order of memory.
-        query, key, value = parts.unbind(2)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
+    return heads_of(x, 3, heads, x.shape[-1] // (3 * heads), batch_first=True)
 
 
 def join_heads(x: Tensor) -> Tensor:

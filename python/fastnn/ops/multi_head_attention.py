@@ -178,7 +178,7 @@ def attend(
     q, k, v = (
         part
         for projected, parts in project(query, key, value)
-        for part in _heads(projected, parts, num_heads, head_dim, batch_first)
+        for part in heads_of(projected, parts, num_heads, head_dim, batch_first)
     )
     if static_k is not None:
         k = _static("static_k", static_k, batch, num_heads, head_dim)
@@ -303,7 +303,7 @@ def linear_or_packed(input: Tensor, weight: Tensor, bias: Tensor | None, packed:
     return linear(input, weight, bias) if output is None else output
 
 
-def _heads(
+def heads_of(
     projected: Tensor, parts: int, num_heads: int, head_dim: int, batch_first: bool
 ) -> tuple[Tensor, ...] | list[Tensor]:
     """The parts of a projection (N, L, parts * E), or (L, N, ...), each as (N, H, L, d): views."""

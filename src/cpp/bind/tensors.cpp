@@ -463,10 +463,12 @@ PyObject* written(PyObject* out_object, PyObject* result) {
 // The product's B, packed; false where this call has to go another way: for little work it is read
 // where it lies, and the setting may be another than at the time of packing.
 bool take_packed(PyObject* packed, PyObject* fewest, const Tensor& a, Gemm& g) {
+  // What is something else must raise no C++ exception here, where nothing catches it.
+  if (!py::isinstance<PackedOperand>(packed)) return false;
   const auto* operand = py::handle(packed).cast<const PackedOperand*>();
   const int64_t least = PyLong_AsLongLong(fewest);
   forget_error();
-  if (!operand || least < 0 || a.count() < least || operand->k != g.k || operand->n != g.n ||
+  if (least < 0 || a.count() < least || operand->k != g.k || operand->n != g.n ||
       operand->dtype != a.type || operand->precision != g.precision || operand->isa != active_isa())
     return false;
   g.packed = operand;

@@ -75,7 +75,7 @@ PyObject* dtype_object(DType type);  // of float64 and of codes; borrowed
 bool apart(const Tensor& out);
 // A tensor as torch makes them: like.new_empty(*shape), so that inference mode, resize_ and
 // whatever else torch's own results know hold for these too; large ones as the long way has them.
-// Null with an error set.
+// Null with an error set, or without where their number cannot be counted.
 PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, DType type, Tensor& out);
 inline PyObject* new_result(const Tensor& like, const int64_t* shape, int dims, Tensor& out) {
   return new_result(like, shape, dims, like.type, out);
