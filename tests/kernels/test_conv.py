@@ -449,7 +449,7 @@ def three_by_three(n, channels, filters, height, width, padding=(0, 1, 1)):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize(
-    "shape", [(1, 32, 16, 16, 16), (2, 33, 29, 17, 13), (3, 47, 17, 31, 9), (1, 64, 31, 9, 67)], ids=str
+    "shape", [(1, 32, 32, 16, 24), (2, 47, 61, 21, 25), (3, 65, 95, 31, 13), (1, 64, 96, 9, 67)], ids=str
 )
 def test_three_by_three(isa, shape, last):
     for padding in ((0, 1, 1), (0, 0, 2), (0, 2, 0)):
@@ -458,16 +458,31 @@ def test_three_by_three(isa, shape, last):
         if last:
             x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
         x[..., : shape[3] // 2, :] = 0  # results beside this are sums of nothing, and exactly zero
-        _cpu.reset_counters()
-        found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
-        assert _cpu.counters()["winograd 2x2, 3x3"] == 1
-        expected = exactly("forward", x, w, y, options)
-        magnitude = exactly("forward", x.abs(), w.abs(), y, options)
-        assert bool(((found.double() - expected).abs() <= 9 * shape[1] * 2.0**-24 * magnitude).all())
-        found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
-        expected = exactly("input", x, w, y, options)
-        magnitude = exactly("input", x, w.abs(), y.abs(), options)
-        assert bool(((found.double() - expected).abs() <= 9 * shape[2] * 2.0**-24 * magnitude).all())
+        check_three_by_three(x, w, y, options)
+
+
+def check_three_by_three(x, w, y, options):
+    _cpu.reset_counters()
+    found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
+    assert _cpu.counters()["winograd 2x2, 3x3"] == 1
+    expected = exactly("forward", x, w, y, options)
+    magnitude = exactly("forward", x.abs(), w.abs(), y, options)
+    assert bool(((found.double() - expected).abs() <= 9 * x.shape[1] * 2.0**-24 * magnitude).all())
+    found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
+    assert _cpu.counters()["winograd 2x2, 3x3"] == 2
+    expected = exactly("input", x, w, y, options)
+    magnitude = exactly("input", x, w.abs(), y.abs(), options)
+    assert bool(((found.double() - expected).abs() <= 9 * y.shape[1] * 2.0**-24 * magnitude).all())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_three_by_three_of_many_channels(isa, last):
+    """More transformed tiles than are kept at once, and more filters than each thread reads anew for every tile."""
+    *shapes, options = three_by_three(1, 512, 64, 34, 33)
+    x, w, y = (torch.randn(s) for s in shapes)
+    if last:
+        x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
+    check_three_by_three(x, w, y, options)
 
 
 def test_small_numbers_beside_large_ones_keep_their_digits(isa):

@@ -87,6 +87,11 @@ struct DepthwiseKernels {
                         int64_t end);
 };
 
+// Winograd's products are summed by so many channels, and those sums by as many as a group has:
+// with chains as short as that the error stays about that of a direct convolution, which knows no
+// cancellation within a tile.
+constexpr int64_t kWinogradSum = 16, kWinogradGroup = 128;
+
 struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
   TransposeFn transpose[3];
@@ -95,12 +100,13 @@ struct ConvKernels {
   AddRowsFn add_rows[2];          // of float32 and float64
   DepthwiseKernels depthwise[4];  // by DType
   // See winograd.inl.
-  void (*winograd_input)(const float* even, const float* odd, int64_t row, int64_t channel,
-                         int64_t channels, float* u, int64_t u_channel, int64_t position,
-                         int64_t tiles, float* sums, int64_t sums_row);
+  int winograd_panel;
+  void (*winograd_input)(const float* const* pixels, int64_t channels, float* u, int64_t group,
+                         int64_t position, float* sums);
   void (*winograd_filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
-  bool (*winograd_output)(const float* m, int64_t position, int64_t row, float* y, int64_t y_row,
-                          int rows, int64_t tiles);
+  void (*winograd_product)(const float* u, int64_t u_group, int64_t tiles, const float* v,
+                           int64_t channels, float* m);
+  bool (*winograd_output)(const float* m, int64_t position, int64_t tiles, float* y, int64_t y_row);
 };
 constexpr int size_index(int64_t bytes) { return bytes == 2 ? 0 : bytes == 4 ? 1 : 2; }
 

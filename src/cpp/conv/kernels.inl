@@ -325,8 +325,10 @@ static const ConvKernels table = {{copies[0], copies[1], copies[2]},
                                   {add_rows<VecF32>, add_rows<VecF64>},
                                   {depthwise_kernels<float>, depthwise_kernels<double>,
                                    depthwise_kernels<bf16>, depthwise_kernels<f16>},
+                                  kWinogradPanel,
                                   winograd_input,
                                   winograd_filter,
+                                  winograd_product,
                                   winograd_output};
 
 }  // namespace fastnn::FASTNN_TARGET

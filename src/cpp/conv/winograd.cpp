@@ -4,11 +4,13 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/kernels.hpp"
+#include "conv/parts.hpp"
 #include "gemm/kernel.hpp"
 #include "gemm/prepared.hpp"
 
@@ -16,14 +18,15 @@ namespace fastnn {
 
 namespace {
 
-constexpr int kPositions = 16;     // of a transformed tile
-constexpr int64_t kChannels = 16;  // transformed together
-// Sums of 16 products, sums of 8 of those, and sums of these: with chains as short as that the
-// error stays about that of a direct convolution, which knows no cancellation within a tile.
-constexpr int64_t kSum = 16, kGroup = 128;
+constexpr int kPositions = 16;  // of a transformed tile
+// Tiles whose products with a panel of filters wait for each other in the second cache.
+constexpr int64_t kMostTiles = 56;
 // A tile mixes its 16 inputs, and each output is rounded as if it were as large as all of them. An
 // output's own 9 inputs must not be smaller than this part of the tile's.
 constexpr float kLeastShare = 1.f / 64;
+// Filters of no more bytes than this are read anew for every block of tiles, and transformed tiles
+// of no more than these stay in a core's second cache, or in the one that the cores share.
+constexpr int64_t kFewFilters = 5 << 18, kOwnTiles = 3 << 17, kSharedTiles = 8 << 20;
 
 // The correlation with 3 x 3 filters of w[row * rows + channel * channels + tap].
 struct Job {
@@ -36,250 +39,226 @@ struct Job {
   int64_t top, left;                         // padding
   const Conv& c;
 
-  // Whether filters of neighbouring output channels are nearer to each other than those of
-  // neighbouring input channels. They are transformed in the order in which they lie.
-  bool rows_inner() const { return row_stride < channel_stride; }
+  // Whether an input's channels are neighbours, to be read where they lie.
+  bool in_place() const { return in.stride[1] == 1; }
+  bool channels_inner() const { return out.stride[1] == 1; }
 };
-
-// Tiles of one row of one image, side by side in a block.
-struct TileRun {
-  int64_t image, row, column;  // of tiles
-  int begin, length, at;       // lanes; `at`: where its columns are, one more than tiles
-};
-constexpr int kMostLanes = 128;
 
 struct Sizes {
-  int64_t tile_rows, tile_columns, tiles, blocks, panels, row;
-  int64_t position;  // elements from a position of a panel's filters to the next
-  Sizes(const Job& j, const Kernel& kn)
+  int64_t tile_rows, tile_columns, tiles;
+  int64_t panel, panels;
+  int64_t depth;   // channels, with zeros up to whole sums
+  int64_t v;       // floats of a panel of filters
+  int64_t slab;    // of the inputs of tiles side by side
+  int64_t m_step;  // from a position of a panel's products to the next
+  Sizes(const Job& j, const ConvKernels& kernels)
       : tile_rows(ceil_div(j.out.size[3], 2)),
         tile_columns(ceil_div(j.out.size[4], 2)),
         tiles(j.out.size[0] * tile_rows * tile_columns),
-        blocks(ceil_div(tiles, kn.nr)),
-        panels(ceil_div(j.rows, kn.mr)),
-        row(2 * kn.nr + 32),
-        position(ceil_div(j.in.size[1], kSum) * kSum * kn.mr) {}
+        panel(kernels.winograd_panel),
+        panels(ceil_div(j.rows, panel)),
+        depth(ceil_div(j.in.size[1], kWinogradSum) * kWinogradSum),
+        v(kPositions * depth * panel),
+        slab(j.in_place() ? 0 : 4 * (2 * std::min(kMostTiles, tile_columns) + 2) * depth),
+        m_step(kMostTiles * panel + 16) {}
 };
 
-int runs_of(const Sizes& s, int64_t block, int lanes, TileRun* runs) {
-  int count = 0;
-  const int64_t first = block * lanes, end = std::min(s.tiles, first + lanes);
-  for (int64_t t = first; t < end;) {
-    TileRun& r = runs[count];
+// Tiles of one row of one image.
+struct TileRun {
+  int64_t image, row, column;  // of tiles
+  int64_t begin, length;
+};
+
+// The runs in [begin, end), each of at most kMostTiles.
+template <class F>
+void for_runs(const Sizes& s, int64_t begin, int64_t end, F f) {
+  for (int64_t t = begin; t < end;) {
+    TileRun r;
     r.column = t % s.tile_columns;
     r.row = t / s.tile_columns % s.tile_rows;
     r.image = t / s.tile_columns / s.tile_rows;
-    r.length = int(std::min(s.tile_columns - r.column, end - t));
-    r.begin = int(t - first);
-    r.at = r.begin + count;
+    r.begin = t;
+    r.length = std::min({s.tile_columns - r.column, end - t, kMostTiles});
+    f(r);
     t += r.length;
-    count++;
   }
-  return count;
 }
 
-// Channels [c0, c0 + count) of a run's inputs as (channel, row, even or odd, column), with zeros
-// where the image ends.
-void load_run(const Job& j, const Sizes& s, const ConvKernels& kernels, const TileRun& r,
-              int64_t c0, int64_t count, float* slab) {
-  const Tensor5& x = j.in;
-  const int64_t channel = 8 * s.row;
-  const char* image = x.data + (r.image * x.stride[0] + c0 * x.stride[1]) * 4;
-  const int64_t y0 = 2 * r.row - j.top, x0 = 2 * r.column - j.left, n = r.length + 1;
-  for (int row = 0; row < 4; row++)
-    for (int odd = 0; odd < 2; odd++) {
-      float* dst = slab + (2 * row + odd) * s.row + r.at;
-      const int64_t y = y0 + row, from = x0 + odd;
-      // Column i is the input's from + 2 i.
-      const bool inside = y >= 0 && y < x.size[3];
-      const int64_t lo = from >= 0 ? 0 : std::min(n, ceil_div(-from, 2));
-      const int64_t hi =
-          std::clamp<int64_t>(x.size[4] > from ? ceil_div(x.size[4] - from, 2) : 0, lo, n);
-      const char* src = image + (y * x.stride[3] + from * x.stride[4]) * 4;
-      if (x.stride[1] == 1 && x.size[1] > 1) {
-        Lane lanes[kMostLanes + 1];
-        for (int64_t i = 0; i < n; i++) {
-          const bool in = inside && i >= lo && i < hi;
-          lanes[i] = {in ? src + 2 * i * x.stride[4] * 4 : x.data, 0, in ? int32_t(count) : 0};
-        }
-        kernels.transpose[size_index(4)](dst, channel, lanes, int(n), 1, count);
-      } else {
-        kernels.copy_rows[size_index(4)](dst, channel, src, x.stride[1], count, 2 * x.stride[4], lo,
-                                         inside ? hi : lo, n);
-      }
-    }
-}
-
-// An output whose inputs are all zero, among nonzero ones of its tile: column `at` of row `row` of
-// the tiles' results.
-struct Hole {
-  int row, at;
+// Transformed tiles [begin, end) as (position, channels / kWinogradSum, tile, kWinogradSum); and
+// which of a tile's four outputs are zero, because all of their inputs are, among nonzero ones of
+// the tile.
+struct Tiles {
+  int64_t begin, end;
+  float* u;
+  int64_t u_group, u_step;  // from some channels, from a position to the next
+  uint8_t* holes;
 };
 
-// Looks at the magnitudes that the tiles' inputs have, summed over channels. False where an
-// output's own inputs are too small a part of its tile's.
-bool judge(const Sizes& s, const TileRun* runs, int count, const float* sums, Hole* holes,
-           int& hole_count) {
-  hole_count = 0;
-  for (int k = 0; k < count; k++)
-    for (int i = 0; i < runs[k].length; i++) {
-      float column[4][4];  // (row, column)
-      float all = 0;
-      for (int r = 0; r < 4; r++)
-        for (int q = 0; q < 4; q++)
-          all += column[r][q] = sums[(2 * r + q % 2) * s.row + runs[k].at + i + q / 2];
-      if (!(all * kLeastShare > 0)) continue;  // nothing there; or NaN, which the results show
-      for (int r = 0; r < 2; r++)
-        for (int q = 0; q < 2; q++) {
-          float own = 0;
-          for (int a = 0; a < 3; a++)
-            for (int b = 0; b < 3; b++) own += column[r + a][q + b];
-          if (own == 0)
-            holes[hole_count++] = {r, 2 * (runs[k].begin + i) + q};
-          else if (own < all * kLeastShare)
-            return false;
-        }
-    }
+// The outputs that are zero, from the magnitudes of a tile's inputs. False where an output's own
+// inputs are too small a part of its tile's.
+bool judge(const float* sums, uint8_t& holes) {
+  holes = 0;
+  float all = 0;
+  for (int i = 0; i < 16; i++) all += sums[i];
+  if (!(all * kLeastShare > 0)) return true;  // nothing there; or NaN, which the results show
+  for (int o = 0; o < 4; o++) {
+    const float* at = sums + o / 2 * 4 + o % 2;
+    float own = 0;
+    for (int r = 0; r < 3; r++) own += at[4 * r] + at[4 * r + 1] + at[4 * r + 2];
+    if (own == 0)
+      holes |= uint8_t(1 << o);
+    else if (own < all * kLeastShare)
+      return false;
+  }
   return true;
 }
 
-struct Buffers {
-  float *slab, *sums, *u, *m, *part, *y;
-  static int64_t floats(const Job& j, const Sizes& s, const Kernel& kn) {
-    return kChannels * 8 * s.row + 8 * s.row + kPositions * j.in.size[1] * kn.nr + 16 +
-           (kPositions + 5) * kn.mr * kn.nr + 64;
-  }
-  Buffers(float* memory, const Job& j, const Sizes& s, const Kernel& kn) {
-    slab = memory;
-    sums = slab + kChannels * 8 * s.row;
-    u = sums + 8 * s.row;
-    m = u + kPositions * j.in.size[1] * kn.nr + 16;
-    part = m + kPositions * kn.mr * kn.nr;
-    y = part + kn.mr * kn.nr;
-  }
-};
-
-// The inputs of a block of tiles, transformed: u as (position, channel, lane).
-bool transform_block(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
-                     int64_t block, Buffers b, float* u, Hole* holes, int& hole_count) {
-  TileRun runs[kMostLanes];
-  const int count = runs_of(s, block, kn.nr, runs);
-  const int64_t channels = j.in.size[1], position = channels * kn.nr;
-  std::memset(b.sums, 0, size_t(8 * s.row) * sizeof(float));
-  // Lanes without a tile, at the end of the last block.
-  if ((block + 1) * kn.nr > s.tiles)
-    std::memset(u, 0, size_t(kPositions * position) * sizeof(float));
-  for (int64_t c0 = 0; c0 < channels; c0 += kChannels) {
-    const int64_t group = std::min(kChannels, channels - c0);
-    for (int k = 0; k < count; k++) load_run(j, s, kernels, runs[k], c0, group, b.slab);
-    for (int k = 0; k < count; k++)
-      kernels.winograd_input(b.slab + runs[k].at, b.slab + s.row + runs[k].at, 2 * s.row, 8 * s.row,
-                             group, u + c0 * kn.nr + runs[k].begin, kn.nr, position, runs[k].length,
-                             b.sums + runs[k].at, s.row);
-  }
-  return judge(s, runs, count, b.sums, holes, hole_count);
+// Tiles [begin, end) of `to`.
+bool transform_tiles(const Job& j, const Sizes& s, const ConvKernels& kernels, const Tiles& to,
+                     int64_t begin, int64_t end, const float* zeros, float* slab) {
+  const Tensor5& x = j.in;
+  const int64_t channels = x.size[1];
+  bool good = true;
+  for_runs(s, begin, end, [&](const TileRun& run) {
+    const int64_t y0 = 2 * run.row - j.top, x0 = 2 * run.column - j.left;
+    const int64_t columns = 2 * run.length + 2;
+    const char* image = x.data + run.image * x.stride[0] * 4;
+    if (!j.in_place())
+      for (int r = 0; r < 4; r++) {
+        const int64_t y = y0 + r;
+        const bool inside = y >= 0 && y < x.size[3];
+        const int64_t lo = std::clamp<int64_t>(-x0, 0, columns),
+                      hi = std::clamp<int64_t>(x.size[4] - x0, lo, columns);
+        Lane lanes[16];
+        for (int64_t c = 0; c < channels; c += 16) {
+          const int count = int(std::min<int64_t>(16, channels - c));
+          for (int l = 0; l < count; l++)
+            lanes[l] = {image + ((c + l) * x.stride[1] + y * x.stride[3] + x0 * x.stride[4]) * 4,
+                        int32_t(lo), int32_t(inside ? hi : lo)};
+          kernels.transpose[size_index(4)](slab + r * columns * s.depth + c, s.depth, lanes, count,
+                                           x.stride[4], columns);
+        }
+      }
+    const float* pixels[16];
+    for (int64_t i = 0; i < run.length; i++) {
+      for (int r = 0; r < 4; r++)
+        for (int q = 0; q < 4; q++) {
+          const int64_t y = y0 + r, column = 2 * i + q, at = x0 + column;
+          const bool inside = y >= 0 && y < x.size[3] && at >= 0 && at < x.size[4];
+          pixels[4 * r + q] =
+              !j.in_place() ? slab + (r * columns + column) * s.depth
+              : inside ? reinterpret_cast<const float*>(image) + y * x.stride[3] + at * x.stride[4]
+                       : zeros;
+        }
+      float sums[16];
+      const int64_t tile = run.begin + i - to.begin;
+      kernels.winograd_input(pixels, channels, to.u + tile * kWinogradSum, to.u_group, to.u_step,
+                             sums);
+      good = judge(sums, to.holes[tile]) && good;
+    }
+  });
+  return good;
 }
 
-// A panel of output channels of a block of tiles; v is the panel's filters.
-bool multiply_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
-                    const Store& store, const float* v, const float* u, int64_t block,
-                    int64_t panel, const Hole* holes, int hole_count, Buffers b) {
-  const int64_t channels = j.in.size[1];
-  const int rows = int(std::min<int64_t>(kn.mr, j.rows - panel * kn.mr));
-  TileArgs t{};
-  t.rows = rows, t.cols = kn.nr;
-  t.packed_a = j.rows_inner(), t.packed_b = true;
-  t.a_row = 4 * kSum, t.a_word = 4, t.b_word = 4 * kn.nr;  // those of a panel are known
-  t.acc_row = 4 * kn.nr;
-  for (int p = 0; p < kPositions; p++) {
-    float* total = b.m + p * kn.mr * kn.nr;
-    auto join = [&](int64_t end) {
-      if (end > kGroup)
-        for (int e = 0; e < rows * kn.nr; e++) total[e] += b.part[e];
-    };
-    for (int64_t k = 0; k < channels; k += kSum) {
-      if (k % kGroup == 0) join(k);
-      t.acc = k < kGroup ? total : b.part;
-      t.words = std::min(kSum, channels - k);
-      t.a = reinterpret_cast<const char*>(v + p * s.position + k * kn.mr);
-      t.b = reinterpret_cast<const char*>(u + (p * channels + k) * kn.nr);
-      t.add = k % kGroup != 0;
-      kn.tile(t);
-    }
-    join(channels);
-  }
-  const int64_t y_row = 2 * kn.nr;
-  if (!kernels.winograd_output(b.m, int64_t(kn.mr) * kn.nr, kn.nr, b.y, y_row, rows, kn.nr))
-    return false;
-  for (int h = 0; h < hole_count; h++)
-    for (int r = 0; r < rows; r++) b.y[(2 * r + holes[h].row) * y_row + holes[h].at] = 0;
+// The results of tiles [begin, end), at most kMostTiles, and a panel of filters. False where they
+// are not finite.
+bool multiply(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
+              const Store& store, const Tiles& tiles, int64_t begin, int64_t end, const float* v,
+              int64_t panel, float* m) {
+  const int64_t count = end - begin, first = begin - tiles.begin, y_row = 2 * count * s.panel;
+  const int filters = int(std::min(s.panel, j.rows - panel * s.panel));
+  for (int p = 0; p < kPositions; p++)
+    kernels.winograd_product(tiles.u + p * tiles.u_step + first * kWinogradSum, tiles.u_group,
+                             count, v + p * s.depth * s.panel, s.depth, m + p * s.m_step);
+  float* y = m + kPositions * s.m_step;
+  if (!kernels.winograd_output(m, s.m_step, count, y, y_row)) return false;
+  for (int64_t i = 0; i < count; i++)
+    for (int o = 0; o < 4; o++)
+      if (tiles.holes[first + i] >> o & 1)
+        std::fill_n(y + o / 2 * y_row + (2 * i + o % 2) * s.panel, s.panel, 0.f);
 
-  TileRun runs[kMostLanes];
-  const int count = runs_of(s, block, kn.nr, runs);
-  for (int k = 0; k < count; k++)
+  float* turned = y + 2 * y_row;
+  for_runs(s, begin, end, [&](const TileRun& run) {
     for (int r = 0; r < 2; r++) {
-      const int64_t row = 2 * runs[k].row + r, column = 2 * runs[k].column;
+      const int64_t row = 2 * run.row + r, column = 2 * run.column;
       if (row >= j.out.size[3]) continue;
-      const int columns = int(std::min<int64_t>(2 * runs[k].length, j.out.size[4] - column));
+      const int columns = int(std::min(2 * run.length, j.out.size[4] - column));
+      const float* from = y + r * y_row + 2 * (run.begin - begin) * s.panel;
       const int64_t at =
-          (runs[k].image * j.out.stride[0] + row * j.out.stride[3] + column * j.out.stride[4]) * 4;
+          (run.image * j.out.stride[0] + row * j.out.stride[3] + column * j.out.stride[4]) * 4;
       Store to = store;
       to.c += at;
       if (to.residual) to.residual += at;
-      kn.store(b.y + r * y_row + 2 * runs[k].begin, int(2 * y_row), rows, columns, to,
-               panel * kn.mr, 0);
+      if (j.channels_inner()) {
+        kn.store(from, int(s.panel), columns, filters, to, 0, panel * s.panel);
+        continue;
+      }
+      Lane lanes[2 * kMostTiles];
+      for (int i = 0; i < columns; i++)
+        lanes[i] = {reinterpret_cast<const char*>(from + i * s.panel), 0, filters};
+      kernels.transpose[size_index(4)](turned, columns, lanes, columns, 1, filters);
+      kn.store(turned, columns, filters, columns, to, panel * s.panel, 0);
     }
+  });
   return true;
 }
 
-// Some filters, transformed: `lanes` that lie `lane` apart go side by side to v.
-void transform_some(const Job& j, const ConvKernels& kernels, const float* w, int64_t lane,
-                    int lanes, float* v, int64_t position) {
-  float copy[9 * kMostLanes];
-  const float* taps = w;
-  int64_t ld = j.tap_stride[1];  // from a tap to the next
-  if (lane != 1 || j.tap_stride[0] != 3 * ld) {
-    if (ld == 1 && j.tap_stride[0] == 3) {
-      Lane lie[kMostLanes];
-      for (int l = 0; l < lanes; l++) lie[l] = {reinterpret_cast<const char*>(w + l * lane), 0, 9};
-      kernels.transpose[size_index(4)](copy, lanes, lie, lanes, 1, 9);
+// The filters of a panel, transformed: v as (position, channel, filter), with zeros where there is
+// no channel and no filter.
+void transform_panel(const Job& j, const Sizes& s, const ConvKernels& kernels, int64_t panel,
+                     float* v) {
+  constexpr int64_t kSome = 16;  // channels at a time
+  constexpr int kMostFilters = 64;
+  const int64_t channels = j.in.size[1], position = s.depth * s.panel;
+  const int filters = int(std::min(s.panel, j.rows - panel * s.panel));
+  const char* w = j.w + panel * s.panel * j.row_stride * 4;
+  if (s.depth > channels)
+    for (int p = 0; p < kPositions; p++)
+      std::fill_n(v + p * position + channels * s.panel, (s.depth - channels) * s.panel, 0.f);
+  // A filter's taps, of some channels, that are neighbours are turned all at once.
+  const bool taps_inner = j.tap_stride[1] == 1 && j.tap_stride[0] == 3;
+  const bool whole = taps_inner && j.channel_stride == 9;
+  float copy[kSome * 9 * kMostFilters];
+  if (filters < s.panel) std::fill_n(copy, kSome * 9 * s.panel, 0.f);
+  Lane lanes[kMostFilters];
+  for (int64_t c0 = 0; c0 < channels; c0 += kSome) {
+    const int64_t some = std::min(kSome, channels - c0);
+    const char* from = w + c0 * j.channel_stride * 4;
+    // To (channel, tap, filter), or (tap, channel, filter).
+    auto turn = [&](int64_t at, float* to, int64_t length, int64_t stride) {
+      for (int f = 0; f < filters; f++)
+        lanes[f] = {from + (f * j.row_stride + at) * 4, 0, int32_t(length)};
+      kernels.transpose[size_index(4)](to, s.panel, lanes, filters, stride, length);
+    };
+    int64_t tap_step = s.panel, channel_step = 9 * s.panel;
+    if (whole) {
+      turn(0, copy, some * 9, 1);
+    } else if (taps_inner) {
+      for (int64_t c = 0; c < some; c++) turn(c * j.channel_stride, copy + c * channel_step, 9, 1);
     } else {
+      tap_step = kSome * s.panel, channel_step = s.panel;
       for (int t = 0; t < 9; t++)
-        for (int l = 0; l < lanes; l++)
-          copy[t * lanes + l] = w[l * lane + t / 3 * j.tap_stride[0] + t % 3 * j.tap_stride[1]];
+        turn(t / 3 * j.tap_stride[0] + t % 3 * j.tap_stride[1], copy + t * tap_step, some,
+             j.channel_stride);
     }
-    taps = copy, ld = lanes;
+    // Turned filters are read from their last tap on.
+    const float* first = j.turned ? copy + 8 * tap_step : copy;
+    for (int64_t c = 0; c < some; c++)
+      kernels.winograd_filter(first + c * channel_step, j.turned ? -tap_step : tap_step,
+                              v + (c0 + c) * s.panel, position, int(s.panel));
   }
-  // Turned filters are read from their last tap on.
-  kernels.winograd_filter(j.turned ? taps + 8 * ld : taps, j.turned ? -ld : ld, v, position, lanes);
-}
-
-// The filters of a panel, transformed, by position: then (channel, row), as the kernel packs them,
-// or pieces of kSum channels as (row, channel), in which it reads them in place.
-void transform_panel(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
-                     int64_t panel, float* v) {
-  const int64_t channels = j.in.size[1], mr = kn.mr, rows = std::min(mr, j.rows - panel * mr);
-  const float* w = reinterpret_cast<const float*>(j.w) + panel * mr * j.row_stride;
-  if (j.rows_inner()) {
-    for (int64_t c = 0; c < channels; c++)
-      transform_some(j, kernels, w + c * j.channel_stride, j.row_stride, int(rows), v + c * mr,
-                     s.position);
-    return;
-  }
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t c0 = 0; c0 < channels; c0 += kSum)
-      transform_some(j, kernels, w + row * j.row_stride + c0 * j.channel_stride, j.channel_stride,
-                     int(std::min(kSum, channels - c0)), v + c0 * mr + row * kSum, s.position);
 }
 
 bool run(const Job& j) {
   const Kernel& kn = exact_kernel(DType::f32);
   const ConvKernels& kernels = conv_kernels();
-  const Sizes s(j, kn);
+  const Sizes s(j, kernels);
   Gemm g;
   g.c.data = j.out.data, g.c.rs = j.out.stride[1], g.c.cs = j.out.stride[4];
+  if (j.channels_inner()) std::swap(g.c.rs, g.c.cs);
   g.activation = j.c.activation;
-  if (j.c.bias) g.bias = j.c.bias, g.bias_axis = BiasAxis::row;
+  if (j.c.bias)
+    g.bias = j.c.bias, g.bias_axis = j.channels_inner() ? BiasAxis::column : BiasAxis::row;
   if (j.c.residual) {
     g.residual = g.c;
     g.residual.data = const_cast<char*>(j.c.residual);
@@ -288,77 +267,98 @@ bool run(const Job& j) {
   const Store store = make_store(g);
 
   const int threads = max_threads();
-  const int64_t channels = j.in.size[1];
-  // With many blocks, all filters are transformed first, and then a block is whole to a thread,
-  // which finds what it transformed in its own cache. With few, it is the other way round: all
-  // blocks are transformed first, and then a panel of filters is whole to a thread.
-  const bool even = 8 * s.blocks >= 7 * ceil_div(s.blocks, threads) * threads;
-  const bool by_blocks = s.blocks >= 4 * threads || (even && j.c.prepared && !j.turned);
-  const int64_t u_floats = kPositions * channels * kn.nr + 16, v_floats = kPositions * s.position;
-  const int64_t own = (Buffers::floats(j, s, kn) + (by_blocks ? 0 : v_floats + 15) + 15) / 16 * 16;
-  float* memory = static_cast<float*>(scratch(Scratch::accumulator, size_t(own * threads) * 4));
+  const int64_t tile_bytes = kPositions * s.depth * 4, filters_bytes = s.panels * s.v * 4;
+  // Few filters stay in a core's caches, and each thread takes a block of tiles with all of them.
+  // Of many, each thread takes some with all tiles, or as many as the cores' common cache holds.
+  const bool by_tiles = filters_bytes <= kFewFilters && s.tiles >= 8 * threads;
+  int64_t block = std::clamp(by_tiles ? kOwnTiles / tile_bytes : kSharedTiles / tile_bytes,
+                             int64_t(14), by_tiles ? kMostTiles : s.tiles);
+  int64_t blocks = ceil_div(s.tiles, block);
+  if (by_tiles && blocks < 8 * threads) blocks = ceil_div(blocks, threads) * threads;
+  block = ceil_div(s.tiles, blocks), blocks = ceil_div(s.tiles, block);
+  const int64_t u_group = block * kWinogradSum, u_step = block * s.depth;
+
   const float* kept = nullptr;  // all filters, transformed before
   if (j.c.prepared && !j.turned)
     kept = reinterpret_cast<const float*>(
-        j.c.prepared->get("winograd", &kn, 0, 0, size_t(s.panels * v_floats) * 4, [&](char* to) {
+        j.c.prepared->get("winograd", &kn, 0, 0, size_t(filters_bytes), [&](char* to) {
           Prepared::want(j.w, j.c.w.count());
           parallel(threads, [&](int thread, int came) {
             const Range mine = share_of(s.panels, 1, thread, came);
             for (int64_t p = mine.begin; p < mine.end; p++)
-              transform_panel(j, s, kn, kernels, p, reinterpret_cast<float*>(to) + p * v_floats);
+              transform_panel(j, s, kernels, p, reinterpret_cast<float*>(to) + p * s.v);
           });
         }));
-  const int64_t shared_floats = by_blocks ? (kept ? 0 : s.panels * v_floats) : s.blocks * u_floats;
-  float* shared = static_cast<float*>(scratch(Scratch::packed_b, size_t(shared_floats) * 4));
+  // Or each by the thread that takes it, or by all of them at the start.
+  const bool own = !kept && !by_tiles && blocks == 1 && s.panels >= 2 * threads;
+  const int64_t shared_u = by_tiles ? 0 : kPositions * u_step, holes = ceil_div(block, 64) * 16;
+  const int64_t shared_v = kept || own ? 0 : s.panels * s.v;
+  float* shared = static_cast<float*>(
+      scratch(Scratch::packed_b, size_t(shared_v + shared_u + holes) * sizeof(float)));
   const float* filters = kept ? kept : shared;
-  constexpr int kHoles = 4 * kMostLanes;
-  Hole* shared_holes = by_blocks
-                           ? nullptr
-                           : static_cast<Hole*>(scratch(
-                                 Scratch::misc, size_t(s.blocks) * (kHoles + 1) * sizeof(Hole)));
-  // Few panels are shared by threads, which each transform them for their part of the blocks.
-  const int64_t parts = std::min(s.blocks, ceil_div(2 * threads, s.panels)),
-                in_part = ceil_div(s.blocks, parts);
-  std::atomic<int64_t> next{0}, next_unit{0};
+  // A thread's own: transformed tiles, filters, zeros, a slab, products and results (twice).
+  const int64_t own_u = by_tiles ? kPositions * u_step + holes : 0, own_v = own ? s.v : 0;
+  const int64_t products = (kPositions * s.m_step + 2 * 4 * kMostTiles * s.panel + 15) / 16 * 16;
+  const int64_t each = own_u + own_v + s.depth + s.slab + products;
+  float* memory =
+      static_cast<float*>(scratch(Scratch::accumulator, size_t(each * threads) * sizeof(float)));
+  // A unit of work is some tiles and a panel.
+  const int64_t wanted = own ? 1 : ceil_div(2 * threads, s.panels);
+  const int64_t some = std::clamp(ceil_div(block, wanted), int64_t(7), kMostTiles),
+                parts = own ? 1 : ceil_div(block, some);
+  constexpr int64_t kPiece = 8;  // tiles that a thread transforms for all
+
+  std::atomic<int64_t> next_panel{0}, next_block{0};
+  std::vector<std::atomic<int64_t>> next_piece(static_cast<size_t>(by_tiles ? 0 : blocks)),
+      next_unit(static_cast<size_t>(by_tiles ? 0 : blocks));
   std::atomic<bool> refused{false};
   parallel(threads, [&](int thread, int came) {
-    const Buffers b(memory + own * thread, j, s, kn);
-    if (by_blocks) {
-      if (!kept) {
-        for (int64_t p; (p = next.fetch_add(1)) < s.panels;)
-          transform_panel(j, s, kn, kernels, p, shared + p * v_floats);
-        if (came > 1) barrier();
-      }
-      Hole holes[kHoles];
-      int count;
-      for (int64_t block; !refused && (block = next_unit.fetch_add(1)) < s.blocks;) {
-        bool good = transform_block(j, s, kn, kernels, block, b, b.u, holes, count);
+    float* mine = memory + each * thread;
+    float* const u = by_tiles ? mine : shared + shared_v;
+    float* const v = mine + own_u;
+    float* const zeros = v + own_v;
+    float* const slab = zeros + s.depth;
+    float* const m = slab + s.slab;
+    std::fill_n(zeros, s.depth, 0.f);
+    if (shared_v) {
+      for (int64_t p; (p = next_panel.fetch_add(1)) < s.panels;)
+        transform_panel(j, s, kernels, p, shared + p * s.v);
+      if (came > 1) barrier();
+    }
+    auto tiles_of = [&](int64_t b) {
+      return Tiles{b * block, std::min(s.tiles, (b + 1) * block),
+                   u,         u_group,
+                   u_step,    reinterpret_cast<uint8_t*>(u + kPositions * u_step)};
+    };
+    if (by_tiles) {
+      for (int64_t b; !refused && (b = next_block.fetch_add(1)) < blocks;) {
+        const Tiles t = tiles_of(b);
+        bool good = transform_tiles(j, s, kernels, t, t.begin, t.end, zeros, slab);
         for (int64_t p = 0; good && p < s.panels; p++)
-          good = multiply_panel(j, s, kn, kernels, store, filters + p * v_floats, b.u, block, p,
-                                holes, count, b);
+          good = multiply(j, s, kn, kernels, store, t, t.begin, t.end, filters + p * s.v, p, m);
         if (!good) refused = true;
       }
       return;
     }
-    for (int64_t block; (block = next.fetch_add(1)) < s.blocks;) {
-      Hole* holes = shared_holes + block * (kHoles + 1);
-      int count;
-      if (!transform_block(j, s, kn, kernels, block, b, shared + block * u_floats, holes + 1,
-                           count))
-        refused = true;
-      holes[0].at = count;
-    }
-    if (came > 1) barrier();
-    float* v = memory + own * (thread + 1) - (v_floats + 15) / 16 * 16;
-    for (int64_t unit; !refused && (unit = next_unit.fetch_add(1)) < s.panels * parts;) {
-      const int64_t panel = unit / parts, first = unit % parts * in_part;
-      if (!kept) transform_panel(j, s, kn, kernels, panel, v);
-      const float* panel_of = kept ? kept + panel * v_floats : v;
-      for (int64_t block = first; block < std::min(s.blocks, first + in_part); block++) {
-        const Hole* holes = shared_holes + block * (kHoles + 1);
-        if (!multiply_panel(j, s, kn, kernels, store, panel_of, shared + block * u_floats, block,
-                            panel, holes + 1, holes[0].at, b))
+    for (int64_t b = 0; b < blocks; b++) {
+      const Tiles t = tiles_of(b);
+      if (b > 0 && came > 1) barrier();  // until nobody reads the last block's any more
+      const int64_t count = t.end - t.begin, pieces = ceil_div(count, kPiece);
+      for (int64_t i; (i = next_piece[size_t(b)].fetch_add(1)) < pieces;)
+        if (!transform_tiles(j, s, kernels, t, t.begin + i * kPiece,
+                             std::min(t.end, t.begin + (i + 1) * kPiece), zeros, slab))
           refused = true;
+      if (came > 1) barrier();
+      for (int64_t unit;
+           !refused && (unit = next_unit[size_t(b)].fetch_add(1)) < s.panels * parts;) {
+        const int64_t panel = unit / parts, step = own ? some : ceil_div(count, parts);
+        const int64_t from = t.begin + unit % parts * step,
+                      to = own ? t.end : std::min(t.end, from + step);
+        if (own) transform_panel(j, s, kernels, panel, v);
+        for (int64_t i = from; i < to; i += step)
+          if (!multiply(j, s, kn, kernels, store, t, i, std::min(to, i + step),
+                        own ? v : filters + panel * s.v, panel, m))
+            refused = true;
       }
     }
   });
@@ -376,14 +376,19 @@ bool is_winograd(const Conv& c, const Tensor5& in, const Tensor5& out) {
   for (int d = 0; d < kSpatial; d++)
     if (c.stride[d] != 1 || c.dilation[d] != 1) return false;
   if (c.padding[0] != 0 || in.size[1] < 32 || out.size[1] < 16) return false;
-  // Multiplications a pair of channels: 9 a position directly; 16 a tile here, and a fourth as much
-  // time again for the tiles' transformation, and about 200 for that of the filter. Tiles go in
-  // blocks as wide as the kernel's panels.
+  // The time, as measured, in multiplications for each pair of channels: directly 9 a position, at
+  // a rate below the best; and 16 a tile, of panels that may not be full, besides the tiles'
+  // transformations, shared by the channels on the other side, and that of the filters.
+  const ConvKernels& kernels = conv_kernels();
+  const auto full = [](int64_t n, int64_t of) { return double(ceil_div(n, of) * of) / double(n); };
   const double positions = double(out.size[0]) * double(out.size[3] * out.size[4]);
   const double tiles =
       double(out.size[0]) * double(ceil_div(out.size[3], 2) * ceil_div(out.size[4], 2));
-  const double width = exact_kernel(DType::f32).nr, lanes = std::ceil(tiles / width) * width;
-  return 16 * lanes + 4 * tiles + (c.prepared ? 0 : 200) < 9 * positions;
+  const double products =
+      18 * full(in.size[1], kWinogradSum) * full(out.size[1], kernels.winograd_panel);
+  const double transformations = 190 / double(in.size[1]) + 190 / double(out.size[1]);
+  const double filters = c.prepared ? 0 : 400;
+  return tiles * (products + transformations) + filters < 10 * positions;
 }
 
 bool winograd_forward(const Conv& c) {

@@ -5,49 +5,47 @@
 
 namespace fastnn::FASTNN_TARGET {
 
-// u = B^T d B for neighbouring tiles of some channels. Row r of channel c of d has its even columns
-// from even + c * channel + r * row on and its odd ones from `odd` likewise; tile i starts at
-// column 2 i. Up to a vector beyond the last column is read. The magnitudes of the columns, one
-// more than tiles, are added to `sums`: (row, even or odd, column).
-static void winograd_input(const float* even, const float* odd, int64_t row, int64_t channel,
-                           int64_t channels, float* u, int64_t u_channel, int64_t position,
-                           int64_t tiles, float* sums, int64_t sums_row) {
-  for (int64_t i = 0; i <= tiles; i += VecF32::width) {
-    const int n = int(smaller(VecF32::width, tiles - i)),
-              columns = int(smaller(VecF32::width, tiles + 1 - i));
-    VecF32 even_sum[4], odd_sum[4];
+// A panel of filters, side by side, and the tiles whose sums stay in registers together with the
+// sums of those.
+constexpr int kWinogradPanel = 2 * VecF32::width;
+constexpr int kWinogradRows = FASTNN_TARGET_ID == 2 ? 7 : 6;
+
+// u = B^T d B for a tile whose inputs' channels are side by side: pixel (r, q) of d at
+// pixels[4 * r + q]. Position k of u goes to u + k * position: kWinogradSum channels, the next ones
+// `group` further, with zeros behind the last. The magnitudes of each pixel's channels are summed
+// to sums[4 * r + q].
+static void winograd_input(const float* const* pixels, int64_t channels, float* u, int64_t group,
+                           int64_t position, float* sums) {
+  VecF32 sum[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) sum[i] = VecF32::zero();
+  for (int64_t c = 0; c < (channels + kWinogradSum - 1) / kWinogradSum * kWinogradSum;
+       c += VecF32::width) {
+    const int n = int(smaller(VecF32::width, channels - c > 0 ? channels - c : 0));
+    VecF32 t[4][4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) even_sum[r] = odd_sum[r] = VecF32::zero();
-    for (int64_t c = 0; c < channels; c++) {
-      VecF32 t[4][4];
+    for (int q = 0; q < 4; q++) {
+      VecF32 d[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; r++) {
-        const float *e = even + c * channel + r * row + i, *o = odd + c * channel + r * row + i;
-        const VecF32 d0 = VecF32::load(e), d1 = VecF32::load(o), d2 = VecF32::load(e + 1),
-                     d3 = VecF32::load(o + 1);
-        t[r][0] = d0 - d2;
-        t[r][1] = d1 + d2;
-        t[r][2] = d2 - d1;
-        t[r][3] = d1 - d3;
-        even_sum[r] = even_sum[r] + abs(d0);
-        odd_sum[r] = odd_sum[r] + abs(d1);
+        d[r] = load_some<VecF32>(pixels[4 * r + q] + c, n);
+        sum[4 * r + q] = sum[4 * r + q] + abs(d[r]);
       }
-      float* to = u + c * u_channel + i;
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) {
-        store_some(to + k * position, t[0][k] - t[2][k], n);
-        store_some(to + (4 + k) * position, t[1][k] + t[2][k], n);
-        store_some(to + (8 + k) * position, t[2][k] - t[1][k], n);
-        store_some(to + (12 + k) * position, t[1][k] - t[3][k], n);
-      }
+      t[0][q] = d[0] - d[2];
+      t[1][q] = d[1] + d[2];
+      t[2][q] = d[2] - d[1];
+      t[3][q] = d[1] - d[3];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-      float *se = sums + 2 * r * sums_row + i, *so = se + sums_row;
-      store_some(se, load_some<VecF32>(se, columns) + even_sum[r], columns);
-      store_some(so, load_some<VecF32>(so, columns) + odd_sum[r], columns);
+      float* to = u + 4 * r * position + c / kWinogradSum * group + c % kWinogradSum;
+      (t[r][0] - t[r][2]).store(to);
+      (t[r][1] + t[r][2]).store(to + position);
+      (t[r][2] - t[r][1]).store(to + 2 * position);
+      (t[r][1] - t[r][3]).store(to + 3 * position);
     }
   }
+  for (int i = 0; i < 16; i++) sums[i] = reduce_add(sum[i]);
 }
 
 // v = G g G^T for neighbouring filters: tap t of filter l at g[t * ld + l].
@@ -79,39 +77,83 @@ static void winograd_filter(const float* g, int64_t ld, float* v, int64_t positi
   }
 }
 
-#if FASTNN_TARGET_ID == 2
-FASTNN_INLINE void store_interleaved(float* p, VecF32 even, VecF32 odd) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high =
-      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even.r, low, odd.r));
-  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even.r, high, odd.r));
+// m = u v for one position of ROWS neighbouring tiles and a panel of filters; `channels` is a
+// multiple of kWinogradSum. Sums of kWinogradSum products, sums of kWinogradGroup channels of
+// those, and sums of these: the first two are in registers.
+template <int ROWS>
+static void winograd_tiles(const float* u, int64_t u_group, const float* v, int64_t channels,
+                           float* m) {
+  for (int64_t c0 = 0; c0 < channels; c0 += kWinogradGroup) {
+    const int64_t end = smaller(channels, c0 + kWinogradGroup);
+    VecF32 group[ROWS][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) group[i][0] = group[i][1] = VecF32::zero();
+    for (int64_t c = c0; c < end; c += kWinogradSum, u += u_group) {
+      VecF32 sum[ROWS][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = VecF32::zero();
+#pragma GCC unroll 4
+      for (int k = 0; k < kWinogradSum; k++, v += kWinogradPanel) {
+        const VecF32 v0 = VecF32::load(v), v1 = VecF32::load(v + VecF32::width);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+          const VecF32 a = VecF32::set1(u[i * kWinogradSum + k]);
+          sum[i][0] = fma(a, v0, sum[i][0]);
+          sum[i][1] = fma(a, v1, sum[i][1]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++) {
+        group[i][0] = group[i][0] + sum[i][0];
+        group[i][1] = group[i][1] + sum[i][1];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+      float* to = m + i * kWinogradPanel;
+      if (c0) {
+        group[i][0] = VecF32::load(to) + group[i][0];
+        group[i][1] = VecF32::load(to + VecF32::width) + group[i][1];
+      }
+      group[i][0].store(to);
+      group[i][1].store(to + VecF32::width);
+    }
+  }
 }
-#else
-FASTNN_INLINE void store_interleaved(float* p, VecF32 even, VecF32 odd) {
-  float e[VecF32::width], o[VecF32::width];
-  even.store(e);
-  odd.store(o);
-  for (int i = 0; i < VecF32::width; i++) p[2 * i] = e[i], p[2 * i + 1] = o[i];
-}
-#endif
 
-// y = A^T m A for `rows` channels of neighbouring tiles: m of channel c and position k at
-// m + k * position + c * row. Row r of the results of channel c goes to y + (c * 2 + r) * y_row,
-// the tiles' columns one after the other. `tiles` is a multiple of the vector. True where all
-// results are finite.
-static bool winograd_output(const float* m, int64_t position, int64_t row, float* y, int64_t y_row,
-                            int rows, int64_t tiles) {
+// The same for any number of tiles, in parts as even as can be.
+static void winograd_product(const float* u, int64_t u_group, int64_t tiles, const float* v,
+                             int64_t channels, float* m) {
+  using Tiles = void (*)(const float*, int64_t, const float*, int64_t, float*);
+  static constexpr Tiles of[] = {nullptr,           winograd_tiles<1>, winograd_tiles<2>,
+                                 winograd_tiles<3>, winograd_tiles<4>, winograd_tiles<5>,
+                                 winograd_tiles<6>,
+#if FASTNN_TARGET_ID == 2
+                                 winograd_tiles<7>
+#endif
+  };
+  for (int64_t parts = (tiles + kWinogradRows - 1) / kWinogradRows; parts > 0; parts--) {
+    const int64_t rows = (tiles + parts - 1) / parts;
+    of[rows](u, u_group, v, channels, m);
+    u += rows * kWinogradSum, m += rows * kWinogradPanel, tiles -= rows;
+  }
+}
+
+// y = A^T m A for neighbouring tiles and a panel of filters: position k of m of tile i at
+// m + k * position + i * kWinogradPanel; row r of the results, pixel by pixel, from y + r * y_row
+// on. True where all results are finite.
+static bool winograd_output(const float* m, int64_t position, int64_t tiles, float* y,
+                            int64_t y_row) {
   VecF32 check = VecF32::zero();
-  for (int c = 0; c < rows; c++, m += row, y += 2 * y_row)
-    for (int64_t i = 0; i < tiles; i += VecF32::width) {
+  for (int64_t i = 0; i < tiles; i++, m += kWinogradPanel, y += 2 * kWinogradPanel)
+    for (int l = 0; l < kWinogradPanel; l += VecF32::width) {
       VecF32 t[2][4];
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
-        const VecF32 m0 = VecF32::load(m + k * position + i),
-                     m1 = VecF32::load(m + (4 + k) * position + i),
-                     m2 = VecF32::load(m + (8 + k) * position + i),
-                     m3 = VecF32::load(m + (12 + k) * position + i);
+        const VecF32 m0 = VecF32::load(m + k * position + l),
+                     m1 = VecF32::load(m + (4 + k) * position + l),
+                     m2 = VecF32::load(m + (8 + k) * position + l),
+                     m3 = VecF32::load(m + (12 + k) * position + l);
         const VecF32 plus = m1 + m2, minus = m1 - m2;
         t[0][k] = m0 + plus;
         t[1][k] = minus - m3;
@@ -121,7 +163,8 @@ static bool winograd_output(const float* m, int64_t position, int64_t row, float
         const VecF32 even = t[r][0] + (t[r][1] + t[r][2]), odd = (t[r][1] - t[r][2]) - t[r][3];
         check = fma(even, VecF32::zero(), check);
         check = fma(odd, VecF32::zero(), check);
-        store_interleaved(y + r * y_row + 2 * i, even, odd);
+        even.store(y + r * y_row + l);
+        odd.store(y + r * y_row + kWinogradPanel + l);
       }
     }
   return reduce_add(check) == 0;
