@@ -627,3 +627,30 @@ def test_numbers_that_are_equal_to_integers(option, odd):
                 fF.conv2d(x, w, **{option: odd})
         else:
             torch.testing.assert_close(fF.conv2d(x, w, **{option: odd}), expected)
+
+
+Q = torch.randn(5, 2, 8)
+HEADS = {"query": Q, "key": Q, "value": Q, "embed_dim_to_check": 8, "num_heads": 2}
+HEADS |= {"in_proj_weight": torch.randn(24, 8), "in_proj_bias": None, "bias_k": None, "bias_v": None}
+HEADS |= {"add_zero_attn": False, "dropout_p": 0.0, "out_proj_weight": torch.randn(8, 8), "out_proj_bias": None}
+LOGITS = {"input": X, "target": torch.tensor([0, 1, 2])}
+CODES = {"input": X, "weight": torch.zeros(5, 4, dtype=torch.int8), "weight_scale": torch.ones(5)}
+IMAGES = {"input": torch.randn(2, 4, 3, 3), "running_mean": torch.zeros(4), "running_var": ONES}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name", "value"),
+    [
+        *((fF.multi_head_attention_forward, HEADS, name, 3) for name in ("query", "key", "value", "static_k")),
+        *((fF.multi_head_attention_forward, HEADS, name, [True]) for name in ("attn_mask", "key_padding_mask")),
+        (fF.multi_head_attention_forward, HEADS, "num_heads", None),
+        (fF.cross_entropy, LOGITS, "reduction", ["mean"]),
+        (fF.softmax, {"input": X, "dim": 1}, "dtype", ["float32"]),
+        (fF.softmin, {"dim": 1}, "input", None),
+        (fF.int8_linear, CODES, "activation", ["relu"]),
+        (fF.batch_norm_act, IMAGES, "residual", 1.5),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(function, arguments, name, value):
+    with pytest.raises((TypeError, ValueError, AssertionError), match=name):
+        function(**{**arguments, name: value})

@@ -37,9 +37,12 @@ def probabilities(
             stay.
 
     Raises:
+        TypeError: ``logits`` is no tensor.
         ValueError: ``temperature`` is not above 0, ``top_k`` is below 1, or ``top_p`` is not in (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"probabilities: logits must be a Tensor, got {type(logits).__name__}")
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     # The likeliest becomes 0 first: divided by little, more than one would be infinite.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)

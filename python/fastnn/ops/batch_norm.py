@@ -94,10 +94,13 @@ def batch_norm_act(
 ) -> Tensor:
     """activation(batch_norm(input, ...) + residual) in the pass over the input that writes the result.
 
-    ``activation`` is "relu" or "none"; else ValueError. ``residual`` has the input's shape and dtype.
+    ``activation`` is "relu" or "none"; else ValueError. ``residual`` has the input's shape and dtype; TypeError for what is no
+    Tensor.
     """
     if activation not in KINDS:
         raise ValueError(f"fastnn.batch_norm_act: activation: expected one of {', '.join(KINDS)}, got {activation!r}")
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"fastnn.batch_norm_act: residual: expected a Tensor, got {type(residual).__name__}")
     relu = activation == "relu"
     return _run(
         "batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, relu, residual

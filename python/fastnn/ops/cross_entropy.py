@@ -92,7 +92,7 @@ def cross_entropy(
 def check_options(target: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
     if not isinstance(target, Tensor):
         raise Unsupported(f"target: expected a Tensor, got {type(target).__name__}")
-    if reduction not in REDUCTION:
+    if not isinstance(reduction, str) or reduction not in REDUCTION:
         raise Unsupported(f"reduction: expected none, mean or sum, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise Unsupported(f"{describe('ignore_index', ignore_index)}: expected an integer")

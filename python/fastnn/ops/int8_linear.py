@@ -65,8 +65,9 @@ def int8_linear(
     of this very weight, is read in its stead, and saves laying it out at each call.
     """
     if not is_dynamo_compiling():
+        code = _code(activation, -1) if isinstance(activation, str) else -1
         output = _tensor_int8_linear(
-            _make, input, weight, weight_scale, bias, input_scale, input_zero_point, _code(activation, -1), packed
+            _make, input, weight, weight_scale, bias, input_scale, input_zero_point, code, packed
         )
         if output is not None:
             return output

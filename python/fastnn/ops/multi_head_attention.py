@@ -70,6 +70,7 @@ def multi_head_attention_forward(
     ``in_proj_packed`` and ``out_proj_packed`` are packed copies of the two weights, used where a call allows it.
 
     Raises:
+        TypeError: what should be a tensor is none.
         AssertionError: dimensions, sizes or dtypes of query, key, value or a padding mask that do not fit.
         RuntimeError: an ``attn_mask`` of another shape, or ``is_causal`` without one.
     """
@@ -141,6 +142,9 @@ def attend(
     ``project`` makes of query, key and value, batch or sequence first as they came, up to three projections; ``finish``
     makes the result of the heads put together. ``separate`` says that key and value may have different widths.
     """
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"multi_head_attention_forward: {name}: expected a Tensor, got {type(given).__name__}")
     if query.is_nested or key.is_nested or value.is_nested:
         raise RuntimeError("multi_head_attention_forward: nested tensors have no sizes to attend over")
     is_batched = _check(query, key, value, key_padding_mask, attn_mask, num_heads, separate)
@@ -157,7 +161,11 @@ def attend(
     source = key.shape[1 if batch_first else 0]
     embed_dim = query.shape[2]
     if embed_dim != embed_dim_to_check:
-        raise AssertionError(f"was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}")
+        raise AssertionError(
+            f"embed_dim_to_check: was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}"
+        )
+    if not isinstance(num_heads, (int, torch.SymInt)) or num_heads < 1:
+        raise AssertionError(f"num_heads: expected a positive integer, got {num_heads!r}")
     if embed_dim % num_heads:
         raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {num_heads}")
     head_dim = embed_dim // num_heads
@@ -252,6 +260,9 @@ def _check(
     separate: bool,
 ) -> bool:
     """Whether the arguments have a batch dimension; AssertionError for those that do not fit each other."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"multi_head_attention_forward: {name}: expected a Tensor, got {type(mask).__name__}")
     rank = query.dim()
     if rank not in (2, 3):
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {rank}-D query tensor")
@@ -339,6 +350,8 @@ def _project(
 
 
 def _static(name: str, given: Tensor, batch: int, num_heads: int, head_dim: int) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"multi_head_attention_forward: {name}: expected a Tensor, got {type(given).__name__}")
     if given.shape[0] != batch * num_heads:
         raise AssertionError(f"expecting {name}.size(0) of {batch * num_heads}, but got {given.shape[0]}")
     if given.shape[2] != head_dim:

@@ -72,6 +72,8 @@ def log_softmax(
 
 def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """softmax(-input), as :func:`torch.nn.functional.softmin`."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"fastnn.softmin: input: expected a Tensor, got {type(input).__name__}")
     if dim is None:
         dim = F._get_softmax_dim("softmin", input.dim(), _stacklevel)
     return softmax(-input, dim, dtype=dtype)
@@ -131,7 +133,7 @@ def _cast(input: Any, dtype: Any) -> Tensor:
         raise Unsupported("input: expected a dense tensor")
     if dtype is None or input.dtype is dtype:
         return input
-    if dtype not in cpu.FLOAT:
+    if not isinstance(dtype, torch.dtype) or dtype not in cpu.FLOAT:
         raise Unsupported(f"dtype: expected a floating-point type, got {dtype}")
     return input.to(dtype)
 

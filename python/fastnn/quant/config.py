@@ -65,7 +65,7 @@ class Int8Static(Config):
             raise TypeError(
                 f"Int8Static: calibration_data must be an iterable of inputs, got {type(self.calibration_data).__name__}"
             )
-        if not callable(self.observer) and self.observer not in OBSERVERS:
+        if not callable(self.observer) and self.observer not in tuple(OBSERVERS):
             names = ", ".join(repr(name) for name in OBSERVERS)
             raise ValueError(f"Int8Static: observer must be one of {names} or a callable, got {self.observer!r}")
 

@@ -66,8 +66,10 @@ def _named_links(model: torch.nn.Module, pairs: Iterable[Sequence[str]]) -> list
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = owners_of(model)
     links: dict[str, Link] = {}
+    if not isinstance(pairs, Iterable):
+        raise ValueError(f"equalize_: pairs must hold pairs of names, got {pairs!r}")
     for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"equalize_: pairs must hold pairs of names, got {pair!r}")
         for name in pair:
             if name not in modules:
