@@ -11,7 +11,7 @@ import copy
 import sys
 
 import torch
-import torch.nn.functional as F
+from quantize_model import train
 from rich.console import Console
 from rich.table import Table
 
@@ -20,19 +20,9 @@ from fastnn.bench import compare
 from fastnn.demo import Digits
 from fastnn.quant import prune_channels_, prune_magnitude_, remove_masks_
 
-EPOCHS, WIDTH, BATCH = 15, 1024, 64
+EPOCHS, WIDTH = 15, 1024
 #: Points that a pruned model may lose after training: two images of the test.
 LOSS = 2 / 360
-
-
-def train(model, digits, epochs):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(digits.train_x)).split(BATCH):
-            loss = F.cross_entropy(model(digits.train_x[rows]), digits.train_y[rows], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
 
 
 def accuracy(model, digits):
