@@ -54,7 +54,7 @@ def compiled(kernel, types, constants, arch, anything=(), **options):
     for name, type in types.items():
         if name in anything:
             continue
-        if isinstance(type, tuple):  # strides, of which the last is 1
+        if isinstance(type, tuple):  # such as strides, of which the last is 1
             for i, part in enumerate(type):
                 if part == "constexpr":
                     known[at[name], i] = 1
@@ -274,12 +274,12 @@ def weight_only_layers(arch):
 def int8_convolutions(arch):
     """Of channels-last images."""
     image, three = ("i32", "constexpr", "i32", "i32", "i32"), ("i32",) * 3
-    tensors = dict(filters="*i8", filter_sums="*i32", bias="*fp32", residual="*u8", x_scale="*fp32", x_zero="*i32")
-    tensors |= dict(w_scale="*fp32", y_scale="*fp32", y_zero="*i32", residual_scale="*fp32", residual_zero="*i32")
-    known = tensors | dict.fromkeys(("images", "channels", "columns", "groups"), "i32")
+    tensors = dict(filters="*i8", filter_sums="*i32", x_zero="*i32")
+    numbers = (*["*fp32"] * 3, "constexpr", "*fp32", "*i32", "*u8", "*fp32", "*i32")
+    known = tensors | dict(numbers=numbers) | dict.fromkeys(("images", "channels", "columns", "groups"), "i32")
     axes = dict.fromkeys(("image_size", "out_size", "taps", "stride", "padding", "dilation"), three)
     known |= axes | {f"{name}_strides": image for name in ("image", "filter", "out")}
-    constants = dict(w_scale_step=1, ACTIVATION="relu6", LEAST=0.0, MOST=255.0)
+    constants = dict(ACTIVATION="relu6", LEAST=0.0, MOST=255.0)
     for kernel, name, element, (rows, columns, warps, stages), step in (
         (int8_conv.tiles, "convolution u8", "u8", LARGE, dict(BLOCK_K=64)),
         (int8_conv.tiles, "convolution i8", "i8", SMALL, dict(BLOCK_K=128)),

@@ -50,24 +50,17 @@ def tap_at(tap, taps, strides):
 def finish(
     sums,
     out,
-    residual,
     element,
     stored,
     filter,
     exists,
-    bias,
-    x_scale,
-    w_scale,
-    w_scale_step,
-    y_scale,
-    y_zero,
-    residual_scale,
-    residual_zero,
+    numbers,
     ACTIVATION: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """The rest of the formula in ops/int8_conv.py, each step rounded, of exact sums (pixels, filters)."""
+    bias, x_scale, w_scale, w_scale_step, y_scale, y_zero, residual, residual_scale, residual_zero = numbers
     inverse = tl.zeros((1, 1), tl.float32) + 1.0
     if y_scale is not None:
         inverse = tl.div_rn(inverse, tl.load(y_scale) + tl.zeros((1, 1), tl.float32))
@@ -96,16 +89,8 @@ def tiles(
     filters,
     filter_sums,
     out,
-    residual,
-    bias,
-    x_scale,
     x_zero,
-    w_scale,
-    w_scale_step,
-    y_scale,
-    y_zero,
-    residual_scale,
-    residual_zero,
+    numbers,  # of finish
     images,
     channels,  # of a group in the image, and in the result
     columns,
@@ -167,26 +152,8 @@ def tiles(
         zero -= 128
     sums -= zero * tl.load(filter_sums + filter, mask=column_inside, other=0)[None, :]
     element = pixel_of(n, d, h, w, out_strides)[:, None] + filter[None, :] * out_strides[1]
-    finish(
-        sums,
-        out,
-        residual,
-        element,
-        row_inside[:, None] & column_inside[None, :],
-        filter,
-        column_inside,
-        bias,
-        x_scale,
-        w_scale,
-        w_scale_step,
-        y_scale,
-        y_zero,
-        residual_scale,
-        residual_zero,
-        ACTIVATION,
-        LEAST,
-        MOST,
-    )
+    stored = row_inside[:, None] & column_inside[None, :]
+    finish(sums, out, element, stored, filter, column_inside, numbers, ACTIVATION, LEAST, MOST)
 
 
 @triton.jit
@@ -194,16 +161,8 @@ def direct(
     image,
     filters,
     out,
-    residual,
-    bias,
-    x_scale,
     x_zero,
-    w_scale,
-    w_scale_step,
-    y_scale,
-    y_zero,
-    residual_scale,
-    residual_zero,
+    numbers,  # of finish
     images,
     channels,
     columns,
@@ -247,26 +206,8 @@ def direct(
             pixel += image_strides[1]
             of_tap += filter_strides[1]
     element = pixel_of(n, d, h, w, out_strides)[:, None] + filter[None, :] * out_strides[1]
-    finish(
-        sums,
-        out,
-        residual,
-        element,
-        row_inside[:, None] & column_inside[None, :],
-        filter,
-        column_inside,
-        bias,
-        x_scale,
-        w_scale,
-        w_scale_step,
-        y_scale,
-        y_zero,
-        residual_scale,
-        residual_zero,
-        ACTIVATION,
-        LEAST,
-        MOST,
-    )
+    stored = row_inside[:, None] & column_inside[None, :]
+    finish(sums, out, element, stored, filter, column_inside, numbers, ACTIVATION, LEAST, MOST)
 
 
 #: Channels of a group, below which there are no tiles.
@@ -301,8 +242,8 @@ def _convolve(
     channels, columns = weight.shape[1], weight.shape[0] // groups
     pixels = y.shape[0] * math.prod(y.shape[2:])
     numbers = (
-        *(bias, input_scale, input_zero_point, weight_scale, int(weight_scale.numel() > 1)),
-        *(output_scale, output_zero_point, residual_scale, residual_zero_point),
+        *(bias, input_scale, weight_scale, int(weight_scale.numel() > 1), output_scale, output_zero_point),
+        *(residual, residual_scale, residual_zero_point),
     )
     lies = (
         *(five(input.shape)[2:], five(input.stride()), five(weight.stride()), five(y.shape)[2:], five(y.stride())),
@@ -319,8 +260,8 @@ def _convolve(
             input,
             weight,
             y,
-            residual,
-            *numbers,
+            input_zero_point,
+            numbers,
             input.shape[0],
             channels,
             columns,
@@ -341,8 +282,8 @@ def _convolve(
         weight,
         row_sums(weight),
         y,
-        residual,
-        *numbers,
+        input_zero_point,
+        numbers,
         input.shape[0],
         channels,
         columns,
