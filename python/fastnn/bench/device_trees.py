@@ -15,13 +15,13 @@ import torch
 from .. import backends
 from .._state import FallbackError
 from .benchmark import Benchmark, Problem, register
-from .histogram_trees import _HELD_OUT, _absent, _checked_once
+from .histogram_trees import HELD_OUT, absent_peers, checked_once
 
 
 @functools.lru_cache(maxsize=1)
 def _data(rows: int, columns: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((rows + _HELD_OUT, columns), dtype=np.float32)
+    x = rng.standard_normal((rows + HELD_OUT, columns), dtype=np.float32)
     y = x[:, :10].sum(axis=1) + rng.standard_normal(len(x)) > 0
     return x[:rows], y[:rows].astype(np.int64), x[rows:], y[rows:]
 
@@ -72,8 +72,8 @@ def _grown(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     on_cpu = Bins(x, 255)
     on_device = on_cpu if backend == "cpu" else _device_search.DeviceBins(given, 255)
     makers = {"fastnn": lambda: of(on_device), "cpu": lambda: of(on_cpu), "xgboost": xgboost}
-    absent = {name: reason for name, reason in _absent().items() if name in makers}
-    contestants = {name: _checked_once(make(), held_out, truth) for name, make in makers.items() if name not in absent}
+    absent = {name: reason for name, reason in absent_peers().items() if name in makers}
+    contestants = {name: checked_once(make(), held_out, truth) for name, make in makers.items() if name not in absent}
     # Of as many bytes as there are bins.
     return Problem(
         lambda: (x, y), contestants, rows * columns, unit="B", peak=None, absent=absent, tolerance=0.02, steady=True

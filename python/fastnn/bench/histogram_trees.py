@@ -18,7 +18,7 @@ import torch
 
 from .benchmark import TREE_PAUSE, Benchmark, Problem, register
 
-_HELD_OUT = 10_000
+HELD_OUT = 10_000
 _Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
@@ -26,11 +26,11 @@ _Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 def _data(rows: int, features: int) -> tuple[np.ndarray, ...]:
     from sklearn.datasets import make_classification
 
-    X, y = make_classification(rows + _HELD_OUT, features, n_informative=10, random_state=0)
+    X, y = make_classification(rows + HELD_OUT, features, n_informative=10, random_state=0)
     return X[:rows], y[:rows], X[rows:], y[rows:]
 
 
-def _absent() -> dict[str, str]:
+def absent_peers() -> dict[str, str]:
     return {
         name: f"not installed: {name}" for name in ("lightgbm", "xgboost") if importlib.util.find_spec(name) is None
     }
@@ -42,7 +42,7 @@ def _runtimes() -> Any:
     from threadpoolctl import ThreadpoolController
 
     for module in ("sklearn.ensemble", "lightgbm", "xgboost"):
-        if module not in _absent():
+        if module not in absent_peers():
             importlib.import_module(module)  # loads them
     return ThreadpoolController()
 
@@ -117,7 +117,7 @@ def _fits(depth: int, trees: int, threads: int, alone: bool) -> dict[str, _Fit]:
     return {"fastnn": mine, "scikit-learn": sklearn, "lightgbm": lightgbm, "xgboost": xgboost}
 
 
-def _checked_once(fit: _Fit, held_out: np.ndarray, truth: np.ndarray) -> Callable[..., torch.Tensor]:
+def checked_once(fit: _Fit, held_out: np.ndarray, truth: np.ndarray) -> Callable[..., torch.Tensor]:
     """Fits; returns the first model's accuracy on rows that it has not seen, whose prediction is no part of the work."""
     first: list[torch.Tensor] = []
 
@@ -136,9 +136,9 @@ def _trees(
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         rows, features, threads = shape
         X, y, held_out, truth = _data(rows, features)
-        absent = _absent()
+        absent = absent_peers()
         contestants = {
-            name: _on_threads(threads, _checked_once(fit, held_out, truth))
+            name: _on_threads(threads, checked_once(fit, held_out, truth))
             for name, fit in _fits(depth, trees, threads, alone).items()
             if name not in absent
         }
@@ -186,7 +186,7 @@ def _binning(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
         data = xgboost.QuantileDMatrix(X, y, max_bin=256, nthread=threads)
         return torch.tensor([data.num_row(), data.num_col()])
 
-    absent = _absent()
+    absent = absent_peers()
     makers = {"fastnn": fastnn, "scikit-learn": sklearn, "lightgbm": lightgbm, "xgboost": xgboost}
     contestants = {name: _on_threads(threads, call) for name, call in makers.items() if name not in absent}
     return Problem(

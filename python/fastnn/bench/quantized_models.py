@@ -17,7 +17,7 @@ import fastnn
 
 from . import peers
 from .benchmark import MODEL_PAUSE, Benchmark, Problem, register
-from .transformers import _bert, _multiplications, _tokens
+from .transformers import bert, multiplications, random_tokens
 
 #: ONNX Runtime's own int8 is half as far from float32.
 _TOLERANCE = 6e-2
@@ -39,7 +39,7 @@ def _torch_dynamic(model: torch.nn.Module) -> torch.nn.Module:
 
 def _bert_dynamic(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     n, length = shape
-    ours = _bert(length).eval()
+    ours = bert(length).eval()
     theirs = fastnn.revert(copy.deepcopy(ours))
     fastnn.quant.quantize_(ours, fastnn.quant.Int8Dynamic())
     contestants = {
@@ -51,9 +51,9 @@ def _bert_dynamic(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     if not absent:
         contestants["onnxruntime int8"] = peers.int8_onnxruntime(theirs)
     return Problem(
-        lambda: (_tokens(n, length, dtype),),
+        lambda: (random_tokens(n, length, dtype),),
         contestants,
-        2 * _multiplications(n * length, length),
+        2 * multiplications(n * length, length),
         "OP",
         peak="int8",
         absent=absent,

@@ -28,7 +28,7 @@ _TOLERANCE = {torch.bfloat16: 3e-2}
 _WEIGHTS = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
 
 
-def _multiplications(tokens: int, keys: float) -> float:
+def multiplications(tokens: int, keys: float) -> float:
     """Of the twelve layers, for `tokens` that look at so many keys each."""
     return tokens * (_WEIGHTS + 12 * 2 * 768 * keys)
 
@@ -44,7 +44,7 @@ class _Hidden(torch.nn.Module):
         return self.bert(tokens)[0]
 
 
-def _bert(length: int) -> torch.nn.Module:
+def bert(length: int) -> torch.nn.Module:
     return _Hidden(fastnn.models.bert_base(max_position_embeddings=length, add_pooling_layer=False))
 
 
@@ -83,7 +83,7 @@ def _inference(
     return build
 
 
-def _tokens(n: int, length: int, dtype: torch.dtype) -> Tensor:
+def random_tokens(n: int, length: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(1, 30522, (n, length))
 
 
@@ -119,9 +119,9 @@ def _step(autocast: bool = False) -> Callable[[tuple[int, ...], torch.dtype], Pr
             return call
 
         return Problem(
-            lambda: (_tokens(n, length, dtype), torch.randint(2, (n,))),
+            lambda: (random_tokens(n, length, dtype), torch.randint(2, (n,))),
             {"fastnn": run(ours, head), "torch": run(theirs, their_head)},
-            6 * _multiplications(n * length, length),
+            6 * multiplications(n * length, length),
             peak=PEAKS[dtype],
             tolerance=1e-4 if kept == dtype else _TOLERANCE[dtype],
         )
@@ -200,7 +200,7 @@ def _writing(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     return Problem(
         lambda: (torch.randint(50257, (1, prompt + new)),),
         {"fastnn": run(ours), "torch": run(theirs), "torch.compile": compiled()},
-        2 * (_multiplications(prompt + new, (prompt + new) / 2) + (new + 1) * head),
+        2 * (multiplications(prompt + new, (prompt + new) / 2) + (new + 1) * head),
         peak=PEAKS[dtype],
         tolerance=1e-4,
     )
@@ -212,7 +212,7 @@ register(
         "bert_base_inference",
         "NxL",
         ((1, 128), (8, 128)),
-        _inference(_bert, _tokens, lambda shape: _multiplications(shape[0] * shape[1], shape[1])),
+        _inference(bert, random_tokens, lambda shape: multiplications(shape[0] * shape[1], shape[1])),
         _FLOATS,
     )
 )
@@ -225,7 +225,7 @@ register(
             _vit,
             _images,
             lambda shape: (
-                _multiplications(shape[0] * _patches(shape[1]), _patches(shape[1])) + shape[0] * 3 * 768 * shape[1] ** 2
+                multiplications(shape[0] * _patches(shape[1]), _patches(shape[1])) + shape[0] * 3 * 768 * shape[1] ** 2
             ),
         ),
         _FLOATS,

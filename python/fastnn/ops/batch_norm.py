@@ -25,9 +25,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Function, forward_ad
 
 from ..backends import Kernels, cpu
+from ..backends._running_statistics import move
 from ..backends.cpu import norm as kernels
 from ..backends.reference import norm as formulas
-from ..backends.running import move
 from ._op import Op
 from ._route import (
     EAGER,

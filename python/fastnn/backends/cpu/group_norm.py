@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _cpu
 from . import DTYPE
-from .norm import _operand, _per_channel, empty_result
+from .norm import empty_result, operand, per_channel
 
 
 def group_norm(
@@ -21,10 +21,10 @@ def group_norm(
         input.shape,
         DTYPE[input.dtype],
         groups,
-        _operand(input),
-        _operand(out),
-        _per_channel(weight),
-        _per_channel(bias),
+        operand(input),
+        operand(out),
+        per_channel(weight),
+        per_channel(bias),
         mean.data_ptr(),
         var.data_ptr(),
         eps,
@@ -44,10 +44,10 @@ def group_norm_backward(
         input.shape,
         DTYPE[input.dtype],
         groups,
-        _operand(grad),
-        _operand(input),
-        _operand(by_input),
-        _per_channel(weight),
+        operand(grad),
+        operand(input),
+        operand(by_input),
+        per_channel(weight),
         mean.data_ptr(),
         var.data_ptr(),
         by_weight.data_ptr(),

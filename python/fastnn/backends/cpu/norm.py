@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _cpu
 from ..._layout import suggest_memory_format
-from ..running import update_running as update_running
+from .._running_statistics import update_running as update_running
 from . import DTYPE, empty_channels
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -26,11 +26,11 @@ def empty_result(x: Tensor) -> Tensor:
     return empty_channels(x.shape, x.dtype, result_format(x) is not torch.contiguous_format)
 
 
-def _operand(x: Tensor | None) -> tuple[Any, ...] | None:
+def operand(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.data_ptr(), x.stride())
 
 
-def _per_channel(x: Tensor | None) -> tuple[Any, ...] | None:
+def per_channel(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.data_ptr(), x.stride(0), DTYPE[x.dtype])
 
 
@@ -51,13 +51,13 @@ def batch_norm(
     _cpu.batch_norm(
         input.shape,
         DTYPE[input.dtype],
-        _operand(input),
-        _operand(residual),
-        _operand(out),
-        _per_channel(weight),
-        _per_channel(bias),
-        _per_channel(mean),
-        _per_channel(var),
+        operand(input),
+        operand(residual),
+        operand(out),
+        per_channel(weight),
+        per_channel(bias),
+        per_channel(mean),
+        per_channel(var),
         found_mean.data_ptr(),
         found_var.data_ptr(),
         eps,
@@ -85,12 +85,12 @@ def batch_norm_backward(
     _cpu.batch_norm_backward(
         input.shape,
         DTYPE[input.dtype],
-        _operand(grad),
-        _operand(input),
-        _operand(out),
-        _operand(by_input),
-        _operand(by_residual) if residual else None,
-        _per_channel(weight),
+        operand(grad),
+        operand(input),
+        operand(out),
+        operand(by_input),
+        operand(by_residual) if residual else None,
+        per_channel(weight),
         mean.data_ptr(),
         var.data_ptr(),
         by_weight.data_ptr(),

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._running_statistics import update_running as update_running
 from .._tensors import merge
 from ..cpu.norm import result_format
-from ..running import update_running as update_running
 from ._launch import ceil_div, launch
 from .elementwise import offset
 from .layer_norm import unit_scale
