@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from . import _state, nn
+from . import _state, backends, nn
+from ._modules import Model, Selection, check_model, class_name, named_modules, selected
 from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
 from .nn.dot_product_attention import dot_product_attention_class, is_dot_product_attention
 from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
 from .nn.rms_norm import is_named_rms_norm, is_rms_norm, rms_norm_class
-
-Model = TypeVar("Model", bound=torch.nn.Module)
-Predicate = Callable[[str, torch.nn.Module], bool]
-Selection = str | type | Predicate | Iterable[str | type | Predicate]
 
 #: Which class takes the place of which. A new family adds its layers here, one line each.
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -242,14 +237,9 @@ def convert(
         ValueError: a name pattern meets no module.
         ConversionError: under ``strict``; it names every module in question and the reason.
     """
-    _check_model("convert", model)
-    chosen = _select("only", only, model) if only is not None else None
-    left = _select("skip", skip, model) if skip is not None else set()
-    wanted = [
-        (names, module)
-        for names, module in _named_modules(model)
-        if (chosen is None or id(module) in chosen) and id(module) not in left
-    ]
+    check_model("convert", model)
+    chosen = selected("convert", model, only, skip)
+    wanted = [(names, module) for names, module in named_modules(model) if id(module) in chosen]
     if strict:
         failing = [row for names, module in wanted if (row := _row(names, module)) and row.status == "kept"]
         if failing:
@@ -259,8 +249,7 @@ def convert(
         if target is not None:
             module.__class__ = target
     if fuse:
-        taking_part = {id(module) for _, module in wanted}
-        fuse_(model, lambda module: id(module) in taking_part)
+        fuse_(model, lambda module: id(module) in chosen)
     return model
 
 
@@ -273,9 +262,9 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model("revert", model)
-    for _, module in _named_modules(model):
-        original = _original_class(type(module))
+    check_model("revert", model)
+    for _, module in named_modules(model):
+        original = original_class(type(module))
         if original is not None and not _is_quantized_chain(type(module)):
             module.__dict__.pop("_packed_weight", None)
             module.__class__ = original
@@ -285,58 +274,14 @@ def revert(model: Model) -> Model:
 def report(model: torch.nn.Module) -> Report:
     """Tell which modules of the model fastnn runs, which it does not, and why; ``print`` it for a table.
 
-    Containers and modules that compute nothing of their own (dropout, flatten, identity) have no row.
+    Containers and modules that compute nothing of their own (flatten, identity) have no row.
 
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model("report", model)
-    rows = [row for names, module in _named_modules(model) if (row := _row(names, module))]
+    check_model("report", model)
+    rows = [row for names, module in named_modules(model) if (row := _row(names, module))]
     return Report(rows, dict(_state.fallbacks()))
-
-
-def _check_model(function: str, model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _named_modules(model: torch.nn.Module) -> list[tuple[list[str], torch.nn.Module]]:
-    """Every module once, with all the names it goes by."""
-    found: dict[int, tuple[list[str], torch.nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), ([], module))[0].append(name)
-    return list(found.values())
-
-
-def _select(argument: str, selection: Selection, model: torch.nn.Module, function: str = "convert") -> set[int]:
-    """The ids of the modules that an ``only`` or ``skip`` argument of this function means."""
-    if isinstance(selection, (str, type)) or callable(selection):
-        selection = [selection]
-    if not isinstance(selection, Iterable):
-        raise TypeError(f"{function}: {argument} must be names, module classes or a predicate, got {selection!r}")
-    chosen: set[int] = set()
-    for choice in selection:
-        if isinstance(choice, str):
-            matches = [m for n, m in model.named_modules(remove_duplicate=False) if fnmatch.fnmatchcase(n, choice)]
-            if not matches:
-                raise ValueError(f"{function}: {argument}={choice!r} matches the name of no module")
-            chosen.update(_ids_inside(matches))
-        elif isinstance(choice, type):
-            if not issubclass(choice, torch.nn.Module):
-                raise TypeError(f"{function}: {argument} names {choice.__name__}, which is no torch.nn.Module class")
-            chosen.update(_ids_inside(m for m in model.modules() if isinstance(m, choice)))
-        elif callable(choice):
-            named = model.named_modules(remove_duplicate=False)
-            chosen.update(id(module) for name, module in named if choice(name, module))
-        else:
-            raise TypeError(f"{function}: {argument} must be names, module classes or a predicate, got {choice!r}")
-    return chosen
-
-
-def _ids_inside(modules: Iterable[torch.nn.Module]) -> Iterator[int]:
-    for module in modules:
-        for inner in module.modules():
-            yield id(inner)
 
 
 def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str]:
@@ -404,7 +349,7 @@ def _is_fully_sharded(kind: type) -> bool:
     return any(base.__name__ == "FSDPModule" for base in kind.__bases__)
 
 
-def _original_class(kind: type) -> type | None:
+def original_class(kind: type) -> type | None:
     """The class a fastnn layer had before, or None for any other class.
 
     ``register_parametrization`` and ``fully_shard`` put a class made at run time on top of a layer's class; the answer
@@ -422,7 +367,7 @@ def _original_class(kind: type) -> type | None:
         kind.__name__.startswith("Parametrized") and len(kind.__bases__) == 1
     )
     if made_at_run_time:
-        bases = tuple(_original_class(base) or base for base in kind.__bases__)
+        bases = tuple(original_class(base) or base for base in kind.__bases__)
         if bases != kind.__bases__:
             prefix = "FSDP" if _is_fully_sharded(kind) else "Parametrized"
             body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
@@ -442,22 +387,22 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     if hasattr(kind, "quantized_row"):
         return module.quantized_row(name)
     own = sum(parameter.numel() for parameter in _initialized(module))
-    original = _original_class(kind)
+    original = original_class(kind)
     if is_fused(kind):
         reason = f"{len(kind._fused_calls)} convolutions run with what follows them, in eval mode without gradients"
-        return Row(name, _class_name(original), "note", "", reason, own)
+        return Row(name, class_name(original), "note", "", reason, own)
     if _is_quantized_chain(kind):
-        return Row(name, _class_name(original), "note", "", "its convolutions hand integers to each other", own)
+        return Row(name, class_name(original), "note", "", "its convolutions hand integers to each other", own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
         fast = next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))
         where = _where_it_runs(module)
-        return Row(name, _class_name(original), "replaced", f"fastnn.nn.{fast.__name__}", where, own, prepacked)
+        return Row(name, class_name(original), "replaced", f"fastnn.nn.{fast.__name__}", where, own, prepacked)
     target, reason = _examine(module)
     if target is not None:
-        return Row(name, _class_name(kind), "available", f"fastnn.nn.{target.__name__}", "", own)
+        return Row(name, class_name(kind), "available", f"fastnn.nn.{target.__name__}", "", own)
     if reason:
-        return Row(name, _class_name(kind), "kept", "", reason, own)
+        return Row(name, class_name(kind), "kept", "", reason, own)
     return None
 
 
@@ -470,18 +415,13 @@ def _initialized(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 def _where_it_runs(module: torch.nn.Module) -> str:
     """A warning if the layer's parameters are such that its calls go to torch."""
     for parameter in module.parameters(recurse=False):
-        if parameter.device.type not in ("cpu", "meta"):
-            return f"runs on torch: parameters on {parameter.device}"
         if parameter.dtype not in _FLOAT_DTYPES:
             return f"runs on torch: {str(parameter.dtype).removeprefix('torch.')} parameters"
         if type(parameter) not in (torch.Tensor, torch.nn.Parameter):
             return f"runs on torch while its parameters are {type(parameter).__name__}"
+        reason = backends.supports("gemm", parameter)  # which every backend has
+        if reason is not None:
+            return f"runs on torch: {reason}"
     if "forward" in module.__dict__:
         return "its forward was set on the instance: what that calls runs"
     return ""
-
-
-def _class_name(kind: type) -> str:
-    if kind.__module__.startswith("torch.nn.modules."):
-        return f"torch.nn.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"

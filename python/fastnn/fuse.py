@@ -11,8 +11,6 @@ else may need them (an input of another size, whose kernel reads them in another
 from __future__ import annotations
 
 import functools
-import mmap
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,17 +20,19 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
+from ._folding import empty_filters, fold_batch_norm
+from ._modules import new_module
+from ._tracing import count_calls, only_user, other_summand, trace_whole
 from .backends import cpu
 from .backends._conv import is_channels_last
 from .nn.activation import activation_name
-from .nn.mlp import _unwatched
+from .nn.hooks import unwatched
 from .ops._route import is_straight
 from .ops.activation import activation as apply_activation
 from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residual
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SUMS = (operator.add, operator.iadd, torch.add)
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -89,10 +89,10 @@ class _Folded:
         # Channels next to each other suit the kernels best, and the results follow the filters.
         layout = torch.channels_last if self._channels_last else torch.preserve_format
         if self._eps is not None:
-            return _fold(*self._sources, self._eps, layout)
+            return fold_batch_norm(*self._sources, self._eps, layout)
         weight, bias = self._sources
         if self._channels_last and not weight.is_contiguous(memory_format=layout):
-            weight = _empty(weight, layout).copy_(weight)
+            weight = empty_filters(weight, layout).copy_(weight)
         return weight, bias
 
     def whole(self) -> FusedLayer:
@@ -239,59 +239,8 @@ def _is_depthwise(conv: torch.nn.Module) -> bool:
     return usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
 
 
-def _fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    layout: torch.memory_format,
-) -> tuple[Tensor, Tensor]:
-    """The filters and bias that do what the convolution and the batch norm after it do, computed in float64."""
-    scale = (var.detach().double() + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.detach()
-    shift = -mean.detach().double() if bias is None else bias.detach() - mean.detach().double()
-    shift = shift * scale if beta is None else shift * scale + beta.detach()
-    # Filter by filter: all of them in float64 would be twice their memory more.
-    filters = _empty(weight, layout)
-    for source, factor, target in zip(weight.detach(), scale, filters, strict=True):
-        target.copy_(source.double() * factor)
-    return filters, shift.to(weight.dtype)
-
-
-def _empty(like: Tensor, layout: torch.memory_format) -> Tensor:
-    """torch.empty_like, in memory that goes back to the system with the tensor: malloc would keep it."""
-    if not like.is_cpu or like.numel() == 0:
-        return torch.empty_like(like, memory_format=layout)
-    strides = torch.empty_like(like, device="meta", memory_format=layout).stride()
-    memory = mmap.mmap(-1, like.numel() * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, strides)
-
-
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
-        ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
-        return ours or super().is_leaf_module(module, name)
-
-
-def _trace(module: torch.nn.Module, training: bool = False) -> fx.Graph | None:
-    """The module's computation in eval mode, or in training, or None where its Python does more than pass tensors on."""
-    modes = {inner: inner.training for inner in module.modules()}
-    module.train(training)
-    try:
-        return _Tracer().trace(module)
-    except Exception:  # whatever the model's code raises when it meets a proxy
-        return None
-    finally:
-        for inner, mode in modes.items():
-            inner.training = mode
 
 
 def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> None:
@@ -304,9 +253,7 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
         return
     if not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()):
         return
-    # torch's own layers do not run their children one after the other, except for Sequential.
-    library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn."))
-    graph = _trace(model) if not library or isinstance(model, torch.nn.Sequential) else None
+    graph = trace_whole(model)
     if graph is None:
         for child in model.children():
             fuse_(child, allowed)
@@ -329,59 +276,87 @@ def _rewrite(
     graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]
 ) -> list[_FusedConv]:
     """Puts one call in the place of each convolution and what follows it."""
-    calls: dict[int, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            key = id(modules[node.target])
-            calls[key] = calls.get(key, 0) + 1
+    fused: list[_FusedConv] = []
+    blocks: list[_InvertedResidual] = []
+
+    def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused[index](input, residual)
+
+    def run_inverted(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return blocks[index](input, residual)
+
+    _fuse_convolutions(graph, modules, allowed, fused, run_fused)
+    _find_layouts(graph, modules, fused, run_fused)
+    _fuse_inverted(graph, fused, run_fused, blocks, run_inverted)
+    _find_last_uses(graph, fused, run_fused, run_inverted)
+    return fused
+
+
+def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in functions]
+
+
+def _replace(graph: fx.Graph, chain: list[fx.Node], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """One call in the place of nodes that follow each other."""
+    last = chain[-1]
+    with graph.inserting_before(last):
+        call = graph.call_function(function, arguments)
+    last.replace_all_uses_with(call)
+    for old in reversed(chain):
+        graph.erase_node(old)
+
+
+def _fuse_convolutions(
+    graph: fx.Graph,
+    modules: dict[str, torch.nn.Module],
+    allowed: Callable[[torch.nn.Module], bool],
+    fused: list[_FusedConv],
+    run_fused: Callable[..., Tensor],
+) -> None:
+    """Each convolution with the batch norm, the sum and the activation that follow it."""
+    calls = count_calls(graph, modules)
 
     def module_of(node: fx.Node | None) -> torch.nn.Module | None:
         """The module that a node calls, if it may take part: called in this place alone, and watched by nobody."""
         if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = modules[node.target]
-        return module if calls[id(module)] == 1 and allowed(module) and _unwatched(module) else None
-
-    fused: list[_FusedConv] = []
-
-    def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return fused[index](input, residual)
+        return module if calls[id(module)] == 1 and allowed(module) and unwatched(module) else None
 
     for node in list(graph.nodes):
         conv = module_of(node)
         if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros":
             continue
         chain = [node]
-        norm = module_of(_only_user(node))
+        norm = module_of(only_user(node))
         if type(norm) in _NORMS and norm.running_mean is not None and norm.num_features == conv.out_channels:
-            chain.append(_only_user(node))
+            chain.append(only_user(node))
         else:
             norm = None
         residual = None
-        after = _only_user(chain[-1])
-        other = _other_summand(after, chain[-1])
+        after = only_user(chain[-1])
+        other = other_summand(after, chain[-1])
         if other is not None:
             residual = other
             chain.append(after)
-        activation = _activation_of(_only_user(chain[-1]), modules)
+        activation = _activation_of(only_user(chain[-1]), modules)
         if activation is not None:
-            chain.append(_only_user(chain[-1]))
+            chain.append(only_user(chain[-1]))
         after = modules[chain[-1].target] if activation is not None and chain[-1].op == "call_module" else None
         if len(chain) == 1:
             continue
-        last = chain[-1]
-        with graph.inserting_before(last):
-            arguments = (len(fused), node.args[0]) if residual is None else (len(fused), node.args[0], residual)
-            call = graph.call_function(run_fused, arguments)
-        last.replace_all_uses_with(call)
-        for old in reversed(chain):
-            graph.erase_node(old)
+        arguments = (len(fused), node.args[0]) if residual is None else (len(fused), node.args[0], residual)
+        _replace(graph, chain, run_fused, arguments)
         fused.append(_FusedConv(conv, norm, activation or "none", after))
 
-    blocks: list[_InvertedResidual] = []
 
-    def run_inverted(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return blocks[index](input, residual)
+def _find_layouts(
+    graph: fx.Graph,
+    modules: dict[str, torch.nn.Module],
+    fused: list[_FusedConv],
+    run_fused: Callable[..., Tensor],
+) -> None:
+    """Of which results the kernels may choose the layout: those that are read by what takes any."""
 
     def takes_any_layout(node: fx.Node) -> bool:
         if node.op == "call_function" and node.target is run_fused:
@@ -389,18 +364,26 @@ def _rewrite(
         if node.op in ("call_function", "call_method"):
             return node.target in _ENDS_LAYOUT
         module = modules[node.target] if node.op == "call_module" else None
-        if module is None or not _unwatched(module):
+        if module is None or not unwatched(module):
             return False
         return type(module) is torch.nn.Flatten or (
             type(module) in _KEEPS_LAYOUT and all(map(takes_any_layout, node.users))
         )
 
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is run_fused:
-            fused[node.args[0]].any_layout = all(map(takes_any_layout, node.users))
+    for node in _calls_of(graph, run_fused):
+        fused[node.args[0]].any_layout = all(map(takes_any_layout, node.users))
 
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not run_fused or not _is_pointwise(fused[node.args[0]].conv):
+
+def _fuse_inverted(
+    graph: fx.Graph,
+    fused: list[_FusedConv],
+    run_fused: Callable[..., Tensor],
+    blocks: list[_InvertedResidual],
+    run_inverted: Callable[..., Tensor],
+) -> None:
+    """One call for a convolution that widens, a depthwise one and a pointwise one, or for the last two (MobileNetV2's blocks)."""
+    for node in _calls_of(graph, run_fused):
+        if not _is_pointwise(fused[node.args[0]].conv):
             continue
         # From the last to the first: only the last may have a residual, and only its result other users.
         chain = [node]
@@ -414,41 +397,25 @@ def _rewrite(
             chain.insert(0, before)
         if len(chain) == 1:
             continue
-        with graph.inserting_before(node):
-            arguments = (len(blocks), chain[0].args[1], *node.args[2:])
-            call = graph.call_function(run_inverted, arguments)
-        node.replace_all_uses_with(call)
-        for old in reversed(chain):
-            graph.erase_node(old)
+        _replace(graph, chain, run_inverted, (len(blocks), chain[0].args[1], *node.args[2:]))
         blocks.append(_InvertedResidual([fused[old.args[0]] for old in chain]))
 
+
+def _find_last_uses(
+    graph: fx.Graph,
+    fused: list[_FusedConv],
+    run_fused: Callable[..., Tensor],
+    run_inverted: Callable[..., Tensor],
+) -> None:
+    """Which calls may write their result over their residual."""
     # What these calls return is new, and they hand nothing on that they were given.
     order = {node: place for place, node in enumerate(graph.nodes)}
-    ours = [node for node in graph.nodes if node.op == "call_function" and node.target in (run_fused, run_inverted)]
+    ours = _calls_of(graph, run_fused, run_inverted)
     for node in ours:
         if node.target is run_fused and len(node.args) == 3:
             _, input, residual = node.args
             alone = residual in ours and residual is not input and all(user in ours for user in residual.users)
             fused[node.args[0]].ends_residual = alone and max(residual.users, key=order.__getitem__) is node
-    return fused
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
-    """b where the node is a + b of two tensors, and a is the given one."""
-    if node is None or node.kwargs or len(node.args) != 2:
-        return None
-    if not (node.op == "call_function" and node.target in _SUMS) and not (
-        node.op == "call_method" and node.target in ("add", "add_", "__iadd__", "__add__")
-    ):
-        return None
-    a, b = node.args
-    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return None
-    return b if a is one else a
 
 
 def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> str | None:
@@ -456,7 +423,7 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
         return None
     if node.op == "call_module":
         module = modules[node.target]
-        if not _unwatched(module):
+        if not unwatched(module):
             return None
         return activation_name(module)
     rest = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
@@ -478,7 +445,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         nonlocal watch, steps
         if watch is not None and steps == _steps and watch.same():
             return True
-        if not all(not module.training and _unwatched(module) for module in watched):
+        if not all(not module.training and unwatched(module) for module in watched):
             return False
         if not all(call.as_traced() for call in fused):
             return False
@@ -513,7 +480,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.
         _, _, *rest = object.__reduce_ex__(self, protocol)
-        return (_new, (kind,), *rest)
+        return (new_module, (kind,), *rest)
 
     body = {
         "forward": dispatch,
@@ -528,7 +495,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
     return type(kind.__name__, (kind,), body)
 
 
-#: Of a module: what _unwatched asks, and the mode.
+#: Of a module: what unwatched asks, and the mode.
 _STATE = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_compiled_call_impl", "forward", "training"),
@@ -539,10 +506,6 @@ def _places(fused: list[_FusedConv]) -> list[tuple[dict[str, Any], str]]:
     """Where all lies on which it depends whether and how these are run."""
     state = [(module.__dict__, name) for call in fused for module in call.modules() for name in _STATE]
     return state + [place for call in fused for place in call.places()]
-
-
-def _new(kind: type) -> Any:
-    return kind.__new__(kind)
 
 
 def fused_calls(model: torch.nn.Module) -> Iterator[_FusedConv]:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
 
-import torch
-
+from ._modules import Model, check_model
 from .nn.linear import PackableWeight
 from .ops.packed_linear import PackedWeight, why_not
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def prepack_(model: Model) -> Model:
@@ -40,8 +36,7 @@ def prepack_(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"prepack_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("prepack_", model)
     layers = [module for module in model.modules() if isinstance(module, PackableWeight)]
     packed = 0
     reasons: set[str] = set()

@@ -644,8 +644,8 @@ def test_a_trace_without_filters_is_of_the_layers():
 @not_amx
 def test_filters_are_folded_again_for_another_size_and_go_again(monkeypatch):
     folded = []
-    fold = fuse._fold
-    monkeypatch.setattr(fuse, "_fold", lambda *args: folded.append(args) or fold(*args))
+    fold = fuse.fold_batch_norm
+    monkeypatch.setattr(fuse, "fold_batch_norm", lambda *args: folded.append(args) or fold(*args))
     chain = nn.Sequential(
         *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 24, 1), nn.BatchNorm2d(24), nn.ReLU()),

@@ -107,10 +107,10 @@ def make(name):
     torch.manual_seed(3)
     model = build().double().eval()
     for module in model.modules():
-        if isinstance(module, (*fastnn.quant._graph.LAYERS, *fastnn.quant._graph.BATCH_NORM)):
+        if isinstance(module, (*fastnn.quant.links.LAYERS, *fastnn.quant.links.BATCH_NORM)):
             spread = torch.logspace(-1, 1, module.weight.shape[0], dtype=torch.float64)
             module.weight.data *= spread[torch.randperm(len(spread))].view(-1, *[1] * (module.weight.dim() - 1))
-        if isinstance(module, fastnn.quant._graph.BATCH_NORM):
+        if isinstance(module, fastnn.quant.links.BATCH_NORM):
             module.running_mean.normal_()
             module.running_var.uniform_(0.1, 4.0)
             module.bias.data.normal_()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import fastnn
 from fastnn import quant
-from fastnn.quant._graph import Source, find_sources
 from fastnn.quant.bias_correction import expected_input
+from fastnn.quant.links import Source, find_sources
 
 T, nn = torch.nn, fastnn.nn
 

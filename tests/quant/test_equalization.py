@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastnn
 from fastnn.quant import equalize_
-from fastnn.quant._graph import find_links
+from fastnn.quant.links import find_links
 
 from . import nets
 

@@ -7,7 +7,7 @@ import torch
 
 import fastnn
 from fastnn.quant import prunable_channels, prune_channels_, prune_magnitude_, remove_masks_
-from fastnn.quant._graph import Link, find_links
+from fastnn.quant.links import Link, find_links
 
 from . import nets
 

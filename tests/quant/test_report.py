@@ -104,8 +104,12 @@ def test_bad_arguments(mlp):
     report = fastnn.quant.report
     with pytest.raises(TypeError, match="model must be a"):
         report(3, x)
-    with pytest.raises(TypeError, match="model must be a"):
+    with pytest.raises(TypeError, match="reference must be a"):
         report(quantized, x, reference=3)
+    with pytest.raises(TypeError, match="data must be an iterable"):
+        report(quantized, 3)
+    with pytest.raises(TypeError, match="labels must be an iterable"):
+        report(quantized, x, labels=3)
     with pytest.raises(ValueError, match="no quantized layer"):
         report(mlp, x)
     with pytest.raises(ValueError, match="data is empty"):

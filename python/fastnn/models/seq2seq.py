@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, nn
-from ..nn.mlp import _any_global_hook, _unwatched
+from ..nn.hooks import any_global_hook, unwatched
 from .heads import join_heads, split_heads, split_projections
 
 
@@ -280,12 +280,12 @@ class Seq2SeqTransformer(torch.nn.Module):
         decoder = self.transformer.decoder
         return (
             type(decoder) is nn.TransformerDecoder
-            and not _any_global_hook()
+            and not any_global_hook()
             and all(
                 type(layer) is nn.TransformerDecoderLayer
                 and type(layer.self_attn) is type(layer.multihead_attn) is nn.MultiheadAttention
                 and all("in_proj_weight" in part._parameters for part in (layer.self_attn, layer.multihead_attn))
                 for layer in decoder.layers
             )
-            and all(_unwatched(module) and not module.training for module in decoder.modules())
+            and all(unwatched(module) and not module.training for module in decoder.modules())
         )

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _torch_module
 
 from .activation import GELU, ReLU, ReLU6, Sigmoid, SiLU, Tanh, activation_name
 from .dropout import Dropout
+from .hooks import any_global_hook, unwatched
 from .linear import Linear
 
 _DROPOUTS = (Dropout, torch.nn.Dropout)
@@ -101,7 +101,7 @@ def run_layers(
     ``layers`` may be a :class:`torch.nn.Sequential` itself. ``residual`` is added to what the last one gives: in the same
     call where that is a linear layer with a packed weight, and only dropouts that drop nothing come after it.
     """
-    fusing = not _any_global_hook()
+    fusing = not any_global_hook()
     layers = list(layers._modules.values()) if isinstance(layers, torch.nn.Sequential) else layers
     if fusing:
         layers = [layer for layer in layers if not _passes(layer)]
@@ -109,14 +109,14 @@ def run_layers(
     while position < len(layers):
         layer = layers[position]
         position += 1
-        if fusing and position < len(layers) and fuses_activation(layer) and _unwatched(layer):
+        if fusing and position < len(layers) and fuses_activation(layer) and unwatched(layer):
             following = layers[position]
             name = activation_name(following)
-            if name is not None and _unwatched(following):
+            if name is not None and unwatched(following):
                 input = layer.forward_act(input, name)
                 position += 1
                 continue
-        if fusing and residual is not None and position == len(layers) and type(layer) is Linear and _unwatched(layer):
+        if fusing and residual is not None and position == len(layers) and type(layer) is Linear and unwatched(layer):
             return layer.forward_add(input, residual)
         input = layer(input)
     return input if residual is None else input + residual
@@ -124,7 +124,7 @@ def run_layers(
 
 def _passes(layer: torch.nn.Module) -> bool:
     """Whether it is a dropout that gives what it is given, and nobody would see that it was not called."""
-    return type(layer) in _DROPOUTS and not layer.training and _unwatched(layer)
+    return type(layer) in _DROPOUTS and not layer.training and unwatched(layer)
 
 
 #: Classes with a ``forward_act`` that goes with their forward, by exact type. fastnn.quant adds its own.
@@ -134,25 +134,3 @@ FUSING: tuple[type[torch.nn.Module], ...] = (Linear,)
 def fuses_activation(layer: torch.nn.Module) -> bool:
     """Whether the layer computes an activation after it in the same call."""
     return type(layer) in FUSING
-
-
-def _any_global_hook() -> bool:
-    """Whether somebody watches every module."""
-    return bool(
-        _torch_module._global_forward_hooks
-        or _torch_module._global_forward_pre_hooks
-        or _torch_module._global_backward_hooks
-        or _torch_module._global_backward_pre_hooks
-    )
-
-
-def _unwatched(module: torch.nn.Module) -> bool:
-    """Whether calling the module does nothing but run the forward of its class."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from .. import _state, functional
 from .activation import activation_name
 from .attention import MultiheadAttention
-from .mlp import _any_global_hook, _unwatched, fuses_activation
+from .hooks import any_global_hook, unwatched
+from .mlp import fuses_activation
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -146,7 +147,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return output
         # Between the sequences a batch would make a difference; apart from each other it does not.
         little = 10 * total > 9 * longest * len(lengths) and not _state.settings().batch_invariant
-        if little or not all(_runs_ragged(layer) for layer in self.layers) or _any_global_hook():
+        if little or not all(_runs_ragged(layer) for layer in self.layers) or any_global_hook():
             x = src[:, :longest]
             ends = torch.tensor(lengths, device=src.device).unsqueeze(1)
             padding = None
@@ -178,7 +179,7 @@ def _runs_ragged(layer: torch.nn.Module) -> bool:
         and attention._qkv_same_embed_dim
         and attention.bias_k is None
         and not attention.add_zero_attn
-        and all(_unwatched(module) and not module.training for module in layer.modules())
+        and all(unwatched(module) and not module.training for module in layer.modules())
     )
 
 
@@ -267,9 +268,9 @@ def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
             function = named
             break
     name = function
-    if name is None and isinstance(activation, torch.nn.Module) and _unwatched(activation):
+    if name is None and isinstance(activation, torch.nn.Module) and unwatched(activation):
         name = activation_name(activation)
-    if name is not None and fuses_activation(linear) and _unwatched(linear) and not _any_global_hook():
+    if name is not None and fuses_activation(linear) and unwatched(linear) and not any_global_hook():
         x = linear.forward_act(x, name)
     elif function is not None:
         x = getattr(functional, function)(linear(x))

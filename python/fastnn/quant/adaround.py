@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends.reference.quantize import PACKED, RANGE, STORAGE, pack
 from ..ops.quantize import quantize
-from ._graph import CONV
+from .links import CONV
 from .modules import Quantized, relative_error
 
 #: Of the mean of H's diagonal, added to it: few batches leave directions of which H knows nothing.

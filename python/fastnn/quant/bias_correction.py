@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fuse import _fold
-from ._graph import CONV, Source, find_sources
+from .._folding import fold_batch_norm
+from .._modules import Model, check_model
+from .calibration import in_eval_mode, run_on
+from .config import inputs_of
+from .links import CONV, Source, find_sources
 from .modules import Quantized, QuantizedMultiheadAttention
-from .quantize import in_eval_mode, inputs_of, run_on
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def correct_bias_(model: Model, reference: torch.nn.Module, calibration_data: Iterable[Any] | None = None) -> Model:
@@ -47,9 +47,8 @@ def correct_bias_(model: Model, reference: torch.nn.Module, calibration_data: It
 
     After an exception the model is as it was.
     """
-    for name, value in (("model", model), ("reference", reference)):
-        if not isinstance(value, torch.nn.Module):
-            raise TypeError(f"correct_bias_: {name} must be a torch.nn.Module, got {type(value).__name__}")
+    check_model("correct_bias_", model)
+    check_model("correct_bias_", reference, "reference")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
     if not layers:
         raise ValueError("correct_bias_: model has no quantized layer; call quantize_ first")
@@ -57,10 +56,8 @@ def correct_bias_(model: Model, reference: torch.nn.Module, calibration_data: It
     if calibration_data is None:
         shifts = _analytic(layers, reference)
     else:
-        if not isinstance(calibration_data, Iterable):
-            kind = type(calibration_data).__name__
-            raise TypeError(f"correct_bias_: calibration_data must be an iterable of inputs, got {kind}")
-        shifts = _measured(model, reference, pairs, inputs_of(calibration_data))
+        inputs = inputs_of(calibration_data, "correct_bias_: calibration_data")
+        shifts = _measured(model, reference, pairs, inputs)
     for name, shift in shifts.items():
         if not shift.isfinite().all():
             raise ValueError(f"correct_bias_: the mean error of {name} is not finite")
@@ -190,7 +187,7 @@ def _weight(reference: torch.nn.Module, name: str, layer: Quantized) -> Tensor:
     if not getattr(layer, "norm", None):
         return before.weight.detach()
     norm = reference.get_submodule(layer.norm)
-    weight, _ = _fold(
+    weight, _ = fold_batch_norm(
         *(before.weight, before.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),
         torch.preserve_format,
     )

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .. import nn
+from .._folding import fold_batch_norm
+from .._modules import new_module
+from .._tracing import count_calls, only_user, other_summand, trace_whole
 from ..backends.reference.quantize import choose_scale
-from ..fuse import _fold, _new, _only_user, _other_summand, _trace
-from ..nn.mlp import _unwatched
+from ..nn.hooks import unwatched
 from .config import Int8Static
 from .conv import RESIDUAL, GlobalAverage, Parameters, QuantizedConv, Step
 from .modules import class_before
@@ -79,7 +81,7 @@ class Group:
         conv, norm = self.conv, self.norm
         if norm is None:
             return conv.weight, conv.bias
-        return _fold(
+        return fold_batch_norm(
             *(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),
             torch.preserve_format,
         )
@@ -165,9 +167,7 @@ def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, nam
     ids; ``name`` is the model's own. What is chosen and in no part cannot be quantized: its forward cannot be followed, or it is called more than once."""
     if not any(isinstance(inner, _CONVOLUTIONS) and id(inner) in chosen for inner in model.modules()):
         return []
-    # torch's own layers do not run their children one after the other, except for Sequential.
-    library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn.", "fastnn.quant."))
-    graph = _trace(model) if not library or isinstance(model, torch.nn.Sequential) else None
+    graph = trace_whole(model)
     if graph is None:
         prefix = name + "." if name else ""
         inner = dict(model.named_children()).items()
@@ -181,17 +181,13 @@ def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, nam
 
 def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: set[int]) -> list[Group]:
     """The convolutions whose ids are ``chosen``, each with what is computed in one call with it."""
-    calls: dict[int, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            key = id(modules[node.target])
-            calls[key] = calls.get(key, 0) + 1
+    calls = count_calls(graph, modules)
 
     def module_of(node: fx.Node | None, kinds: tuple[type, ...]) -> torch.nn.Module | None:
         if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = modules[node.target]
-        return module if type(module) in kinds and calls[id(module)] == 1 and _unwatched(module) else None
+        return module if type(module) in kinds and calls[id(module)] == 1 and unwatched(module) else None
 
     groups, taken = [], set()
     for node in graph.nodes:
@@ -204,7 +200,7 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
             or conv.weight[0].numel() > 65793
         ):
             continue
-        after = _only_user(node)
+        after = only_user(node)
         norm = module_of(after, _NORMS)
         if norm is None or norm.running_mean is None or norm.num_features != conv.out_channels:
             norm = None
@@ -212,12 +208,12 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
         if norm is not None:
             group.norm_name = after.target
             group.nodes.append(after)
-        after = _only_user(group.last)
-        other = _other_summand(after, group.last)
+        after = only_user(group.last)
+        other = other_summand(after, group.last)
         if other is not None and after not in taken:
             group.sum = after
             group.nodes.append(after)
-        after = _only_user(group.last)
+        after = only_user(group.last)
         activation = _activation(after, modules)
         if activation is not None:
             group.activation = activation
@@ -232,7 +228,7 @@ def _activation(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> st
         return None
     if node.op == "call_module":
         module = modules[node.target]
-        return _ACTIVATIONS.get(type(module)) if _unwatched(module) else None
+        return _ACTIVATIONS.get(type(module)) if unwatched(module) else None
     if node.op not in ("call_function", "call_method") or set(node.kwargs) - {"inplace"}:
         return None
     return _FUNCTIONS.get(node.target)
@@ -240,14 +236,14 @@ def _activation(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> st
 
 def _is_max_pool(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     module = modules[node.target] if node.op == "call_module" else None
-    if type(module) not in MAX_POOLS or not _unwatched(module):
+    if type(module) not in MAX_POOLS or not unwatched(module):
         return False
     return _both(module.dilation) == (1, 1) and not module.ceil_mode and not module.return_indices
 
 
 def _is_global_average(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     module = modules[node.target] if node.op == "call_module" else None
-    return type(module) in AVERAGES and _unwatched(module) and _both(module.output_size) == (1, 1)
+    return type(module) in AVERAGES and unwatched(module) and _both(module.output_size) == (1, 1)
 
 
 def _both(value: Any) -> tuple[Any, ...]:
@@ -457,7 +453,7 @@ def _chained_class(
         chain = self.__dict__.get(_CHAIN)
         if chain is None:
             chain = self.__dict__[_CHAIN] = make_chain(self)
-        if not all(map(_unwatched, chain.layers)):
+        if not all(map(unwatched, chain.layers)):
             return kind.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
@@ -470,7 +466,7 @@ def _chained_class(
         return made
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
-        return _new, (kind,), state(self)
+        return new_module, (kind,), state(self)
 
     body = {
         "forward": dispatch,

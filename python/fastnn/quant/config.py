@@ -12,6 +12,16 @@ from torch import Tensor
 from .observers import OBSERVERS, Observer
 
 
+def inputs_of(data: Any, name: str) -> Iterable[Any]:
+    """The inputs in ``data``; one tensor or one mapping is one input. TypeError, with the function and argument in ``name``, for
+    what holds none."""
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise TypeError(f"{name} must be an iterable of inputs, got {type(data).__name__}")
+    return data
+
+
 class Config:
     """What all schemes have in common: none is made of this class itself."""
 
@@ -21,6 +31,15 @@ class Config:
     group_size: int | None = None
     #: Whether the weights have no zero point.
     symmetric: bool = True
+
+
+def check_config(function: str, config: Any) -> None:
+    """Raises TypeError for what is no scheme, as the argument of ``function``."""
+    if not isinstance(config, Config):
+        hint = f"; make one: {config.__name__}()" if isinstance(config, type) and issubclass(config, Config) else ""
+        raise TypeError(
+            f"{function}: config must be one of fastnn.quant's, such as Int8Dynamic(), got {config!r}{hint}"
+        )
 
 
 def _check_group_size(config: Config) -> None:
@@ -61,10 +80,7 @@ class Int8Static(Config):
     weight_dtype = "int8"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.calibration_data, Iterable):
-            raise TypeError(
-                f"Int8Static: calibration_data must be an iterable of inputs, got {type(self.calibration_data).__name__}"
-            )
+        self.inputs()
         if not callable(self.observer) and self.observer not in tuple(OBSERVERS):
             names = ", ".join(repr(name) for name in OBSERVERS)
             raise ValueError(f"Int8Static: observer must be one of {names} or a callable, got {self.observer!r}")
@@ -101,6 +117,10 @@ class Int8Static(Config):
                 "Int8Static: state_dict: expected that of a model quantized with Int8Static, got no scale of inputs"
             )
         return cls((), ranges=ranges)
+
+    def inputs(self) -> Iterable[Any]:
+        """The inputs in ``calibration_data``."""
+        return inputs_of(self.calibration_data, "Int8Static: calibration_data")
 
     def make_observer(self) -> Observer:
         """A fresh observer. Raises TypeError if the callable makes something else."""

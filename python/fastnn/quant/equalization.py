@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ._graph import LAYERS, Link, Use, channels_in, channels_out, find_links, owners_of, why_not_changed
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+from .._modules import Model, check_model
+from .links import LAYERS, Link, Use, channels_in, channels_out, find_links, owners_of, why_not_changed
 
 #: Nothing changes any more when no factor of a sweep is further from 1 than this.
 _SETTLED = 1e-3
@@ -47,8 +45,7 @@ def equalize_(model: Model, *, pairs: Iterable[Sequence[str]] | None = None) -> 
         ValueError: ``pairs`` names a layer that there is not, is neither linear nor a convolution, shares its weight, or
             does not take in as many channels as the other hands on; or a weight is not finite. The model is as it was.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"equalize_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("equalize_", model)
     if pairs is None:
         links = [link for link in find_links(model, homogeneous=True).values() if isinstance(link, Link)]
     else:

@@ -3,17 +3,15 @@ weights are known by their attributes."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._modules import Model, check_model, named_modules
 from ..backends.reference.quantize import PACKED, pack
-from ..convert import _check_model, _named_modules
+from .in_place import become, undoing
 from .modules import Int8DynamicLinear, Int8StaticLinear, Quantized, QuantizedLinear, WeightOnlyLinear
-from .quantize import become, undoing
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def from_torch_(model: Model) -> Model:
@@ -37,9 +35,9 @@ def from_torch_(model: Model) -> Model:
         ValueError: a layer whose weights lie in another way (float16 in torch's dynamic layers, torchao's tiles for tensor cores,
             zero points that are no integers, blocks of several rows); or there is no such layer. The model is as it was.
     """
-    _check_model("from_torch_", model)
+    check_model("from_torch_", model)
     made = []
-    for names, module in _named_modules(model):
+    for names, module in named_modules(model):
         try:
             layer = _read(module)
         except _Unreadable as reason:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules import module as _torch_module
 
-from .. import nn
+from .. import _tracing, nn
 from ..fuse import is_fused
 
 T = torch.nn
@@ -129,23 +129,17 @@ def _one_by_one() -> Iterator[None]:
 
 
 def trace(module: torch.nn.Module) -> fx.Graph | None:
-    """The module's computation in eval mode, or None where its Python does more than pass tensors on."""
-    training = {inner: inner.training for inner in module.modules()}
+    """The module's computation in eval mode, layer by layer, or None where its Python does more than pass tensors on."""
     # Of a fused model torch.fx would see a forward that chooses between two.
     fused = {inner: type(inner) for inner in module.modules() if is_fused(type(inner))}
-    module.eval()
     try:
         for inner, kind in fused.items():
             inner.__class__ = kind.__bases__[0]
         with _one_by_one():
-            return _Tracer().trace(module)
-    except Exception:  # whatever the model's code raises when it meets a proxy
-        return None
+            return _tracing.trace(module, tracer=_Tracer())
     finally:
         for inner, kind in fused.items():
             inner.__class__ = kind
-        for inner, mode in training.items():
-            inner.training = mode
 
 
 def traced_parts(model: torch.nn.Module) -> list[Part]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from .._modules import class_name
 from ..backends.reference.quantize import FLOAT8, PACKED, RANGE, STORAGE
-from ..convert import Row, _class_name, _original_class
+from ..convert import Row, original_class
 from ..nn import mlp, transformer
 from ..nn.conv1d import conv1d_class
 from ..ops._scheme import scheme
@@ -136,7 +137,7 @@ class Quantized(torch.nn.Module, abc.ABC):
         held = sum(buffer.nbytes for buffer in self.buffers(recurse=False))
         return Row(
             name,
-            _class_name(kind),
+            class_name(kind),
             "quantized",
             f"fastnn.quant.{type(self).__name__}",
             self.scheme(),
@@ -157,7 +158,7 @@ _LEAST_SCALE = 2.0**-126
 
 def class_before(layer: torch.nn.Module) -> tuple[type[torch.nn.Module], bool]:
     """torch's class of a layer that is to be quantized, and whether it has fastnn's version of it."""
-    original = _original_class(type(layer))
+    original = original_class(type(layer))
     return (type(layer), False) if original is None else (original, True)
 
 
@@ -496,7 +497,7 @@ class QuantizedMultiheadAttention(torch.nn.Module):
     def quantized_row(self, name: str) -> Row:
         """The row of :func:`fastnn.report`: its projections have their own."""
         own = sum(parameter.numel() for parameter in self.parameters(recurse=False))
-        return Row(name, _class_name(self.was[0]), "note", "", "attention around quantized projections", own)
+        return Row(name, class_name(self.was[0]), "note", "", "attention around quantized projections", own)
 
     def recomposed(self) -> torch.nn.MultiheadAttention:
         """The attention as it was, of the present weights. All projections must be linear layers again."""

@@ -12,16 +12,13 @@ dense model, which runs faster on the same kernels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from ..convert import Selection, _select
-from ._graph import BATCH_NORM, CONV, LAYERS, LINEAR, Link, Use, find_links
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+from .._modules import Model, Selection, check_model, selected
+from .links import BATCH_NORM, CONV, LAYERS, LINEAR, Link, Use, find_links
 
 
 def prune_magnitude_(
@@ -53,7 +50,7 @@ def prune_magnitude_(
     _check("prune_magnitude_", model, sparsity)
     if scope not in ("layer", "model"):
         raise ValueError(f"prune_magnitude_: scope must be 'layer' or 'model', got {scope!r}")
-    chosen = _chosen("prune_magnitude_", model, only, skip)
+    chosen = selected("prune_magnitude_", model, only, skip)
     layers = {name: module for name, module in model.named_modules() if type(module) in LAYERS and id(module) in chosen}
     if not layers:
         raise ValueError("prune_magnitude_: the model has no linear layer or convolution to prune")
@@ -84,8 +81,7 @@ def remove_masks_(model: Model) -> Model:
 
     Raises TypeError if ``model`` is no module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"remove_masks_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("remove_masks_", model)
     for module in model.modules():
         if hasattr(module, "weight_mask") and prune.is_pruned(module):
             prune.remove(module, "weight")
@@ -97,8 +93,7 @@ def prunable_channels(model: torch.nn.Module) -> dict[str, str]:
 
     Raises TypeError if ``model`` is no module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"prunable_channels: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("prunable_channels", model)
     links = find_links(model, homogeneous=False)
     return {name: link if isinstance(link, str) else "" for name, link in links.items()}
 
@@ -137,7 +132,7 @@ def prune_channels_(
     _check("prune_channels_", model, sparsity)
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"prune_channels_: multiple must be a positive integer, got {multiple!r}")
-    chosen = _chosen("prune_channels_", model, only, skip)
+    chosen = selected("prune_channels_", model, only, skip)
     found = {
         name: link
         for name, link in find_links(model, homogeneous=False).items()
@@ -164,15 +159,9 @@ def prune_channels_(
 
 
 def _check(function: str, model: torch.nn.Module, sparsity: float) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(function, model)
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
         raise ValueError(f"{function}: sparsity must be a number from 0 to 1, got {sparsity!r}")
-
-
-def _chosen(function: str, model: torch.nn.Module, only: Selection | None, skip: Selection | None) -> set[int]:
-    chosen = {id(module) for module in model.modules()} if only is None else _select("only", only, model, function)
-    return chosen if skip is None else chosen - _select("skip", skip, model, function)
 
 
 @torch.no_grad()

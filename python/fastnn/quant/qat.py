@@ -12,35 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from .._modules import Model, Selection, check_model, named_modules
 from ..backends.reference.quantize import FLOAT8
-from ..convert import Selection, _check_model, _named_modules, _select
 from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
-from ._graph import CONV
+from .calibration import calibrate
 from .chain import find_parts
-from .config import Config, Int8Dynamic, Int8Static
+from .config import Config, Int8Dynamic, Int8Static, check_config
+from .in_place import become, undoing
+from .layers import choose, input_parameters, rule_of, take_layers
+from .links import CONV
 from .observers import Observer
 from .qat_chain import fake_quantized_filters, is_simulated, part_again, simulate
-from .quantize import (
-    _calibrate,
-    _check_first_time,
-    _check_not_fused,
-    _in_ranges,
-    _plan,
-    _rule,
-    become,
-    input_parameters,
-    inputs_of,
-    undoing,
-)
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class QuantizationAware:
@@ -136,25 +125,18 @@ def prepare_qat_(
         ValueError: as ``quantize_``; a layer is prepared already; a scheme of floats (:class:`Float8WeightOnly`); a module that
             in training follows its convolutions with something else than in eval mode.
     """
-    _check_model("prepare_qat_", model)
-    if not isinstance(config, Config):
-        raise TypeError(f"prepare_qat_: config must be one of fastnn.quant's, such as Int8Dynamic(), got {config!r}")
+    check_model("prepare_qat_", model)
+    check_config("prepare_qat_", config)
     if config.weight_dtype in FLOAT8:
         raise ValueError(f"prepare_qat_: config: expected a scheme of integers, got {config!r}")
-    modules = _named_modules(model)
-    chosen = _select("only", only, model, "prepare_qat_") if only is not None else {id(m) for _, m in modules}
-    if skip is not None:
-        chosen -= _select("skip", skip, model, "prepare_qat_")
-    chosen = _in_ranges(modules, chosen, config)
-    _check_first_time("prepare_qat_", modules, chosen)
-    _check_not_fused(modules, chosen, config)
+    modules, chosen = choose("prepare_qat_", model, config, only, skip)
     with undoing() as undo:
         parts = []
         if isinstance(config, Int8Static):
             parts = find_parts(model, chosen, config)
-            config = dataclasses.replace(config, calibration_data=list(inputs_of(config.calibration_data)))
-        layers = _plan(modules, chosen, config, undo, bool(parts))
-        observers = _calibrate(model, config, layers, parts) if isinstance(config, Int8Static) else {}
+            config = dataclasses.replace(config, calibration_data=list(config.inputs()))
+        layers = take_layers(modules, chosen, config, undo, bool(parts))
+        observers = calibrate(model, config, layers, parts) if isinstance(config, Int8Static) else {}
         if isinstance(config, Int8Static):
             # What was needed of it lies in the observers.
             config = dataclasses.replace(config, calibration_data=())
@@ -179,11 +161,11 @@ def convert_qat_(model: Model) -> Model:
     Raises TypeError if ``model`` is no module, ValueError where nothing was prepared. After an exception the model is as it
     was.
     """
-    _check_model("convert_qat_", model)
-    layers = [module for _, module in _named_modules(model) if isinstance(module, QuantizationAware)]
+    check_model("convert_qat_", model)
+    layers = [module for _, module in named_modules(model) if isinstance(module, QuantizationAware)]
     if not layers:
         raise ValueError("convert_qat_: nothing to convert: no layer was prepared by prepare_qat_")
-    named = [(names[0], module) for names, module in _named_modules(model)]
+    named = [(names[0], module) for names, module in named_modules(model)]
     with undoing() as undo, torch.inference_mode(False), torch.no_grad():
         found = []
         for layer in layers:
@@ -200,7 +182,7 @@ def convert_qat_(model: Model) -> Model:
         inside = {id(group.conv) for part in parts for group in part.groups}
         for layer, config, observer in found:
             if id(layer) not in inside:
-                become(layer, _rule(layer, config).make(layer, config, observer))
+                become(layer, rule_of(layer, config).make(layer, config, observer))
         for part in parts:
             part.commit()
     return model

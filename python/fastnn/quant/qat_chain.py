@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..fuse import _trace
+from .._tracing import trace
 from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
 from .chain import AVERAGES, MAX_POOLS, Group, Part, find_groups, first_node, forward_of
 from .config import Config, Int8Static
+from .layers import input_parameters
 from .observers import Observer
-from .quantize import input_parameters
 from .weight_only_conv import filter_rows
 
 #: Of a module that is simulated: where its state lies, and the property that its forward reads.
@@ -79,7 +79,7 @@ def simulate(part: Part, config: Int8Static) -> None:
     Raises ValueError for a module that in training calls its convolutions otherwise than in eval mode.
     """
     module, chosen = part.module, {id(group.conv) for group in part.groups}
-    graph = _trace(module, training=True)
+    graph = trace(module, training=True)
     modules = dict(module.named_modules())
     groups = {} if graph is None else {group.layer: group for group in find_groups(graph, modules, chosen)}
     apart = [part.prefix + group.layer for group in part.groups if not _alike(group, groups.get(group.layer))]
@@ -124,7 +124,7 @@ def part_again(module: torch.nn.Module, name: str) -> Part:
     modules = dict(module.named_modules())
     names = [call.conv for call in state.calls]
     chosen = {id(modules[name]) for name in names if name in modules}
-    graph = _trace(module)
+    graph = trace(module)
     groups = [] if graph is None else find_groups(graph, modules, chosen)
     if [group.layer for group in groups] != names:
         raise ValueError(
@@ -219,7 +219,7 @@ def fake_quantized_filters(weight: Tensor, config: Config) -> Tensor:
 
 
 def _folded(conv: torch.nn.Module, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """As :func:`fastnn.fuse._fold`, to the bit, and differentiable."""
+    """As :func:`fastnn._folding.fold_batch_norm`, to the bit, and differentiable."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._modules import check_model
 from ..bench.engine import compare
 from ..bench.table import duration
-from ..convert import _check_model
+from .calibration import in_eval_mode, run_on
+from .config import inputs_of
 from .modules import Quantized, QuantizedMultiheadAttention
-from .quantize import dequantize_, in_eval_mode, inputs_of, run_on
+from .quantize import dequantize_
 
 #: Before and after.
 Pair = tuple[float, float]
@@ -196,15 +198,16 @@ def report(
     Where a model returns more than one tensor, the first one is looked at.
 
     Raises:
-        TypeError: ``model`` or ``reference`` is no module; an input is of no known kind; a model returns no tensor.
+        TypeError: ``model`` or ``reference`` is no module; ``labels`` are no iterable; an input is of no known kind; a model returns no tensor.
         ValueError: ``model`` has no quantized layer; ``reference`` lacks one of the layers; there is no data; labels that are not
             as many, or of another shape.
     """
-    _check_model("quant.report", model)
+    check_model("quant.report", model)
+    if reference is not None:
+        check_model("quant.report", reference, "reference")
     name = "the model given as reference"
     if reference is None:
         reference, name = dequantize_(copy.deepcopy(model)), "the same weights, dequantized: activations alone differ"
-    _check_model("quant.report", reference)
     layers = _layers(model)
     if not layers:
         raise ValueError("quant.report: model has no quantized layer; call quantize_ first")
@@ -214,10 +217,12 @@ def report(
             twins[path] = reference.get_submodule(path)
         except AttributeError as error:
             raise ValueError(f"quant.report: reference has no layer {path!r}, which model has quantized") from error
-    inputs = list(inputs_of(data))
+    inputs = list(inputs_of(data, "quant.report: data"))
     if not inputs:
         raise ValueError("quant.report: data is empty")
     if labels is not None:
+        if not isinstance(labels, Iterable):
+            raise TypeError(f"quant.report: labels must be an iterable of tensors, got {type(labels).__name__}")
         labels = [labels] if isinstance(labels, Tensor) and isinstance(data, (Tensor, Mapping)) else list(labels)
         if len(labels) != len(inputs):
             raise ValueError(f"quant.report: expected as many labels as inputs, {len(inputs)}, got {len(labels)}")

@@ -15,8 +15,8 @@ from ..backends.reference.quantize import FLOAT8, PACKED, STORAGE
 from ..nn.conv import _Convolution
 from ..ops._scheme import scheme
 from ..ops.quantize import dequantize, quantize_dynamic
-from ._graph import CONV
 from .config import Config
+from .links import CONV
 from .modules import FLOATS, Quantized, class_before, describe, relative_error
 
 #: What makes a convolution one, beside its tensors.
