@@ -440,54 +440,70 @@ def test_a_weight_that_is_not_dense_is_refused():
         convolve("weight", x, w[:3].contiguous(), torch.zeros(1, 3, 1, 3, 9)[..., ::2][..., :3])
 
 
-# ---- 3 x 3 filters in float32, which Winograd's algorithm computes where there are enough of them ------------------
+# ---- square filters in float32, which Winograd's algorithm computes where there are enough of them -----------------
+
+#: Taps in each direction, and the step from a position to the next.
+WAYS = {"3x3": (3, 1), "3x3 by two": (3, 2), "5x5": (5, 1)}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
-def three_by_three(n, channels, filters, height, width, padding=(0, 1, 1)):
-    return problem(n, channels, filters, 1, (1, height, width), (1, 3, 3), padding=padding)
+def square(way, n, channels, filters, height, width, less=(0, 0)):
+    """``less`` than the padding that keeps the size."""
+    taps, step = way
+    padding = 0, taps // 2 - less[0], taps // 2 - less[1]
+    return problem(
+        *(n, channels, filters, 1, (1, height, width), (1, taps, taps)), padding=padding, stride=(1, step, step)
+    )
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize(
-    "shape", [(1, 32, 32, 16, 24), (2, 47, 61, 21, 25), (3, 65, 95, 31, 13), (1, 64, 96, 9, 67)], ids=str
+    "shape", [(1, 32, 32, 16, 24), (2, 61, 63, 21, 25), (3, 79, 95, 31, 13), (1, 64, 96, 9, 67)], ids=str
 )
-def test_three_by_three(isa, shape, last):
-    for padding in ((0, 1, 1), (0, 0, 2), (0, 2, 0)):
-        *shapes, options = three_by_three(*shape, padding)
-        x, w, y = (torch.randn(s) for s in shapes)
-        if last:
-            x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
-        x[..., : shape[3] // 2, :] = 0  # results beside this are sums of nothing, and exactly zero
-        check_three_by_three(x, w, y, options)
-
-
-def check_three_by_three(x, w, y, options):
-    _cpu.reset_counters()
-    found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
-    assert _cpu.counters()["winograd 2x2, 3x3"] == 1
-    expected = exactly("forward", x, w, y, options)
-    magnitude = exactly("forward", x.abs(), w.abs(), y, options)
-    assert bool(((found.double() - expected).abs() <= 9 * x.shape[1] * 2.0**-24 * magnitude).all())
-    found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
-    assert _cpu.counters()["winograd 2x2, 3x3"] == 2
-    expected = exactly("input", x, w, y, options)
-    magnitude = exactly("input", x, w.abs(), y.abs(), options)
-    assert bool(((found.double() - expected).abs() <= 9 * y.shape[1] * 2.0**-24 * magnitude).all())
+@pytest.mark.parametrize("way", ["3x3", "5x5"])
+def test_square_filters(isa, way, shape, last):
+    for less in ((0, 0), (1, -1), (1, 0)):
+        check_square(*square(WAYS[way], *shape, less), last)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-def test_three_by_three_of_many_channels(isa, last):
-    """More transformed tiles than are kept at once, and more filters than each thread reads anew for every tile."""
-    *shapes, options = three_by_three(1, 512, 64, 34, 33)
-    x, w, y = (torch.randn(s) for s in shapes)
+def test_square_filters_at_every_second_position(isa, last):
+    check_square(*square(WAYS["3x3 by two"], 2, 96, 96, 32, 48), last)
+    check_square(*square(WAYS["3x3 by two"], 2, 96, 96, 33, 48, (1, -2)), last)
+    check_square(*square(WAYS["3x3 by two"], 1, 127, 159, 45, 62), last)
+
+
+def check_square(x_shape, w_shape, y_shape, options, last):
+    x, w, y = (torch.randn(shape) for shape in (x_shape, w_shape, y_shape))
     if last:
         x, w, y = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w, y))
-    check_three_by_three(x, w, y, options)
+    x[..., : x_shape[3] // 2, :] = 0  # results beside this are sums of nothing, and exactly zero
+    _cpu.reset_counters()
+    taps = w_shape[4] ** 2
+    found = convolve("forward", x, w, torch.full_like(y, math.nan), **options)
+    assert _cpu.counters()["winograd"] == 1
+    expected = exactly("forward", x, w, y, options)
+    magnitude = exactly("forward", x.abs(), w.abs(), y, options)
+    assert bool(((found.double() - expected).abs() <= taps * x.shape[1] * 2.0**-24 * magnitude).all())
+    if options["stride"][2] == 2:
+        return
+    found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
+    assert _cpu.counters()["winograd"] == 2
+    expected = exactly("input", x, w, y, options)
+    magnitude = exactly("input", x, w.abs(), y.abs(), options)
+    assert bool(((found.double() - expected).abs() <= taps * y.shape[1] * 2.0**-24 * magnitude).all())
 
 
-def test_small_numbers_beside_large_ones_keep_their_digits(isa):
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_square_filters_of_many_channels(isa, last):
+    """More transformed tiles than are kept at once, and more filters than each thread reads anew for every tile."""
+    check_square(*square(WAYS["3x3"], 1, 512, 64, 34, 33), last)
+
+
+@ways
+def test_small_numbers_beside_large_ones_keep_their_digits(isa, way):
     """A tile that mixed the two would round the small ones as if they were large."""
-    *shapes, options = three_by_three(1, 32, 32, 24, 24)
+    *shapes, options = square(way, 1, 96, 96, 48, 48)
     x, w, y = (torch.randn(s) for s in shapes)
     x[..., 11, :] *= 1e6
     _cpu.reset_counters()
@@ -495,13 +511,14 @@ def test_small_numbers_beside_large_ones_keep_their_digits(isa):
     assert _cpu.counters()["winograd refused"] == 1
     expected = exactly("forward", x, w, y, options)
     magnitude = exactly("forward", x.abs(), w.abs(), y, options)
-    assert bool(((found.double() - expected).abs() <= 9 * 32 * 2.0**-24 * magnitude).all())
+    assert bool(((found.double() - expected).abs() <= way[0] ** 2 * 96 * 2.0**-24 * magnitude).all())
 
 
 @pytest.mark.parametrize("channels", [64, 320])
 @pytest.mark.parametrize("kind", ["normal", "relu", "scaled", "cancelling"])
-def test_three_by_three_is_no_worse_than_torch(channels, kind):
-    *shapes, options = three_by_three(2, channels, 32, 24, 24)
+@ways
+def test_square_filters_are_no_worse_than_torch(way, channels, kind):
+    *shapes, options = square(way, 2, channels, 64, 40, 40)
     squares = torch.zeros(2, dtype=torch.float64)
     for _ in range(3):
         x, w, y = (torch.randn(s) for s in shapes)
@@ -515,7 +532,7 @@ def test_three_by_three_is_no_worse_than_torch(channels, kind):
             w[:, half:] = -w[:, :half]
         expected = exactly("forward", x, w, y, options)
         ours = convolve("forward", x, w, torch.empty_like(y), **options)
-        theirs = F.conv2d(x[:, :, 0], w[:, :, 0], padding=1)[:, :, None]
+        theirs = F.conv2d(x[:, :, 0], w[:, :, 0], padding=way[0] // 2, stride=way[1])[:, :, None]
         for i, result in enumerate((ours, theirs)):
             squares[i] += (result.double() - expected).square().sum() / expected.square().sum()
     assert squares[0].sqrt() <= 1.1 * squares[1].sqrt(), (squares[0] / squares[1]).sqrt()

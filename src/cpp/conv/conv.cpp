@@ -380,7 +380,7 @@ void conv_forward(const Conv& c) {
     return;
   }
   if (scatter_forward(c)) return;
-  if (is_winograd(c, c.x, c.y) && winograd_forward(c)) return;
+  if (winograd_forward(c)) return;
   const bool outer = channels_outer(c.w);
   const bool apart = c.w.size[0] > 1 && c.w.stride[0] != channels * c.w.spatial();
   if (apart || (!outer && !channels_inner(c.w)))
@@ -423,7 +423,7 @@ void conv_forward(const Conv& c) {
 
 bool conv_takes_its_own_residual(const Conv& c) {
   // Winograd's way may find that the call is to be computed otherwise, from the start.
-  return !is_depthwise(c) && !is_winograd(c, c.x, c.y);
+  return !is_depthwise(c) && !is_winograd(c);
 }
 
 void conv_input(const Conv& c) {
@@ -446,7 +446,7 @@ void conv_input(const Conv& c) {
     return;
   }
   if (scatter_input(c)) return;
-  if (is_winograd(c, c.y, c.x) && winograd_input(c)) return;
+  if (winograd_input(c)) return;
   Phases phases[kSpatial];
   for (int d = 0; d < kSpatial; d++)
     phases[d] =

@@ -91,6 +91,17 @@ struct DepthwiseKernels {
 // with chains as short as that the error stays about that of a direct convolution, which knows no
 // cancellation within a tile.
 constexpr int64_t kWinogradSum = 16, kWinogradGroup = 128;
+constexpr int kMostWinogradFilters = 32, kMostWinogradTaps = 5, kMostWinogradSpan = 6;
+// Square filters of so many taps, in each direction, at a step: see winograd.inl.
+struct WinogradKernels {
+  int taps, step, span, products, panel;
+  void (*input)(const float* const* pixels, int64_t channels, float* u, int64_t group,
+                int64_t position, float* sums);
+  void (*filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
+  void (*product)(const float* u, int64_t u_group, int64_t tiles, const float* v, int64_t channels,
+                  float* m);
+  bool (*output)(const float* m, int64_t position, int64_t tiles, float* y, int64_t y_row);
+};
 
 struct ConvKernels {
   CopyRowsFn copy_rows[3];  // of elements of 2, 4 and 8 bytes
@@ -99,14 +110,7 @@ struct ConvKernels {
   InterleaveFn interleave[3];
   AddRowsFn add_rows[2];          // of float32 and float64
   DepthwiseKernels depthwise[4];  // by DType
-  // See winograd.inl.
-  int winograd_panel;
-  void (*winograd_input)(const float* const* pixels, int64_t channels, float* u, int64_t group,
-                         int64_t position, float* sums);
-  void (*winograd_filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
-  void (*winograd_product)(const float* u, int64_t u_group, int64_t tiles, const float* v,
-                           int64_t channels, float* m);
-  bool (*winograd_output)(const float* m, int64_t position, int64_t tiles, float* y, int64_t y_row);
+  WinogradKernels winograd[3];    // of different taps and steps
 };
 constexpr int size_index(int64_t bytes) { return bytes == 2 ? 0 : bytes == 4 ? 1 : 2; }
 

@@ -318,17 +318,14 @@ constexpr DepthwiseKernels depthwise_kernels = {
     depthwise_totals<T>,
     depthwise_finish<T>};
 
-static const ConvKernels table = {{copies[0], copies[1], copies[2]},
-                                  {transposes[0], transposes[1], transposes[2]},
-                                  {gathers[0], gathers[1], gathers[2]},
-                                  {interleaves[0], interleaves[1], interleaves[2]},
-                                  {add_rows<VecF32>, add_rows<VecF64>},
-                                  {depthwise_kernels<float>, depthwise_kernels<double>,
-                                   depthwise_kernels<bf16>, depthwise_kernels<f16>},
-                                  kWinogradPanel,
-                                  winograd_input,
-                                  winograd_filter,
-                                  winograd_product,
-                                  winograd_output};
+static const ConvKernels table = {
+    {copies[0], copies[1], copies[2]},
+    {transposes[0], transposes[1], transposes[2]},
+    {gathers[0], gathers[1], gathers[2]},
+    {interleaves[0], interleaves[1], interleaves[2]},
+    {add_rows<VecF32>, add_rows<VecF64>},
+    {depthwise_kernels<float>, depthwise_kernels<double>, depthwise_kernels<bf16>,
+     depthwise_kernels<f16>},
+    {winograd_kernels<Three>, winograd_kernels<ThreeByTwo>, winograd_kernels<Five>}};
 
 }  // namespace fastnn::FASTNN_TARGET

@@ -1,78 +1,157 @@
-// The transformations of F(2 x 2, 3 x 3) over one instruction set's vectors; see winograd.cpp.
+// Winograd's transformations and products over one instruction set's vectors; see winograd.cpp.
 // Included by kernels.inl.
 #pragma once
 #include "isa/vec.hpp"
 
 namespace fastnn::FASTNN_TARGET {
 
+// One dimension of a tile: 2 results from `span` inputs d by filters g of `taps`, each `step` after
+// the other, with `products` multiplications instead of 2 taps:
+//   results(inputs(d) * filters(g)).
+// Three taps, F(2, 3):
+struct Three {
+  static constexpr int taps = 3, step = 1, span = 4, products = 4;
+  FASTNN_INLINE static void inputs(const VecF32* d, VecF32* t) {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[1] - d[3];
+  }
+  FASTNN_INLINE static void filters(const VecF32* g, VecF32* t) {
+    const VecF32 half = VecF32::set1(0.5f), ends = half * (g[0] + g[2]), middle = half * g[1];
+    t[0] = g[0];
+    t[1] = ends + middle;
+    t[2] = ends - middle;
+    t[3] = g[2];
+  }
+  FASTNN_INLINE static void results(const VecF32* m, VecF32* y) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+// Two taps, F(2, 2), which the others are put together from.
+struct Two {
+  static constexpr int products = 3;
+  FASTNN_INLINE static void inputs(VecF32 d0, VecF32 d1, VecF32 d2, VecF32* t) {
+    t[0] = d0 - d1;
+    t[1] = d1;
+    t[2] = d1 - d2;
+  }
+  FASTNN_INLINE static void filters(VecF32 g0, VecF32 g1, VecF32* t) {
+    t[0] = g0;
+    t[1] = g0 + g1;
+    t[2] = g1;
+  }
+  FASTNN_INLINE static void results(const VecF32* m, VecF32* y) {
+    y[0] = m[0] + m[1];
+    y[1] = m[1] - m[2];
+  }
+};
+// Three taps at every second input: the outer two, and the middle one, which meets two inputs.
+struct ThreeByTwo {
+  static constexpr int taps = 3, step = 2, span = 5, products = Two::products + 2;
+  FASTNN_INLINE static void inputs(const VecF32* d, VecF32* t) {
+    Two::inputs(d[0], d[2], d[4], t);
+    t[3] = d[1];
+    t[4] = d[3];
+  }
+  FASTNN_INLINE static void filters(const VecF32* g, VecF32* t) {
+    Two::filters(g[0], g[2], t);
+    t[3] = t[4] = g[1];
+  }
+  FASTNN_INLINE static void results(const VecF32* m, VecF32* y) {
+    Two::results(m, y);
+    y[0] = y[0] + m[3];
+    y[1] = y[1] + m[4];
+  }
+};
+// Five taps: the first three and the last two.
+struct Five {
+  static constexpr int taps = 5, step = 1, span = 6, products = Three::products + Two::products;
+  FASTNN_INLINE static void inputs(const VecF32* d, VecF32* t) {
+    Three::inputs(d, t);
+    Two::inputs(d[3], d[4], d[5], t + Three::products);
+  }
+  FASTNN_INLINE static void filters(const VecF32* g, VecF32* t) {
+    Three::filters(g, t);
+    Two::filters(g[3], g[4], t + Three::products);
+  }
+  FASTNN_INLINE static void results(const VecF32* m, VecF32* y) {
+    VecF32 last[2];
+    Three::results(m, y);
+    Two::results(m + Three::products, last);
+    y[0] = y[0] + last[0];
+    y[1] = y[1] + last[1];
+  }
+};
+
 // A panel of filters, side by side, and the tiles whose sums stay in registers together with the
 // sums of those.
 constexpr int kWinogradPanel = 2 * VecF32::width;
+static_assert(kWinogradPanel <= kMostWinogradFilters);
 constexpr int kWinogradRows = FASTNN_TARGET_ID == 2 ? 7 : 6;
 
 // u = B^T d B for a tile whose inputs' channels are side by side: pixel (r, q) of d at
-// pixels[4 * r + q]. Position k of u goes to u + k * position: kWinogradSum channels, the next ones
-// `group` further, with zeros behind the last. The magnitudes of each pixel's channels are summed
-// to sums[4 * r + q].
+// pixels[span * r + q]. Position k of u goes to u + k * position: kWinogradSum channels, the next
+// ones `group` further, with zeros behind the last. The magnitudes of each pixel's channels are
+// summed to sums[span * r + q].
+template <class D>
 static void winograd_input(const float* const* pixels, int64_t channels, float* u, int64_t group,
                            int64_t position, float* sums) {
-  VecF32 sum[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) sum[i] = VecF32::zero();
+  constexpr int S = D::span, P = D::products;
+  VecF32 sum[S * S];
+#pragma GCC unroll 36
+  for (int i = 0; i < S * S; i++) sum[i] = VecF32::zero();
   for (int64_t c = 0; c < (channels + kWinogradSum - 1) / kWinogradSum * kWinogradSum;
        c += VecF32::width) {
     const int n = int(smaller(VecF32::width, channels - c > 0 ? channels - c : 0));
-    VecF32 t[4][4];
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; q++) {
-      VecF32 d[4];
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; r++) {
-        d[r] = load_some<VecF32>(pixels[4 * r + q] + c, n);
-        sum[4 * r + q] = sum[4 * r + q] + abs(d[r]);
+    VecF32 columns[P][S];
+#pragma GCC unroll 6
+    for (int q = 0; q < S; q++) {
+      VecF32 d[S], t[P];
+#pragma GCC unroll 6
+      for (int r = 0; r < S; r++) {
+        d[r] = load_some<VecF32>(pixels[S * r + q] + c, n);
+        sum[S * r + q] = sum[S * r + q] + abs(d[r]);
       }
-      t[0][q] = d[0] - d[2];
-      t[1][q] = d[1] + d[2];
-      t[2][q] = d[2] - d[1];
-      t[3][q] = d[1] - d[3];
+      D::inputs(d, t);
+#pragma GCC unroll 7
+      for (int r = 0; r < P; r++) columns[r][q] = t[r];
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-      float* to = u + 4 * r * position + c / kWinogradSum * group + c % kWinogradSum;
-      (t[r][0] - t[r][2]).store(to);
-      (t[r][1] + t[r][2]).store(to + position);
-      (t[r][2] - t[r][1]).store(to + 2 * position);
-      (t[r][1] - t[r][3]).store(to + 3 * position);
+    float* to = u + c / kWinogradSum * group + c % kWinogradSum;
+#pragma GCC unroll 7
+    for (int r = 0; r < P; r++) {
+      VecF32 t[P];
+      D::inputs(columns[r], t);
+#pragma GCC unroll 7
+      for (int k = 0; k < P; k++, to += position) t[k].store(to);
     }
   }
-  for (int i = 0; i < 16; i++) sums[i] = reduce_add(sum[i]);
+  for (int i = 0; i < S * S; i++) sums[i] = reduce_add(sum[i]);
 }
 
-// v = G g G^T for neighbouring filters: tap t of filter l at g[t * ld + l].
+// v = G g G^T for neighbouring filters, whole vectors of them: tap t of filter l at g[t * ld + l].
+template <class D>
 static void winograd_filter(const float* g, int64_t ld, float* v, int64_t position, int filters) {
-  const VecF32 half = VecF32::set1(0.5f);
+  constexpr int T = D::taps, P = D::products;
   for (int l = 0; l < filters; l += VecF32::width) {
-    const int n = int(smaller(VecF32::width, filters - l));
-    VecF32 t[4][3];
-#pragma GCC unroll 3
-    for (int k = 0; k < 3; k++) {
-      const VecF32 g0 = load_some<VecF32>(g + k * ld + l, n),
-                   g1 = load_some<VecF32>(g + (3 + k) * ld + l, n),
-                   g2 = load_some<VecF32>(g + (6 + k) * ld + l, n);
-      const VecF32 ends = half * (g0 + g2), middle = half * g1;
-      t[0][k] = g0;
-      t[1][k] = ends + middle;
-      t[2][k] = ends - middle;
-      t[3][k] = g2;
+    VecF32 columns[P][T];
+#pragma GCC unroll 5
+    for (int q = 0; q < T; q++) {
+      VecF32 tap[T], t[P];
+#pragma GCC unroll 5
+      for (int r = 0; r < T; r++) tap[r] = VecF32::load(g + (r * T + q) * ld + l);
+      D::filters(tap, t);
+#pragma GCC unroll 7
+      for (int r = 0; r < P; r++) columns[r][q] = t[r];
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-      const VecF32 ends = half * (t[r][0] + t[r][2]), middle = half * t[r][1];
-      float* to = v + 4 * r * position + l;
-      store_some(to, t[r][0], n);
-      store_some(to + position, ends + middle, n);
-      store_some(to + 2 * position, ends - middle, n);
-      store_some(to + 3 * position, t[r][2], n);
+    float* to = v + l;
+#pragma GCC unroll 7
+    for (int r = 0; r < P; r++) {
+      VecF32 t[P];
+      D::filters(columns[r], t);
+#pragma GCC unroll 7
+      for (int k = 0; k < P; k++, to += position) t[k].store(to);
     }
   }
 }
@@ -142,32 +221,46 @@ static void winograd_product(const float* u, int64_t u_group, int64_t tiles, con
 // y = A^T m A for neighbouring tiles and a panel of filters: position k of m of tile i at
 // m + k * position + i * kWinogradPanel; row r of the results, pixel by pixel, from y + r * y_row
 // on. True where all results are finite.
+template <class D>
 static bool winograd_output(const float* m, int64_t position, int64_t tiles, float* y,
                             int64_t y_row) {
+  constexpr int P = D::products;
   VecF32 check = VecF32::zero();
   for (int64_t i = 0; i < tiles; i++, m += kWinogradPanel, y += 2 * kWinogradPanel)
     for (int l = 0; l < kWinogradPanel; l += VecF32::width) {
-      VecF32 t[2][4];
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) {
-        const VecF32 m0 = VecF32::load(m + k * position + l),
-                     m1 = VecF32::load(m + (4 + k) * position + l),
-                     m2 = VecF32::load(m + (8 + k) * position + l),
-                     m3 = VecF32::load(m + (12 + k) * position + l);
-        const VecF32 plus = m1 + m2, minus = m1 - m2;
-        t[0][k] = m0 + plus;
-        t[1][k] = minus - m3;
+      VecF32 rows[2][P];
+#pragma GCC unroll 7
+      for (int k = 0; k < P; k++) {
+        VecF32 column[P], t[2];
+#pragma GCC unroll 7
+        for (int r = 0; r < P; r++) column[r] = VecF32::load(m + (P * r + k) * position + l);
+        D::results(column, t);
+        rows[0][k] = t[0];
+        rows[1][k] = t[1];
       }
 #pragma GCC unroll 2
       for (int r = 0; r < 2; r++) {
-        const VecF32 even = t[r][0] + (t[r][1] + t[r][2]), odd = (t[r][1] - t[r][2]) - t[r][3];
-        check = fma(even, VecF32::zero(), check);
-        check = fma(odd, VecF32::zero(), check);
-        even.store(y + r * y_row + l);
-        odd.store(y + r * y_row + kWinogradPanel + l);
+        VecF32 t[2];
+        D::results(rows[r], t);
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+          check = fma(t[q], VecF32::zero(), check);
+          t[q].store(y + r * y_row + q * kWinogradPanel + l);
+        }
       }
     }
   return reduce_add(check) == 0;
 }
+
+template <class D>
+constexpr WinogradKernels winograd_kernels = {D::taps,
+                                              D::step,
+                                              D::span,
+                                              D::products,
+                                              kWinogradPanel,
+                                              winograd_input<D>,
+                                              winograd_filter<D>,
+                                              winograd_product,
+                                              winograd_output<D>};
 
 }  // namespace fastnn::FASTNN_TARGET
