@@ -21,7 +21,8 @@ endforeach()
 # compiler. All is made from one PTX, that of compute_80, so that the front end, half of the build's time and more, runs
 # once; sm_90a's machine code comes out the same. Only what is written in Hopper's own instructions is compiled for it.
 set(for_all -gencode=arch=compute_80,code=compute_80 -gencode=arch=compute_80,code=sm_80)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+option(FASTNN_CUDA_SM_100 "Machine code for sm_100, where the compiler knows it; without it sm_100 gets the PTX" ON)
+if(FASTNN_CUDA_SM_100 AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND for_all -gencode=arch=compute_80,code=sm_100)
 endif()
 set_source_files_properties(${FASTNN_CUDA_KERNELS} PROPERTIES
