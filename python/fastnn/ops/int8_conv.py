@@ -186,34 +186,16 @@ def _conv(
             raise ValueError(f"fastnn.{op}: bias: expected ({filters},) on {device}, got {describe('bias', bias)}")
         bias = bias.detach().to(torch.float32)
     result = dtype if isinstance(dtype, torch.dtype) else getattr(torch, scheme(op, dtype))
-    if result not in _RESULTS:
-        raise ValueError(f"fastnn.{op}: dtype: expected float32, bfloat16, uint8 or int8, got {dtype}")
-    if result.is_floating_point:
-        if output_scale is not None or not (isinstance(output_zero_point, int) and output_zero_point == 0):
-            raise ValueError(f"fastnn.{op}: output_scale: expected none where the result is {result}")
-        output_zero_point = None
-    else:
-        if output_scale is None:
-            raise ValueError(f"fastnn.{op}: output_scale: expected a number where the result is {result}, got None")
-        output_scale, output_zero_point = _named(
-            op, "output", output_scale, output_zero_point, scheme(op, result), (), device
-        )
-    if activation not in _ACTIVATIONS:
+    output_scale, output_zero_point = _check_output(op, dtype, result, output_scale, output_zero_point, device)
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"fastnn.{op}: activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    if residual is not None:
-        _check_images(op, "residual", residual, (torch.uint8, torch.int8), rank)
-        if list(residual.shape) != [input.shape[0], filters, *size] or residual.device != device:
-            raise ValueError(
-                f"fastnn.{op}: residual: expected ({input.shape[0]}, {filters}, {', '.join(map(str, size))}) on {device}, "
-                f"got {describe('residual', residual)}"
-            )
-        if residual_scale is None:
-            raise ValueError(f"fastnn.{op}: residual_scale: expected a number where there is a residual, got None")
-        residual_scale, residual_zero_point = _named(
-            op, "residual", residual_scale, residual_zero_point, scheme(op, residual.dtype), (), device
-        )
-    else:
+    if residual is None:
         residual_scale = residual_zero_point = None
+    else:
+        shape = (input.shape[0], filters, *size)
+        residual_scale, residual_zero_point = _check_residual(
+            op, residual, residual_scale, residual_zero_point, shape, device
+        )
     arguments = (
         *(input, weight, weight_scale, bias, input_scale, input_zero_point, output_scale, output_zero_point),
         *(residual, residual_scale, residual_zero_point, *options, groups, activation, result),
@@ -288,10 +270,43 @@ def _check_sizes(
     return size
 
 
+def _check_output(
+    op: str, dtype: Any, result: torch.dtype, scale: Any, zero_point: Any, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scale and the zero point of a result in integers, none of one in floats."""
+    if result not in _RESULTS:
+        raise ValueError(f"fastnn.{op}: dtype: expected float32, bfloat16, uint8 or int8, got {dtype}")
+    if result.is_floating_point:
+        if scale is not None:
+            raise ValueError(f"fastnn.{op}: output_scale: expected none where the result is {result}")
+        if not isinstance(zero_point, int) or zero_point != 0:
+            raise ValueError(f"fastnn.{op}: output_zero_point: expected none where the result is {result}")
+        return None, None
+    if scale is None:
+        raise ValueError(f"fastnn.{op}: output_scale: expected a number where the result is {result}, got None")
+    return _named(op, "output", scale, zero_point, scheme(op, result), (), device)
+
+
+def _check_residual(
+    op: str, residual: Any, scale: Any, zero_point: Any, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The residual's scale and zero point."""
+    _check_images(op, "residual", residual, (torch.uint8, torch.int8), len(shape) - 2)
+    if tuple(residual.shape) != shape or residual.device != device:
+        raise ValueError(
+            f"fastnn.{op}: residual: expected ({', '.join(map(str, shape))}) on {device}, got {describe('residual', residual)}"
+        )
+    if scale is None:
+        raise ValueError(f"fastnn.{op}: residual_scale: expected a number where there is a residual, got None")
+    return _named(op, "residual", scale, zero_point, scheme(op, residual.dtype), (), device)
+
+
 def _named(
     op: str, of: str, scale: Any, zero_point: Any, dtype: str, shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """parameters(), which speaks of a scale and a zero point, of those of one tensor of several."""
+    if zero_point is None and of != "weight":
+        raise TypeError(f"fastnn.{op}: {of}_zero_point: expected a Tensor or an int, got None")
     try:
         scale, zero_point = parameters(op, scale, zero_point, dtype, shape, device)
     except (TypeError, ValueError) as error:

@@ -160,15 +160,7 @@ def attend(
     batch, length = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     source = key.shape[1 if batch_first else 0]
     embed_dim = query.shape[2]
-    if embed_dim != embed_dim_to_check:
-        raise AssertionError(
-            f"embed_dim_to_check: was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}"
-        )
-    if not isinstance(num_heads, (int, torch.SymInt)) or num_heads < 1:
-        raise AssertionError(f"num_heads: expected a positive integer, got {num_heads!r}")
-    if embed_dim % num_heads:
-        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {num_heads}")
-    head_dim = embed_dim // num_heads
+    head_dim = _check_heads(embed_dim, embed_dim_to_check, num_heads)
 
     if is_causal and attn_mask is None:
         raise RuntimeError(
@@ -193,20 +185,9 @@ def attend(
     if static_v is not None:
         v = _static("static_v", static_v, batch, num_heads, head_dim)
 
-    extra = 0
-    if bias_k is not None and bias_v is not None:
-        if static_k is not None or static_v is not None:
-            raise AssertionError(f"bias cannot be added to static {'key' if static_k is not None else 'value'}.")
-        k, v = (
-            torch.cat([x, b.view(1, num_heads, 1, head_dim).expand(batch, -1, -1, -1).to(x.dtype)], dim=2)
-            for x, b in ((k, bias_k), (v, bias_v))
-        )
-        extra += 1
-    elif bias_k is not None or bias_v is not None:
-        raise AssertionError("bias_k and bias_v go together: one of them is None")
-    if add_zero_attn:
-        k, v = (torch.cat([x, x.new_zeros(batch, num_heads, 1, head_dim)], dim=2) for x in (k, v))
-        extra += 1
+    if (static_k is not None or static_v is not None) and bias_k is not None and bias_v is not None:
+        raise AssertionError(f"bias cannot be added to static {'key' if static_k is not None else 'value'}.")
+    k, v, extra = _with_more_keys(k, v, bias_k, bias_v, add_zero_attn)
     source = k.shape[2]
     mask = _merge_masks(attn_mask, key_padding_mask, batch, source, extra, query.dtype)
 
@@ -301,6 +282,39 @@ def _check(
     elif key.shape != value.shape:
         raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
     return rank == 3
+
+
+def _check_heads(embed_dim: int, embed_dim_to_check: int, num_heads: int) -> int:
+    """The size of a head; AssertionError where heads do not divide the embedding."""
+    if embed_dim != embed_dim_to_check:
+        raise AssertionError(
+            f"embed_dim_to_check: was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}"
+        )
+    if not isinstance(num_heads, (int, torch.SymInt)) or num_heads < 1:
+        raise AssertionError(f"num_heads: expected a positive integer, got {num_heads!r}")
+    if embed_dim % num_heads:
+        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {num_heads}")
+    return embed_dim // num_heads
+
+
+def _with_more_keys(
+    k: Tensor, v: Tensor, bias_k: Tensor | None, bias_v: Tensor | None, add_zero_attn: bool
+) -> tuple[Tensor, Tensor, int]:
+    """Keys and values with those that every sequence has at its end, and how many these are: a learned one, and zeros."""
+    extra = 0
+    batch, num_heads, _, head_dim = k.shape
+    if bias_k is not None and bias_v is not None:
+        k, v = (
+            torch.cat([x, b.view(1, num_heads, 1, head_dim).expand(batch, -1, -1, -1).to(x.dtype)], dim=2)
+            for x, b in ((k, bias_k), (v, bias_v))
+        )
+        extra += 1
+    elif bias_k is not None or bias_v is not None:
+        raise AssertionError("bias_k and bias_v go together: one of them is None")
+    if add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(batch, num_heads, 1, head_dim)], dim=2) for x in (k, v))
+        extra += 1
+    return k, v, extra
 
 
 def _check_mask_dtype(name: str, mask: Tensor) -> None:
