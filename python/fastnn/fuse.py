@@ -381,7 +381,8 @@ def _fuse_inverted(
     blocks: list[_InvertedResidual],
     run_inverted: Callable[..., Tensor],
 ) -> None:
-    """One call for a convolution that widens, a depthwise one and a pointwise one, or for the last two (MobileNetV2's blocks)."""
+    """One call for a convolution that widens, a depthwise one and a pointwise one, or for the last two (MobileNetV2's
+    blocks)."""
     for node in _calls_of(graph, run_fused):
         if not _is_pointwise(fused[node.args[0]].conv):
             continue

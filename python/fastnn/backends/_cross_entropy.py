@@ -131,8 +131,8 @@ class CrossEntropies:
         grad: Tensor | None = None,
         wanted: tuple[bool, bool, bool] = (False, False, False),
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """As backends.cpu.cross_entropy.linear_cross_entropy. A slice's logits become their gradient in place, which goes into three
-        sums in float32."""
+        """As backends.cpu.cross_entropy.linear_cross_entropy. A slice's logits become their gradient in place, which
+        goes into three sums in float32."""
         rows, features = input.shape
         classes = linear_weight.shape[0]
         each = reduction == "none"

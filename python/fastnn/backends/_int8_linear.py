@@ -1,5 +1,5 @@
-"""What the int8 linear layers of GPUs have in common; the values of scales and zero points are not looked at, as that would mean to
-wait for them."""
+"""What the int8 linear layers of GPUs have in common; the values of scales and zero points are not looked at, as that
+would mean to wait for them."""
 
 from __future__ import annotations
 

@@ -83,9 +83,9 @@ def by_address(
 
 
 class Pools:
-    """The functions of a backend. ``run``: (job, dims, x, shape of x, out, codes, windows, dtype, include_padding=True, divisor=0);
-    ``x`` has the shape of the pool's input, ``out`` and ``codes`` that of its output, and one of x and out is written.
-    ``empty``: what memory results are given, (like, shape, dtype, channels_last) -> Tensor."""
+    """The functions of a backend. ``run``: (job, dims, x, shape of x, out, codes, windows, dtype, include_padding=True,
+    divisor=0); ``x`` has the shape of the pool's input, ``out`` and ``codes`` that of its output, and one of x and out
+    is written. ``empty``: what memory results are given, (like, shape, dtype, channels_last) -> Tensor."""
 
     def __init__(
         self, run: Callable[..., None], empty: Callable[[Tensor, Sequence[int], torch.dtype, bool], Tensor]

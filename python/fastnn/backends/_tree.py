@@ -1,4 +1,5 @@
-"""How the kernels that search splits on a GPU are called, in CUDA C++ and in Triton: what lies where, and what the host does."""
+"""How the kernels that search splits on a GPU are called, in CUDA C++ and in Triton: what lies where, and what the host
+does."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def bin_rows(
     ``slots`` - 1; NaN is in bin ``slots`` - 1. Bins are uint8, (rows, columns padded to a multiple of 32); the ranges
     float32 (columns, slots) on the CPU, infinity and -infinity where nothing is.
 
-    ``put`` is the kernel: (x, edges (columns, slots), how many a column has, bins, ranges (2, columns, slots)). Ranges are floats
-    as unsigned integers in the same order, 2^32 - 1 and 0 at first.
+    ``put`` is the kernel: (x, edges (columns, slots), how many a column has, bins, ranges (2, columns, slots)). Ranges
+    are floats as unsigned integers in the same order, 2^32 - 1 and 0 at first.
     """
     rows, columns = x.shape
     table = np.zeros((columns, slots), dtype=np.float32)

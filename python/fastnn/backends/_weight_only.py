@@ -24,8 +24,8 @@ class Weight:
     groups: int
 
 
-#: Writes out (M, N), contiguous, from x (M, K), whose rows lie dense: of float32 where a group is no multiple of STEP. The bias is
-#: contiguous.
+#: Writes out (M, N), contiguous, from x (M, K), whose rows lie dense: of float32 where a group is no multiple of STEP.
+#: The bias is contiguous.
 Multiply = Callable[[Tensor, Weight, Tensor | None, str, Tensor], None]
 
 

@@ -1,6 +1,6 @@
-"""Attention. Shapes are B (batch) × H (heads) × L (queries and keys) × D (the size of a head); 4·B·H·L²·D operations forward, half
-of them causal, and 10·B·H·L²·D backward. Decoding: B × H × K (heads of keys) × S (keys) × D, one query a sequence; it reads
-2·B·K·S·D elements.
+"""Attention. Shapes are B (batch) × H (heads) × L (queries and keys) × D (the size of a head); 4·B·H·L²·D operations
+forward, half of them causal, and 10·B·H·L²·D backward. Decoding: B × H × K (heads of keys) × S (keys) × D, one query a
+sequence; it reads 2·B·K·S·D elements.
 
 fastnn and torch are each timed with heads before the length in memory, as a cache is, and after it, as a layer makes them.
 """

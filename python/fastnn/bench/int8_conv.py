@@ -1,5 +1,6 @@
-"""Convolutions of 8-bit images, with relu, from uint8 to uint8, as they follow each other in a quantized network: N (images) × C
-(channels) × H × W × M (filters) × K (the edge of a filter) × S (the stride), with a padding of K/2; 2·N·M·C·K²·positions operations.
+"""Convolutions of 8-bit images, with relu, from uint8 to uint8, as they follow each other in a quantized network: N
+(images) × C (channels) × H × W × M (filters) × K (the edge of a filter) × S (the stride), with a padding of K/2;
+2·N·M·C·K²·positions operations.
 
 Both have the channels as neighbours and their filters laid out beforehand. torch runs its own int8 convolutions, by both of its
 engines that x86 has. (Inside the op a call of :func:`fastnn.functional.int8_conv2d` lays the filters out each time.)

@@ -1,7 +1,8 @@
 """Linear layers in int8, dynamic: M×N×K, rows by outputs by inputs; 2·M·N·K operations.
 
-float32 layers run against torch's own int8 layers: dynamic, by both of its engines that x86 has, and static, which quantizes its input
-and dequantizes its result. bfloat16 layers run against torch's in bfloat16. All weights are packed beforehand.
+float32 layers run against torch's own int8 layers: dynamic, by both of its engines that x86 has, and static, which
+quantizes its input and dequantizes its result. bfloat16 layers run against torch's in bfloat16. All weights are packed
+beforehand.
 """
 
 from __future__ import annotations

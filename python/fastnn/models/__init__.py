@@ -15,8 +15,8 @@ model                                                           input           
 :func:`vit_b_16`                                                ``(N, 3, 224, 224)``        ``(N, num_classes)``
 ==============================================================  ==========================  =====================
 
-Outputs are logits, :class:`Bert`'s hidden states. Every model starts from random weights; ``load_state_dict`` takes those of the standard
-implementation, and :func:`fastnn.revert` makes a model of ``torch.nn`` layers of it.
+Outputs are logits, :class:`Bert`'s hidden states. Every model starts from random weights; ``load_state_dict`` takes
+those of the standard implementation, and :func:`fastnn.revert` makes a model of ``torch.nn`` layers of it.
 """
 
 from .alexnet import AlexNet, alexnet

@@ -22,7 +22,7 @@ class Op:
     """``op(*args)`` runs the op the way that :func:`fastnn.ops._route.route` finds, differentiable in every one.
 
     schema: as torch.library has it, without defaults: ``"name(Tensor x, Tensor? b, int[] n) -> Tensor"``.
-    kernel: on plain CPU tensors, which it only reads.
+    kernel: on plain tensors that a backend takes, which it only reads.
     reference: the formula in plain torch, differentiable by itself.
     fake: the result's shape, strides and dtype, for tensors without data.
     save: ``(ctx, args, result) -> tensors``: what the derivatives need. Puts everything else on ctx.
@@ -31,7 +31,7 @@ class Op:
     jvp: ``(ctx, *tangents) -> tangents``, one an argument, None where there is none; likewise. Without it forward-mode
         AD is refused as torch refuses what has no rule.
     vmap: ``(info, in_dims, *args) -> (result, out_dims)``.
-    autocast: whether torch.autocast("cpu") casts the tensors.
+    autocast: whether torch.autocast casts the tensors.
     differentiable: how many of the results have gradients, from the first; ``backward`` gets one of None or zeros for the
         others, which are marked.
     of_integers: whether it takes nothing but integers, whose dtype the kernel chose.

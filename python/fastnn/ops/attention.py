@@ -132,7 +132,8 @@ def attention(
     alibi_slopes: (H) or (batch, H), of any floating dtype: -slope * |p - j| is added to the scores (Press et al.,
         arXiv:2108.12409). Slopes that require a gradient get one, for which the bias is made whole.
 
-    Raises ValueError for another alignment or a window that is no pair of integers or None; RuntimeError for slopes of another shape.
+    Raises ValueError for another alignment or a window that is no pair of integers or None; RuntimeError for slopes of
+    another shape.
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"fastnn.attention: alignment: expected one of {', '.join(ALIGNMENTS)}, got {alignment!r}")

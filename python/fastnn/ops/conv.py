@@ -9,8 +9,9 @@ Shapes: input (N, C, *spatial) or (C, *spatial); weight (M, C / groups, *kernel)
 channels-last are copied), accumulated in float32 (float64 for float64) and rounded once. float32 obeys
 ``torch.get_float32_matmul_precision()``. The zeros around an input may be multiplied as if they were part of it: an
 infinity or NaN in a weight can give NaN there, in the transposed convolutions and gradients too, where torch's would not.
-The result is channels-last where input or weight is, as torch's. Complex and integer tensors, sparse ones and other devices go to torch. Bad input raises what torch raises: RuntimeError for shapes,
-dtypes and devices, TypeError for what is no tensor.
+The result is channels-last where input or weight is, as torch's. Complex and integer tensors, sparse ones,
+float64 on a GPU, and devices without a backend go to torch. Bad input raises what torch raises: RuntimeError for
+shapes, dtypes and devices, TypeError for what is no tensor.
 """
 
 from __future__ import annotations

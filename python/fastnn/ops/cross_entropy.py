@@ -11,7 +11,8 @@ and over positions in float64; the result is rounded once. The log-softmax is no
 logits. Under autocast it is computed in float32, as torch's. Other dtypes, and weights that require a gradient, go to torch.
 
 Raises what torch raises: IndexError "Target ... is out of bounds." (on a GPU an assertion of the device, as torch's),
-ValueError for sizes that differ and for an unknown reduction, RuntimeError for dtypes, for a label smoothing beyond 0 to 1 and for an ``ignore_index`` beside probabilities.
+ValueError for sizes that differ and for an unknown reduction, RuntimeError for dtypes, for a label smoothing beyond 0
+to 1 and for an ``ignore_index`` beside probabilities.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ alone. Which way is rounded by chance depends on the seed, drawn from ``generato
 row-major order: not on threads, instruction sets or strides.
 
 torch._fake_quantize_learnable_per_tensor_affine computes the same, and so does the one per channel, but for the gradient of the
-scale: torch's backward rounds x / scale + zero_point, and halves of the zero point upwards, its forward x / scale, and those to even.
-Where the two differ its gradient is not that of what it computed, so that :func:`fastnn.patch` leaves these functions to torch.
+scale: torch's backward rounds x / scale + zero_point, and halves of the zero point upwards, its forward x / scale, and
+those to even. Where the two differ its gradient is not that of what it computed, so that :func:`fastnn.patch` leaves
+these functions to torch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 All but int_mm take float32, float64, bfloat16 or float16 (both operands of one dtype) of any strides, without copies,
 and accumulate in float32 (float64 for float64), rounding once to the operands' dtype. float32 obeys
-``torch.get_float32_matmul_precision()``. Other dtypes, sparse tensors and other devices go to torch. On bad input each
-raises what torch raises (RuntimeError for shapes, dtypes and devices, TypeError for what is no tensor), naming the
-argument. Denormal parts of a float32 may be flushed to zero where AMX does the work.
+``torch.get_float32_matmul_precision()``. Other dtypes (float64 as well on a GPU), sparse tensors, and devices without a
+backend go to torch. On bad input each raises what torch raises (RuntimeError for shapes, dtypes and devices, TypeError
+for what is no tensor), naming the argument. Denormal parts of a float32 may be flushed to zero where AMX does the work.
 """
 
 from __future__ import annotations

@@ -6,14 +6,15 @@ point z_x, filters q_w with a scale each (or one for all), s_w, and no zero poin
     sum[n, m, o] = Σ_{c,t} q_w[m, c, t] · (q_x[n, c, o·stride − padding + t·dilation] − z_x)      exact, in int32
     v = float32(sum) · (s_x · s_w[m] · r) + bias[m] · r + float32(q_r − z_r) · (s_r · r),          r = 1 / s_y
 
-in float32, each step rounded, with q_x = z_x beyond the bounds of the input, whose zeros the padding are ("same" has one more at
-the end where their number is odd, as in torch). relu keeps v at
+in float32, each step rounded, with q_x = z_x beyond the bounds of the input, whose zeros the padding are ("same" has
+one more at the end where their number is odd, as in torch). relu keeps v at
 0 or above, relu6 below 6 · r as well. The result is v, rounded to its dtype, where that is float32 or bfloat16 (s_y is 1);
 or, in uint8 or int8, clamp(round half to even(v) + z_y), a NaN (of a bias) becoming z_y. Sums of more than 65793 products
 might not fit: ValueError.
 
 The same bits on every instruction set, for any number of threads and any strides. The result is laid out with the channels
-as neighbours; inputs that are laid out so, with a multiple of four channels (64 where there is AMX), are read where they lie. No
+as neighbours; inputs that are laid out so, with a multiple of four channels (64 where there is AMX), are read where
+they lie. No
 gradients: see :func:`fastnn.fake_quantize` for training.
 
 Raises TypeError for what is no tensor or of another dtype, ValueError for shapes, numbers, scales and zero points; of a GPU's
@@ -234,7 +235,8 @@ def _numbers(op: str, name: str, value: Any, rank: int, least: int) -> list[int]
 def named_padding(
     op: str, padding: str, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """The numbers that "same" or "valid" stands for: one for each dimension, or those of the beginnings and then of the ends."""
+    """The numbers that "same" or "valid" stands for: one for each dimension, or those of the beginnings and then of the
+    ends."""
     if padding not in ("same", "valid") or (padding == "same" and any(s != 1 for s in stride)):
         raise ValueError(
             f"fastnn.{op}: padding: expected numbers, 'valid', or 'same' with a stride of 1, got {padding!r} with a stride of"

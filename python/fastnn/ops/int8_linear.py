@@ -2,22 +2,25 @@
 
 Formula (Jacob et al., CVPR 2018): with q = clamp(round(input / input_scale) + input_zero_point, 0, 255),
 
-    y = activation(input_scale[m] · weight_scale[n] · (Σₖ q[m, k] weight[n, k] - input_zero_point[m] Σₖ weight[n, k]) + bias[n]).
+    y = activation(input_scale[m] · weight_scale[n] · (Σₖ q[m, k] weight[n, k] - input_zero_point[m] Σₖ weight[n, k]) +
+    bias[n]).
 
-Without ``input_scale`` the quantization is dynamic: each row of the input has a scale and a zero point of its own, chosen from its
-finite values and 0, as ``quantize_dynamic(input, dtype=torch.uint8, axis=<all but the last>, symmetric=False)`` does. With it,
-it is static: one scale and zero point for all. Sums are exact in int32, the rest is float32 in the order of the formula, rounded
-once to the input's dtype, and a division by the scale is a product with its float32 inverse. So the result does not depend on the
-instruction set (but for the last bits of gelu, silu, sigmoid and tanh), on threads, or on what other rows there are. Those four are computed
+Without ``input_scale`` the quantization is dynamic: each row of the input has a scale and a zero point of its own,
+chosen from its finite values and 0, as ``quantize_dynamic(input, dtype=torch.uint8, axis=<all but the last>,
+symmetric=False)`` does. With it, it is static: one scale and zero point for all. Sums are exact in int32, the rest is
+float32 in the order of the formula, rounded once to the input's dtype, and a division by the scale is a product with
+its float32 inverse. So the result does not depend on the instruction set (but for the last bits of gelu, silu, sigmoid
+and tanh), on threads, or on what other rows there are. Those four are computed
 in float32: gelu(x) with an error of 3e-7 |x|, the others with a relative one of 2^-20. Infinities saturate; NaN counts as 0.
 
-Shapes: input (..., K) in float32, bfloat16 or float16; weight (N, K) int8, K at most 65793; weight_scale (N) or one element; bias (N)
-in any of those dtypes; result (..., N), contiguous, of the input's dtype. Any strides.
+Shapes: input (..., K) in float32, bfloat16 or float16; weight (N, K) int8, K at most 65793; weight_scale (N) or one
+element; bias (N) in any of those dtypes; result (..., N), contiguous, of the input's dtype. Any strides.
 
 Gradients: straight-through, as if nothing were rounded. The input's is grad @ (weight_scale · weight), 0 where a static scheme
 saturates; the bias has its own; weight_scale and input_scale have none.
 
-TypeError for what is no tensor or of another dtype; ValueError for shapes that do not go together, for an unknown activation, for
+TypeError for what is no tensor or of another dtype; ValueError for shapes that do not go together, for an unknown
+activation, for
 scales that are not positive, normal and finite, and for a zero point outside of 0 to 255: in tensors on a GPU, whose values
 nobody waits for, results are unspecified instead.
 """

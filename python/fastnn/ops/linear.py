@@ -3,8 +3,8 @@
 Formula: activation(input @ weightᵀ + bias). Shapes: input (..., in), weight (out, in), bias (out), result (..., out),
 contiguous. float32, float64, bfloat16 or float16, one dtype for all, any strides, accumulated in float32 (float64 for
 float64) and rounded once. float32 obeys ``torch.get_float32_matmul_precision()``. What else torch takes (a vector as
-weight, a bias that broadcasts, integers, sparse weights, other devices) goes to torch. Bad input raises what torch
-raises: RuntimeError for shapes, dtypes and devices, TypeError for what is no tensor.
+weight, a bias that broadcasts, integers, sparse weights, float64 on a GPU, devices without a backend) goes to torch. Bad
+input raises what torch raises: RuntimeError for shapes, dtypes and devices, TypeError for what is no tensor.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Te
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """activation(input @ weightᵀ + bias) in one pass over the result.
 
-    ``activation`` is "none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"; else ValueError. Where a gradient
-    is wanted, gelu and silu, whose derivatives need their input, run in two passes.
+    ``activation`` is "none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"; else ValueError. Where
+    a gradient is wanted, gelu and silu, whose derivatives need their input, run in two passes.
     """
     check_kind("linear_act", activation)
     if not _is_dynamo_compiling():

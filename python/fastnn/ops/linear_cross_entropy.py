@@ -4,9 +4,10 @@ Formula: cross_entropy(input @ linear_weight.T + linear_bias, target): see cross
 linear_weight (C, K), linear_bias (C), target (N) or () of class indices, weight (C).
 
 Rows go through in chunks of about 48 MB of logits, on a GPU of 256 MB. Where a gradient is wanted and the losses are
-reduced, the forward makes the gradients, chunk by chunk, for the gradient 1 of the loss, and the backward multiplies them; where they were used up by
-an earlier backward, and for ``reduction="none"``, the backward computes the logits again. Gradients of gradients are
-computed by the formula in plain torch, which holds the logits. The weight's gradient is summed in float32 (float64).
+reduced, the forward makes the gradients, chunk by chunk, for the gradient 1 of the loss, and the backward multiplies
+them; where they were used up by an earlier backward, and for ``reduction="none"``, the backward computes the logits
+again. Gradients of gradients are computed by the formula in plain torch, which holds the logits. The weight's gradient
+is summed in float32 (float64).
 
 Probabilities as targets, and weights (C, d1, ..., K) for losses (N, d1, ...), are computed as the two ops one after the
 other, which holds the logits. What neither takes goes to torch: to its own function of this name where it has one (2.13),

@@ -218,8 +218,8 @@ def ragged_self_attention(
 ) -> Tensor:
     """Self-attention of sequences that lie one after the other, (sum of lengths, E), each to itself alone; no masks.
 
-    ``project`` makes query, key and value side by side, ``finish`` the result of the heads put together; each is called once for
-    all sequences, as if they were one.
+    ``project`` makes query, key and value side by side, ``finish`` the result of the heads put together; each is called
+    once for all sequences, as if they were one.
     """
     rows, embed_dim = input.shape
     projected = project(input).view(rows, 3, num_heads, embed_dim // num_heads)

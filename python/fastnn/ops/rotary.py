@@ -10,8 +10,9 @@ element, (..., D), or for each pair, (..., D/2); in front of it they are
 * (B, L, ·) beside x (B, H, L, D), the same for all heads, as Hugging Face has them;
 * of as many dimensions as x, and broadcast.
 They may be of x's dtype or float32; another floating-point dtype is converted. The result has x's shape and dtype, and
-its strides where its last dimension is dense, computed in float32 (float64 for float64) and rounded once. All three have gradients: that of x is the turn back, by the
-kernel; those of cos and sin are composed of torch's elementwise operations.
+its strides where its last dimension is dense, computed in float32 (float64 for float64) and rounded once. All three
+have gradients: that of x is the turn back, by the kernel; those of cos and sin are composed of torch's elementwise
+operations.
 
 Raises TypeError for what is no tensor, ValueError for shapes that do not fit, RuntimeError for dtypes and devices.
 """

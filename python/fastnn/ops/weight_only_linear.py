@@ -3,24 +3,24 @@
 Formula: activation(input @ Wᵀ + bias), where W[n, k] = (q[n, k] - zero_point[n, g]) · scale[n, g] and g = k // group_size (one
 scale a row without groups).
 
-Shapes: input (..., K) in float32, bfloat16 or float16; weight (N, K) in int8, float8_e4m3fn or float8_e5m2, or (N, K / 2) in uint8
-where ``from_dtype`` is int4 or uint4 (element 2 i in the low half of byte i); scale and zero_point (N) or (N, K / group_size);
-bias (N) in any of input's dtypes; result (..., N), contiguous, of the input's dtype. Any strides.
+Shapes: input (..., K) in float32, bfloat16 or float16; weight (N, K) in int8, float8_e4m3fn or float8_e5m2, or (N, K /
+2) in uint8 where ``from_dtype`` is int4 or uint4 (element 2 i in the low half of byte i); scale and zero_point (N) or
+(N, K / group_size); bias (N) in any of input's dtypes; result (..., N), contiguous, of the input's dtype. Any strides.
 
-Sums are float32, rounded once. No weight is rounded before it is multiplied where the product is one of bfloat16: q - zero_point is
-exact there, and a scale multiplies the sum of its group. Elsewhere W is rounded to float32. So the error is within
-γ(K) · Σ |input| (|q| + |zero_point|) scale of float32, which holds for few rows too, where the zero points' part is
-taken from the sums of each group of the input. float32 obeys ``torch.get_float32_matmul_precision()`` where
+Sums are float32, rounded once. No weight is rounded before it is multiplied where the product is one of bfloat16: q -
+zero_point is exact there, and a scale multiplies the sum of its group. Elsewhere W is rounded to float32. So the error
+is within γ(K) · Σ |input| (|q| + |zero_point|) scale of float32, which holds for few rows too, where the zero points'
+part is taken from the sums of each group of the input. float32 obeys ``torch.get_float32_matmul_precision()`` where
 there are many rows; with few it is multiplied as it is. Denormal bfloat16 numbers may count as 0.
 
-The weight is frozen: input and bias have gradients, which are the product with W in the input's dtype, and weight, scale and zero_point
-have none.
+The weight is frozen: input and bias have gradients, which are the product with W in the input's dtype, and weight,
+scale and zero_point have none.
 
 TypeError for what is no tensor or of another dtype; ValueError for shapes that do not go together and for an unknown
-activation. Scales and zero points of rows must be those that :func:`fastnn.quantize` takes, too: positive, normal, finite, and in
-the scheme's range. Those of groups, of which there are up to a quarter as many bytes as of the weight, are not looked at: a product
-with few rows would take that much longer. :func:`fastnn.quantize` checks them, and so does a layer of :mod:`fastnn.quant` when it
-is made or loaded.
+activation. Scales and zero points of rows must be those that :func:`fastnn.quantize` takes, too: positive, normal,
+finite, and in the scheme's range. Those of groups, of which there are up to a quarter as many bytes as of the weight,
+are not looked at: a product with few rows would take that much longer. :func:`fastnn.quantize` checks them, and so does
+a layer of :mod:`fastnn.quant` when it is made or loaded.
 """
 
 from __future__ import annotations

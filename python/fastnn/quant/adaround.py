@@ -1,9 +1,10 @@
 """Rounding weights by what they do: each up or down so that the layer's results change least, not the weights.
 
-To second order, exchanging the weights w of one output by the rounded ŵ costs the loss (ŵ - w)ᵀ H (ŵ - w), where H = E[x xᵀ] of the
-layer's inputs (Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or down? Adaptive rounding for post-training
-quantization", ICML, arXiv:2004.10568, section 3). AdaRound relaxes the choice and descends its gradient for thousands of
-steps. Here the same quadratic form is brought down directly, in two closed steps that need no random numbers and no rate:
+To second order, exchanging the weights w of one output by the rounded ŵ costs the loss (ŵ - w)ᵀ H (ŵ - w), where H =
+E[x xᵀ] of the layer's inputs (Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or down? Adaptive rounding for
+post-training quantization", ICML, arXiv:2004.10568, section 3). AdaRound relaxes the choice and descends its gradient
+for thousands of steps. Here the same quadratic form is brought down directly, in two closed steps that need no random
+numbers and no rate:
 
 1. Column by column, the error of each is made good by the columns that are not rounded yet, by the inverse of H (Frantar,
    Ashkboos, Hoefler, Alistarh 2023, "GPTQ", ICLR, arXiv:2210.17323). Inputs with the largest moment go first.
@@ -213,7 +214,8 @@ def search_scale(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, qu
 
 
 def refine(quantized: Quantized, weight: Tensor, moment: Tensor | None) -> None:
-    """Gives a layer the best scales for its weight, and integers by rounding to the nearest, or by the moment if there is one."""
+    """Gives a layer the best scales for its weight, and integers by rounding to the nearest, or by the moment if there
+    is one."""
     rows = quantized.as_rows(weight.detach().float())
     name = quantized.weight_dtype
     least, most = RANGE[name]

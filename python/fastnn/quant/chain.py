@@ -2,8 +2,8 @@
 
 Batch norms are folded into the convolutions before them (Jacob et al., CVPR 2018, section 3.2); convolution, sum with a
 shortcut and relu are one kernel call; and what such calls hand to each other, through maximum pooling and into global
-averages, is uint8 with the channels as neighbours. What follows what is found by ``torch.fx``; the rest of the model is computed as
-it was, on the floating-point numbers that the last of these calls give.
+averages, is uint8 with the channels as neighbours. What follows what is found by ``torch.fx``; the rest of the model is
+computed as it was, on the floating-point numbers that the last of these calls give.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Part:
         self._recorder.run(*args, *(kwargs[name] for name in rest if name in kwargs))
 
     def take_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Has the observers see ranges that were found before, by the names of the layers' scales. KeyError where one is missing."""
+        """Has the observers see ranges that were found before, by the names of the layers' scales. KeyError where one
+        is missing."""
         for group in self.groups:
             nodes = [("input", group.input), ("residual", group.residual)]
             if group.last in self.whole:
@@ -164,7 +165,8 @@ class Part:
 
 def find_parts(model: torch.nn.Module, chosen: set[int], config: Int8Static, name: str = "") -> list[Part]:
     """The model, or else the largest modules in it that ``torch.fx`` can follow, with convolutions of which ``chosen`` has the
-    ids; ``name`` is the model's own. What is chosen and in no part cannot be quantized: its forward cannot be followed, or it is called more than once."""
+    ids; ``name`` is the model's own. What is chosen and in no part cannot be quantized: its forward cannot be followed,
+    or it is called more than once."""
     if not any(isinstance(inner, _CONVOLUTIONS) and id(inner) in chosen for inner in model.modules()):
         return []
     graph = trace_whole(model)

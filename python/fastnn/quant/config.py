@@ -13,8 +13,8 @@ from .observers import OBSERVERS, Observer
 
 
 def inputs_of(data: Any, name: str) -> Iterable[Any]:
-    """The inputs in ``data``; one tensor or one mapping is one input. TypeError, with the function and argument in ``name``, for
-    what holds none."""
+    """The inputs in ``data``; one tensor or one mapping is one input. TypeError, with the function and argument in
+    ``name``, for what holds none."""
     if isinstance(data, (Tensor, Mapping)):
         return [data]
     if isinstance(data, str) or not isinstance(data, Iterable):

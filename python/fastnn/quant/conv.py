@@ -22,8 +22,8 @@ RESIDUAL = ("residual_scale", "residual_zero_point")
 
 
 class QuantizedConv(Quantized):
-    """A convolution of one to three dimensions whose filters are int8, with a scale each, and whose input is taken as uint8 with
-    one scale and zero point. Called as the layer that it was it takes and gives floating-point numbers:
+    """A convolution of one to three dimensions whose filters are int8, with a scale each, and whose input is taken as
+    uint8 with one scale and zero point. Called as the layer that it was it takes and gives floating-point numbers:
     ``conv(dequantize(quantize(x)), dequantize(weight)) + bias``, in exact integer sums.
 
     Args, which become buffers:
@@ -196,8 +196,8 @@ class Step:
     """A quantized convolution with what follows it: a sum with a residual, an activation, and its result in uint8 with the
     layer's ``output_scale``, or in floating-point numbers.
 
-    ``residual`` is where the residual's scale and zero point lie: the buffers of a module, and their names. Inputs and residuals
-    in floating-point numbers are quantized first.
+    ``residual`` is where the residual's scale and zero point lie: the buffers of a module, and their names. Inputs and
+    residuals in floating-point numbers are quantized first.
     """
 
     def __init__(

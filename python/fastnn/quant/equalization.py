@@ -29,9 +29,10 @@ def equalize_(model: Model, *, pairs: Iterable[Sequence[str]] | None = None) -> 
     """Gives the channels between linear layers or convolutions equal ranges in both weights, in place; returns the model.
 
     Call it before :func:`quantize_`. The model computes what it did, to the rounding of each weight, in training as well;
-    what changes is the scale of the values between two layers, channel by channel. It helps where channels are very unequal, and
-    where inputs are quantized as well (:class:`Int8Dynamic`, :class:`Int8Static`). Each row of a weight has a scale of its own
-    here, so that the first of two layers has nothing to gain; a weight-only scheme can lose by it (see docs/quantization.md).
+    what changes is the scale of the values between two layers, channel by channel. It helps where channels are very
+    unequal, and where inputs are quantized as well (:class:`Int8Dynamic`, :class:`Int8Static`). Each row of a weight
+    has a scale of its own here, so that the first of two layers has nothing to gain; a weight-only scheme can lose by
+    it (see docs/quantization.md).
 
     Args:
         model: a float model. Where a batch norm follows a layer its weight and bias are scaled, and the ranges are those of

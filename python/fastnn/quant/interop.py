@@ -23,17 +23,18 @@ def from_torch_(model: Model) -> Model:
       :class:`Int8DynamicLinear`. torch quantizes a batch of inputs with one scale, fastnn each row with its own, which is more
       precise: results differ by that.
     - ``torch.nn.Linear`` whose weight is one of torchao's tensors, in a plain layout (integers, or floats of 8 bits, of the
-      shape of the weight, scales, zero points), becomes, where inputs are quantized too and the weight is int8 with a scale a row,
-      :class:`Int8DynamicLinear` or :class:`Int8StaticLinear`, and else :class:`WeightOnlyLinear`. torchao's dynamic inputs
-      are symmetric int8, fastnn's asymmetric uint8; where torchao quantizes the inputs of a 4-bit weight, fastnn takes
-      them as they are.
+      shape of the weight, scales, zero points), becomes, where inputs are quantized too and the weight is int8 with a
+      scale a row, :class:`Int8DynamicLinear` or :class:`Int8StaticLinear`, and else :class:`WeightOnlyLinear`.
+      torchao's dynamic inputs are symmetric int8, fastnn's asymmetric uint8; where torchao quantizes the inputs of a
+      4-bit weight, fastnn takes them as they are.
 
     :func:`dequantize_` makes ``torch.nn.Linear`` of them.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a layer whose weights lie in another way (float16 in torch's dynamic layers, torchao's tiles for tensor cores,
-            zero points that are no integers, blocks of several rows); or there is no such layer. The model is as it was.
+        ValueError: a layer whose weights lie in another way (float16 in torch's dynamic layers, torchao's tiles for
+            tensor cores, zero points that are no integers, blocks of several rows); or there is no such layer. The
+            model is as it was.
     """
     check_model("from_torch_", model)
     made = []

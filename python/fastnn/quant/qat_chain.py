@@ -1,10 +1,11 @@
-"""Convolutional networks in training for integers: the forward that computes what :mod:`fastnn.quant.chain` will, in floating-point
-numbers that the integers could stand for, and differentiable.
+"""Convolutional networks in training for integers: the forward that computes what :mod:`fastnn.quant.chain` will, in
+floating-point numbers that the integers could stand for, and differentiable.
 
 What chains hand on in uint8 is rounded where it is made, shortcuts and inputs where they are read. A batch norm behind a
 convolution is folded into its filters, which are rounded then; while it computes with the batch's own statistics the filters
 are rounded without it. That is the same rounding: a norm multiplies each filter by one number, and so the filter's own scale,
-but for its sign (Jacob et al., CVPR 2018, section 3.2, fold the norm in training as well, for filters with one scale in common).
+but for its sign (Jacob et al., CVPR 2018, section 3.2, fold the norm in training as well, for filters with one scale in
+common).
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def _calls(part: Part) -> list[_Call]:
 
 
 def _forward(part: Part, graph: fx.Graph, groups: list[Group]) -> Any:
-    """The graph, which is changed, with one call for each group. What will be uint8 is float32 until something else reads it."""
+    """The graph, which is changed, with one call for each group. What will be uint8 is float32 until something else
+    reads it."""
     chain = first_node(graph, _SIMULATED)
     wide: dict[fx.Node, torch.dtype] = {}
     for index, (group, twin) in enumerate(zip(groups, part.groups, strict=True)):

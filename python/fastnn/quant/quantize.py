@@ -42,7 +42,8 @@ def quantize_(
     quantized ones get fastnn's classes, because torch's read the weights in them and never call them.
 
     Under :class:`Int8Static` convolutions of up to three dimensions (torch's and fastnn's) become
-    :class:`~fastnn.quant.QuantizedConv` as well, where ``torch.fx`` can follow the forward of the model or of the largest module
+    :class:`~fastnn.quant.QuantizedConv` as well, where ``torch.fx`` can follow the forward of the model or of the
+    largest module
     around them that it can: batch norms behind them become part of them, and uint8 goes from one to the next. Those of a
     forward that cannot be followed stay as they are; :func:`fastnn.report` tells. Under the weight-only schemes convolutions of
     up to three dimensions become :class:`~fastnn.quant.WeightOnlyConv`, wherever they are. :class:`Int8Dynamic` leaves all
@@ -64,11 +65,11 @@ def quantize_(
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no configuration, ``only`` or ``skip`` none of their forms.
-        ValueError: a layer in question is quantized already; a model of ``fuse=True`` whose convolutions would be quantized; a layer that cannot be
-            quantized so (its size has no such groups, is odd for 4 bits, its dtype is float64); a subclass of torch's encoder
-            layer that would not call the layers in it; nothing to quantize; no calibration data, or a layer that saw none; a
-            pattern that meets no module; another ``rounding``, one that float8 has not, or ``calibration_data`` that nothing
-            reads.
+        ValueError: a layer in question is quantized already; a model of ``fuse=True`` whose convolutions would be
+            quantized; a layer that cannot be quantized so (its size has no such groups, is odd for 4 bits, its dtype is
+            float64); a subclass of torch's encoder layer that would not call the layers in it; nothing to quantize; no
+            calibration data, or a layer that saw none; a pattern that meets no module; another ``rounding``, one that
+            float8 has not, or ``calibration_data`` that nothing reads.
 
     After an exception, of the model's forward in calibration as well, the model is as it was.
     """
@@ -144,8 +145,8 @@ _MOMENTS = 1 << 29
 def _refine(
     model: torch.nn.Module, waiting: list[tuple[str, torch.nn.Module, Quantized, Tensor]], data: Any | None
 ) -> None:
-    """Better scales for each layer that was made, and with data better roundings. Of a layer: its name, itself, what was made of
-    it, and the weight that this has rounded."""
+    """Better scales for each layer that was made, and with data better roundings. Of a layer: its name, itself, what
+    was made of it, and the weight that this has rounded."""
     inputs = [] if data is None else list(inputs_of(data, "quantize_: calibration_data"))
     if data is not None and not inputs:
         raise ValueError("quantize_: calibration_data must hold an input at least, got none")

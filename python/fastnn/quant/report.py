@@ -198,9 +198,10 @@ def report(
     Where a model returns more than one tensor, the first one is looked at.
 
     Raises:
-        TypeError: ``model`` or ``reference`` is no module; ``labels`` are no iterable; an input is of no known kind; a model returns no tensor.
-        ValueError: ``model`` has no quantized layer; ``reference`` lacks one of the layers; there is no data; labels that are not
-            as many, or of another shape.
+        TypeError: ``model`` or ``reference`` is no module; ``labels`` are no iterable; an input is of no known kind; a
+            model returns no tensor.
+        ValueError: ``model`` has no quantized layer; ``reference`` lacks one of the layers; there is no data; labels
+            that are not as many, or of another shape.
     """
     check_model("quant.report", model)
     if reference is not None:

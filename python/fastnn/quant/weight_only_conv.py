@@ -29,7 +29,8 @@ _GEOMETRY = (
 class WeightOnlyConv(Quantized, _Convolution):
     """``y = conv(x, Ŵ) + b`` in the input's dtype, of one to three dimensions. Gradients flow to the input.
 
-    A filter is a row, of K = channels / groups · the kernel's elements in row-major order. Rows that are not whole groups, or of
+    A filter is a row, of K = channels / groups · the kernel's elements in row-major order. Rows that are not whole
+    groups, or of
     an odd size where a byte holds two numbers, end with zeros: they have K' ≥ K elements.
 
     Args, of which the tensors become buffers:

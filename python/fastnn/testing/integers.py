@@ -252,7 +252,8 @@ def int8_linear(
     input_zero_point: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """activation(x̂ · ŵᵀ + bias) by torch's own functions, where x̂ is x rounded to 8 bits and ŵ an int8 weight with its scales."""
+    """activation(x̂ · ŵᵀ + bias) by torch's own functions, where x̂ is x rounded to 8 bits and ŵ an int8 weight with
+    its scales."""
     with torch.no_grad():
         y = _sums(x, weight, weight_scale, input_scale, input_zero_point)
         y = y if bias is None else y + bias

@@ -1,5 +1,5 @@
-"""Fake quantization and the linear layer of quantized weights. Scales are powers of two: then no number is so near to the middle
-between two integers that float64 rounds it to another one."""
+"""Fake quantization and the linear layer of quantized weights. Scales are powers of two: then no number is so near to
+the middle between two integers that float64 rounds it to another one."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class BestSplit(NamedTuple):
 
     ``thresholds``, ``impurities`` and ``gains`` hold one float64 a feature (F,): where it is split (``x <= threshold`` goes
     left), the impurity of the two sides, each weighted by its share of the rows, and by how much that is below the
-    impurity of all rows, which is ``impurity``. ``missing_go_left`` (F,) says where NaN goes. ``feature`` is the first of the largest gain, -1 where no feature
-    can be split, and ``threshold`` and ``gain`` are its.
+    impurity of all rows, which is ``impurity``. ``missing_go_left`` (F,) says where NaN goes. ``feature`` is the first
+    of the largest gain, -1 where no feature can be split, and ``threshold`` and ``gain`` are its.
     """
 
     feature: int

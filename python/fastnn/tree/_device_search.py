@@ -58,7 +58,8 @@ def checked(X: torch.Tensor) -> torch.Tensor:
 
 
 def bins_of(estimator: Any, X: torch.Tensor, target: _exact.Target) -> DeviceBins | None:
-    """The bins of a tensor that :func:`keeps` let stay, or None, counted as a fallback, where this target's tree is the CPU's."""
+    """The bins of a tensor that :func:`keeps` let stay, or None, counted as a fallback, where this target's tree is the
+    CPU's."""
     bins = None
     reason = _reason_against(target, backends.file_of("tree", "most_classes", _like(X)).most_classes())
     if reason is None:

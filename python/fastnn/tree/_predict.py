@@ -462,9 +462,9 @@ class RegressorForestMixin(ForestMixin):
 
 
 def plot(estimator: Any, *args: Any, **options: Any) -> Any:
-    """Draws a tree with matplotlib: that of a decision tree, the first of an ensemble (or `tree=`, in gradient boosting `stage=`
-    and `output=`). Options and result are those of `sklearn.tree.plot_tree`. TypeError for what has no `tree_` to draw, as
-    histogram boosting."""
+    """Draws a tree with matplotlib: that of a decision tree, the first of an ensemble (or `tree=`, in gradient boosting
+    `stage=` and `output=`). Options and result are those of `sklearn.tree.plot_tree`. TypeError for what has no `tree_`
+    to draw, as histogram boosting."""
     if not isinstance(estimator, SklearnMixin) or not hasattr(estimator, "plot"):
         raise TypeError(f"{type(estimator).__name__} has no trees to plot")
     return estimator.plot(*args, **options)

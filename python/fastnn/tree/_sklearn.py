@@ -6,7 +6,6 @@ import inspect
 import types
 
 import numpy as np
-import sklearn
 from joblib import effective_n_jobs
 from sklearn.base import _fit_context
 from sklearn.ensemble import _forest
@@ -14,8 +13,6 @@ from sklearn.tree._tree import NODE_DTYPE, Tree
 
 from .. import _cpu
 from ._progress import progress_bar
-
-VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 
 # As the kernels lay out a node.
 _NODE = np.dtype(

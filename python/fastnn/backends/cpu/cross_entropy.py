@@ -82,8 +82,9 @@ def linear_cross_entropy(
     grad: Tensor | None = None,
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """input (N, K), linear_weight (C, K), bias (C), target (N) of indices: the losses, in float32 if ``wide``; and, where ``grad``, the gradient by
-    them, is given, those gradients by input, linear_weight and bias that are ``wanted``."""
+    """input (N, K), linear_weight (C, K), bias (C), target (N) of indices: the losses, in float32 if ``wide``; and,
+    where ``grad``, the gradient by them, is given, those gradients by input, linear_weight and bias that are
+    ``wanted``."""
     dtype, sums = input.dtype, wide_dtype(input.dtype)
     result = torch.float32 if wide else dtype
     _, index, weights = targets(input, target, weight)

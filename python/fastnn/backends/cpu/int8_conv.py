@@ -169,7 +169,8 @@ class Convolution:
         return y
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        """The result's shape and strides, and what the kernel is told between and behind the addresses of x and of the result."""
+        """The result's shape and strides, and what the kernel is told between and behind the addresses of x and of the
+        result."""
         w, how = self._w, self._how
         stride, padding, dilation, groups = self._options
         shape = (x.shape[0], w.shape[0], *formulas.output_size(x.shape[2:], w.shape[2:], stride, padding, dilation))

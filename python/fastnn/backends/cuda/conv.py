@@ -54,7 +54,8 @@ def too_large(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    """None where the kernels can compute each of tensors of these shapes from the others, else the reason why not, for people."""
+    """None where the kernels can compute each of tensors of these shapes from the others, else the reason why not, for
+    people."""
     depthwise = w[1] == 1 and w[0] == groups
     for name, shape in (("x", x), ("y", y)):
         if (math.prod(shape) if depthwise else shape[0] * math.prod(shape[2:])) >= _MOST_PIXELS:

@@ -1,7 +1,7 @@
 """Convolution of 8-bit images in plain torch: exact sums in float64, the rest in float32 as in fastnn.ops.int8_conv.
 
-Arguments are those of torch.ops.fastnn.int8_conv. Its padding is one number for each dimension, or as many for the beginnings and
-then for the ends.
+Arguments are those of torch.ops.fastnn.int8_conv. Its padding is one number for each dimension, or as many for the
+beginnings and then for the ends.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def head_of(x, batch, head, strides):
 @triton.jit
 def passing_blocks(first, length, low, high, PARTS: tl.constexpr, KEPT: tl.constexpr, PASSING: tl.constexpr):
     """Of the ``length`` rows that pass KEPT rows from ``first`` on, in blocks: those of which anything is to be done are
-    begin <= b < end. From ``whole`` to ``broken`` all is to be done, for every kept row x and passing row y: low <= y - x <= high.
+    begin <= b < end. From ``whole`` to ``broken`` all is to be done, for every kept row x and passing row y: low <= y -
+    x <= high.
     """
     last = first + KEPT - 1
     begin = 0

@@ -1,4 +1,5 @@
-"""Attention's forward: Dao, arXiv:2307.08691. A program has a block of queries of one head, and goes through the keys online."""
+"""Attention's forward: Dao, arXiv:2307.08691. A program has a block of queries of one head, and goes through the keys
+online."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ from ._scores import (
 from .attention_decode import attend_few, decodes
 from .dropout import choice
 
-#: The longer of the two sizes, padded, at most -> (rows that are kept, rows that pass, warps, stages), of two bytes and of four:
-#: what fits the registers of sm_80 and sm_90, and 99 KiB of shared memory, which sm_86 and sm_89 have.
+#: The longer of the two sizes, padded, at most -> (rows that are kept, rows that pass, warps, stages), of two bytes and
+#: of four: what fits the registers of sm_80 and sm_90, and 99 KiB of shared memory, which sm_86 and sm_89 have.
 FORWARD = {
     64: ((128, 64, 8, 3), (64, 32, 4, 2)),
     128: ((128, 32, 8, 3), (64, 32, 8, 2)),

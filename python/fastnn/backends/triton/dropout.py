@@ -1,7 +1,7 @@
 """Dropout on plain tensors, whose arguments the ops have checked, with the CPU's mask for the same seed.
 
-Philox is Triton's own, which counts as this package's does (src/cpp/common/philox.hpp). Four elements share the ten rounds of one
-counter: what a counter gives is put side by side in registers.
+Philox is Triton's own, which counts as this package's does (src/cpp/common/philox.hpp). Four elements share the ten
+rounds of one counter: what a counter gives is put side by side in registers.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Fake quantization and its gradients, on plain tensors of any strides, whose arguments the ops have checked: the result to the bits
-of the CPU's kernels and of CUDA's. The values of scales and zero points are not looked at.
+"""Fake quantization and its gradients, on plain tensors of any strides, whose arguments the ops have checked: the
+result to the bits of the CPU's kernels and of CUDA's. The values of scales and zero points are not looked at.
 
 A program has 1024 neighbours, whose bits are 128 bytes of the mask.
 """

@@ -1,8 +1,8 @@
 """Convolutions of 8-bit images, to the CPU's bits: the implicit product of conv.py, of integers.
 
-Tensor cores multiply s8 by s8: unsigned images are taken less 128. What lies around an image is its zero point, so that what that
-has added is, everywhere, the zero point times the sum of a filter. Groups of few channels, depthwise ones among them, which would
-fill tiles with zeros, are multiplied one by one.
+Tensor cores multiply s8 by s8: unsigned images are taken less 128. What lies around an image is its zero point, so that
+what that has added is, everywhere, the zero point times the sum of a filter. Groups of few channels, depthwise ones
+among them, which would fill tiles with zeros, are multiplied one by one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The int8 linear layer: rows of the input become integers, one launch; the second multiplies them, takes the zero points from the
-sums, and does the rest. Both are the CPU's to the bit.
+"""The int8 linear layer: rows of the input become integers, one launch; the second multiplies them, takes the zero
+points from the sums, and does the rest. Both are the CPU's to the bit.
 
 Tensor cores multiply s8 by s8: codes are kept less 128, and so are their zero points.
 """

@@ -1,7 +1,8 @@
 """Layer norm and rms norm on plain tensors without zero sizes, whose shapes the ops have checked.
 
-A program has a row, or some short ones, which it reads from memory once, and again from the caches: as src/cuda/norm/layer_norm.cu it finds the
-mean, then deviations from it and what rounding left of the mean, in units of a power of two near the largest element.
+A program has a row, or some short ones, which it reads from memory once, and again from the caches: as
+src/cuda/norm/layer_norm.cu it finds the mean, then deviations from it and what rounding left of the mean, in units of a
+power of two near the largest element.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def rows_backward(
     ROWS: tl.constexpr,  # of a program, at a time
     BLOCK: tl.constexpr,
 ):
-    """With g = weight * grad: (g - mean(g) - x^ mean(g x^)) / deviation, and this program's rows' share of Σ grad x^, Σ grad."""
+    """With g = weight * grad: (g - mean(g) - x^ mean(g x^)) / deviation, and this program's rows' share of Σ grad x^, Σ
+    grad."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     weight_sum = tl.zeros((BLOCK,), tl.float32)

@@ -49,7 +49,8 @@ def at_place(image, channel, z, y, x, strides):
 
 @triton.jit
 def window_of(o, axis, ADAPTIVE: tl.constexpr):
-    """Where tap 0 of window o lies, and how many taps it has. An axis: sizes of input and output, kernel, stride, padding, dilation."""
+    """Where tap 0 of window o lies, and how many taps it has. An axis: sizes of input and output, kernel, stride,
+    padding, dilation."""
     if ADAPTIVE:
         wide = o.to(tl.int64)
         begin = wide * axis[0] // axis[1]

@@ -1,9 +1,9 @@
 """The search of splits among bins: values to bins, and levels of trees from histograms of classes.
 
-The kernels are those of src/cuda/tree/, level by level, and so are the trees: to the bit the CPU's. Numbers are integers until a
-border's quality is computed, in float64 and in the CPU's order of operations. Only the counting is another: Triton has no
-shared memory in which to add to a bin. It is a product of matrices of bytes instead, on tensor cores. With a bin's upper and
-lower four bits
+The kernels are those of src/cuda/tree/, level by level, and so are the trees: to the bit the CPU's. Numbers are
+integers until a border's quality is computed, in float64 and in the CPU's order of operations. Only the counting is
+another: Triton has no shared memory in which to add to a bin. It is a product of matrices of bytes instead, on tensor
+cores. With a bin's upper and lower four bits
 
     count[upper, (class, lower)] = Σ over rows of [row's upper bits are `upper`] · [row's are (class, lower)] · weight
 

@@ -52,7 +52,8 @@ def find_borders(
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """The best border of some columns of a node; of two as good ones that with missing values on the right and of lower bins."""
+    """The best border of some columns of a node; of two as good ones that with missing values on the right and of lower
+    bins."""
     blocks = tl.cdiv(columns, COLUMNS)
     node = tl.program_id(0) // blocks
     if tl.load(nodes + node * FIELDS + AT_LEVELS) <= 0:

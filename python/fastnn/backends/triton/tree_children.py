@@ -60,8 +60,8 @@ def choose_columns(
     COLUMNS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The first of the columns with the best split, or the one that the node was given, and the two nodes below. One that is not
-    split has its rows in the left one."""
+    """The first of the columns with the best split, or the one that the node was given, and the two nodes below. One
+    that is not split has its rows in the left one."""
     at = tl.program_id(0)
     node = nodes + at * FIELDS
     levels = tl.load(node + AT_LEVELS)

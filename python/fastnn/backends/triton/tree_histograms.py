@@ -87,8 +87,8 @@ def count_bins(
 
 @triton.jit
 def sum_bins(counts, sums, above, nodes, lines, slots, TOP: tl.constexpr, LINES: tl.constexpr, SLOTS: tl.constexpr):
-    """Sums over the bins up to each (the last, of missing values, alone), of what was counted; of the other node of two they are
-    its parent's less these. A line is a word of a column."""
+    """Sums over the bins up to each (the last, of missing values, alone), of what was counted; of the other node of two
+    they are its parent's less these. A line is a word of a column."""
     blocks = tl.cdiv(lines, LINES)
     place = tl.program_id(0) // blocks
     node = place

@@ -1,8 +1,8 @@
 """Linear layers whose weight alone is quantized: its bytes become numbers in registers, as the left operand of the product.
 
 As src/cuda/quant/weight_only.cu has it: q - zero point is exact in 16 bits, and a scale multiplies the sum of a block of its
-group. What is multiplied in float32 has its parts, of which the weight is one where its scale comes afterwards; where groups are no
-multiple of 32 the weight is scaled first, and has parts of its own.
+group. What is multiplied in float32 has its parts, of which the weight is one where its scale comes afterwards; where
+groups are no multiple of 32 the weight is scaled first, and has parts of its own.
 """
 
 from __future__ import annotations
