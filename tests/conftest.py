@@ -1,6 +1,7 @@
 """What every test starts from: one seed, torch's default precision, and two threads."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 import types
@@ -23,6 +24,12 @@ from fastnn.backends import cuda, triton
 def pytest_sessionstart():
     if amx_trap.ALWAYS:
         amx_trap.install()  # again: pytest has taken the signal since
+
+
+def pytest_collection_finish():
+    # torch, its databases of samples and twenty thousand tests stay: the garbage collector need not look at them again, which
+    # takes it half a second each time.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
