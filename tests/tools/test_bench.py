@@ -256,13 +256,23 @@ SMALL_TREES = {
 }
 
 
+def peak_in_brief(self, kind, peak=machine.Cpu.peak):
+    """Measured before and after each run, with 64 MB or for a twentieth of a second, it would take most of the time."""
+    return self.copy_bandwidth(1 << 20, 2) if kind == "copy" else peak(self, kind, 1e-3)
+
+
 @pytest.mark.parametrize("name", sorted(bench.benchmarks()))
-def test_every_benchmark_runs_at_a_small_shape(name):
+def test_every_benchmark_runs_at_a_small_shape(name, monkeypatch):
+    monkeypatch.setattr(machine.Cpu, "peak", peak_in_brief)
     the = bench.benchmark(name)
     axes = the.axes.split("x")
-    shape = tuple(32 if len(axes) < 5 else 4 for _ in axes)
-    if name.startswith(("bert", "gpt2", "vit")):
+    shape = {4: (2, 32, 16, 16)}.get(len(axes), tuple(32 if len(axes) < 5 else 4 for _ in axes))
+    if name.startswith(("bert", "vit")):
         shape = (2, 16)
+    elif name.startswith("gpt2"):
+        shape = (16, 2)
+    elif the.axes == "NxEDGE" and "train" not in name:  # which takes batch norm's statistics, of rows that must be many
+        shape = (2, 32)
     if name.startswith("weight_only"):
         shape = (32, 32, 128)  # a group at least
     shape = SMALL_TREES.get(name, shape)
