@@ -102,7 +102,7 @@ NETWORKS = {
     "lenet5": Network(models.LeNet5, twins.LeNet5, (8, 1, 32, 32)),
     "alexnet": Network(narrow_alexnet, lambda: twins.AlexNet(10, 0.0, hidden=16), (2, 3, 67, 71)),
     "resnet18": Network(
-        lambda: models.resnet18(num_classes=10), resnet_twin([2, 2, 2, 2], bottleneck=False), (4, 3, 40, 33)
+        lambda: models.resnet18(num_classes=10), resnet_twin([2, 2, 2, 2], bottleneck=False), (4, 3, 40, 33), steps=5
     ),
     "resnet34": Network(
         lambda: models.resnet34(num_classes=10), resnet_twin([3, 4, 6, 3], bottleneck=False), (4, 3, 40, 33), steps=2
