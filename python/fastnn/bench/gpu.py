@@ -47,7 +47,7 @@ class Gpu(machine.Cpu):
             **machine.describe(),
         }
 
-    def peak(self, kind: str, seconds: float = 0.05) -> float:
+    def peak(self, kind: str) -> float:
         """Operations a second of a large product in torch (cuBLAS), which is as near to the hardware's as anyone came; bytes a
         second of a copy for the kind "copy"."""
         if kind == "copy":
@@ -66,7 +66,7 @@ class Gpu(machine.Cpu):
             multiply(a, b)
             end = self.clock()
             fastest = min(fastest, end - start)
-            if end - begin > seconds:
+            if end - begin > machine.PEAK_SECONDS:
                 return 2.0 * n**3 / fastest
 
     def copy_bandwidth(self, nbytes: int = 1 << 30, repeats: int = 7) -> float:

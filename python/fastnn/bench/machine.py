@@ -12,7 +12,10 @@ import torch
 from ..backends import cpu
 from . import engine, peers
 
-__all__ = ["Cpu", "describe"]
+__all__ = ["PEAK_SECONDS", "Cpu", "describe"]
+
+#: For which the operation of a peak is repeated.
+PEAK_SECONDS = 0.05
 
 
 class Cpu:
@@ -29,12 +32,12 @@ class Cpu:
         """The machine and the software, for a benchmark's record."""
         return describe()
 
-    def peak(self, kind: str, seconds: float = 0.05) -> float:
+    def peak(self, kind: str) -> float:
         """Operations a second of a register-only loop on all of torch's threads; kind is "f32", "bf16", "int8" or "f64".
         Of the kind "copy" the bytes a second of a copy."""
         if kind == "copy":
             return self.copy_bandwidth(repeats=3)
-        return cpu.peak_flops(kind, torch.get_num_threads(), seconds)
+        return cpu.peak_flops(kind, torch.get_num_threads(), PEAK_SECONDS)
 
     def copy_bandwidth(self, nbytes: int = 64 << 20, repeats: int = 7) -> float:
         """Bytes a second, read and written, of torch's copy of a warm buffer."""
