@@ -4,31 +4,13 @@
 #include <cstring>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/philox.hpp"
 
 namespace fastnn {
 
-const AttentionKernels& attention_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_attention();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_attention();
-#endif
-    default:
-      break;
-  }
-  return portable_attention();
-}
+const AttentionKernels& attention_kernels() { return FASTNN_KERNELS_OF(attention); }
 
 namespace attention_parts {
 

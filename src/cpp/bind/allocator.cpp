@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <new>
 
 #include "bind/bind.hpp"
 
@@ -95,7 +96,13 @@ py::object empty_dlpack(py::handle shape, int dtype) {
   int64_t bytes = 0;
   overflow |= __builtin_mul_overflow(elements, int64_t(dtype_size(type)), &bytes);
   if (overflow) bad_argument("empty_dlpack", "shape", "fewer than 2^63 bytes in all");
-  r->block = allocate(empty ? 0 : size_t(bytes));
+  try {
+    r->block = allocate(empty ? 0 : size_t(bytes));
+  } catch (const std::bad_alloc&) {
+    PyErr_Format(PyExc_MemoryError, "fastnn: cannot allocate %lld bytes for a result",
+                 static_cast<long long>(bytes));
+    throw py::error_already_set();
+  }
   r->managed.tensor = {r->block.data, {1, 0},     dims, dlpack::data_type(type),
                        r->shape,      r->strides, 0};
   r->managed.context = r.get();

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "conv/int8_kernels.hpp"
 #include "conv/parts.hpp"
 #include "conv/strips.hpp"
@@ -24,22 +24,7 @@ double work(const Int8Conv& c) {
 
 // ---- depthwise ---------------------------------------------------------------------------------
 
-Int8DepthwiseFn depthwise_kernel() {
-  switch (active_isa()) {
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_int8_depthwise();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_int8_depthwise();
-#endif
-    default:
-      return portable_int8_depthwise();
-  }
-}
+Int8DepthwiseFn depthwise_kernel() { return FASTNN_KERNELS_OF(int8_depthwise); }
 
 bool is_depthwise(const Int8Conv& c) { return c.w.size[1] == 1 && c.w.size[0] == c.groups; }
 

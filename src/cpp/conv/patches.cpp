@@ -2,29 +2,14 @@
 
 #include <algorithm>
 
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
 namespace fastnn {
 
-const ConvKernels& conv_kernels() {
-  switch (active_isa()) {
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_conv();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_conv();
-#endif
-    default:
-      return portable_conv();
-  }
-}
+const ConvKernels& conv_kernels() { return FASTNN_KERNELS_OF(conv); }
 
 namespace {
 

@@ -5,32 +5,14 @@
 #include <algorithm>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/philox.hpp"
 
 namespace fastnn {
 namespace {
 
-const DropoutKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_dropout();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_dropout();
-#endif
-    default:
-      break;
-  }
-  return portable_dropout();
-}
+const DropoutKernels& kernels() { return FASTNN_KERNELS_OF(dropout); }
 
 // Shape and strides with as few dimensions as there can be; the last is the inner loop. The order
 // is never changed: it is that of the words.

@@ -10,30 +10,13 @@
 
 #include "common/caches.hpp"
 #include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 
 namespace fastnn {
 namespace {
 
-const ElementwiseKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_elementwise();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_elementwise();
-#endif
-    default:
-      break;
-  }
-  return portable_elementwise();
-}
+const ElementwiseKernels& kernels() { return FASTNN_KERNELS_OF(elementwise); }
 
 constexpr int kMost = 3;  // operands
 

@@ -6,32 +6,14 @@
 #include <algorithm>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
 namespace fastnn {
 namespace {
 
-const EmbeddingKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_embedding();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_embedding();
-#endif
-    default:
-      break;
-  }
-  return portable_embedding();
-}
+const EmbeddingKernels& kernels() { return FASTNN_KERNELS_OF(embedding); }
 
 // 10 us of copying: a parallel region costs about 5.
 constexpr int64_t kBytesWorthAThread = 128 << 10;

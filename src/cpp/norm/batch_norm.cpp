@@ -8,31 +8,13 @@
 #include <cmath>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "norm/blocks.hpp"
 
 namespace fastnn {
-const BatchNormKernels& batch_norm_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_batch_norm();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_batch_norm();
-#endif
-    default:
-      break;
-  }
-  return portable_batch_norm();
-}
+const BatchNormKernels& batch_norm_kernels() { return FASTNN_KERNELS_OF(batch_norm); }
 
 namespace {
 

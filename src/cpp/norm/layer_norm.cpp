@@ -6,33 +6,15 @@
 #include <algorithm>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
 namespace fastnn {
 namespace {
 
-const RowNormKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_row_norm();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_row_norm();
-#endif
-    default:
-      break;
-  }
-  return portable_row_norm();
-}
+const RowNormKernels& kernels() { return FASTNN_KERNELS_OF(row_norm); }
 
 constexpr int kOperands = 3;
 // What is summed over rows is in float32 for so many of them.

@@ -10,32 +10,14 @@
 #include <vector>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
 namespace fastnn {
 namespace {
 
-const PoolKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_pool();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_pool();
-#endif
-    default:
-      break;
-  }
-  return portable_pool();
-}
+const PoolKernels& kernels() { return FASTNN_KERNELS_OF(pool); }
 
 enum class Job { forward, backward, element };
 

@@ -9,32 +9,14 @@
 #include <vector>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 
 namespace fastnn {
 namespace {
 
-const FakeQuantizeKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_fake_quantize();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_fake_quantize();
-#endif
-    default:
-      break;
-  }
-  return portable_fake_quantize();
-}
+const FakeQuantizeKernels& kernels() { return FASTNN_KERNELS_OF(fake_quantize); }
 
 constexpr int64_t kWorthAThread = 16384;  // elements: about 10 us
 constexpr int64_t kPiece = 1024;          // of a row, with a sum of its own

@@ -12,32 +12,14 @@
 
 #include "common/allocator.hpp"
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "quant/loop.hpp"
 
 namespace fastnn {
 namespace {
 
-const QuantizeKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_quantize();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_quantize();
-#endif
-    default:
-      break;
-  }
-  return portable_quantize();
-}
+const QuantizeKernels& kernels() { return FASTNN_KERNELS_OF(quantize); }
 
 constexpr float kLeastScale = std::numeric_limits<float>::min();
 constexpr int64_t kWorthAThread = 16384;  // elements: about 10 us

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "gemm/tiles.hpp"
@@ -27,25 +28,7 @@ constexpr int64_t kShortGroup = 32;  // shorter ones are not summed by tiles
 constexpr int64_t kPartRows = 512;   // of x, that a panel of the weight is made for
 constexpr int64_t kPanelK = 256;     // elements of K in a panel of 32 columns: half of L1
 
-const WeightOnlyKernels& base_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_weight_only();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_weight_only();
-#endif
-    default:
-      break;
-  }
-  return portable_weight_only();
-}
+const WeightOnlyKernels& base_kernels() { return FASTNN_KERNELS_OF(weight_only); }
 
 const WeightOnlyKernels& kernels_for(DType x) {
   (void)x;

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "softmax/positions.hpp"
@@ -15,25 +15,7 @@
 namespace fastnn {
 namespace {
 
-const CrossEntropyKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_cross_entropy();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_cross_entropy();
-#endif
-    default:
-      break;
-  }
-  return portable_cross_entropy();
-}
+const CrossEntropyKernels& kernels() { return FASTNN_KERNELS_OF(cross_entropy); }
 
 constexpr int64_t kMostPositions = SoftmaxKernels::kMostColumns;  // of one call of a kernel
 

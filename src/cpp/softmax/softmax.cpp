@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "common/caches.hpp"
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "softmax/positions.hpp"
@@ -14,25 +14,7 @@
 namespace fastnn {
 namespace {
 
-const SoftmaxKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_softmax();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_softmax();
-#endif
-    default:
-      break;
-  }
-  return portable_softmax();
-}
+const SoftmaxKernels& kernels() { return FASTNN_KERNELS_OF(softmax); }
 
 void run(const SoftmaxCall& call, const SoftmaxOperand* operands, int count, bool backward) {
   const int64_t item = int64_t(dtype_size(call.type)), items[] = {item, item, item};

@@ -4,31 +4,13 @@
 #include <atomic>
 #include <limits>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "tree/kernels.hpp"
 
 namespace fastnn {
 
-const BinnedKernels& binned_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_binned();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_binned();
-#endif
-    default:
-      break;
-  }
-  return portable_binned();
-}
+const BinnedKernels& binned_kernels() { return FASTNN_KERNELS_OF(binned); }
 
 namespace {
 

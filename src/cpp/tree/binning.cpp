@@ -7,31 +7,13 @@
 #include <new>
 #include <vector>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "tree/memory.hpp"
 
 namespace fastnn {
 
-const BinningKernels& binning_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_binning();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_binning();
-#endif
-    default:
-      break;
-  }
-  return portable_binning();
-}
+const BinningKernels& binning_kernels() { return FASTNN_KERNELS_OF(binning); }
 
 void make_bin_table(const double* edges, int count, bool categorical, int missing,
                     BinTable& table) {

@@ -9,32 +9,14 @@
 #include <new>
 #include <utility>
 
-#include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "tree/memory.hpp"
 
 namespace fastnn {
 
-const HistogramKernels& histogram_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_histogram();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_histogram();
-#endif
-    default:
-      break;
-  }
-  return portable_histogram();
-}
+const HistogramKernels& histogram_kernels() { return FASTNN_KERNELS_OF(histogram); }
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
@@ -24,25 +24,7 @@ constexpr int64_t kBlockBytes = 24 << 10;   // packed rows in L1, beside a tree
 constexpr int64_t kGroupBytes = 768 << 10;  // trees in L2
 constexpr int64_t kChunkBytes = 256 << 10;  // packed rows, beside a group
 
-const PredictKernels& kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_predict();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_predict();
-#endif
-    default:
-      break;
-  }
-  return portable_predict();
-}
+const PredictKernels& kernels() { return FASTNN_KERNELS_OF(predict); }
 
 // The largest float32 that is <= x: for a float32 v, v <= x exactly where v <= that.
 float round_down(double x) {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 #include "common/parallel.hpp"
 #include "tree/layout.hpp"
 #include "tree/random_kernels.hpp"
@@ -13,25 +13,7 @@
 namespace fastnn {
 namespace {
 
-const RandomKernels& random_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_random();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_random();
-#endif
-    default:
-      break;
-  }
-  return portable_random();
-}
+const RandomKernels& random_kernels() { return FASTNN_KERNELS_OF(random); }
 
 class RandomLayout final : public Layout {
  public:

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "common/cpu_features.hpp"
+#include "common/kernels_of.hpp"
 
 namespace fastnn {
 namespace {
@@ -16,25 +16,7 @@ constexpr double kMostCounted = double(1 << 26);
 
 }  // namespace
 
-const TreeKernels& tree_kernels() {
-  switch (active_isa()) {
-    case Isa::portable:
-      break;
-#ifdef FASTNN_HAS_AVX2
-    case Isa::avx2:
-      return avx2_tree();
-#endif
-#ifdef FASTNN_HAS_AVX512
-    case Isa::avx512:
-    case Isa::amx:
-    case Isa::amx_emulated:
-      return avx512_tree();
-#endif
-    default:
-      break;
-  }
-  return portable_tree();
-}
+const TreeKernels& tree_kernels() { return FASTNN_KERNELS_OF(tree); }
 
 SplitSearch::SplitSearch(const TreeTarget& target, int64_t rows)
     : given_(target), t_(target), way_(Way::general) {

@@ -30,7 +30,10 @@ _from_dlpack = torch.from_dlpack
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Contiguous uninitialised memory; large blocks come from the caching host allocator."""
-    if math.prod(shape) * dtype.itemsize > LARGE_BYTES:
+    bytes = math.prod(shape) * dtype.itemsize
+    if bytes >= 2**63:
+        raise MemoryError(f"fastnn: cannot allocate {bytes} bytes for a result")
+    if bytes > LARGE_BYTES:
         return _from_dlpack(_Capsule(_cpu.empty_dlpack(tuple(shape), DTYPE[dtype])))
     return torch.empty_strided(shape, contiguous(shape), dtype=dtype)
 
