@@ -156,21 +156,24 @@ UlpError largest_ulp_error(int kind, uint32_t first, uint64_t count, uint64_t st
     UlpError mine{0, 0};
     const Range share = share_of(int64_t(count), kBlock, thread, threads);
     for (int64_t b = share.begin; b < share.end; b += kBlock) {
-      const int64_t n = std::min(kBlock, share.end - b);
-      for (int64_t i = 0; i < n; i++) {
+      const int64_t in_block = std::min(kBlock, share.end - b);
+      for (int64_t i = 0; i < in_block; i++) {
         const uint32_t bits = first + uint32_t(b + i) * uint32_t(step);  // modulo 2^32
         std::memcpy(&x[i], &bits, 4);
         xd[i] = x[i];
       }
-      tested(x.data(), 1, y.data(), 1, n, false);
+      tested(x.data(), 1, y.data(), 1, in_block, false);
       // A monotonic function whose exact values at both ends are equal is constant in between: most
       // of all floats lie where it saturates.
-      const double ends[2] = {xd[0], xd[n - 1]};
+      const double ends[2] = {xd[0], xd[in_block - 1]};
       exact(ends, 1, r.data(), 1, 2, false);
-      if (monotonic && step == 1 && r[0] == r[1])
-        std::fill(r.begin(), r.begin() + n, double(r[0]));
-      else
+      int64_t n = in_block;  // to judge: one of them if all are alike
+      if (!monotonic || step != 1 || r[0] != r[1])
         exact(xd.data(), 1, r.data(), 1, n, false);
+      else if (std::memcmp(&y[0], &y[1], size_t(n - 1) * sizeof(float)) == 0)
+        n = 1;
+      else
+        std::fill(r.begin(), r.begin() + n, double(r[0]));
       for (int64_t i = 0; i < n; i++) {
         // One over the unit in the last place of r: its exponent less 23, no less than -149.
         const double magnitude = std::max(std::abs(r[i]), 0x1p-126);
