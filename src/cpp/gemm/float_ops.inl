@@ -21,10 +21,9 @@ struct FloatOps {
   static FASTNN_INLINE V broadcast(const char* p) { return V::set1(*(const Word*)p); }
   static FASTNN_INLINE V multiply_add(V sum, V a, V b) { return fma(a, b, sum); }
   static FASTNN_INLINE V start(const char*) { return V::zero(); }
-  static FASTNN_INLINE void put(Acc* p, V sum, bool add) {
-    if (add) sum = V::load(p) + sum;
-    sum.store(p);
-  }
+  static FASTNN_INLINE V sums(const Acc* p) { return V::load(p); }
+  static FASTNN_INLINE V plus(V a, V b) { return a + b; }
+  static FASTNN_INLINE void put(Acc* p, V sum) { sum.store(p); }
 
   static FASTNN_INLINE Word element(double x) { return Word(x); }
   template <class Src>

@@ -9,6 +9,8 @@
 //   Vec                         a vector of words;  Sum: a vector of accumulators
 //   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
+//   sums(p), plus(a, b), put(p, sum)   accumulators in memory
+//   requantizes                 of integers: whether its tiles take a Finish that requantizes
 #pragma once
 #include "gemm/kernel.hpp"
 #include "isa/gelu.hpp"
@@ -162,19 +164,46 @@ FASTNN_INLINE void finish_integers(Sum (&sum)[ROWS][NV], const Finish& f, int co
     put(f16());
 }
 
-// Sums of integers on their way to uint8, of kernels that requantize.
-template <class Sum, int ROWS, int NV>
-FASTNN_INLINE void finish_requantized([[maybe_unused]] Sum (&sum)[ROWS][NV],
-                                      [[maybe_unused]] const Finish& f) {
+// Sums of any kind on their way to C.
+template <class Ops, int ROWS, int NV>
+FASTNN_INLINE void finish_sums(typename Ops::Sum (&sum)[ROWS][NV], const Finish& f, int cols) {
+  using Acc = typename Ops::Acc;
+  if constexpr (Acc(0.5f) == Acc(0)) {
 #if FASTNN_TARGET_ID == 2
-  if constexpr (NV == 2) {
-    if (f.residual)
-      requantize_registers<true>(sum, *f.requantize, f.column, f.c, f.c_row, f.residual,
-                                 f.residual_row);
-    else
-      requantize_registers<false>(sum, *f.requantize, f.column, f.c, f.c_row, nullptr, 0);
-  }
+    if constexpr (Ops::requantizes && NV == 2)
+      if (f.requantize)
+        return f.residual ? requantize_registers<true>(sum, *f.requantize, f.column, f.c, f.c_row,
+                                                       f.residual, f.residual_row)
+                          : requantize_registers<false>(sum, *f.requantize, f.column, f.c, f.c_row,
+                                                        nullptr, 0);
 #endif
+    finish_integers(sum, f, cols);
+  } else {
+    if constexpr (sizeof(Acc) == 4)
+      if (f.type == DType::bf16) return finish_tile<bf16>(sum, f, cols);
+    finish_tile<Acc>(sum, f, cols);
+  }
+}
+
+// The same from memory, a vector at a time, for tiles of any size, but to uint8: rows lie `ld`
+// apart.
+template <class Ops>
+static void finish_edge(const typename Ops::Acc* sums, int ld, int rows, const Finish& f,
+                        int cols) {
+  constexpr bool integers = typename Ops::Acc(0.5f) == typename Ops::Acc(0);
+  const int64_t size = dtype_size(f.type), bias_size = integers ? dtype_size(f.bias_type) : size;
+  for (int i = 0; i < rows; i++)
+    for (int v = 0; v < cols; v += Ops::width) {
+      Finish at = f;
+      at.c += i * f.c_row + v * size;
+      if (f.residual) at.residual += i * f.residual_row + v * size;
+      if (f.column_bias) at.column_bias += v * bias_size;
+      if (f.row_bias) at.row_bias += i * f.row_bias_step;
+      if (f.row_scale) at.row_scale += i, at.column_scale += v;
+      if (f.row_zero) at.row_zero += i, at.column_sum += v;
+      typename Ops::Sum sum[1][1] = {{Ops::sums(sums + i * ld + v)}};
+      finish_sums<Ops>(sum, at, int(least(Ops::width, cols - v)));
+    }
 }
 
 // ROWS x NV vectors of sums stay in registers over the whole block of K:
@@ -235,36 +264,29 @@ static void tile(const TileArgs& t) {
   }
   using Acc = typename Ops::Acc;
   auto* acc = static_cast<char*>(t.acc);
-  if constexpr (Acc(0.5f) != Acc(0)) {
-    if (t.finish) {
-      if (t.add) {
+  int64_t acc_row = t.acc_row;
+  if (t.add) {
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++, acc += t.acc_row)
+    for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; v++)
-            sum[i][v] =
-                Ops::Sum::load(reinterpret_cast<const Acc*>(acc) + v * Ops::width) + sum[i][v];
-      }
-      if constexpr (sizeof(Acc) == 4)
-        if (t.finish->type == DType::bf16) return finish_tile<bf16>(sum, *t.finish, t.cols);
-      return finish_tile<Acc>(sum, *t.finish, t.cols);
-    }
-  } else if (t.finish) {
-    if (t.add) {
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++, acc += t.acc_row)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v++)
-          sum[i][v] = (VecI32{sum[i][v]} + VecI32::load(acc + v * Ops::width * int(sizeof(Acc)))).r;
-    }
-    if (t.finish->requantize) return finish_requantized(sum, *t.finish);
-    return finish_integers(sum, *t.finish, t.cols);
+      for (int v = 0; v < NV; v++)
+        sum[i][v] = Ops::plus(
+            Ops::sums(reinterpret_cast<const Acc*>(acc + i * acc_row) + v * Ops::width), sum[i][v]);
+  }
+  // Not worth code of its own are the sizes of which a product has one tile at most: fewer rows
+  // than a whole tile has, and fewer columns.
+  constexpr bool often = ROWS == MR || NV * Ops::width == NR;
+  alignas(64) Acc edge[often ? 1 : ROWS][NV * Ops::width];
+  if (t.finish) {
+    if constexpr (often) return finish_sums<Ops>(sum, *t.finish, t.cols);
+    acc = reinterpret_cast<char*>(edge), acc_row = sizeof(edge[0]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++, acc += t.acc_row)
+  for (int i = 0; i < ROWS; i++, acc += acc_row)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++)
-      Ops::put(reinterpret_cast<Acc*>(acc) + v * Ops::width, sum[i][v], t.add);
+    for (int v = 0; v < NV; v++) Ops::put(reinterpret_cast<Acc*>(acc) + v * Ops::width, sum[i][v]);
+  if constexpr (!often)
+    if (t.finish) finish_edge<Ops>(edge[0], NV * Ops::width, ROWS, *t.finish, t.cols);
 }
 
 // tile<> for a number of rows and vectors known at run time: a table of all of them.

@@ -33,12 +33,12 @@ struct Pair16Ops {
 #endif
   using Sum = Vec;
   static constexpr int k_word = 2;
-  static constexpr bool narrows = false;
+  static constexpr bool requantizes = false;
   static FASTNN_INLINE Vec load_partial(const char* p, int) { return load(p); }
   static FASTNN_INLINE Vec start(const char*) { return zero(); }
-  static FASTNN_INLINE void put(int32_t* p, Vec sum, bool more) {
-    store(p, more ? add(load((const char*)p), sum) : sum);
-  }
+  static FASTNN_INLINE Vec sums(const int32_t* p) { return load((const char*)p); }
+  static FASTNN_INLINE Vec plus(Vec a, Vec b) { return add(a, b); }
+  static FASTNN_INLINE void put(int32_t* p, Vec sum) { store(p, sum); }
   template <class Src>
   static FASTNN_INLINE Word make_word(const Src* e) {
     return Word(uint32_t(uint16_t(int16_t(e[0]))) | uint32_t(uint16_t(int16_t(e[1]))) << 16);

@@ -29,7 +29,9 @@ struct Bf16Ops {
     return {_mm512_dpbf16_ps(sum.r, (__m512bh)a, (__m512bh)b)};
   }
   static FASTNN_INLINE VecF32 start(const char*) { return zero(); }
-  static FASTNN_INLINE void put(float* p, VecF32 sum, bool add) { F32Ops::put(p, sum, add); }
+  static FASTNN_INLINE VecF32 sums(const float* p) { return VecF32::load(p); }
+  static FASTNN_INLINE VecF32 plus(VecF32 a, VecF32 b) { return a + b; }
+  static FASTNN_INLINE void put(float* p, VecF32 sum) { sum.store(p); }
 
   static FASTNN_INLINE uint16_t half(bf16 x) { return x.bits; }
   static FASTNN_INLINE uint16_t half(float x) {
@@ -88,6 +90,7 @@ struct Int8Ops {
   using Vec = __m512i;
   using Sum = __m512i;
   static constexpr int width = 16, k_word = 4;
+  static constexpr bool requantizes = !SignedA;
 
   static FASTNN_INLINE Vec zero() { return _mm512_setzero_si512(); }
   static FASTNN_INLINE Vec load(const char* p) { return _mm512_loadu_si512(p); }
@@ -97,9 +100,9 @@ struct Int8Ops {
     return _mm512_dpbusd_epi32(sum, a, b);
   }
   static FASTNN_INLINE Vec start(const char* p) { return SignedA ? load(p) : zero(); }
-  static FASTNN_INLINE void put(int32_t* p, Vec sum, bool add) {
-    _mm512_storeu_si512(p, add ? _mm512_add_epi32(sum, _mm512_loadu_si512(p)) : sum);
-  }
+  static FASTNN_INLINE Vec sums(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static FASTNN_INLINE Vec plus(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static FASTNN_INLINE void put(int32_t* p, Vec sum) { _mm512_storeu_si512(p, sum); }
 };
 
 // Along K, for few rows: 64 bytes at a time of both operands.

@@ -14,6 +14,7 @@ struct IntOps {
   using Vec = Lanes;
   using Sum = Lanes;
   static constexpr int width = 4, k_word = 1;
+  static constexpr bool requantizes = false;
   static FASTNN_INLINE Lanes zero() { return Lanes{}; }
   static FASTNN_INLINE Lanes load(const char* p) {
     Lanes v;
@@ -24,10 +25,9 @@ struct IntOps {
   static FASTNN_INLINE Lanes broadcast(const char* p) { return *(const int32_t*)p - Lanes{}; }
   static FASTNN_INLINE Lanes multiply_add(Lanes sum, Lanes a, Lanes b) { return sum + a * b; }
   static FASTNN_INLINE Lanes start(const char*) { return Lanes{}; }
-  static FASTNN_INLINE void put(int32_t* p, Lanes sum, bool add) {
-    if (add) sum += load((const char*)p);
-    __builtin_memcpy(p, &sum, sizeof(sum));
-  }
+  static FASTNN_INLINE Lanes sums(const int32_t* p) { return load((const char*)p); }
+  static FASTNN_INLINE Lanes plus(Lanes a, Lanes b) { return a + b; }
+  static FASTNN_INLINE void put(int32_t* p, Lanes sum) { __builtin_memcpy(p, &sum, sizeof(sum)); }
   template <class Src>
   static FASTNN_INLINE Word make_word(const Src* e) {
     return e[0];
