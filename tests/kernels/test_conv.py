@@ -485,10 +485,14 @@ def check_square(x_shape, w_shape, y_shape, options, last):
     expected = exactly("forward", x, w, y, options)
     magnitude = exactly("forward", x.abs(), w.abs(), y, options)
     assert bool(((found.double() - expected).abs() <= taps * x.shape[1] * 2.0**-24 * magnitude).all())
+    found = convolve("weight", x, torch.full_like(w, math.nan), y, **options)
+    assert _cpu.counters()["winograd"] == 2
+    expected = exactly("weight", x, w, y, options)
+    assert (found.double() - expected).norm() <= 2.0**-21 * expected.norm()
     if options["stride"][2] == 2:
         return
     found = convolve("input", torch.full_like(x, math.nan), w, y, **options)
-    assert _cpu.counters()["winograd"] == 2
+    assert _cpu.counters()["winograd"] == 3
     expected = exactly("input", x, w, y, options)
     magnitude = exactly("input", x, w.abs(), y.abs(), options)
     assert bool(((found.double() - expected).abs() <= taps * y.shape[1] * 2.0**-24 * magnitude).all())
@@ -514,12 +518,26 @@ def test_small_numbers_beside_large_ones_keep_their_digits(isa, way):
     assert bool(((found.double() - expected).abs() <= way[0] ** 2 * 96 * 2.0**-24 * magnitude).all())
 
 
+@ways
+def test_taps_that_meet_nothing_have_no_gradient(isa, way):
+    """Their tiles have inputs and gradients, but not where these taps meet them."""
+    *shapes, options = square(way, 1, 96, 96, 48, 48)
+    x, w, y = (torch.randn(s) for s in shapes)
+    y[..., 1:, :] = 0
+    _cpu.reset_counters()
+    found = convolve("weight", x, torch.full_like(w, math.nan), y, **options)
+    assert _cpu.counters()["winograd refused"] == 1
+    outside = way[0] // 2
+    assert bool((found[..., :outside, :] == 0).all())
+    assert bool((found[..., outside:, :] != 0).any(-1).all())
+
+
 @pytest.mark.parametrize("channels", [64, 320])
 @pytest.mark.parametrize("kind", ["normal", "relu", "scaled", "cancelling"])
 @ways
 def test_square_filters_are_no_worse_than_torch(way, channels, kind):
     *shapes, options = square(way, 2, channels, 64, 40, 40)
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares, gradients = torch.zeros(2, 2, dtype=torch.float64)
     for _ in range(3):
         x, w, y = (torch.randn(s) for s in shapes)
         if kind == "relu":
@@ -535,4 +553,13 @@ def test_square_filters_are_no_worse_than_torch(way, channels, kind):
         theirs = F.conv2d(x[:, :, 0], w[:, :, 0], padding=way[0] // 2, stride=way[1])[:, :, None]
         for i, result in enumerate((ours, theirs)):
             squares[i] += (result.double() - expected).square().sum() / expected.square().sum()
+        if kind != "cancelling":  # channels against each other, which do not meet here
+            expected = exactly("weight", x, w, y, options)
+            ours = convolve("weight", x, torch.empty_like(w), y, **options)
+            leaf = w[:, :, 0].clone().requires_grad_()
+            result = F.conv2d(x[:, :, 0], leaf, padding=way[0] // 2, stride=way[1])
+            (theirs,) = torch.autograd.grad(result, leaf, y[:, :, 0])
+            for i, result in enumerate((ours, theirs[:, :, None])):
+                gradients[i] += (result.double() - expected).square().sum() / expected.square().sum()
     assert squares[0].sqrt() <= 1.1 * squares[1].sqrt(), (squares[0] / squares[1]).sqrt()
+    assert gradients[0].sqrt() <= 1.1 * gradients[1].sqrt(), (gradients[0] / gradients[1]).sqrt()

@@ -493,6 +493,7 @@ void conv_weight(const Conv& c) {
     count_call("depthwise");
     return depthwise_weight(c);
   }
+  if (winograd_weight(c)) return;
   const int64_t channels = c.w.size[1], rows = c.w.size[0] / c.groups;
   const int64_t size = int64_t(dtype_size(c.type));
   for_groups(c.groups, work(c), [&](int64_t group, int threads) {

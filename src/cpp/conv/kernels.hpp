@@ -92,15 +92,21 @@ struct DepthwiseKernels {
 // cancellation within a tile.
 constexpr int64_t kWinogradSum = 16, kWinogradGroup = 128;
 constexpr int kMostWinogradFilters = 32, kMostWinogradTaps = 5, kMostWinogradSpan = 6;
+using WinogradTransformFn = void (*)(const float* const* pixels, int64_t channels, float* to,
+                                     int64_t group, int64_t position, float* sums);
 // Square filters of so many taps, in each direction, at a step: see winograd.inl.
 struct WinogradKernels {
   int taps, step, span, products, panel;
-  void (*input)(const float* const* pixels, int64_t channels, float* u, int64_t group,
-                int64_t position, float* sums);
+  WinogradTransformFn input;
   void (*filter)(const float* g, int64_t ld, float* v, int64_t position, int filters);
   void (*product)(const float* u, int64_t u_group, int64_t tiles, const float* v, int64_t channels,
                   float* m);
   bool (*output)(const float* m, int64_t position, int64_t tiles, float* y, int64_t y_row);
+  // For the filters' gradient: of 2 x 2 pixels of y's, its products, and their results.
+  WinogradTransformFn spread;
+  void (*weight_product)(const float* u, const float* z, int64_t z_group, int64_t filter,
+                         int64_t tiles, float* m, bool add);
+  bool (*gather)(const float* m, int64_t position, float* g);
 };
 
 struct ConvKernels {

@@ -6,11 +6,10 @@
 #include <cstring>
 #include <vector>
 
-#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/kernels.hpp"
-#include "conv/parts.hpp"
+#include "conv/winograd_tiles.hpp"
 #include "gemm/kernel.hpp"
 #include "gemm/prepared.hpp"
 
@@ -25,8 +24,10 @@ constexpr int64_t kMostTiles = 56, kMostProducts = 16 * kMostTiles;
 // output's own inputs must not be smaller than this part of the tile's.
 constexpr float kLeastShare = 1.f / 64;
 // Filters of no more bytes than this are read anew for every block of tiles, and transformed tiles
-// of no more than these stay in a core's second cache, or in the one that the cores share.
-constexpr int64_t kFewFilters = 5 << 18, kOwnTiles = 3 << 17, kSharedTiles = 8 << 20;
+// of no more than that stay in a core's second cache.
+constexpr int64_t kFewFilters = 5 << 18, kOwnTiles = 3 << 17;
+// Filters of which there are more than so many transformed numbers are left as they are.
+constexpr double kMostFilters = 1 << 25;
 
 // The correlation with square filters of w[row * rows + channel * channels + tap].
 struct Job {
@@ -41,66 +42,33 @@ struct Job {
   const Conv& c;
 
   int64_t taps() const { return way.taps * way.taps; }
-  // Whether an input's channels are neighbours, to be read where they lie.
-  bool in_place() const { return in.stride[1] == 1; }
+  TileSource source() const { return {in, way.input, way.span, 2 * way.step, top, left}; }
   bool channels_inner() const { return out.stride[1] == 1; }
 };
 
 struct Sizes {
-  int64_t tile_rows, tile_columns, tiles;
+  TileGrid grid;
   int64_t panel, panels;
   int64_t positions;  // of a transformed tile
   int64_t most;       // tiles that are multiplied together
   int64_t depth;      // channels, with zeros up to whole sums
   int64_t v;          // floats of a panel of filters
-  int64_t slab;       // of the inputs of tiles side by side
   int64_t m_step;     // from a position of a panel's products to the next
   explicit Sizes(const Job& j)
-      : tile_rows(ceil_div(j.out.size[3], 2)),
-        tile_columns(ceil_div(j.out.size[4], 2)),
-        tiles(j.out.size[0] * tile_rows * tile_columns),
+      : grid(j.out),
         panel(j.way.panel),
         panels(ceil_div(j.rows, panel)),
         positions(j.way.products * j.way.products),
         most(kMostProducts / positions),
-        depth(ceil_div(j.in.size[1], kWinogradSum) * kWinogradSum),
+        depth(j.source().depth()),
         v(positions * depth * panel),
-        slab(j.in_place() ? 0 : j.way.span * columns(j, std::min(most, tile_columns)) * depth),
         m_step(most * panel + 16) {}
-  // Of the inputs of so many tiles side by side.
-  static int64_t columns(const Job& j, int64_t length) {
-    return 2 * j.way.step * (length - 1) + j.way.span;
-  }
 };
 
-// Tiles of one row of one image.
-struct TileRun {
-  int64_t image, row, column;  // of tiles
-  int64_t begin, length;
-};
-
-// The runs in [begin, end), each of at most s.most.
-template <class F>
-void for_runs(const Sizes& s, int64_t begin, int64_t end, F f) {
-  for (int64_t t = begin; t < end;) {
-    TileRun r;
-    r.column = t % s.tile_columns;
-    r.row = t / s.tile_columns % s.tile_rows;
-    r.image = t / s.tile_columns / s.tile_rows;
-    r.begin = t;
-    r.length = std::min({s.tile_columns - r.column, end - t, s.most});
-    f(r);
-    t += r.length;
-  }
-}
-
-// Transformed tiles [begin, end) as (position, channels / kWinogradSum, tile, kWinogradSum); and
-// which of a tile's four outputs are zero, because all of their inputs are, among nonzero ones of
-// the tile.
-struct Tiles {
-  int64_t begin, end;
-  float* u;
-  int64_t u_group, u_step;  // from some channels, from a position to the next
+// Transformed tiles; and which of each one's four outputs are zero, because all of their inputs
+// are, among nonzero ones of the tile.
+struct Tiles : TileTarget {
+  int64_t end;
   uint8_t* holes;
 };
 
@@ -124,53 +92,6 @@ bool judge(const WinogradKernels& way, const float* sums, uint8_t& holes) {
   return true;
 }
 
-// Tiles [begin, end) of `to`.
-bool transform_tiles(const Job& j, const Sizes& s, const ConvKernels& kernels, const Tiles& to,
-                     int64_t begin, int64_t end, const float* zeros, float* slab) {
-  const Tensor5& x = j.in;
-  const int64_t channels = x.size[1], apart = 2 * j.way.step;
-  const int span = j.way.span;
-  bool good = true;
-  for_runs(s, begin, end, [&](const TileRun& run) {
-    const int64_t y0 = apart * run.row - j.top, x0 = apart * run.column - j.left;
-    const int64_t columns = s.columns(j, run.length);
-    const char* image = x.data + run.image * x.stride[0] * 4;
-    if (!j.in_place())
-      for (int r = 0; r < span; r++) {
-        const int64_t y = y0 + r;
-        const bool inside = y >= 0 && y < x.size[3];
-        const int64_t lo = std::clamp<int64_t>(-x0, 0, columns),
-                      hi = std::clamp<int64_t>(x.size[4] - x0, lo, columns);
-        Lane lanes[16];
-        for (int64_t c = 0; c < channels; c += 16) {
-          const int count = int(std::min<int64_t>(16, channels - c));
-          for (int l = 0; l < count; l++)
-            lanes[l] = {image + ((c + l) * x.stride[1] + y * x.stride[3] + x0 * x.stride[4]) * 4,
-                        int32_t(lo), int32_t(inside ? hi : lo)};
-          kernels.transpose[size_index(4)](slab + r * columns * s.depth + c, s.depth, lanes, count,
-                                           x.stride[4], columns);
-        }
-      }
-    const float* pixels[kMostWinogradSpan * kMostWinogradSpan];
-    for (int64_t i = 0; i < run.length; i++) {
-      for (int r = 0; r < span; r++)
-        for (int q = 0; q < span; q++) {
-          const int64_t y = y0 + r, column = apart * i + q, at = x0 + column;
-          const bool inside = y >= 0 && y < x.size[3] && at >= 0 && at < x.size[4];
-          pixels[span * r + q] =
-              !j.in_place() ? slab + (r * columns + column) * s.depth
-              : inside ? reinterpret_cast<const float*>(image) + y * x.stride[3] + at * x.stride[4]
-                       : zeros;
-        }
-      float sums[kMostWinogradSpan * kMostWinogradSpan];
-      const int64_t tile = run.begin + i - to.begin;
-      j.way.input(pixels, channels, to.u + tile * kWinogradSum, to.u_group, to.u_step, sums);
-      good = judge(j.way, sums, to.holes[tile]) && good;
-    }
-  });
-  return good;
-}
-
 // The results of tiles [begin, end), at most s.most, and a panel of filters. False where they
 // are not finite.
 bool multiply(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels& kernels,
@@ -179,7 +100,7 @@ bool multiply(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels&
   const int64_t count = end - begin, first = begin - tiles.begin, y_row = 2 * count * s.panel;
   const int filters = int(std::min(s.panel, j.rows - panel * s.panel));
   for (int64_t p = 0; p < s.positions; p++)
-    j.way.product(tiles.u + p * tiles.u_step + first * kWinogradSum, tiles.u_group, count,
+    j.way.product(tiles.u + p * tiles.step + first * kWinogradSum, tiles.group, count,
                   v + p * s.depth * s.panel, s.depth, m + p * s.m_step);
   float* y = m + s.positions * s.m_step;
   if (!j.way.output(m, s.m_step, count, y, y_row)) return false;
@@ -189,7 +110,7 @@ bool multiply(const Job& j, const Sizes& s, const Kernel& kn, const ConvKernels&
         std::fill_n(y + o / 2 * y_row + (2 * i + o % 2) * s.panel, s.panel, 0.f);
 
   float* turned = y + 2 * y_row;
-  for_runs(s, begin, end, [&](const TileRun& run) {
+  for_runs(s.grid, s.most, begin, end, [&](const TileRun& run) {
     for (int r = 0; r < 2; r++) {
       const int64_t row = 2 * run.row + r, column = 2 * run.column;
       if (row >= j.out.size[3]) continue;
@@ -282,12 +203,12 @@ bool run(const Job& j) {
   const int64_t tile_bytes = s.positions * s.depth * 4, filters_bytes = s.panels * s.v * 4;
   // Few filters stay in a core's caches, and each thread takes a block of tiles with all of them.
   // Of many, each thread takes some with all tiles, or as many as the cores' common cache holds.
-  const bool by_tiles = filters_bytes <= kFewFilters && s.tiles >= 8 * threads;
+  const bool by_tiles = filters_bytes <= kFewFilters && s.grid.count >= 8 * threads;
   int64_t block = std::clamp(by_tiles ? kOwnTiles / tile_bytes : kSharedTiles / tile_bytes,
-                             std::min(int64_t(14), s.most), by_tiles ? s.most : s.tiles);
-  int64_t blocks = ceil_div(s.tiles, block);
+                             std::min(int64_t(14), s.most), by_tiles ? s.most : s.grid.count);
+  int64_t blocks = ceil_div(s.grid.count, block);
   if (by_tiles && blocks < 8 * threads) blocks = ceil_div(blocks, threads) * threads;
-  block = ceil_div(s.tiles, blocks), blocks = ceil_div(s.tiles, block);
+  block = ceil_div(s.grid.count, blocks), blocks = ceil_div(s.grid.count, block);
   const int64_t u_group = block * kWinogradSum, u_step = block * s.depth;
 
   const float* kept = nullptr;  // all filters, transformed before
@@ -311,14 +232,15 @@ bool run(const Job& j) {
   // A thread's own: transformed tiles, filters, zeros, a slab, products and results (twice).
   const int64_t own_u = by_tiles ? s.positions * u_step + holes : 0, own_v = own ? s.v : 0;
   const int64_t products = (s.positions * s.m_step + 2 * 4 * s.most * s.panel + 15) / 16 * 16;
-  const int64_t each = own_u + own_v + s.depth + s.slab + products;
+  const TileSource source = j.source();
+  const int64_t slab_floats = source.slab(std::min(s.most, s.grid.columns));
+  const int64_t each = own_u + own_v + s.depth + slab_floats + products;
   float* memory =
       static_cast<float*>(scratch(Scratch::accumulator, size_t(each * threads) * sizeof(float)));
   // A unit of work is some tiles and a panel.
   const int64_t wanted = own ? 1 : ceil_div(2 * threads, s.panels);
   const int64_t some = std::clamp(ceil_div(block, wanted), int64_t(7), s.most),
                 parts = own ? 1 : ceil_div(block, some);
-  constexpr int64_t kPiece = 8;  // tiles that a thread transforms for all
 
   std::atomic<int64_t> next_panel{0}, next_block{0};
   std::vector<std::atomic<int64_t>> next_piece(static_cast<size_t>(by_tiles ? 0 : blocks)),
@@ -330,7 +252,7 @@ bool run(const Job& j) {
     float* const v = mine + own_u;
     float* const zeros = v + own_v;
     float* const slab = zeros + s.depth;
-    float* const m = slab + s.slab;
+    float* const m = slab + slab_floats;
     std::fill_n(zeros, s.depth, 0.f);
     if (shared_v) {
       for (int64_t p; (p = next_panel.fetch_add(1)) < s.panels;)
@@ -338,14 +260,22 @@ bool run(const Job& j) {
       if (came > 1) barrier();
     }
     auto tiles_of = [&](int64_t b) {
-      return Tiles{b * block, std::min(s.tiles, (b + 1) * block),
-                   u,         u_group,
-                   u_step,    reinterpret_cast<uint8_t*>(u + s.positions * u_step)};
+      return Tiles{{b * block, u, u_group, u_step},
+                   std::min(s.grid.count, (b + 1) * block),
+                   reinterpret_cast<uint8_t*>(u + s.positions * u_step)};
+    };
+    auto transform = [&](const Tiles& to, int64_t begin, int64_t end) {
+      bool good = true;
+      transform_tiles(source, s.grid, s.most, to, begin, end, zeros, slab,
+                      [&](int64_t tile, const float* sums) {
+                        good = judge(j.way, sums, to.holes[tile - to.begin]) && good;
+                      });
+      return good;
     };
     if (by_tiles) {
       for (int64_t b; !refused && (b = next_block.fetch_add(1)) < blocks;) {
         const Tiles t = tiles_of(b);
-        bool good = transform_tiles(j, s, kernels, t, t.begin, t.end, zeros, slab);
+        bool good = transform(t, t.begin, t.end);
         for (int64_t p = 0; good && p < s.panels; p++)
           good = multiply(j, s, kn, kernels, store, t, t.begin, t.end, filters + p * s.v, p, m);
         if (!good) refused = true;
@@ -355,10 +285,10 @@ bool run(const Job& j) {
     for (int64_t b = 0; b < blocks; b++) {
       const Tiles t = tiles_of(b);
       if (b > 0 && came > 1) barrier();  // until nobody reads the last block's any more
-      const int64_t count = t.end - t.begin, pieces = ceil_div(count, kPiece);
+      const int64_t count = t.end - t.begin, pieces = ceil_div(count, kTilesPiece);
       for (int64_t i; (i = next_piece[size_t(b)].fetch_add(1)) < pieces;)
-        if (!transform_tiles(j, s, kernels, t, t.begin + i * kPiece,
-                             std::min(t.end, t.begin + (i + 1) * kPiece), zeros, slab))
+        if (!transform(t, t.begin + i * kTilesPiece,
+                       std::min(t.end, t.begin + (i + 1) * kTilesPiece)))
           refused = true;
       if (came > 1) barrier();
       for (int64_t unit;
@@ -379,14 +309,16 @@ bool run(const Job& j) {
   return !refused;
 }
 
-// The kernels for y from x, or x from y, or null where these would be slower or there are none.
-const WinogradKernels* way_of(const Conv& c, bool forward) {
+}  // namespace
+
+const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
   if (c.type != DType::f32 || c.batch_invariant || c.groups != 1 || c.w.size[2] != 1 ||
       c.w.size[3] != c.w.size[4] || c.x.size[2] != 1 || c.y.size[2] != 1 || c.padding[0] != 0 ||
       c.stride[1] != c.stride[2] || c.dilation[1] != 1 || c.dilation[2] != 1)
     return nullptr;
-  const Tensor5 &in = forward ? c.x : c.y, &out = forward ? c.y : c.x;
-  if (in.size[1] < 32 || out.size[1] < 16 || (!forward && c.stride[1] != 1)) return nullptr;
+  const bool turned = pass == Pass::input;
+  const Tensor5 &in = turned ? c.y : c.x, &out = turned ? c.x : c.y;
+  if (in.size[1] < 32 || out.size[1] < 16 || (turned && c.stride[1] != 1)) return nullptr;
   for (const WinogradKernels& way : conv_kernels().winograd) {
     if (way.taps != c.w.size[3] || way.step != c.stride[1]) continue;
     // The time, as measured, in multiplications for each pair of channels: directly one a tap and
@@ -402,6 +334,9 @@ const WinogradKernels* way_of(const Conv& c, bool forward) {
     const double multiplied = 1.13 * full(in.size[1], kWinogradSum) * full(out.size[1], way.panel);
     const double transformed = 12 / double(in.size[1]) + 12 / double(out.size[1]);
     const double filters = c.prepared ? 5 : 25;
+    const double kept =
+        double(way.products * way.products) * double(in.size[1]) * double(out.size[1]);
+    if (kept > kMostFilters) return nullptr;
     return way.products * way.products * (tiles * (multiplied + transformed) + filters) <
                    1.11 * double(way.taps * way.taps) * positions
                ? &way
@@ -410,18 +345,16 @@ const WinogradKernels* way_of(const Conv& c, bool forward) {
   return nullptr;
 }
 
-}  // namespace
-
-bool is_winograd(const Conv& c) { return way_of(c, true); }
+bool is_winograd(const Conv& c) { return winograd_way(c, Pass::forward); }
 
 bool winograd_forward(const Conv& c) {
-  const WinogradKernels* way = way_of(c, true);
+  const WinogradKernels* way = winograd_way(c, Pass::forward);
   return way && run({*way, c.x, c.y, c.w.data, c.w.size[0], c.w.stride[0], c.w.stride[1],
                      c.w.stride + 3, false, c.padding[1], c.padding[2], c});
 }
 
 bool winograd_input(const Conv& c) {
-  const WinogradKernels* way = way_of(c, false);
+  const WinogradKernels* way = winograd_way(c, Pass::input);
   return way &&
          run({*way, c.y, c.x, c.w.data, c.w.size[1], c.w.stride[1], c.w.stride[0], c.w.stride + 3,
               true, way->taps - 1 - c.padding[1], way->taps - 1 - c.padding[2], c});

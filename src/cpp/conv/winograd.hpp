@@ -11,10 +11,11 @@
 
 namespace fastnn {
 
-// y from x, x from y. False, with nothing done but perhaps to the result, where another way is
-// faster, or the numbers are such that the result is to be computed otherwise.
+// y from x, x from y, w from both. False, with nothing done but perhaps to the result, where
+// another way is faster, or the numbers are such that the result is to be computed otherwise.
 bool winograd_forward(const Conv& c);
 bool winograd_input(const Conv& c);
+bool winograd_weight(const Conv& c);
 // Whether winograd_forward may compute c.
 bool is_winograd(const Conv& c);
 
