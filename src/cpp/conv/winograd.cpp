@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "common/parallel.hpp"
@@ -182,10 +180,8 @@ void transform_panel(const Job& j, const Sizes& s, const ConvKernels& kernels, i
   }
 }
 
-bool run(const Job& j) {
-  const Kernel& kn = exact_kernel(DType::f32);
-  const ConvKernels& kernels = conv_kernels();
-  const Sizes s(j);
+// How results go from a thread's memory to `out`, channels as columns or as rows.
+Store store_of(const Job& j) {
   Gemm g;
   g.c.data = j.out.data, g.c.rs = j.out.stride[1], g.c.cs = j.out.stride[4];
   if (j.channels_inner()) std::swap(g.c.rs, g.c.cs);
@@ -197,117 +193,173 @@ bool run(const Job& j) {
     g.residual.data = const_cast<char*>(j.c.residual);
     g.beta = 1;
   }
-  const Store store = make_store(g);
+  return make_store(g);
+}
 
-  const int threads = max_threads();
-  const int64_t tile_bytes = s.positions * s.depth * 4, filters_bytes = s.panels * s.v * 4;
-  // Few filters stay in a core's caches, and each thread takes a block of tiles with all of them.
-  // Of many, each thread takes some with all tiles, or as many as the cores' common cache holds.
-  const bool by_tiles = filters_bytes <= kFewFilters && s.grid.count >= 8 * threads;
-  int64_t block = std::clamp(by_tiles ? kOwnTiles / tile_bytes : kSharedTiles / tile_bytes,
-                             std::min(int64_t(14), s.most), by_tiles ? s.most : s.grid.count);
-  int64_t blocks = ceil_div(s.grid.count, block);
-  if (by_tiles && blocks < 8 * threads) blocks = ceil_div(blocks, threads) * threads;
-  block = ceil_div(s.grid.count, blocks), blocks = ceil_div(s.grid.count, block);
-  const int64_t u_group = block * kWinogradSum, u_step = block * s.depth;
+// One call: what its threads share. With few filters each thread takes a block of tiles with all of
+// them. With many, all threads transform a block of tiles, as many as the cores' common cache
+// holds, and then each takes all of those with some of the filters.
+class Run {
+ public:
+  explicit Run(const Job& job)
+      : j_(job),
+        s_(job),
+        kernel_(exact_kernel(DType::f32)),
+        kernels_(conv_kernels()),
+        store_(store_of(job)),
+        source_(job.source()),
+        threads_(max_threads()) {
+    const int64_t tile_bytes = s_.positions * s_.depth * 4, tiles = s_.grid.count;
+    by_tiles_ = filters_floats() * 4 <= kFewFilters && tiles >= 8 * threads_;
+    const int64_t most =
+        by_tiles_ ? std::clamp(kOwnTiles / tile_bytes, std::min(int64_t(14), s_.most), s_.most)
+                  : std::clamp(kSharedTiles / tile_bytes, std::min(int64_t(14), tiles), tiles);
+    blocks_ = ceil_div(tiles, most);
+    if (by_tiles_ && blocks_ < 8 * threads_) blocks_ = ceil_div(blocks_, threads_) * threads_;
+    block_ = ceil_div(tiles, blocks_), blocks_ = ceil_div(tiles, block_);
+    keep_filters();
+    own_filters_ = !kept_ && !by_tiles_ && blocks_ == 1 && s_.panels >= 2 * threads_;
+  }
 
-  const float* kept = nullptr;  // all filters, transformed before
-  if (j.c.prepared && !j.turned)
-    kept = reinterpret_cast<const float*>(
-        j.c.prepared->get("winograd", &kn, 0, 0, size_t(filters_bytes), [&](char* to) {
-          Prepared::want(j.w, j.c.w.count());
-          parallel(threads, [&](int thread, int came) {
-            const Range mine = share_of(s.panels, 1, thread, came);
+  // False where the numbers are such that the result is to be computed otherwise.
+  bool operator()() {
+    const int64_t shared_filters = kept_ || own_filters_ ? 0 : filters_floats();
+    auto* shared = static_cast<float*>(
+        scratch(Scratch::packed_b,
+                size_t(shared_filters + (by_tiles_ ? 0 : tiles_floats())) * sizeof(float)));
+    filters_ = kept_ ? kept_ : shared;
+    const int64_t each = own_floats();
+    auto* memory =
+        static_cast<float*>(scratch(Scratch::accumulator, size_t(each * threads_) * sizeof(float)));
+    std::vector<std::atomic<int64_t>> next(size_t(1 + 2 * blocks_));
+    parallel(threads_, [&](int thread, int came) {
+      const Own own = own_of(memory + each * thread, shared + shared_filters);
+      if (shared_filters) {
+        for (int64_t p; (p = next[0].fetch_add(1)) < s_.panels;)
+          transform_panel(j_, s_, kernels_, p, shared + p * s_.v);
+        if (came > 1) barrier();
+      }
+      if (by_tiles_) return take_tiles(own, next[1]);
+      for (int64_t b = 0; b < blocks_; b++) {
+        if (b > 0 && came > 1) barrier();  // until nobody reads the last block's any more
+        const Tiles tiles = tiles_of(own, b);
+        for (int64_t t;
+             (t = tiles.begin + next[size_t(1 + 2 * b)].fetch_add(kTilesPiece)) < tiles.end;)
+          transform(own, tiles, t, std::min(tiles.end, t + kTilesPiece));
+        if (came > 1) barrier();
+        take_filters(own, tiles, next[size_t(2 + 2 * b)]);
+      }
+    });
+    scratch_trim();
+    count_call(refused_ ? "winograd refused" : "winograd");
+    return !refused_;
+  }
+
+ private:
+  // A thread's memory; u is its own, or that of all.
+  struct Own {
+    float *u, *v, *zeros, *slab, *m;
+  };
+
+  int64_t filters_floats() const { return s_.panels * s_.v; }
+  // Of a block of tiles, with a byte each for their holes.
+  int64_t tiles_floats() const {
+    return s_.positions * s_.depth * block_ + ceil_div(block_, 64) * 16;
+  }
+  int64_t slab_floats() const { return source_.slab(std::min(s_.most, s_.grid.columns)); }
+  int64_t own_floats() const {
+    const int64_t results = 4 * s_.most * s_.panel;  // as they come, and turned
+    return ceil_div((by_tiles_ ? tiles_floats() : 0) + (own_filters_ ? s_.v : 0) + s_.depth +
+                        slab_floats() + s_.positions * s_.m_step + 2 * results,
+                    16) *
+           16;
+  }
+  Own own_of(float* memory, float* shared_tiles) const {
+    Own own;
+    own.u = by_tiles_ ? memory : shared_tiles;
+    own.v = memory + (by_tiles_ ? tiles_floats() : 0);
+    own.zeros = own.v + (own_filters_ ? s_.v : 0);
+    own.slab = own.zeros + s_.depth;
+    own.m = own.slab + slab_floats();
+    std::fill_n(own.zeros, s_.depth, 0.f);
+    return own;
+  }
+  Tiles tiles_of(const Own& own, int64_t b) const {
+    const int64_t step = s_.depth * block_;
+    return Tiles{{b * block_, own.u, block_ * kWinogradSum, step},
+                 std::min(s_.grid.count, (b + 1) * block_),
+                 reinterpret_cast<uint8_t*>(own.u + s_.positions * step)};
+  }
+
+  void keep_filters() {
+    if (!j_.c.prepared || j_.turned) return;
+    kept_ = reinterpret_cast<const float*>(
+        j_.c.prepared->get("winograd", &kernel_, 0, 0, size_t(filters_floats()) * 4, [&](char* to) {
+          Prepared::want(j_.w, j_.c.w.count());
+          parallel(threads_, [&](int thread, int came) {
+            const Range mine = share_of(s_.panels, 1, thread, came);
             for (int64_t p = mine.begin; p < mine.end; p++)
-              transform_panel(j, s, kernels, p, reinterpret_cast<float*>(to) + p * s.v);
+              transform_panel(j_, s_, kernels_, p, reinterpret_cast<float*>(to) + p * s_.v);
           });
         }));
-  // Or each by the thread that takes it, or by all of them at the start.
-  const bool own = !kept && !by_tiles && blocks == 1 && s.panels >= 2 * threads;
-  const int64_t shared_u = by_tiles ? 0 : s.positions * u_step, holes = ceil_div(block, 64) * 16;
-  const int64_t shared_v = kept || own ? 0 : s.panels * s.v;
-  float* shared = static_cast<float*>(
-      scratch(Scratch::packed_b, size_t(shared_v + shared_u + holes) * sizeof(float)));
-  const float* filters = kept ? kept : shared;
-  // A thread's own: transformed tiles, filters, zeros, a slab, products and results (twice).
-  const int64_t own_u = by_tiles ? s.positions * u_step + holes : 0, own_v = own ? s.v : 0;
-  const int64_t products = (s.positions * s.m_step + 2 * 4 * s.most * s.panel + 15) / 16 * 16;
-  const TileSource source = j.source();
-  const int64_t slab_floats = source.slab(std::min(s.most, s.grid.columns));
-  const int64_t each = own_u + own_v + s.depth + slab_floats + products;
-  float* memory =
-      static_cast<float*>(scratch(Scratch::accumulator, size_t(each * threads) * sizeof(float)));
-  // A unit of work is some tiles and a panel.
-  const int64_t wanted = own ? 1 : ceil_div(2 * threads, s.panels);
-  const int64_t some = std::clamp(ceil_div(block, wanted), int64_t(7), s.most),
-                parts = own ? 1 : ceil_div(block, some);
+  }
 
-  std::atomic<int64_t> next_panel{0}, next_block{0};
-  std::vector<std::atomic<int64_t>> next_piece(static_cast<size_t>(by_tiles ? 0 : blocks)),
-      next_unit(static_cast<size_t>(by_tiles ? 0 : blocks));
-  std::atomic<bool> refused{false};
-  parallel(threads, [&](int thread, int came) {
-    float* mine = memory + each * thread;
-    float* const u = by_tiles ? mine : shared + shared_v;
-    float* const v = mine + own_u;
-    float* const zeros = v + own_v;
-    float* const slab = zeros + s.depth;
-    float* const m = slab + slab_floats;
-    std::fill_n(zeros, s.depth, 0.f);
-    if (shared_v) {
-      for (int64_t p; (p = next_panel.fetch_add(1)) < s.panels;)
-        transform_panel(j, s, kernels, p, shared + p * s.v);
-      if (came > 1) barrier();
+  void transform(const Own& own, const Tiles& to, int64_t begin, int64_t end) {
+    transform_tiles(source_, s_.grid, s_.most, to, begin, end, own.zeros, own.slab,
+                    [&](int64_t tile, const float* sums) {
+                      if (!judge(j_.way, sums, to.holes[tile - to.begin])) refused_ = true;
+                    });
+  }
+  void multiply_some(const Own& own, const Tiles& tiles, int64_t begin, int64_t end, const float* v,
+                     int64_t panel) {
+    if (!multiply(j_, s_, kernel_, kernels_, store_, tiles, begin, end, v, panel, own.m))
+      refused_ = true;
+  }
+
+  void take_tiles(const Own& own, std::atomic<int64_t>& next) {
+    for (int64_t b; !refused_ && (b = next.fetch_add(1)) < blocks_;) {
+      const Tiles tiles = tiles_of(own, b);
+      transform(own, tiles, tiles.begin, tiles.end);
+      for (int64_t p = 0; !refused_ && p < s_.panels; p++)
+        multiply_some(own, tiles, tiles.begin, tiles.end, filters_ + p * s_.v, p);
     }
-    auto tiles_of = [&](int64_t b) {
-      return Tiles{{b * block, u, u_group, u_step},
-                   std::min(s.grid.count, (b + 1) * block),
-                   reinterpret_cast<uint8_t*>(u + s.positions * u_step)};
-    };
-    auto transform = [&](const Tiles& to, int64_t begin, int64_t end) {
-      bool good = true;
-      transform_tiles(source, s.grid, s.most, to, begin, end, zeros, slab,
-                      [&](int64_t tile, const float* sums) {
-                        good = judge(j.way, sums, to.holes[tile - to.begin]) && good;
-                      });
-      return good;
-    };
-    if (by_tiles) {
-      for (int64_t b; !refused && (b = next_block.fetch_add(1)) < blocks;) {
-        const Tiles t = tiles_of(b);
-        bool good = transform(t, t.begin, t.end);
-        for (int64_t p = 0; good && p < s.panels; p++)
-          good = multiply(j, s, kn, kernels, store, t, t.begin, t.end, filters + p * s.v, p, m);
-        if (!good) refused = true;
-      }
-      return;
-    }
-    for (int64_t b = 0; b < blocks; b++) {
-      const Tiles t = tiles_of(b);
-      if (b > 0 && came > 1) barrier();  // until nobody reads the last block's any more
-      const int64_t count = t.end - t.begin, pieces = ceil_div(count, kTilesPiece);
-      for (int64_t i; (i = next_piece[size_t(b)].fetch_add(1)) < pieces;)
-        if (!transform(t, t.begin + i * kTilesPiece,
-                       std::min(t.end, t.begin + (i + 1) * kTilesPiece)))
-          refused = true;
-      if (came > 1) barrier();
-      for (int64_t unit;
-           !refused && (unit = next_unit[size_t(b)].fetch_add(1)) < s.panels * parts;) {
-        const int64_t panel = unit / parts, step = own ? some : ceil_div(count, parts);
-        const int64_t from = t.begin + unit % parts * step,
-                      to = own ? t.end : std::min(t.end, from + step);
-        if (own) transform_panel(j, s, kernels, panel, v);
-        for (int64_t i = from; i < to; i += step)
-          if (!multiply(j, s, kn, kernels, store, t, i, std::min(to, i + step),
-                        own ? v : filters + panel * s.v, panel, m))
-            refused = true;
+  }
+
+  // A unit of work is a panel and some of the tiles; or all of them, where the panel is transformed
+  // for it.
+  void take_filters(const Own& own, const Tiles& tiles, std::atomic<int64_t>& next) {
+    const int64_t count = tiles.end - tiles.begin, wanted = ceil_div(2 * threads_, s_.panels);
+    const int64_t some =
+        std::clamp(ceil_div(count, own_filters_ ? 1 : wanted), int64_t(7), s_.most);
+    const int64_t parts = ceil_div(count, some), step = ceil_div(count, parts);
+    const int64_t units = s_.panels * (own_filters_ ? 1 : parts);
+    for (int64_t unit; !refused_ && (unit = next.fetch_add(1)) < units;) {
+      const int64_t panel = own_filters_ ? unit : unit / parts;
+      const int64_t first = own_filters_ ? 0 : unit % parts,
+                    last = own_filters_ ? parts : first + 1;
+      const float* v = filters_ + panel * s_.v;
+      if (own_filters_) transform_panel(j_, s_, kernels_, panel, own.v), v = own.v;
+      for (int64_t part = first; part < last; part++) {
+        const int64_t begin = tiles.begin + part * step;
+        multiply_some(own, tiles, begin, std::min(tiles.end, begin + step), v, panel);
       }
     }
-  });
-  scratch_trim();
-  count_call(refused ? "winograd refused" : "winograd");
-  return !refused;
-}
+  }
+
+  const Job& j_;
+  const Sizes s_;
+  const Kernel& kernel_;
+  const ConvKernels& kernels_;
+  const Store store_;
+  const TileSource source_;
+  const int threads_;
+  bool by_tiles_;
+  int64_t block_, blocks_;          // of tiles
+  const float* kept_ = nullptr;     // all filters, transformed before
+  bool own_filters_;                // each panel is transformed by the thread that takes it
+  const float* filters_ = nullptr;  // else all, transformed
+  std::atomic<bool> refused_{false};
+};
 
 }  // namespace
 
@@ -349,15 +401,15 @@ bool is_winograd(const Conv& c) { return winograd_way(c, Pass::forward); }
 
 bool winograd_forward(const Conv& c) {
   const WinogradKernels* way = winograd_way(c, Pass::forward);
-  return way && run({*way, c.x, c.y, c.w.data, c.w.size[0], c.w.stride[0], c.w.stride[1],
-                     c.w.stride + 3, false, c.padding[1], c.padding[2], c});
+  return way && Run({*way, c.x, c.y, c.w.data, c.w.size[0], c.w.stride[0], c.w.stride[1],
+                     c.w.stride + 3, false, c.padding[1], c.padding[2], c})();
 }
 
 bool winograd_input(const Conv& c) {
   const WinogradKernels* way = winograd_way(c, Pass::input);
   return way &&
-         run({*way, c.y, c.x, c.w.data, c.w.size[1], c.w.stride[1], c.w.stride[0], c.w.stride + 3,
-              true, way->taps - 1 - c.padding[1], way->taps - 1 - c.padding[2], c});
+         Run({*way, c.y, c.x, c.w.data, c.w.size[1], c.w.stride[1], c.w.stride[0], c.w.stride + 3,
+              true, way->taps - 1 - c.padding[1], way->taps - 1 - c.padding[2], c})();
 }
 
 }  // namespace fastnn
