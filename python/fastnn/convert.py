@@ -207,8 +207,8 @@ def convert(
 
     A module is replaced by giving it another class, so that its parameters, buffers, hooks, ``state_dict`` and
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
-    Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, and transformers'
-    ``Conv1D``, activations and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
+    Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, also with parametrizations
+    (``weight_norm``), and transformers' ``Conv1D``, activations and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
     :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:
@@ -287,11 +287,11 @@ def report(model: torch.nn.Module) -> Report:
 def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str]:
     """The class to give to the module, or None and the reason (empty if there is nothing to replace)."""
     kind = type(module)
-    if hasattr(kind, "quantized_row"):
-        return None, ""
+    if hasattr(kind, "quantized_row") or "_original_class" in kind.__dict__:
+        return None, ""  # converted already
     if isinstance(module, torch.jit.ScriptModule):
         return None, "TorchScript: its code is compiled already"
-    target = REPLACEMENTS.get(kind)
+    target = _parametrized_replacement(module) if parametrize.is_parametrized(module) else REPLACEMENTS.get(kind)
     if target is None:
         by_name = "*RMSNorm" if is_named_rms_norm(kind) else kind.__name__
         matches, make = REPLACEMENTS_BY_NAME.get(by_name, (None, None))
@@ -300,10 +300,24 @@ def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str
         return None, _why_kept(module)
     if "forward" in module.__dict__:
         return None, "its forward was set on the instance, which would go on calling torch"
-    for parameter in module.parameters(recurse=False):
+    for parameter in _own_parameters(module):
         if parameter.dtype not in _FLOAT_DTYPES:
             return None, f"{str(parameter.dtype).removeprefix('torch.')} parameters"
     return target, ""
+
+
+def _parametrized_replacement(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class that ``register_parametrization`` made for the module alone, on top of fastnn's layer."""
+    kind = type(module)
+    fast = REPLACEMENTS.get(kind.__bases__[0]) if _is_parametrized(kind) else None
+    return None if fast is None else _on_top_of(kind, (fast,))
+
+
+def _own_parameters(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """With those from which a parametrization computes the module's."""
+    yield from module.parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        yield from module.parametrizations.parameters()
 
 
 def _why_kept(module: torch.nn.Module) -> str:
@@ -316,7 +330,7 @@ def _why_kept(module: torch.nn.Module) -> str:
             return f"lazy: it becomes {become.__name__} on its first call; convert after that"
         return "lazy: its shape is not known before its first call"
     if parametrize.is_parametrized(module):
-        return "parametrized: register_parametrization gave it a class of its own; convert before registering"
+        return "parametrized: register_parametrization gave it a class of its own, on top of one that is not replaced"
     if _is_fully_sharded(kind):
         return "fully_shard gave it a class of its own; convert before sharding" if base else ""
     if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")):
@@ -344,6 +358,18 @@ def _why_kept(module: torch.nn.Module) -> str:
     return "" if module._modules else "fastnn does not know what it computes"
 
 
+def _is_parametrized(kind: type) -> bool:
+    """Whether register_parametrization made the class."""
+    return kind.__name__.startswith("Parametrized") and len(kind.__bases__) == 1
+
+
+def _on_top_of(kind: type, bases: tuple[type, ...]) -> type:
+    """A class like this one, which was made at run time, on top of other bases."""
+    prefix = "FSDP" if _is_fully_sharded(kind) else "Parametrized"
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(prefix + bases[-1].__name__, bases, body)
+
+
 def _is_fully_sharded(kind: type) -> bool:
     # By name: importing torch.distributed.fsdp takes a second, and not every build of torch has it.
     return any(base.__name__ == "FSDPModule" for base in kind.__bases__)
@@ -363,15 +389,10 @@ def original_class(kind: type) -> type | None:
     original = kind.__dict__.get("_original_class")
     if original is not None:
         return original
-    made_at_run_time = _is_fully_sharded(kind) or (
-        kind.__name__.startswith("Parametrized") and len(kind.__bases__) == 1
-    )
-    if made_at_run_time:
+    if _is_fully_sharded(kind) or _is_parametrized(kind):
         bases = tuple(original_class(base) or base for base in kind.__bases__)
         if bases != kind.__bases__:
-            prefix = "FSDP" if _is_fully_sharded(kind) else "Parametrized"
-            body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-            return type(prefix + bases[-1].__name__, bases, body)
+            return _on_top_of(kind, bases)
     return None
 
 

@@ -175,12 +175,12 @@ REASONS = {
     "lazy convolution": (lambda: nn.LazyConv2d(3, 3), "becomes Conv2d on its first call"),
     "lazy norm": (lambda: nn.LazyInstanceNorm1d(), "becomes InstanceNorm1d on its first call"),
     "parametrized": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+        lambda: nn.utils.parametrizations.weight_norm(Doubled(3, 3)),
         "register_parametrization",
     ),
-    "spectral norm": (
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
-        "register_parametrization",
+    "parametrized complex": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, dtype=torch.complex64)),
+        "complex64 parameters",
     ),
     "scripted": (lambda: torch.jit.script(nn.Linear(3, 3)), "TorchScript"),
     "own parameters": (Scaled, "does not know what it computes with its parameters"),
@@ -425,6 +425,27 @@ def test_parametrizing_a_converted_layer_and_reverting_it():
     torch.testing.assert_close(layer(x), expected)
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("normed", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 5), lambda: nn.Conv1d(3, 4, 3, padding=1)])
+def test_a_parametrized_layer_converts_and_reverts(normed, make, no_fallback):
+    """Such layers come out of constructors: wav2vec 2.0, vocoders, discriminators."""
+    theirs = nn.Sequential(getattr(nn.utils.parametrizations, normed)(make())).eval()
+    ours = fastnn.convert(fastnn.convert(copy.deepcopy(theirs)))
+    row = next(row for row in fastnn.report(ours).rows if row.name == "0")
+    assert (row.status, row.reason) == ("replaced", "")
+    x = torch.randn(2, 3, 3)
+    for model in (ours, copy.deepcopy(ours)):
+        assert isinstance(model[0], type(make())) and isinstance(model[0], REPLACEMENTS[type(make())])
+        torch.testing.assert_close(model(x), theirs(x))
+        gradients = [torch.autograd.grad(m(x).square().sum(), m.parameters()) for m in (model, theirs)]
+        torch.testing.assert_close(*gradients)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert type(fastnn.revert(model)[0]).__bases__ == (type(make()),)
+    torch.testing.assert_close(model(x), theirs(x))
+    nn.utils.parametrize.remove_parametrizations(ours[0], "weight")
+    assert type(ours[0]) is REPLACEMENTS[type(make())]
 
 
 def test_users_subclass_of_a_fast_layer_is_left_alone():

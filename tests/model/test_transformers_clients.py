@@ -175,6 +175,8 @@ def test_what_convert_knows_of_them():
     for model in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert [type(m) for m in model.modules()] == [type(m) for m in ours.modules()]
         assert_close(compared("GPT2", model(**inputs).logits, inputs), expected)
+    kinds = [type(m) for m in ours.modules()]
+    assert [type(m) for m in fastnn.convert(ours).modules()] == kinds  # converted already
     reverted = fastnn.revert(ours)
     assert [type(m) for m in reverted.modules()] == [type(m) for m in theirs.modules()]
 
