@@ -57,6 +57,9 @@ def problems(count=64):
         problem(1, 2, 3, 2, (1, 1, 67), (1, 1, 5), dilation=(1, 1, 3), padding=(0, 0, 6)),
         problem(1, 3, 4, 1, (1, 9, 8), (1, 2, 1), stride=(1, 4, 3)),
         problem(1, 130, 5, 1, (1, 3, 3), (1, 3, 3), padding=(0, 1, 1)),
+        # Rows of the input's gradient come together from two phases, and from eight.
+        problem(1, 33, 18, 2, (1, 6, 11), (1, 4, 4), stride=(1, 2, 2), padding=(0, 1, 1)),
+        problem(2, 24, 19, 1, (1, 9, 37), (1, 3, 16), stride=(1, 2, 8), padding=(0, 1, 4)),
     ]
     while len(found) < count:
         rank = pick((1, 2, 3))[0]

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/integers.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 #include "conv/depthwise.hpp"
@@ -184,49 +185,111 @@ void multiply_positions(const Conv& c, const Tensor5& in, const Tensor5& out, co
 
 // ---- the input's gradient ----------------------------------------------------------------------
 
-// One group's weight with its first two dimensions exchanged, and some of its taps: (c, m, t) from
-// (m, c, t), or (c, t, m) where m is to run fastest.
-void exchange(const Tensor5& w, DType type, const Phase* const f[kSpatial],
-              const int64_t step[kSpatial], bool m_inner, char* dst, int threads) {
+// The convolution by which one phase's share of the input's gradient is made.
+struct PhaseOf {
+  const Phase* at[kSpatial];
+  const Phase* first[kSpatial];  // of all phases
+  Patches patches;
+  Tensor5 out;
+  char* weight;  // its taps of the filters, (c, t, m)
+};
+
+// One group's weight with its dimensions exchanged, (c, t, m) from (m, c, t), for all phases at
+// once: a filter's taps are neighbours, and go to all of them.
+void exchange(const Tensor5& w, DType type, const std::vector<PhaseOf>& phases,
+              const int64_t step[kSpatial], int threads) {
+  constexpr int64_t kBlock = 16, kRows = 256;
+  struct Place {
+    int64_t from;  // of the tap, in a filter
+    char* to;      // of channel 0
+    int64_t row;   // to the next channel
+  };
   const int64_t size = int64_t(dtype_size(type)), ms = w.size[0], cs = w.size[1];
-  const int64_t n0 = f[0]->taps, n1 = f[1]->taps, n2 = f[2]->taps, taps = n0 * n1 * n2;
-  const ConvKernels& kernels = conv_kernels();
-  constexpr int64_t kBlock = 16;
-  std::vector<int64_t> offset(static_cast<size_t>(taps));
-  for (int64_t t = 0; t < taps; t++)
-    offset[size_t(t)] = (f[0]->first_tap + t / (n1 * n2) * step[0]) * w.stride[2] +
-                        (f[1]->first_tap + t / n2 % n1 * step[1]) * w.stride[3] +
-                        (f[2]->first_tap + t % n2 * step[2]) * w.stride[4];
+  const int64_t taps = w.spatial();
+  std::vector<Place> places;
+  for (const PhaseOf& phase : phases) {
+    const auto& f = phase.at;
+    const int64_t n1 = f[1]->taps, n2 = f[2]->taps, count = f[0]->taps * n1 * n2;
+    for (int64_t t = 0; t < count; t++)
+      places.push_back({(f[0]->first_tap + t / (n1 * n2) * step[0]) * w.stride[2] +
+                            (f[1]->first_tap + t / n2 % n1 * step[1]) * w.stride[3] +
+                            (f[2]->first_tap + t % n2 * step[2]) * w.stride[4],
+                        phase.weight + t * ms * size, count * ms * size});
+  }
+  const auto transpose = conv_kernels().transpose[size_index(size)];
+  const bool filters_dense = channels_outer(w) && taps <= kRows;
   parallel(threads, [&](int thread, int came) {
     const Range mine = share_of(cs, kBlock, thread, came);
-    for (int64_t c0 = mine.begin; c0 < mine.end; c0 += kBlock) {
-      const int64_t nc = std::min(kBlock, mine.end - c0);
+    alignas(64) char turned[kRows * kBlock * sizeof(double)];
+    Lane lanes[kBlock];
+    const int64_t together = filters_dense ? std::min(kBlock, kRows / taps) : kBlock;
+    for (int64_t c0 = mine.begin; c0 < mine.end; c0 += together) {
+      const int64_t nc = std::min(together, mine.end - c0);
       for (int64_t m0 = 0; m0 < ms; m0 += kBlock) {
         const int64_t nm = std::min(kBlock, ms - m0);
-        for (int64_t t = 0; t < taps; t++) {
-          const char* src =
-              w.data + (m0 * w.stride[0] + c0 * w.stride[1] + offset[size_t(t)]) * size;
-          const int64_t at = m_inner ? (c0 * taps + t) * ms + m0 : (c0 * ms + m0) * taps + t;
-          if (w.stride[1] == 1 && m_inner) {
-            Lane lanes[kBlock];
+        const char* from = w.data + (m0 * w.stride[0] + c0 * w.stride[1]) * size;
+        if (filters_dense) {
+          for (int64_t i = 0; i < nm; i++)
+            lanes[i] = {from + i * w.stride[0] * size, 0, int32_t(nc * taps)};
+          transpose(turned, kBlock, lanes, int(nm), 1, nc * taps);
+        }
+        for (const Place& place : places) {
+          char* to = place.to + c0 * place.row + m0 * size;
+          const char* tap = from + place.from * size;
+          if (filters_dense) {
+            const char* row = turned + place.from * kBlock * size;
+            const int64_t bytes = nm * size, row_step = taps * kBlock * size;
+            if (bytes == 64)  // a size that is known is no call
+              for (int64_t j = 0; j < nc; j++)
+                std::memcpy(to + j * place.row, row + j * row_step, 64);
+            else
+              for (int64_t j = 0; j < nc; j++)
+                std::memcpy(to + j * place.row, row + j * row_step, size_t(bytes));
+          } else if (w.stride[1] == 1) {
             for (int64_t i = 0; i < nm; i++)
-              lanes[i] = {src + i * w.stride[0] * size, 0, int32_t(nc)};
-            kernels.transpose[size_index(size)](dst + at * size, taps * ms, lanes, int(nm), 1, nc);
-          } else if (size == 4) {
-            const auto* from = reinterpret_cast<const uint32_t*>(src);
-            auto* to = reinterpret_cast<uint32_t*>(dst) + at;
-            for (int64_t j = 0; j < nc; j++)
-              for (int64_t i = 0; i < nm; i++)
-                to[j * ms * taps + i * (m_inner ? 1 : taps)] =
-                    from[i * w.stride[0] + j * w.stride[1]];
+              lanes[i] = {tap + i * w.stride[0] * size, 0, int32_t(nc)};
+            transpose(to, place.row / size, lanes, int(nm), 1, nc);
           } else {
             for (int64_t j = 0; j < nc; j++)
               for (int64_t i = 0; i < nm; i++)
-                std::memcpy(dst + (at + j * ms * taps + i * (m_inner ? 1 : taps)) * size,
-                            src + (i * w.stride[0] + j * w.stride[1]) * size, size_t(size));
+                std::memcpy(to + j * place.row + i * size,
+                            tap + (i * w.stride[0] + j * w.stride[1]) * size, size_t(size));
           }
         }
       }
+    }
+  });
+}
+
+// Rows of x from those of its phases along the row, which lie densely in `part`, and in the next
+// ones of `apart` bytes each: (n, c, row, position), the first phase's positions being the most.
+void interleave(const PhaseOf& part, int64_t apart, const Tensor5& x, const Conv& c, int threads) {
+  const int64_t size = int64_t(dtype_size(c.type)), stride = c.stride[2], width = x.size[4];
+  const int64_t whole = width / stride, channels = part.out.size[1];
+  const int64_t d_count = part.out.size[2], h_count = part.out.size[3];
+  const ConvKernels& kernels = conv_kernels();
+  const int64_t row_stride[] = {x.stride[2] * c.stride[0], x.stride[3] * c.stride[1]};
+  const int64_t start =
+      (part.at[0] - part.first[0]) * x.stride[2] + (part.at[1] - part.first[1]) * x.stride[3];
+  parallel(threads, [&](int thread, int came) {
+    std::vector<Lane> lanes(static_cast<size_t>(stride));
+    const Range mine = share_of(part.out.size[0] * channels * d_count * h_count, 1, thread, came);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const int64_t h = i % h_count, d = i / h_count % d_count, line = i / (h_count * d_count);
+      char* to = x.data + (start + line / channels * x.stride[0] + line % channels * x.stride[1] +
+                           d * row_stride[0] + h * row_stride[1]) *
+                              size;
+      for (int64_t l = 0; l < stride; l++) {
+        const int64_t positions = whole + (l < width % stride);
+        lanes[size_t(l)] = {part.out.data + l * apart + i * positions * size, 0, int32_t(whole)};
+        if (positions > whole)
+          std::memcpy(to + (whole * stride + l) * size, lanes[size_t(l)].src + whole * size,
+                      size_t(size));
+      }
+      if (stride <= kFewLanes)
+        kernels.interleave[size_index(size)](to, lanes.data(), int(stride), whole);
+      else
+        kernels.transpose[size_index(size)](to, stride, lanes.data(), int(stride), 1, whole);
     }
   });
 }
@@ -458,32 +521,59 @@ void conv_input(const Conv& c) {
     w.size[0] = rows;
     const Tensor5 y = channels_from(c.y, group * rows, rows, c.type);
     const Tensor5 x = channels_from(c.x, group * channels, channels, c.type);
+    // Every other element of a row is slow to write: rows of neighbours are made first.
+    const bool in_rows = c.stride[2] > 1 && x.size[4] >= c.stride[2] && x.stride[4] == 1 &&
+                         x.stride[1] != 1 && !c.residual;
+    const int64_t most_positions =
+        phases[0].of[0].positions * phases[1].of[0].positions * phases[2].of[0].positions;
+    const int64_t rows_bytes =
+        in_rows ? round_up(x.size[0] * channels * most_positions * size, 64) : 0;
+    char* weight = static_cast<char*>(scratch(
+        Scratch::misc, size_t(rows_bytes * c.stride[2] + std::max<int64_t>(1, w.count() * size))));
+    char* dense_rows = weight;
+    weight += rows_bytes * c.stride[2];
+    std::vector<PhaseOf> parts;
     for (size_t i0 = 0; i0 < phases[0].of.size(); i0++)
       for (size_t i1 = 0; i1 < phases[1].of.size(); i1++)
         for (size_t i2 = 0; i2 < phases[2].of.size(); i2++) {
-          const Phase* f[] = {&phases[0].of[i0], &phases[1].of[i1], &phases[2].of[i2]};
           const size_t at[] = {i0, i1, i2};
-          Patches p = patches_of(y, rows, c.type);
-          Tensor5 out = x;
+          PhaseOf part{{}, {}, patches_of(y, rows, c.type), x, weight};
+          Patches& p = part.patches;
           for (int d = 0; d < kSpatial; d++) {
-            p.out[d] = f[d]->positions, p.step[d] = 1;
-            p.taps[d] = f[d]->taps, p.first[d] = f[d]->first, p.delta[d] = f[d]->delta;
-            out.data += int64_t(at[d]) * x.stride[2 + d] * size;
-            out.size[2 + d] = f[d]->positions;
-            out.stride[2 + d] = x.stride[2 + d] * c.stride[d];
+            const Phase& f = *(part.at[d] = &phases[d].of[at[d]]);
+            part.first[d] = phases[d].of.data();
+            p.out[d] = f.positions, p.step[d] = 1;
+            p.taps[d] = f.taps, p.first[d] = f.first, p.delta[d] = f.delta;
+            part.out.size[2 + d] = f.positions;
+            if (in_rows) continue;
+            part.out.data += int64_t(at[d]) * x.stride[2 + d] * size;
+            part.out.stride[2 + d] = x.stride[2 + d] * c.stride[d];
           }
-          const int64_t filter_step = strips_step(c.type, c.precision, c.batch_invariant);
-          const bool strips = filter_step && rows % filter_step == 0 &&
-                              PatchStrips::pays(p, channels, c.batch_invariant);
-          p.channels_inner = strips || (w.stride[1] == 1 && channels > 1);
-          char* weight = static_cast<char*>(
-              scratch(Scratch::misc, size_t(std::max<int64_t>(1, channels * p.depth() * size))));
-          exchange(w, c.type, f, step, p.channels_inner, weight, threads);
-          if (strips && correlate_strips(p, weight, channels, c, out, c.x, group * channels,
-                                         nullptr, threads))
-            continue;
-          correlate(p, weight, channels, c, out, c.x, group * channels, threads);
+          if (in_rows) {
+            part.out.data = dense_rows + int64_t(i2) * rows_bytes;
+            for (int64_t d = 4, dense = 1; d >= 0; dense *= part.out.size[d--])
+              part.out.stride[d] = dense;
+          }
+          p.channels_inner = true;
+          weight += channels * p.depth() * size;
+          parts.push_back(part);
         }
+    exchange(w, c.type, parts, step, threads);
+    const int64_t filter_step = strips_step(c.type, c.precision, c.batch_invariant);
+    for (const PhaseOf& part : parts) {
+      const Patches& p = part.patches;
+      const bool by_strips = filter_step && rows % filter_step == 0 &&
+                             PatchStrips::pays(p, channels, c.batch_invariant) &&
+                             correlate_strips(p, part.weight, channels, c, part.out, c.x,
+                                              group * channels, nullptr, threads);
+      if (!by_strips)
+        correlate(p, part.weight, channels, c, part.out, c.x, group * channels, threads);
+      if (in_rows && part.at[2] == &phases[2].of.back()) {
+        PhaseOf first = part;
+        first.out.data = dense_rows;
+        interleave(first, rows_bytes, x, c, threads);
+      }
+    }
   });
 }
 
