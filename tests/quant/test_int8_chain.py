@@ -71,7 +71,7 @@ def test_a_chain_is_its_layers_one_after_the_other():
         return fF.int8_conv2d(
             *(
                 x,
-                layer.weight,
+                layer.codes,
                 layer.weight_scale,
                 layer.bias,
                 layer.stride,

@@ -183,7 +183,7 @@ def test_affine_tensors():
     codes = torch.randint(-128, 128, (6, 32), dtype=torch.int8)
     scale = torch.rand(6, 1) + 0.1
     model = from_torch_(layer_of(Affine(codes, scale, torch.zeros(6, 1, dtype=torch.int64), (1, 32))))
-    assert type(model[0]) is WeightOnlyLinear and torch.equal(model[0].weight, codes)
+    assert type(model[0]) is WeightOnlyLinear and torch.equal(model[0].codes, codes)
     assert model[0].weight_zero_point is None
     torch.testing.assert_close(model[0].dequantized_weight(), codes * scale)
 

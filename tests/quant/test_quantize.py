@@ -349,7 +349,7 @@ def test_save_and_load(name, tmp_path):
 
     for copied in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
         assert torch.equal(copied(x), expected)
-        assert copied[0].weight.data_ptr() != quantized[0].weight.data_ptr()
+        assert copied[0].codes.data_ptr() != quantized[0].codes.data_ptr()
         assert type(dequantize_(copied)[0]) is nn.Linear
 
 
@@ -428,14 +428,46 @@ def test_weights_of_another_kind_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    "config", [Int8Dynamic(), Int4WeightOnly(group_size=16), Float8WeightOnly()], ids=lambda c: type(c).__name__
+)
+def test_code_around_a_layer_reads_its_weight(config):
+    """Mamba and the vision transformers cast to the weight's dtype, Swin and WavLM multiply with it themselves."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 48)
+
+        def forward(self, x):
+            called = self.layer(x.to(self.layer.weight.dtype))
+            return called, nn.functional.linear(x, self.layer.weight, self.layer.bias), x @ self.layer.weight.t()
+
+    model = quantize_(Reader().to(torch.bfloat16), config)
+    weight = model.layer.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((48, 64), torch.bfloat16, "cpu")
+    assert model.layer.codes.dtype is model.state_dict()["layer.weight"].dtype is not weight.dtype
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    _, outside, product = model(x)
+    expected = copy.deepcopy(model.layer).dequantized()
+    torch.testing.assert_close(outside, expected(x), rtol=0, atol=0)
+    torch.testing.assert_close(product, x @ expected.weight.t(), rtol=0, atol=0)
+    (ours,) = torch.autograd.grad(outside.sum(), x)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected(x).sum(), x)[0], rtol=0, atol=0)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[1], outside, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="codes"):
+        model.layer.weight.neg_()
+
+
 def test_a_change_of_the_weight_is_seen():
     quantized = quantize_(nn.Linear(64, 48), Int8Dynamic())
     x = torch.randn(33, 64)
     before = quantized(x)
-    quantized.weight.neg_()
+    quantized.codes.neg_()
     quantized.bias.neg_()
     torch.testing.assert_close(quantized(x), -before)
-    quantized.weight = -quantized.weight
+    quantized.weight = -quantized.codes
     quantized.bias.neg_()
     torch.testing.assert_close(quantized(x), before)
 
@@ -462,7 +494,8 @@ def test_meta_model():
     with torch.device("meta"):
         empty = mlp()
     quantize_(empty, Int4WeightOnly())
-    assert empty[0].weight.is_meta and empty[0].weight.shape == (96, 32)
+    assert empty[0].codes.is_meta and empty[0].codes.shape == (96, 32)
+    assert empty[0].weight.is_meta and empty[0].weight.shape == (96, 64)
     full = quantize_(mlp(), Int4WeightOnly())
     empty.load_state_dict(full.state_dict(), assign=True)
     x = torch.randn(3, 64)

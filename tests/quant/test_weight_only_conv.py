@@ -92,7 +92,7 @@ def test_bytes_and_report():
     model = nn.Sequential(nn.Conv2d(5, 7, 3))
     quantize_(model, Int4WeightOnly(32))
     # 45 elements: two groups of 32 numbers, of half a byte each.
-    assert (tuple(model[0].weight.shape), tuple(model[0].weight_scale.shape)) == ((7, 32), (7, 2))
+    assert (tuple(model[0].codes.shape), tuple(model[0].weight_scale.shape)) == ((7, 32), (7, 2))
     row = next(row for row in fastnn.report(model).rows if row.name == "0")
     assert (row.status, row.kind, row.replacement) == ("quantized", "torch.nn.Conv2d", "fastnn.quant.WeightOnlyConv")
     assert (row.parameters, row.bytes) == (7 * 45 + 7, 7 * 32 + 7 * 2 * 4 + 7 * 4)
@@ -159,7 +159,7 @@ def test_integer_convolutions_are_rounded_so_as_well(rounding):
     x = torch.randn(32, 3, 7, 7)
     nearest = quantize_(copy.deepcopy(model), Int8Static(x))
     rounded = quantize_(copy.deepcopy(model), Int8Static(x), rounding=rounding)
-    assert rounded[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert rounded[0].codes.is_contiguous(memory_format=torch.channels_last)
     for index, norm in ((0, model[1]), (3, None)):
         weight = model[index].weight.detach().double()
         if norm is not None:
@@ -177,7 +177,7 @@ def test_integer_convolutions_are_rounded_so_as_well(rounding):
                 errors.append(of.norm().item())
         # The same scales or better ones; moments of so few images are damped.
         assert errors[1] <= errors[0] * (1.02 if rounding == "adaround" else 1.0) and not torch.equal(
-            nearest[index].weight, rounded[index].weight
+            nearest[index].codes, rounded[index].codes
         )
 
 

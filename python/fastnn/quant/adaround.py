@@ -236,7 +236,7 @@ def refine(quantized: Quantized, weight: Tensor, moment: Tensor | None) -> None:
         q = round_weights(rows, moment, *by_weight, quant_min=least, quant_max=most)
         q = pack(q) if name in PACKED else q.to(STORAGE[name])
     # Into memory of the same strides: the kernels read filters as they lie.
-    quantized.weight = torch.empty_like(quantized.weight).copy_(q.view(quantized.weight.shape))
+    quantized.weight = torch.empty_like(quantized.codes).copy_(q.view(quantized.codes.shape))
     quantized.weight_scale = scale.view(quantized.weight_scale.shape)
     quantized.weight_error = relative_error(weight.detach(), quantized.dequantized_weight())
 

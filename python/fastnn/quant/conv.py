@@ -63,7 +63,7 @@ class QuantizedConv(Quantized):
         self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
         self.padding = padding if isinstance(padding, str) else tuple(padding)
         # As the kernels read them.
-        self.register_buffer("weight", channels_last(weight))
+        self._buffers["weight"] = channels_last(weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
@@ -84,7 +84,7 @@ class QuantizedConv(Quantized):
         """The padding in numbers, as the kernels take it."""
         if not isinstance(self.padding, str):
             return self.padding
-        return named_padding("int8_conv", self.padding, self.weight.shape[2:], self.stride, self.dilation)
+        return named_padding("int8_conv", self.padding, self.codes.shape[2:], self.stride, self.dilation)
 
     @classmethod
     def of(
@@ -101,9 +101,9 @@ class QuantizedConv(Quantized):
     def forward(self, input: Tensor) -> Tensor:
         dtype = input.dtype if input.dtype is torch.bfloat16 else torch.float32
         if torch.compiler.is_compiling() or not is_plain(input):
-            function = (int8_conv1d, int8_conv2d, int8_conv3d)[self.weight.dim() - 3]
+            function = (int8_conv1d, int8_conv2d, int8_conv3d)[self.codes.dim() - 3]
             return function(
-                *(self.quantized(input), self.weight, self.weight_scale, self.bias),
+                *(self.quantized(input), self.codes, self.weight_scale, self.bias),
                 *(self.stride, self.padding, self.dilation, self.groups),
                 **dict(input_scale=self.input_scale, input_zero_point=self.input_zero_point, dtype=dtype),
             ).to(input.dtype)
@@ -117,17 +117,20 @@ class QuantizedConv(Quantized):
 
     def dequantized_weight(self) -> Tensor:
         """The filters that the integers stand for, in float32."""
-        return self.weight.float() * self.weight_scale.view(-1, *(1,) * (self.weight.dim() - 1))
+        return self.codes.float() * self.weight_scale.view(-1, *(1,) * (self.codes.dim() - 1))
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
 
     def dequantized(self) -> torch.nn.Module:
         kind, converted = self.was
-        filters, channels, *kernel = self.weight.shape
+        filters, channels, *kernel = self.codes.shape
         made = (getattr(nn, kind.__name__) if converted else kind)(
             *(channels * self.groups, filters, tuple(kernel), self.stride, self.padding, self.dilation, self.groups),
             bias=False,
             device="meta",
         )
-        made.weight = torch.nn.Parameter(self.dequantized_weight().to(self.float_dtype))
+        made.weight = torch.nn.Parameter(self.float_weight())
         made.register_parameter("bias", None if self.bias is None else torch.nn.Parameter(self.bias.clone()))
         return made
 
@@ -135,7 +138,7 @@ class QuantizedConv(Quantized):
         return "int8, static"
 
     def extra_repr(self) -> str:
-        filters, channels, *kernel = self.weight.shape
+        filters, channels, *kernel = self.codes.shape
         return (
             f"{channels * self.groups}, {filters}, kernel_size={tuple(kernel)}, stride={self.stride}, "
             f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, weight=int8"
@@ -144,7 +147,7 @@ class QuantizedConv(Quantized):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Safetensors takes nothing else.
-        destination[prefix + "weight"] = self.weight.contiguous()
+        destination[prefix + "weight"] = self.codes.contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedConv:
         super()._apply(fn, recurse)
@@ -218,7 +221,7 @@ class Step:
         self._watch = Unchanged(self.places)
         narrow = self.dtype is torch.uint8
         how = kernels.requantization(
-            *(conv.weight, conv.weight_scale, conv.bias, conv.input_scale, conv.input_zero_point),
+            *(conv.codes, conv.weight_scale, conv.bias, conv.input_scale, conv.input_zero_point),
             *((conv.output_scale, conv.output_zero_point) if narrow else (None, None)),
             *(self.activation, self.dtype, False),
         )
@@ -227,7 +230,7 @@ class Step:
             scale, zero_point = self.residual_parameters()
             added = (float(scale * torch.tensor(how.inverse)), int(zero_point))
         self.convolution = kernels.Convolution(
-            *(conv.weight, how, conv.stride, conv.pads, conv.dilation, conv.groups, self.dtype, *added),
+            *(conv.codes, how, conv.stride, conv.pads, conv.dilation, conv.groups, self.dtype, *added),
             _cpu.Prepared(),
         )
 
@@ -246,7 +249,7 @@ class Step:
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._watch.same():
             self._make()
-        if input.dim() < self.conv.weight.dim():
+        if input.dim() < self.conv.codes.dim():
             return self(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
         return self.convolution(self.taken(input), None if residual is None else self.taken_residual(residual))
 

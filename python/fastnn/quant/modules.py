@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .. import nn
 from .._modules import class_name
@@ -25,6 +26,33 @@ from ..ops.int8_linear import int8_linear, pack_int8_weight
 from ..ops.multi_head_attention import Projected, attend, ragged_self_attention
 from ..ops.quantize import dequantize
 from ..ops.weight_only_linear import weight_only_linear
+
+
+class FloatWeight(Tensor):
+    """The weight of a quantized layer as a tensor of floating-point numbers, which are not there before they are needed."""
+
+    _layer: Quantized
+
+    @staticmethod
+    def __new__(cls, layer: Quantized) -> FloatWeight:
+        made = Tensor._make_wrapper_subclass(
+            cls, layer.weight_shape(), dtype=layer.float_dtype, device=layer.codes.device
+        )
+        made._layer = layer
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], FloatWeight):
+            raise RuntimeError(
+                f"{func}: the weight of a {type(args[0]._layer).__name__} cannot be written in place; its integers are in"
+                " the buffer .codes, or quantize_ the layer after the change"
+            )
+        args, kwargs = tree_map_only(FloatWeight, lambda weight: weight._layer.float_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return self._layer.float_weight().__repr__(**kwargs)
 
 
 class Quantized(torch.nn.Module, abc.ABC):
@@ -42,13 +70,37 @@ class Quantized(torch.nn.Module, abc.ABC):
     was: tuple[type[torch.nn.Module], bool]
     weight_error: float | None
 
+    @property
+    def codes(self) -> Tensor:
+        """The buffer that ``state_dict`` calls ``weight``: what is stored of the weight, of few bits."""
+        return self._buffers["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, of the shape and dtype that it had before, for code around the layer: models
+        cast their inputs to ``layer.weight.dtype`` and multiply with ``layer.weight`` themselves. Its numbers are computed
+        when a function of torch asks for them, each time. Assigning to it replaces :attr:`codes`."""
+        return self.float_weight() if torch.compiler.is_compiling() else FloatWeight(self)
+
+    def float_weight(self) -> Tensor:
+        """The numbers of :attr:`weight`."""
+        return self.dequantized_weight().to(self.float_dtype)
+
+    @abc.abstractmethod
+    def dequantized_weight(self) -> Tensor:
+        """The weight that the codes stand for, in float32."""
+
+    @abc.abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of :attr:`weight`."""
+
     @abc.abstractmethod
     def dequantized(self) -> torch.nn.Module:
         """A layer of the class that this one was before, whose weights are what the quantized ones stand for."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         before = {name: self._buffers.get(name) for name in self.FIXED}
-        trial = torch.empty(0, dtype=self.float_dtype, device=self.weight.device)
+        trial = torch.empty(0, dtype=self.float_dtype, device=self.codes.device)
         super()._apply(fn, recurse)
         self._packed = {}
         self.float_dtype = fn(trial).dtype
@@ -109,15 +161,15 @@ class Quantized(torch.nn.Module, abc.ABC):
         # Copies have weights at other addresses.
         state = {**self.__dict__, "_packed": {}}
         # Plain pickle (torch.save is another matter) cannot read tensors of eight-bit floats: they go as bytes.
-        if self.weight.dtype in _FLOAT8:
-            state["_buffers"] = {**state["_buffers"], "weight": self.weight.view(torch.uint8)}
+        if self.codes.dtype in _FLOAT8:
+            state["_buffers"] = {**state["_buffers"], "weight": self.codes.view(torch.uint8)}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         kind = STORAGE[self.weight_dtype]
-        if self.weight.dtype is not kind:
-            self._buffers["weight"] = self.weight.view(kind)
+        if self.codes.dtype is not kind:
+            self._buffers["weight"] = self.codes.view(kind)
 
     @abc.abstractmethod
     def scheme(self) -> str:
@@ -149,7 +201,7 @@ class Quantized(torch.nn.Module, abc.ABC):
     def parameters_before(self) -> int:
         """How many numbers the weight and the bias stand for."""
         bias = self._buffers.get("bias")
-        return self.weight.numel() * (2 if self.weight_dtype in PACKED else 1) + (0 if bias is None else bias.numel())
+        return self.codes.numel() * (2 if self.weight_dtype in PACKED else 1) + (0 if bias is None else bias.numel())
 
 
 #: The least normal float32.
@@ -226,7 +278,7 @@ class QuantizedLinear(Quantized):
             raise ValueError(f"{name}: weight_zero_point: expected None, as {self.weight_dtype} has none")
         self.group_size = group_size
         self.float_dtype = float_dtype or (torch.float32 if bias is None else bias.dtype)
-        self.register_buffer("weight", weight)
+        self._buffers["weight"] = weight
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("weight_zero_point", None if weight_zero_point is None else weight_zero_point.int())
         self.register_buffer("bias", bias)
@@ -238,12 +290,12 @@ class QuantizedLinear(Quantized):
     @property
     def in_features(self) -> int:
         """The size of an input row."""
-        return self.weight.shape[1] * (2 if self.weight_dtype in PACKED else 1)
+        return self.codes.shape[1] * (2 if self.weight_dtype in PACKED else 1)
 
     @property
     def out_features(self) -> int:
         """The size of an output row."""
-        return self.weight.shape[0]
+        return self.codes.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._compute(input, "none", None)
@@ -270,7 +322,7 @@ class QuantizedLinear(Quantized):
 
     def _packed_rows(self, rows: slice | None) -> Tensor | None:
         """What :meth:`_pack` made of these rows of the weight, as long as nothing has counted a change of it."""
-        weight = self._buffers["weight"]
+        weight = self.codes
         key = None if rows is None else (rows.start, rows.stop)
         kept = self._packed
         if torch.compiler.is_compiling():
@@ -292,18 +344,28 @@ class QuantizedLinear(Quantized):
         """The weight that the integers stand for, (out_features, in_features), in float32."""
         grouping = {"axis": 0} if self.group_size is None else {"group_size": self.group_size}
         return dequantize(
-            self.weight, self.weight_scale, self.weight_zero_point, from_dtype=self.weight_dtype, **grouping
+            self.codes, self.weight_scale, self.weight_zero_point, from_dtype=self.weight_dtype, **grouping
         )
+
+    def _is_conv1d(self) -> bool:
+        return self.was[0].__name__ == "Conv1D"
+
+    def weight_shape(self) -> tuple[int, int]:
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self._is_conv1d() else shape
+
+    def float_weight(self) -> Tensor:
+        weight = super().float_weight()
+        return weight.t().contiguous() if self._is_conv1d() else weight
 
     def dequantized(self) -> torch.nn.Module:
         kind, converted = self.was
-        weight = self.dequantized_weight().to(self.float_dtype)
+        weight = self.float_weight()
         bias = None if self.bias is None else torch.nn.Parameter(self.bias.clone())
-        if kind.__name__ == "Conv1D":
+        if self._is_conv1d():
             made = kind.__new__(conv1d_class(kind) if converted else kind)
             torch.nn.Module.__init__(made)
-            made.nx, made.nf = weight.shape[1], weight.shape[0]
-            weight = weight.t().contiguous()
+            made.nx, made.nf = weight.shape
         else:
             fast = nn.Linear if kind is torch.nn.Linear else nn.NonDynamicallyQuantizableLinear
             made = (fast if converted else kind)(self.in_features, self.out_features, device="meta")

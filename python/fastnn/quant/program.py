@@ -39,7 +39,7 @@ class Calls:
     def __init__(self, calls: Sequence[Call], wanted: Sequence[int]) -> None:
         self._calls = calls
         self._wanted = wanted
-        self._dim = max((call.what.conv.weight.dim() for call in calls if isinstance(call.what, Step)), default=4)
+        self._dim = max((call.what.conv.codes.dim() for call in calls if isinstance(call.what, Step)), default=4)
         self._made: dict[Any, Callable[..., list[Tensor]]] = {}
         self._watch: _cpu.Watch | Unchanged | None = None
 

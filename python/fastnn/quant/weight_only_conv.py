@@ -84,7 +84,7 @@ class WeightOnlyConv(Quantized, _Convolution):
             raise ValueError(f"WeightOnlyConv: weight_zero_point: expected None, as {self.weight_dtype} has none")
         self.group_size = group_size
         self.float_dtype = like.weight.dtype if like.weight.dtype in FLOATS else torch.float32
-        self.register_buffer("weight", weight)
+        self._buffers["weight"] = weight
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("weight_zero_point", None if weight_zero_point is None else weight_zero_point.int())
         self.register_buffer("bias", bias)
@@ -122,11 +122,13 @@ class WeightOnlyConv(Quantized, _Convolution):
         """The filters that the integers stand for, of the convolution's shape."""
         grouping = {"axis": 0} if self.group_size is None else {"group_size": self.group_size}
         rows = dequantize(
-            *(self.weight, self.weight_scale, self.weight_zero_point),
+            *(self.codes, self.weight_scale, self.weight_zero_point),
             **dict(dtype=dtype, from_dtype=self.weight_dtype, **grouping),
         )
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return rows[:, : self._columns].reshape(shape)
+        return rows[:, : self._columns].reshape(self.weight_shape())
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def as_rows(self, weight: Tensor) -> Tensor:
         rows = weight.flatten(1)
@@ -148,7 +150,7 @@ class WeightOnlyConv(Quantized, _Convolution):
             padding_mode=self.padding_mode,
             device="meta",
         )
-        made.weight = torch.nn.Parameter(self.dequantized_weight().to(self.float_dtype))
+        made.weight = torch.nn.Parameter(self.float_weight())
         made.register_parameter("bias", None if self.bias is None else torch.nn.Parameter(self.bias.clone()))
         return made
 
