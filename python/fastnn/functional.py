@@ -36,6 +36,7 @@ from .ops.pool import (
 )
 from .ops.quantize import choose_scale, dequantize, quantize, quantize_dynamic
 from .ops.rotary import rotary_embedding
+from .ops.scaled_mm import scaled_mm
 from .ops.softmax import log_softmax, softmax, softmin
 from .ops.weight_only_linear import weight_only_linear
 
@@ -99,6 +100,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "scaled_mm",
     "sigmoid",
     "silu",
     "softmax",

@@ -19,6 +19,7 @@ from .ops._route import ask_torch
 from .ops.batch_norm import batch_norm_or
 from .ops.gemm import addmm, baddbmm, bmm, matmul, mm, mv
 from .ops.group_norm import group_norm_or, instance_norm_or
+from .ops.scaled_mm import torchs_scaled_mm, torchs_scaled_mm_v2
 
 
 def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,15 +214,19 @@ PATCHES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.addmm: addmm,
     torch.Tensor.baddbmm: baddbmm,
     torch.Tensor.mv: mv,
+    torch._scaled_mm: torchs_scaled_mm,
 }
 
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
     PATCHES[F.linear_cross_entropy] = functional.linear_cross_entropy
 
+if hasattr(torch, "_scaled_mm_v2"):  # since torch 2.10: what F.scaled_mm calls
+    PATCHES[torch._scaled_mm_v2] = torchs_scaled_mm_v2
+
 _PRODUCTS = (addmm, baddbmm, bmm, matmul, mm, mv)
 # Dictionaries: Dynamo before torch 2.8 does not look for a function in a set.
 _OVERLOADED = {function: True for function, ours in PATCHES.items() if ours in _PRODUCTS}
-_WITHOUT_OUT = {F.avg_pool2d: True, F.avg_pool3d: True}
+_WITHOUT_OUT = {F.avg_pool2d: True, F.avg_pool3d: True, torch._scaled_mm: True}
 
 # Subclasses of Tensor answer torch's functions themselves; these two do not.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -239,7 +244,7 @@ class _PatchMode(TorchFunctionMode):
         if replacement is None or not all(kind in _PLAIN for kind in types):
             return func(*args, **kwargs)
         if (
-            "out_dtype" in kwargs
+            ("out_dtype" in kwargs and _OVERLOADED.get(func))
             or ("out" in kwargs and _WITHOUT_OUT.get(func))
             or (_OVERLOADED.get(func) and any(isinstance(argument, (int, float, torch.dtype)) for argument in args))
         ):
@@ -269,7 +274,7 @@ class patch(contextlib.ContextDecorator):
     ``linear_cross_entropy``, ``batch_norm``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding`` and the pools
     (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
     ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``,
-    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``,
+    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``_scaled_mm`` (and with it ``scaled_mm``), ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``,
     ``fake_quantize_per_tensor_affine``, ``fake_quantize_per_channel_affine``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 

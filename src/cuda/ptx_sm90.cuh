@@ -202,6 +202,11 @@ __device__ __forceinline__ void settle(uint32_t (&x)[count][4]) {
   FASTNN_WGMMA_REGISTERS(name, "m64n128k16", types, FASTNN_R64, FASTNN_D64("f"), 64, 64, 65, 66,   \
                          67, 68, 69, 70)
 // 8-bit elements lie along K, always.
+#define FASTNN_WGMMA_FLOAT8(name, types)                                                       \
+  FASTNN_WGMMA(name, "m64n128k32", types, FASTNN_R64, FASTNN_D64("f"), float, 64, 64, 65, 66,  \
+               ", 1, 1")                                                                       \
+  FASTNN_WGMMA(name, "m64n256k32", types, FASTNN_R128, FASTNN_D128("f"), float, 128, 128, 129, \
+               130, ", 1, 1")
 #define FASTNN_WGMMA_INTEGER(name, types)                                                         \
   FASTNN_WGMMA(name, "m64n128k32", types, FASTNN_R64, FASTNN_D64("r"), int, 64, 64, 65, 66, "")   \
   FASTNN_WGMMA(name, "m64n256k32", types, FASTNN_R128, FASTNN_D128("r"), int, 128, 128, 129, 130, \
@@ -210,6 +215,11 @@ FASTNN_WGMMA_FLOAT(wgmma_bf16, "f32.bf16.bf16")
 FASTNN_WGMMA_FLOAT(wgmma_f16, "f32.f16.f16")
 FASTNN_WGMMA_INTEGER(wgmma_s8, "s32.s8.s8")
 FASTNN_WGMMA_INTEGER(wgmma_u8_s8, "s32.u8.s8")
+FASTNN_WGMMA_FLOAT8(wgmma_e4m3, "f32.e4m3.e4m3")
+FASTNN_WGMMA_FLOAT8(wgmma_e4m3_e5m2, "f32.e4m3.e5m2")
+FASTNN_WGMMA_FLOAT8(wgmma_e5m2_e4m3, "f32.e5m2.e4m3")
+FASTNN_WGMMA_FLOAT8(wgmma_e5m2, "f32.e5m2.e5m2")
+#undef FASTNN_WGMMA_FLOAT8
 #undef FASTNN_WGMMA_INTEGER
 #undef FASTNN_WGMMA_FLOAT
 #undef FASTNN_WGMMA_REGISTERS

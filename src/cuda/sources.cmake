@@ -21,6 +21,7 @@ set(FASTNN_CUDA_KERNELS
   embedding/sort.cu
   gemm/gemm.cu
   gemm/hopper.cu
+  gemm/hopper_float8.cu
   gemm/parts.cu
   norm/across.cu
   norm/batch_norm.cu
@@ -40,7 +41,8 @@ set(FASTNN_CUDA_KERNELS
 # Of these the ones with kernels of ptx_sm90.cuh: elsewhere __CUDA_ARCH_FEAT_SM90_ALL is never defined.
 set(FASTNN_CUDA_HOPPER
   attention/hopper.cu
-  gemm/hopper.cu)
+  gemm/hopper.cu
+  gemm/hopper_float8.cu)
 set(FASTNN_CUDA_BINDINGS
   bind/attention.cpp
   bind/batch_norm.cpp

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codes import ACTIVATION, DTYPE, precision
+from .codes import ACTIVATION, DTYPE, FLOAT8, OPERAND, precision
 
 #: The most dimensions the kernel's loops take.
 MAX_DIMS = 8
@@ -40,6 +40,8 @@ def multiply(
         options.update(beta=beta, residual_ptr=residual.data_ptr(), residual_strides=residual.stride())
     if bias is not None:
         options.update(bias_ptr=bias.data_ptr(), bias_axis=2, bias_stride=bias.stride(0))
+        if dtype in FLOAT8:
+            options["bias_dtype"] = DTYPE[bias.dtype]
     if activation is not None:
         options["activation"] = ACTIVATION[activation]
     if row_scale is not None:
@@ -50,11 +52,11 @@ def multiply(
         a.data_ptr(),
         a.shape,
         a.stride(),
-        DTYPE[dtype],
+        OPERAND[dtype],
         b.data_ptr(),
         b.shape,
         b.stride(),
-        DTYPE[b.dtype],
+        OPERAND[b.dtype],
         c.data_ptr(),
         c.shape,
         c.stride(),
@@ -71,6 +73,11 @@ def rows_of(x: Tensor) -> Tensor | None:
         return x.view(math.prod(x.shape[:-1]), x.shape[-1])
     except RuntimeError:
         return None
+
+
+def along_k(x: Tensor) -> Tensor:
+    """x (extent, K), a copy where K runs across: tensor cores read 8-bit numbers along it, and so do fast copies."""
+    return x if x.stride(1) == 1 or x.stride(0) != 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def product_shape(a: Tensor, b: Tensor) -> Sequence[int]:

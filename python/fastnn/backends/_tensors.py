@@ -11,15 +11,17 @@ from torch import Tensor
 WITH_STATISTICS = ("batch_norm_backward", "group_norm_backward", "cross_entropy_backward")
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES = (torch.int8, torch.uint8)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What some ops take beside these.
 _BESIDE: dict[str, tuple[torch.dtype, ...]] = {
     "int_mm": _BYTES,
+    "scaled_mm": _FLOAT8,
     "quantize": (torch.float64,),
     "quantize_dynamic": (torch.float64,),
     "choose_scale": (torch.float64,),
     "int8_linear": (torch.float64,),  # scales
     "weight_only_linear": (torch.float64,),  # likewise
-    "dequantize": (torch.float64, *_BYTES, torch.float8_e4m3fn, torch.float8_e5m2),
+    "dequantize": (torch.float64, *_BYTES, *_FLOAT8),
 }
 
 

@@ -14,6 +14,9 @@ DTYPE: dict[torch.dtype, int] = {
     torch.int32: 6,
 }
 FLOAT: dict[torch.dtype, int] = {dtype: code for dtype, code in DTYPE.items() if dtype.is_floating_point}
+#: What products take as operands beside these, and nothing else does.
+FLOAT8: dict[torch.dtype, int] = {torch.float8_e4m3fn: 7, torch.float8_e5m2: 8}
+OPERAND: dict[torch.dtype, int] = {**DTYPE, **FLOAT8}
 HALF = (torch.bfloat16, torch.float16)
 ACTIVATION: dict[str | None, int] = {
     None: 0,

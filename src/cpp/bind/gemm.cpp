@@ -9,6 +9,7 @@
 #include "common/activation.hpp"
 #include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
+#include "gemm/float8.hpp"
 
 namespace py = pybind11;
 using namespace fastnn;
@@ -32,7 +33,7 @@ View view(const char* op, const char* name, uintptr_t ptr, py::handle shape, py:
   if (read_tuple(op, name, strides, st, kMaxDims) != v.dims)
     bad_argument(op, name, "as many strides as dimensions");
   v.matrix.data = reinterpret_cast<char*>(ptr);
-  v.matrix.type = dtype_argument(op, name, dtype);
+  v.matrix.type = is_float8(DType(dtype)) ? DType(dtype) : dtype_argument(op, name, dtype);
   v.matrix.rs = st[v.dims - 2], v.matrix.cs = st[v.dims - 1];
   bool empty = false;
   for (int d = 0; d < v.dims; d++) {
@@ -50,18 +51,21 @@ bool is_float(DType t) {
 
 void check_types(const Gemm& g) {
   const DType a = g.a.type, b = g.b.type, c = g.c.type;
-  const bool ok = is_float(a) ? a == b && (c == a || (c == DType::f32 && a != DType::f64))
-                              : (a == DType::s8 || a == DType::u8) && b == DType::s8 &&
-                                    (c == DType::s32 || (is_float(c) && c != DType::f64));
+  const bool numbers = is_float(c) && c != DType::f64;
+  const bool ok = is_float(a)    ? a == b && (c == a || (c == DType::f32 && a != DType::f64))
+                  : is_float8(a) ? is_float8(b) && numbers
+                                 : (a == DType::s8 || a == DType::u8) && b == DType::s8 &&
+                                       (c == DType::s32 || numbers);
   if (!ok)
     bad_argument("gemm", "dtypes",
-                 std::string("one floating-point type, or int8/uint8 times int8, got ") +
-                     dtype_name(a) + " times " + dtype_name(b) + " to " + dtype_name(c));
+                 std::string("one floating-point type, int8/uint8 times int8, or floats of eight "
+                             "bits, got ") +
+                     operand_name(a) + " times " + operand_name(b) + " to " + operand_name(c));
   if (c == DType::s32 && (g.alpha != 1 || g.beta != 0 || g.bias_axis != BiasAxis::none ||
                           g.activation || g.row_scale || g.col_scale))
     bad_argument("gemm", "c_dtype", "a floating-point type where there is an epilogue");
   if (is_float(a) && (g.row_scale || g.col_scale))
-    bad_argument("gemm", "row_scale, col_scale", "int8 operands");
+    bad_argument("gemm", "row_scale, col_scale", "8-bit operands");
 }
 
 template <class E>
@@ -76,7 +80,7 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
                uintptr_t c_ptr, py::handle c_shape, py::handle c_strides, int c_dtype,
                int precision, double alpha, double beta, uintptr_t residual_ptr,
                py::handle residual_strides, uintptr_t bias_ptr, int bias_axis, int64_t bias_stride,
-               int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr,
+               int bias_dtype, int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr,
                const PackedOperand* packed, bool batch_invariant) {
   Gemm g;
   View c = view("gemm", "c", c_ptr, c_shape, c_strides, c_dtype);
@@ -119,7 +123,9 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
   }
   g.bias_axis = bias_ptr ? enum_argument<BiasAxis>("bias_axis", bias_axis, 2) : BiasAxis::none;
   g.bias = reinterpret_cast<const char*>(bias_ptr);
-  g.bias_type = is_float(g.a.type) ? g.a.type : DType::f32;
+  g.bias_type = is_float(g.a.type) ? g.a.type : dtype_argument("gemm", "bias", bias_dtype);
+  if (!is_float(g.a.type) && (!is_float(g.bias_type) || g.bias_type == DType::f64))
+    bad_argument("gemm", "bias_dtype", "float32, bfloat16 or float16");
   g.bias_stride = bias_stride;
   g.activation = enum_argument<int>("activation", activation, kActivations - 1);
   g.row_scale = reinterpret_cast<const float*>(row_scale_ptr);
@@ -184,7 +190,8 @@ void bind_gemm(py::module_& m) {
         py::arg("c_dtype"), py::arg("precision") = 0, py::arg("alpha") = 1.0, py::arg("beta") = 0.0,
         py::arg("residual_ptr") = 0, py::arg("residual_strides") = py::tuple(),
         py::arg("bias_ptr") = 0, py::arg("bias_axis") = 0, py::arg("bias_stride") = 1,
-        py::arg("activation") = 0, py::arg("row_scale_ptr") = 0, py::arg("col_scale_ptr") = 0,
+        py::arg("bias_dtype") = 0, py::arg("activation") = 0, py::arg("row_scale_ptr") = 0,
+        py::arg("col_scale_ptr") = 0,
         py::arg("packed") = static_cast<const PackedOperand*>(nullptr),
         py::arg("batch_invariant") = false,
         "c = activation(alpha * row_scale * col_scale * (a @ b) + bias + beta * residual)");

@@ -19,6 +19,7 @@
 // are zero, so packing reports it and the call is computed on the FMA units instead.
 #pragma once
 #include "gemm/microkernel.inl"
+#include "gemm/operands.inl"
 #include "isa/amx.hpp"
 #include "isa/transpose_avx512.hpp"
 
@@ -40,17 +41,17 @@ FASTNN_INLINE void fetch16(const Src* src, int64_t lane_stride, int64_t k_stride
       if (i >= no) {
         out[i] = _mm512_setzero_si512();
       } else if (inner == 1) {
-        out[i] = _mm512_castps_si512(VecF32::load_partial(src + i * outer, ni).r);
+        out[i] = _mm512_castps_si512(load_operand_partial<VecF32>(src + i * outer, ni).r);
       } else {
         float row[16] = {};
-        for (int j = 0; j < ni; j++) row[j] = to_f32(src[i * outer + j * inner]);
+        for (int j = 0; j < ni; j++) row[j] = operand(src[i * outer + j * inner]);
         out[i] = _mm512_castps_si512(VecF32::load(row).r);
       }
     }
     return;
   }
   for (int j = 0; j < 16; j++)
-    out[j] = j < ni ? _mm512_castps_si512(VecF32::load_partial(src + j * inner, no).r)
+    out[j] = j < ni ? _mm512_castps_si512(load_operand_partial<VecF32>(src + j * inner, no).r)
                     : _mm512_setzero_si512();
   transpose16(out);
 }
@@ -364,10 +365,18 @@ constexpr Kernel int8_tile_kernel(const char* name, DType type) {
 }
 
 #define FASTNN_AMX_KERNELS(prefix)                                                               \
+  static constexpr Kernel e4m3 =                                                                 \
+      tile_kernel<f8_e4m3, 1, false>(prefix " e4m3 as bf16 32x32", kE4M3);                       \
+  static constexpr Kernel e5m2 =                                                                 \
+      tile_kernel<f8_e5m2, 1, false>(prefix " e5m2 as bf16 32x32", kE5M2);                       \
   static const Kernel kernels[] = {                                                              \
       tile_kernel<float, 6, false>(prefix " f32 in 3 bf16, 6 products, 32x32", DType::f32),      \
       tile_kernel<bf16, 1, false>(prefix " bf16 32x32", DType::bf16),                            \
       tile_kernel<f16, 4, false>(prefix " f16 in 2 bf16, 4 products, 32x32", DType::f16),        \
+      e4m3,                                                                                      \
+      e5m2,                                                                                      \
+      mixed_kernel(prefix " e4m3 e5m2 as bf16 32x32", e4m3, e5m2),                               \
+      mixed_kernel(prefix " e5m2 e4m3 as bf16 32x32", e5m2, e4m3),                               \
       int8_tile_kernel<int8_t>(prefix " s8s8 32x32", DType::s8),                                 \
       int8_tile_kernel<uint8_t>(prefix " u8s8 32x32", DType::u8),                                \
       {},                                                                                        \

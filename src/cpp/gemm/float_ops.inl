@@ -1,7 +1,8 @@
 // Ops of the plain float32 and float64 kernels: one element a word, a fused multiply-add a vector.
-// bfloat16 and float16 become float32 when they are packed.
+// bfloat16, float16 and floats of eight bits become float32 when they are packed.
 #pragma once
 #include "gemm/microkernel.inl"
+#include "gemm/operands.inl"
 
 namespace fastnn::FASTNN_TARGET {
 
@@ -28,7 +29,7 @@ struct FloatOps {
   static FASTNN_INLINE Word element(double x) { return Word(x); }
   template <class Src>
   static FASTNN_INLINE Word element(Src x) {
-    return to_f32(x);
+    return operand(x);
   }
   template <class Src>
   static FASTNN_INLINE Word make_word(const Src* e) {
@@ -38,7 +39,7 @@ struct FloatOps {
 
   template <class Src>
   static FASTNN_INLINE void across(const Src* src, int64_t, int n, Word* dst, int room) {
-    const V v = n == width ? V::load(src) : V::load_partial(src, n);
+    const V v = n == width ? load_operand<V>(src) : load_operand_partial<V>(src, n);
     room == width ? v.store(dst) : v.store_partial(dst, room);
   }
   template <class Src>
@@ -49,8 +50,8 @@ struct FloatOps {
       __m512i row[16];
 #pragma GCC unroll 16
       for (int l = 0; l < 16; l++)
-        row[l] =
-            l < n ? _mm512_castps_si512(V::load(src + l * lane_stride).r) : _mm512_setzero_si512();
+        row[l] = l < n ? _mm512_castps_si512(load_operand<V>(src + l * lane_stride).r)
+                       : _mm512_setzero_si512();
       transpose16(row);
       store_words(row, (uint32_t*)dst, ld, room);
       return;
@@ -63,11 +64,11 @@ struct FloatOps {
 
   template <class Src>
   static FASTNN_INLINE V dot_load(const Src* p) {
-    return V::load(p);
+    return load_operand<V>(p);
   }
   template <class Src>
   static FASTNN_INLINE V dot_load_partial(const Src* p, int n) {
-    return V::load_partial(p, n);
+    return load_operand_partial<V>(p, n);
   }
 };
 using F32Ops = FloatOps<VecF32>;

@@ -392,6 +392,13 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
   return 0;
 }
 
+// The kernel that multiplies what `a` takes for A by what `b` takes for B; both pack alike.
+constexpr Kernel mixed_kernel(const char* name, Kernel a, const Kernel& b) {
+  a.name = name, a.b = b.b, a.pack_b = b.pack_b;
+  a.dot = nullptr;  // whose operands are of one type
+  return a;
+}
+
 // ---- dot ---------------------------------------------------------------------------------------
 
 // Both operands run along K: vectors along K too, summed across lanes at the end. For few rows,

@@ -37,6 +37,10 @@ View view(const char* name, uintptr_t ptr, py::handle shape, py::handle strides)
   return v;
 }
 
+DType operand_type(const char* name, int code) {
+  return is_float8(DType(code)) ? DType(code) : dtype_argument("gemm", name, code);
+}
+
 bool is_float(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
 
 void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_dtype,
@@ -44,9 +48,9 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
                uintptr_t c_ptr, py::handle c_shape, py::handle c_strides, int c_dtype,
                int precision, double alpha, double beta, uintptr_t residual_ptr,
                py::handle residual_strides, uintptr_t bias_ptr, int bias_axis, int64_t bias_stride,
-               int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr,
-               uintptr_t workspace_ptr, int64_t workspace_bytes, bool batch_invariant, int device,
-               uintptr_t stream) {
+               int bias_dtype, int activation, uintptr_t row_scale_ptr, uintptr_t col_scale_ptr,
+               int row_scale_step, int col_scale_step, bool fast_sums, uintptr_t workspace_ptr,
+               int64_t workspace_bytes, bool batch_invariant, int device, uintptr_t stream) {
   cuda::Gemm g;
   const View c = view("c", c_ptr, c_shape, c_strides), a = view("a", a_ptr, a_shape, a_strides),
              b = view("b", b_ptr, b_shape, b_strides);
@@ -60,15 +64,18 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
   }
   if (!fits) bad_argument("gemm", "a, b, c", "(..., M, K), (..., K, N) and (..., M, N)");
   g.a = a.operand, g.b = b.operand, g.c = c.operand;
-  g.a_type = dtype_argument("gemm", "a", a_dtype), g.out = dtype_argument("gemm", "c", c_dtype);
-  const DType b_type = dtype_argument("gemm", "b", b_dtype);
+  g.a_type = operand_type("a", a_dtype), g.b_type = operand_type("b", b_dtype);
+  g.out = dtype_argument("gemm", "c", c_dtype);
   const bool floats = is_float(g.a_type);
-  if (floats ? b_type != g.a_type || (g.out != g.a_type && g.out != DType::f32)
-             : (g.a_type != DType::s8 && g.a_type != DType::u8) || b_type != DType::s8 ||
-                   (g.out != DType::s32 && !is_float(g.out)))
+  if (floats ? g.b_type != g.a_type || (g.out != g.a_type && g.out != DType::f32)
+      : is_float8(g.a_type)
+          ? !is_float8(g.b_type) || !is_float(g.out)
+          : (g.a_type != DType::s8 && g.a_type != DType::u8) || g.b_type != DType::s8 ||
+                (g.out != DType::s32 && !is_float(g.out)))
     bad_argument("gemm", "dtypes",
-                 std::string("one floating-point type, or int8/uint8 times int8, got ") +
-                     dtype_name(g.a_type) + " times " + dtype_name(b_type) + " to " +
+                 std::string("one floating-point type, int8/uint8 times int8, or floats of eight "
+                             "bits, got ") +
+                     operand_name(g.a_type) + " times " + operand_name(g.b_type) + " to " +
                      dtype_name(g.out));
   if (precision < 0 || precision > 2) bad_argument("gemm", "precision", "0 to 2");
   g.parts = 3 - precision;
@@ -85,7 +92,8 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
     if (bias_axis != 1 && bias_axis != 2) bad_argument("gemm", "bias_axis", "1 or 2");
     g.bias = reinterpret_cast<const void*>(bias_ptr);
     g.bias_axis = cuda::BiasAxis(bias_axis), g.bias_stride = bias_stride;
-    g.bias_type = floats ? g.a_type : DType::f32;
+    g.bias_type = floats ? g.a_type : dtype_argument("gemm", "bias", bias_dtype);
+    if (!is_float(g.bias_type)) bad_argument("gemm", "bias_dtype", "float32, bfloat16 or float16");
   }
   if (activation < 0 || activation >= kActivations)
     bad_argument("gemm", "activation", "0 to 7, got " + std::to_string(activation));
@@ -93,7 +101,11 @@ void gemm_call(uintptr_t a_ptr, py::handle a_shape, py::handle a_strides, int a_
   g.row_scale = reinterpret_cast<const float*>(row_scale_ptr);
   g.col_scale = reinterpret_cast<const float*>(col_scale_ptr);
   if (floats && (g.row_scale || g.col_scale))
-    bad_argument("gemm", "row_scale, col_scale", "int8 operands");
+    bad_argument("gemm", "row_scale, col_scale", "8-bit operands");
+  if (row_scale_step < 0 || row_scale_step > 1 || col_scale_step < 0 || col_scale_step > 1)
+    bad_argument("gemm", "row_scale_step, col_scale_step", "0 or 1");
+  g.row_scale_step = row_scale_step, g.col_scale_step = col_scale_step;
+  g.fast_sums = fast_sums;
   g.workspace = reinterpret_cast<void*>(workspace_ptr);
   g.workspace_bytes = workspace_ptr ? workspace_bytes : 0;
   g.batch_invariant = batch_invariant;
@@ -111,8 +123,8 @@ int64_t gemm_workspace(py::handle c_shape, int64_t k, int a_dtype, int precision
   int64_t batches = 1;
   for (int d = 0; d < dims - 2; d++) batches *= shape[d];
   cuda::OnDevice on(device);
-  return cuda::gemm_workspace(dtype_argument("gemm_workspace", "a", a_dtype), 3 - precision,
-                              batches, shape[dims - 2], shape[dims - 1], k, batch_invariant);
+  return cuda::gemm_workspace(operand_type("a", a_dtype), 3 - precision, batches, shape[dims - 2],
+                              shape[dims - 1], k, batch_invariant);
 }
 
 }  // namespace
@@ -125,8 +137,9 @@ void bind_gemm(py::module_& m) {
       py::arg("c_dtype"), py::kw_only(), py::arg("precision") = 0, py::arg("alpha") = 1.0,
       py::arg("beta") = 0.0, py::arg("residual_ptr") = 0, py::arg("residual_strides") = py::none(),
       py::arg("bias_ptr") = 0, py::arg("bias_axis") = 2, py::arg("bias_stride") = 1,
-      py::arg("activation") = 0, py::arg("row_scale_ptr") = 0, py::arg("col_scale_ptr") = 0,
-      py::arg("workspace_ptr") = 0, py::arg("workspace_bytes") = 0,
+      py::arg("bias_dtype") = 0, py::arg("activation") = 0, py::arg("row_scale_ptr") = 0,
+      py::arg("col_scale_ptr") = 0, py::arg("row_scale_step") = 1, py::arg("col_scale_step") = 1,
+      py::arg("fast_sums") = false, py::arg("workspace_ptr") = 0, py::arg("workspace_bytes") = 0,
       py::arg("batch_invariant") = false, py::arg("device") = 0, py::arg("stream") = 0,
       "C = activation(alpha * scales * (A B) + bias + beta * residual), on `device` and `stream`.");
   m.def("gemms_on_hopper", &cuda::gemms_on_hopper,

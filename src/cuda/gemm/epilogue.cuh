@@ -104,14 +104,14 @@ __device__ void finish_at(const Gemm& g, int64_t to, int64_t residual, int64_t r
 #pragma unroll
   for (int e = 0; e < n; e++) x[e] = float(sums[e]) * g.alpha;
   if (g.row_scale) {
-    const float scale = g.row_scale[row];
+    const float scale = g.row_scale[row * g.row_scale_step];
 #pragma unroll
     for (int e = 0; e < n; e++) x[e] *= scale;
   }
   if (g.col_scale) {
 #pragma unroll
     for (int e = 0; e < n; e++)
-      if (e < count) x[e] *= g.col_scale[column + e];
+      if (e < count) x[e] *= g.col_scale[(column + e) * g.col_scale_step];
   }
   if (g.bias_axis != BiasAxis::none) {
 #pragma unroll

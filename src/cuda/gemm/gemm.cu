@@ -9,7 +9,9 @@
 
 #include "cuda/device.hpp"
 #include "cuda/gemm/epilogue.cuh"
+#include "cuda/gemm/float8.cuh"
 #include "cuda/gemm/hopper.hpp"
+#include "cuda/gemm/hopper_operands.cuh"
 #include "cuda/gemm/mainloop.cuh"
 #include "cuda/gemm/plain_sum.cuh"
 
@@ -121,6 +123,19 @@ void choose_shape(const Gemm& g, void* stream) {
     choose_layout<Mode, Small>(g, batches, stream);
 }
 
+// Floats of eight bits; of both types, the one of fewer bits of exponent first.
+void multiply_float8(Gemm g, void* stream) {
+  if (g.a_type != kE4M3 && g.b_type == kE4M3) g = turned(g);
+  if (g.a_type == kE4M3) g.alpha *= kE4M3Factor;
+  if (g.b_type == kE4M3) g.alpha *= kE4M3Factor;
+  if (g.b_type == kE4M3)
+    choose_shape<Float8<true, true>>(g, stream);
+  else if (g.a_type == kE4M3)
+    choose_shape<Float8<true, false>>(g, stream);
+  else
+    choose_shape<Float8<false, false>>(g, stream);
+}
+
 }  // namespace
 
 int64_t gemm_workspace(DType a_type, int parts, int64_t batches, int64_t m, int64_t n, int64_t k,
@@ -137,6 +152,7 @@ void gemm(const Gemm& g, void* stream) {
   if (g.k / (kRowBytes / 4) >= INT_MAX)  // which only a tensor that repeats its elements can have
     throw std::invalid_argument("gemm: k is too large for a GPU: " + std::to_string(g.k));
   if (g.k > 0 && capability() == kHopper && gemm_on_hopper(g, stream)) return;
+  if (is_float8(g.a_type)) return multiply_float8(g, stream);
   switch (g.a_type) {
     case DType::f32:
       return g.parts == 3   ? choose_shape<SplitF32<3>>(g, stream)

@@ -14,7 +14,10 @@ int64_t hopper_workspace(DType a_type, int parts, int64_t batches, int64_t m, in
 // wants; else does nothing and returns false. For g with no dimension of 0.
 bool gemm_on_hopper(const Gemm& g, void* stream);
 
-// How many it has computed: tests ask which kernel did.
+// Likewise of floats of eight bits alone (hopper_float8.cu).
+bool float8_on_hopper(const Gemm& g, void* stream);
+
+// How many they have computed: tests ask which kernel did.
 int64_t gemms_on_hopper();
 
 }  // namespace fastnn::cuda

@@ -88,6 +88,8 @@ inline Gemm turned(const Gemm& g) {
   t.m = g.n, t.n = g.m;
   t.a = turned(g.b), t.b = turned(g.a), t.c = turned(g.c), t.residual = turned(g.residual);
   t.row_scale = g.col_scale, t.col_scale = g.row_scale;
+  t.row_scale_step = g.col_scale_step, t.col_scale_step = g.row_scale_step;
+  if (is_float8(g.a_type)) t.a_type = g.b_type, t.b_type = g.a_type;
   if (g.bias_axis != BiasAxis::none)
     t.bias_axis = g.bias_axis == BiasAxis::row ? BiasAxis::column : BiasAxis::row;
   return t;

@@ -31,7 +31,9 @@ enum Bug {
   kRegistersReused,
   kWrongStride,
   kRegistersOfOneWarp,
-  kRegistersWrongWay
+  kRegistersWrongWay,
+  kLongSum,
+  kShortSums  // which is right
 };
 
 // ---- copies of tiles ----------------------------------------------------------------------------
@@ -118,6 +120,8 @@ uint32_t bits_of(MatrixType t, int x) {
       return uint8_t(x);
     case MatrixType::e4m3:  // -2 to 2
       return (x < 0 ? 0x80u : 0u) | (x == 0 ? 0u : std::abs(x) == 1 ? 0x38u : 0x40u);
+    case MatrixType::e5m2:
+      return __float2half_rn(float(x)).bits >> 8;
     case MatrixType::bf16:
       return __float2bfloat16_rn(float(x)).bits;
     case MatrixType::f16:
@@ -140,6 +144,8 @@ int place(Swizzle swizzle, int lines, int line, int byte) {
 }
 
 void store(char* at, uint32_t bits, int size) { std::memcpy(at, &bits, size); }
+
+int times_of(Bug bug) { return bug == kLongSum || bug == kShortSums ? 2000 : 2; }
 
 void warpgroup(const Kind kind, float* out, Bug bug) {
   char* shared = dynamic_shared<char>();
@@ -179,11 +185,16 @@ void warpgroup(const Kind kind, float* out, Bug bug) {
     return across ? ptx::matrix_descriptor(at, group, tile, kind.swizzle)
                   : ptx::matrix_descriptor(at, tile, group, kind.swizzle);
   };
-  float d[kN / 2];
+  float d[kN / 2], total[kN / 2] = {};
   for (float& x : d) x = 1;
-  // Twice: d = 1 + 2 a b.
+  // Twice: d = 1 + 2 a b. Or more often than 8-bit floats can be summed by the tensor cores alone.
   if (bug != kNoFence) ptx::wgmma_fence();
-  for (int times = 0; times < 2; times++) {
+  for (int times = 0; times < times_of(bug); times++) {
+    if (bug == kShortSums && times % 4 == 0) {
+      ptx::wgmma_wait<0>();
+      for (int e = 0; e < kN / 2; e++) total[e] += d[e], d[e] = 0;
+      ptx::wgmma_fence();
+    }
     const emulation::WarpgroupProduct product{
         kind.type,
         kind.type,
@@ -209,6 +220,8 @@ void warpgroup(const Kind kind, float* out, Bug bug) {
     ptx::wgmma_wait<0>();
   if (bug == kRegistersOfOneWarp ? i < 32 : bug == kRegistersWrongWay) ptx::fewer_registers<40>();
   if (bug == kRegistersWrongWay) ptx::fewer_registers<64>();  // which is more than 40
+  if (bug == kShortSums)
+    for (int e = 0; e < kN / 2; e++) d[e] += total[e];
   const int row = i / 32 * 16 + lane / 4;
   for (int j = 0; j < kN / 8; j++)
     for (int e = 0; e < 4; e++)
@@ -225,7 +238,7 @@ std::string run_product(Kind kind, Bug bug) {
     for (int n = 0; n < kN; n++) {
       int sum = 0;
       for (int k = 0; k < 32 / size_of(kind.type); k++) sum += a_value(m, k) * b_value(k, n);
-      const float expected = float(1 + 2 * sum);
+      const float expected = float(1 + times_of(bug) * sum);
       if (!(out[m * kN + n] == expected))
         return wrong_result(m * kN + n, out[m * kN + n], expected);
     }
@@ -236,8 +249,8 @@ std::string run_product(Kind kind, Bug bug) {
 std::string run_products() {
   for (const Swizzle swizzle :
        {Swizzle::none, Swizzle::bytes128, Swizzle::bytes64, Swizzle::bytes32})
-    for (const MatrixType type :
-         {MatrixType::bf16, MatrixType::f16, MatrixType::tf32, MatrixType::e4m3, MatrixType::s8})
+    for (const MatrixType type : {MatrixType::bf16, MatrixType::f16, MatrixType::tf32,
+                                  MatrixType::e4m3, MatrixType::e5m2, MatrixType::s8})
       for (int way = 0; way < 8; way++) {
         const Kind kind{type, swizzle, (way & 1) != 0, (way & 2) != 0, (way & 4) != 0};
         if ((kind.a_across || kind.b_across) && size_of(type) != 2) continue;
@@ -248,6 +261,7 @@ std::string run_products() {
 }
 
 constexpr Kind kPlain{MatrixType::bf16, Swizzle::bytes128, false, false, true};
+constexpr Kind kFloat8{MatrixType::e4m3, Swizzle::bytes128, false, false, false};
 constexpr Kind kFromRegisters{MatrixType::bf16, Swizzle::bytes128, true, false, false};
 
 }  // namespace
@@ -272,6 +286,8 @@ const std::map<std::string, std::function<std::string()>> kSm90 = {
     {"wrong-stride", [] { return run_product(kPlain, kWrongStride); }},
     {"registers-of-one-warp", [] { return run_product(kPlain, kRegistersOfOneWarp); }},
     {"registers-wrong-way", [] { return run_product(kPlain, kRegistersWrongWay); }},
+    {"short-sums", [] { return run_product(kFloat8, kShortSums); }},
+    {"long-sum", [] { return run_product(kFloat8, kLongSum); }},
 };
 
 }  // namespace planted

@@ -75,6 +75,14 @@ FASTNN_WGMMA(wgmma_s8, 128, s8, s8, int)
 FASTNN_WGMMA(wgmma_s8, 256, s8, s8, int)
 FASTNN_WGMMA(wgmma_u8_s8, 128, u8, s8, int)
 FASTNN_WGMMA(wgmma_u8_s8, 256, u8, s8, int)
+FASTNN_WGMMA(wgmma_e4m3, 128, e4m3, e4m3, float)
+FASTNN_WGMMA(wgmma_e4m3, 256, e4m3, e4m3, float)
+FASTNN_WGMMA(wgmma_e4m3_e5m2, 128, e4m3, e5m2, float)
+FASTNN_WGMMA(wgmma_e4m3_e5m2, 256, e4m3, e5m2, float)
+FASTNN_WGMMA(wgmma_e5m2_e4m3, 128, e5m2, e4m3, float)
+FASTNN_WGMMA(wgmma_e5m2_e4m3, 256, e5m2, e4m3, float)
+FASTNN_WGMMA(wgmma_e5m2, 128, e5m2, e5m2, float)
+FASTNN_WGMMA(wgmma_e5m2, 256, e5m2, e5m2, float)
 #undef FASTNN_WGMMA
 
 #define FASTNN_WGMMA_REGISTERS(name, columns, type)                                         \

@@ -20,6 +20,7 @@ constexpr int kRegisters = 65536;  // of a multiprocessor
 int size_of(MatrixType t) {
   return t == MatrixType::tf32 ? 4 : t == MatrixType::bf16 || t == MatrixType::f16 ? 2 : 1;
 }
+bool is_float8(MatrixType t) { return t == MatrixType::e4m3 || t == MatrixType::e5m2; }
 bool is_integer(MatrixType t) { return t == MatrixType::s8 || t == MatrixType::u8; }
 
 double number(MatrixType t, const char* at) {
@@ -37,6 +38,8 @@ double number(MatrixType t, const char* at) {
       const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : mantissa * 0x1p-9;
       return (byte & 0x7F) == 0x7F ? NAN : byte & 0x80 ? -size : size;
     }
+    case MatrixType::e5m2:
+      return ptx::OfF16::widen(uint16_t(byte << 8));
     case MatrixType::tf32:
       std::memcpy(&four, at, 4);
       return ptx::OfTf32::widen(four);
@@ -151,13 +154,50 @@ void add_products(double* sums, const double* a, const double* b, int depth, int
     for (int j = 0; j < n; j++) sums[j] += a[k] * b[k * n + j];
 }
 
+// Likewise of 8-bit floats: products and the sum so far are cut to 13 binary places after the
+// leading one of the largest of them, and so is their sum (DeepSeek-V3 Technical Report, 3.3.2:
+// "maintaining around 14 bits"). `room`: memory for n numbers.
+constexpr int kFloat8Bits = 13;
+#ifdef __x86_64__
+__attribute__((target_clones("default", "avx2"), optimize("O3")))
+#endif
+void add_float8_products(double* sums, const double* a, const double* b, int depth, int n,
+                         double* room) {
+  for (int j = 0; j < n; j++) room[j] = std::fabs(sums[j]);
+  for (int k = 0; k < depth; k++)
+    for (int j = 0; j < n; j++) {
+      const double size = std::fabs(a[k] * b[k * n + j]);
+      room[j] = size > room[j] ? size : room[j];
+    }
+  for (int j = 0; j < n; j++) {  // how many units in the largest one's last place make 1
+    const uint64_t exponent = std::bit_cast<uint64_t>(room[j]) & 0x7FF0000000000000u;
+    room[j] = exponent ? (1 << kFloat8Bits) / std::bit_cast<double>(exponent) : 1;
+  }
+  for (int j = 0; j < n; j++) sums[j] = double(int32_t(sums[j] * room[j]));
+  for (int k = 0; k < depth; k++)
+    for (int j = 0; j < n; j++) sums[j] += double(int32_t(a[k] * b[k * n + j] * room[j]));
+  for (int j = 0; j < n; j++) {
+    const double sum = sums[j] / room[j];
+    const uint64_t bits = std::bit_cast<uint64_t>(sum);
+    sums[j] = std::bit_cast<double>(bits & ~((uint64_t(1) << (52 - kFloat8Bits)) - 1));
+  }
+}
+
+// Where infinities and NaN are among them, which have no such places.
+bool all_finite(const double* x, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; i++) sum += x[i] - x[i];
+  return sum == 0;
+}
+
 void multiply(Product& p, Accumulators& to) {
   const WarpgroupProduct& w = p.what[0];
   const int n = w.columns, depth = kStepBytes / size_of(w.a_type), size = size_of(w.a_type);
-  std::vector<double> b(depth * n), sums(n);
+  std::vector<double> b(depth * n), sums(n), room(n);
   double a[kStepBytes];
   for (int k = 0; k < depth; k++)
     for (int j = 0; j < n; j++) b[k * n + j] = number(w.b_type, &p.b[j * kStepBytes + k * size]);
+  const bool cut = is_float8(w.a_type) && all_finite(b.data(), depth * n);
   for (int row = 0; row < kWarpRows; row++) {
     auto value = [&](int j) -> uint32_t& {
       const int lane = row % 8 * 4 + j % 8 / 2;
@@ -168,7 +208,10 @@ void multiply(Product& p, Accumulators& to) {
                 : is_integer(w.a_type) ? double(int32_t(value(j)))
                                        : double(std::bit_cast<float>(value(j)));
     for (int k = 0; k < depth; k++) a[k] = number(w.a_type, &p.a[row * kStepBytes + k * size]);
-    add_products(sums.data(), a, b.data(), depth, n);
+    if (cut && all_finite(a, depth) && all_finite(sums.data(), n))
+      add_float8_products(sums.data(), a, b.data(), depth, n, room.data());
+    else
+      add_products(sums.data(), a, b.data(), depth, n);
     for (int j = 0; j < n; j++)
       value(j) = is_integer(w.a_type) ? uint32_t(int64_t(sums[j]))
                                       : std::bit_cast<uint32_t>(ptx::toward_zero(sums[j]));

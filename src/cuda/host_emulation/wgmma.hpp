@@ -9,7 +9,7 @@
 
 namespace fastnn::emulation {
 
-enum class MatrixType { bf16, f16, tf32, e4m3, s8, u8 };
+enum class MatrixType { bf16, f16, tf32, e4m3, e5m2, s8, u8 };
 
 // D (64 x columns) = A B, or += where `accumulate`. A: by descriptor, or this thread's four
 // registers. `d` has columns / 2 elements, float or int32: 4 j + 2 h + e is row lane / 4 + 8 h of

@@ -19,7 +19,7 @@ from .._tensors import contiguous, image_strides
 from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
-OF_QUANTIZED = frozenset(("dequantize",))
+OF_QUANTIZED = frozenset(("dequantize", "scaled_mm"))
 
 #: Fresh memory costs more than the work: outputs above this come from the caching allocator.
 LARGE_BYTES = 1 << 20

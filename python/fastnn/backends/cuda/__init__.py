@@ -22,7 +22,7 @@ from ... import _state
 from .. import _matmul
 from .._matmul import MAX_DIMS, rows_of
 from .._tensors import reason_against
-from ..codes import ACTIVATION, DTYPE, precision
+from ..codes import ACTIVATION, DTYPE, OPERAND, precision
 
 try:
     from ... import _cuda as _module
@@ -32,7 +32,7 @@ except ImportError:
 #: The ops that there are kernels for, as supports() knows them.
 OPS = frozenset(
     (
-        *("gemm", "activation", "int_mm", "dropout"),
+        *("gemm", "activation", "int_mm", "scaled_mm", "dropout"),
         *("attention", "attention_backward"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("pool", "max_pool", "max_pool_backward", "max_pool_gather", "avg_pool", "avg_pool_backward"),
@@ -97,7 +97,7 @@ def gemm(a: Tensor, b: Tensor, c: Tensor, **epilogue: Any) -> None:
     scratch = _module.gemm_workspace(
         c.shape,
         a.shape[-1],
-        DTYPE[a.dtype],
+        OPERAND[a.dtype],
         precision=precision(a.dtype),
         batch_invariant=invariant,
         device=at["device"],

@@ -25,7 +25,7 @@ NEEDED = (3, 4)
 #: The ops that there are kernels for, as supports() knows them.
 OPS = frozenset(
     (
-        *("gemm", "activation", "int_mm", "dropout"),
+        *("gemm", "activation", "int_mm", "scaled_mm", "dropout"),
         *("attention", "attention_backward"),
         *("conv", "convolution", "convolution_input", "convolution_weight"),
         *("pool", "max_pool", "max_pool_backward", "max_pool_gather", "avg_pool", "avg_pool_backward"),

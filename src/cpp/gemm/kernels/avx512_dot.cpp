@@ -1,5 +1,5 @@
 // GEMM with the AVX-512 dot-product instructions: vdpbf16ps for bfloat16 (and float32 at `medium`
-// precision), vpdpbusd for int8.
+// precision, and floats of eight bits), vpdpbusd for int8.
 #define FASTNN_TARGET avx512_dot
 #define FASTNN_TARGET_ID 2
 #include "gemm/float_ops.inl"
@@ -39,6 +39,10 @@ struct Bf16Ops {
     from_f32(h, x);
     return h.bits;
   }
+  template <class Src>  // of eight bits, which a bfloat16 holds
+  static FASTNN_INLINE uint16_t half(Src x) {
+    return uint16_t(bit_cast<uint32_t>(operand(x)) >> 16);
+  }
   template <class Src>
   static FASTNN_INLINE Word make_word(const Src* e) {
     return uint32_t(half(e[0])) | uint32_t(half(e[1])) << 16;
@@ -51,6 +55,13 @@ struct Bf16Ops {
   static FASTNN_INLINE __m256i halves(const float* p, int n) {
     return VecF32::load_partial(p, n).to(bf16());
   }
+  static FASTNN_INLINE __m256i upper(VecF32 x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x.r), 16));
+  }
+  template <class Src>
+  static FASTNN_INLINE __m256i halves(const Src* p, int n) {
+    return upper(load_operand_partial<VecF32>(p, n));
+  }
   template <class Src>
   static FASTNN_INLINE void across(const Src* src, int64_t k_stride, int n, Word* dst, int room) {
     const __m512i low = _mm512_cvtepu16_epi32(halves(src, n));
@@ -62,6 +73,11 @@ struct Bf16Ops {
   static FASTNN_INLINE __m512i words(const float* p) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(VecF32::load(p).to(bf16())),
                               VecF32::load(p + 16).to(bf16()), 1);
+  }
+  template <class Src>
+  static FASTNN_INLINE __m512i words(const Src* p) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(upper(load_operand<VecF32>(p))),
+                              upper(load_operand<VecF32>(p + 16)), 1);
   }
   template <class Src>
   static FASTNN_INLINE void along(const Src* src, int64_t lane_stride, int n, Word* dst, int ld,
@@ -222,8 +238,14 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .runs = !is_signed};
 }
 
+static constexpr Kernel e4m3 = bf16_kernel<f8_e4m3>("avx512 e4m3 as bf16 vdpbf16ps 14x32", kE4M3);
+static constexpr Kernel e5m2 = bf16_kernel<f8_e5m2>("avx512 e5m2 as bf16 vdpbf16ps 14x32", kE5M2);
 static const Kernel kernels[] = {
     bf16_kernel<bf16>("avx512 bf16 vdpbf16ps 14x32", DType::bf16),
+    e4m3,
+    e5m2,
+    mixed_kernel("avx512 e4m3 e5m2 as bf16 vdpbf16ps 14x32", e4m3, e5m2),
+    mixed_kernel("avx512 e5m2 e4m3 as bf16 vdpbf16ps 14x32", e5m2, e4m3),
     int8_kernel<int8_t>("avx512 s8s8 vpdpbusd 14x32", DType::s8),
     int8_kernel<uint8_t>("avx512 u8s8 vpdpbusd 14x32", DType::u8),
     {},
