@@ -26,6 +26,7 @@ TENSOR_CORES = {
     "4Bf16": "HMMA.16816.F32.BF16",
     "3F16": "HMMA.16816.F32",
     "2S8": "IMMA",
+    "6Float8ILb1ELb0": "HMMA.16816.F32",
 }
 
 
@@ -51,7 +52,7 @@ def kernels(extension, arch):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_no_kernel_spills(extension, arch):
     found = kernels(extension, arch)
-    assert sum("product" in name for name in found) == 2 * (5 * 4 + 2)
+    assert sum("product" in name for name in found) == 2 * (5 * 4 + 2 + 3)
     for name, used in found.items():
         assert used["STACK"] == 0, name
         assert used["REG"] <= 255
@@ -64,8 +65,8 @@ def test_no_kernel_spills(extension, arch):
 def test_products_run_on_tensor_cores(extension, kernel):
     names = [name for name in kernels(extension, "sm_80") if kernel in name]
     for part, instruction in TENSOR_CORES.items():
-        if part == "2S8" and kernel != "product":
-            continue  # convolutions of integers are another kernel, attention of integers is none
+        if part in ("2S8", "6Float8ILb1ELb0") and kernel != "product":
+            continue  # convolutions of integers are another kernel, there are none of 8-bit floats, nor attention of either
         name = next(name for name in names if part in name)
         code = dump("--dump-sass", "--gpu-architecture", "sm_80", "--function", name, extension)
         assert instruction in code, part
@@ -102,12 +103,16 @@ WARPGROUPS = {
     "8HopperS8ELi256": "IGMMA.64x256x32.S8.S8",
     "8HopperU8ELi128": "IGMMA.64x128x32.U8.S8",
     "11HopperPartsILi3E": "HGMMA.64x128x16.F32.BF16",
+    "12HopperFloat8ELi128": "QGMMA.64x128x32.F32.E5M2.E4M3",
+    "12HopperFloat8ELi256": "QGMMA.64x256x32.F32.E4M3.E4M3",
 }
+#: Whose sums begin anew in every step, and go to others in float32.
+SUMMED_BY_STEPS = ("11HopperPartsILi3E", "12HopperFloat8ELi128")
 
 
 def test_hoppers_products_run_on_warpgroups(extension):
     names = [name for name in kernels(extension, "sm_90a") if "warpgroups" in name]
-    assert len(names) == 2 * (2 * 4 + 2) + 3
+    assert len(names) == 2 * (2 * 4 + 2) + 3 + 2
     for part, instruction in WARPGROUPS.items():
         name = next(name for name in names if part in name)
         code = dump("--dump-sass", "--gpu-architecture", "sm_90a", "--function", name, extension)
@@ -119,8 +124,8 @@ def test_hoppers_products_run_on_warpgroups(extension):
         producer = code[code.index("USETMAXREG.DEALLOC") : code.rindex("UTMALDG")]
         assert "CALL" not in producer
         assert max(int(register) for register in re.findall(r"\bR(\d+)\b", producer)) < 40
-        # In float32 sums begin anew in every step; else a product is begun before the last has ended.
-        assert ("gsb0, 0x1" in code) == (part != "11HopperPartsILi3E"), part
+        # Where sums do not begin anew a product is begun before the last has ended.
+        assert ("gsb0, 0x1" in code) == (part not in SUMMED_BY_STEPS), part
         assert "STL" not in code, "a store to local memory"
 
 

@@ -31,6 +31,7 @@ from fastnn.backends.triton import (
     pool,
     quantize,
     reduce,
+    scaled_mm,
     softmax,
     tree_binning,
     tree_borders,
@@ -271,6 +272,24 @@ def weight_only_layers(arch):
         yield f"weight {name}", kernel
 
 
+def products_of_float8(arch):
+    """As tensor cores take them where there are such: mat_a row by row, mat_b column by column."""
+    native = arch >= 89
+    types = dict(c="*bf16", scale_a="*fp32", scale_b="*fp32", bias="*bf16")
+    types |= dict.fromkeys(("m", "n", "k", "a_step", "b_step"), "i32")
+    types |= dict(a_strides=("i32", "constexpr"), b_strides=("constexpr", "i32"))
+    for name, b_e4m3, by_row, tiles, widened in (
+        ("8-bit floats", True, True, scaled_mm._LARGE, scaled_mm._LARGE_WIDENED),
+        ("8-bit floats e5m2", False, False, scaled_mm._SMALL, scaled_mm._SMALL_WIDENED),
+    ):
+        rows, columns, block, warps, stages = tiles if native else widened
+        types |= dict(a="*fp8e4nv", b="*fp8e4nv" if b_e4m3 else "*fp8e5") if native else dict(a="*u8", b="*u8")
+        constants = dict(bias_stride=1, A_E4M3=True, B_E4M3=b_e4m3, BY_ROW=by_row, NATIVE=native, FAST=False)
+        constants |= dict(EVEN_K=True, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=block, BAND=8)
+        options = dict(num_warps=warps, num_stages=stages)
+        yield name, compiled(scaled_mm.multiply_float8, types, constants, arch, **options)
+
+
 def int8_convolutions(arch):
     """Of channels-last images."""
     image, three = ("i32", "constexpr", "i32", "i32", "i32"), ("i32",) * 3
@@ -442,6 +461,7 @@ def main():
         *quantization(arch),
         *quantized_layers(arch),
         *weight_only_layers(arch),
+        *products_of_float8(arch),
         *int8_convolutions(arch),
         *fake_quantization(arch),
         *trees(arch),

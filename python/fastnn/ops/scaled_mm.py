@@ -60,8 +60,8 @@ def scaled_mm(
     """
     in_torch = functools.partial(
         getattr(F, "scaled_mm", _not_there),
-        *(mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, swizzle_a, swizzle_b, bias, output_dtype),
-        *(contraction_dim, use_fast_accum),
+        *(mat_a, mat_b, scale_a, _torchs(scale_recipe_a), scale_b, _torchs(scale_recipe_b), swizzle_a, swizzle_b),
+        *(bias, output_dtype, contraction_dim, use_fast_accum),
     )
     recipes = _listed(scale_recipe_a) + _listed(scale_recipe_b)
     swizzles = _listed(swizzle_a) + _listed(swizzle_b)
@@ -154,6 +154,11 @@ def _listed(x: Any) -> list[Any]:
 def _number(choice: Any) -> Any:
     """Of a member of one of torch's enumerations."""
     return getattr(choice, "value", choice)
+
+
+def _torchs(recipe: Any) -> Any:
+    """What torch takes, whose enumeration has no place for numbers."""
+    return F.ScalingType(recipe) if isinstance(recipe, int) and hasattr(F, "ScalingType") else recipe
 
 
 def _not_there(*_: Any) -> NoReturn:

@@ -30,15 +30,8 @@ def widened(byte, E4M3: tl.constexpr):
 
 
 @triton.jit
-def number_type(E4M3: tl.constexpr):
-    if E4M3:
-        return tl.constexpr(tl.float8e4nv)
-    return tl.constexpr(tl.float8e5)
-
-
-@triton.jit
 def multiply_float8(
-    a,  # bytes
+    a,  # NATIVE: numbers; else the bytes of them, since older GPUs have no such type
     b,
     c,
     scale_a,
@@ -68,9 +61,6 @@ def multiply_float8(
     column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside, column_inside = row < m, column < n
-    if NATIVE:
-        a = a.to(tl.pointer_type(number_type(A_E4M3)), bitcast=True)
-        b = b.to(tl.pointer_type(number_type(B_E4M3)), bitcast=True)
     a_tile = a + row[:, None] * a_strides[0] + along[None, :] * a_strides[1]
     b_tile = b + along[:, None] * b_strides[0] + column[None, :] * b_strides[1]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -133,8 +123,8 @@ def scaled_mm(
         multiply_float8,
         ceil_div(m, rows) * ceil_div(n, columns),
         c,
-        a.view(torch.uint8),
-        b.view(torch.uint8),
+        a if native else a.view(torch.uint8),
+        b if native else b.view(torch.uint8),
         c,
         scale_a.reshape(-1).contiguous(),
         scale_b.reshape(-1).contiguous(),
