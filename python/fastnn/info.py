@@ -157,6 +157,7 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
             *_QUANTIZATION,
             "int8_linear",
             "pack_int8_weight",
+            "scaled_mm",
             *_INTEGER_CONVOLUTIONS,
             *_PRODUCTS,
             *_CONVOLUTIONS,
@@ -169,6 +170,8 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
     for op in (*_PRODUCTS, *_CONVOLUTIONS):
         ops[op] = {**products, "int8": "torch"}
     ops["int_mm"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.gemm_path(torch.int8)}"}
+    of_float8 = f"cpu: {cpu.gemm_path(torch.float8_e4m3fn)}"
+    ops["scaled_mm"] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": "-", "float8": of_float8}
     for family, members in _FAMILIES.items():
         for op in members:
             ops[op] = {**{_name(dtype): f"cpu: {cpu.isa()} {family}" for dtype in _FLOATS}, "int8": "torch"}
@@ -182,6 +185,8 @@ def _paths(backend: str | None) -> dict[str, dict[str, str]]:
         ops[op] = {**{_name(dtype): "-" for dtype in _FLOATS}, "int8": f"cpu: {cpu.isa()} int8 convolution"}
     for op in _ATTENTION:
         ops[op] = {**{_name(dtype): f"cpu: {attention.path(dtype)}" for dtype in _FLOATS}, "int8": "torch"}
+    for paths in ops.values():
+        paths.setdefault("float8", "-")
     return ops
 
 

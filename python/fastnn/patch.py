@@ -274,8 +274,8 @@ class patch(contextlib.ContextDecorator):
     ``linear_cross_entropy``, ``batch_norm``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding`` and the pools
     (``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ... in one to three dimensions); ``torch.batch_norm``,
     ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``dropout``, ``embedding``, ``matmul``, ``mm``,
-    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``_scaled_mm`` (and with it ``scaled_mm``), ``relu``, ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``,
-    ``fake_quantize_per_tensor_affine``, ``fake_quantize_per_channel_affine``; the
+    ``bmm``, ``addmm``, ``baddbmm``, ``mv``, ``_scaled_mm`` (and with it ``torch.nn.functional.scaled_mm``), ``relu``,
+    ``sigmoid``, ``tanh``, ``softmax``, ``log_softmax``, ``fake_quantize_per_tensor_affine``, ``fake_quantize_per_channel_affine``; the
     :class:`torch.Tensor` methods of these names; and ``a @ b``. In-place variants (``relu_``, ``addmm_``) stay torch's.
 
     It is a :class:`torch.overrides.TorchFunctionMode`: nothing in torch is changed, and nothing stays behind. It holds

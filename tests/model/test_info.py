@@ -30,7 +30,9 @@ def test_is_json_and_readable():
 def test_lists_every_op():
     listed = fastnn.info()["ops"]
     assert set(listed) == set(fastnn.functional.__all__)
-    assert all(set(dtypes) == {"float32", "float64", "bfloat16", "float16", "int8"} for dtypes in listed.values())
+    assert all(
+        set(dtypes) == {"float32", "float64", "bfloat16", "float16", "int8", "float8"} for dtypes in listed.values()
+    )
     with fastnn.backend("reference"):
         assert set(fastnn.info()["ops"]) == set(fastnn.functional.__all__) - {"int_mm"}
 

@@ -24,6 +24,10 @@ struct View {
   int dims;
 };
 
+DType operand_argument(const char* op, const char* name, int dtype) {
+  return is_float8(DType(dtype)) ? DType(dtype) : dtype_argument(op, name, dtype);
+}
+
 View view(const char* op, const char* name, uintptr_t ptr, py::handle shape, py::handle strides,
           int dtype) {
   View v{};
@@ -33,7 +37,7 @@ View view(const char* op, const char* name, uintptr_t ptr, py::handle shape, py:
   if (read_tuple(op, name, strides, st, kMaxDims) != v.dims)
     bad_argument(op, name, "as many strides as dimensions");
   v.matrix.data = reinterpret_cast<char*>(ptr);
-  v.matrix.type = is_float8(DType(dtype)) ? DType(dtype) : dtype_argument(op, name, dtype);
+  v.matrix.type = operand_argument(op, name, dtype);
   v.matrix.rs = st[v.dims - 2], v.matrix.cs = st[v.dims - 1];
   bool empty = false;
   for (int d = 0; d < v.dims; d++) {
@@ -211,7 +215,7 @@ void bind_gemm(py::module_& m) {
   m.def(
       "gemm_path",
       [](int a, int, int precision) {
-        return gemm_path(dtype_argument("gemm_path", "a_dtype", a),
+        return gemm_path(operand_argument("gemm_path", "a_dtype", a),
                          enum_argument<Precision>("precision", precision, 2));
       },
       py::arg("a_dtype"), py::arg("c_dtype"), py::arg("precision") = 0,

@@ -4,6 +4,7 @@
 
 #include "cuda/gemm/hopper_kernel.cuh"
 #include "cuda/gemm/parts.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace fastnn::cuda {
 namespace {

@@ -1,13 +1,14 @@
-// The matrix product for sm_90a of floats of eight bits. Both types may meet; which do is known when
-// it runs, so that one kernel has a loop for each pair and the rest of the code once.
+// The matrix product for sm_90a of floats of eight bits. Both types may meet; which do is known
+// when it runs, so that one kernel has a loop for each pair and the rest of the code once.
 //
-// The tensor cores sum such products with about 14 bits (DeepSeek-AI, "DeepSeek-V3 Technical Report",
-// 2024, section 3.3.2), which a long sum outgrows: 128 of K are summed at a time, and these sums in
-// float32. Where fast sums are asked for, which are left to the tensor cores, registers remain for
-// tiles of 256 columns, which read a quarter less: for pairs of e4m3, of which layers are made.
-// Another pair's gradients want the precision.
+// The tensor cores sum such products with about 14 bits (DeepSeek-AI, "DeepSeek-V3 Technical
+// Report", 2024, section 3.3.2), which a long sum outgrows: 128 of K are summed at a time, and
+// these sums in float32. Where fast sums are asked for, which are left to the tensor cores,
+// registers remain for tiles of 256 columns, which read a quarter less: for pairs of e4m3, of which
+// layers are made. Another pair's gradients want the precision.
 #include "cuda/gemm/hopper.hpp"
 #include "cuda/gemm/hopper_kernel.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace fastnn::cuda {
 namespace {

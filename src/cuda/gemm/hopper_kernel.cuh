@@ -279,8 +279,7 @@ bool multiply_on_hopper(Gemm g, void* stream) {
   const int64_t batches = batches_of(g);
   const int64_t splits = g.batch_invariant ? 1 : splits_of(Mode::kSize, batches, g.m, g.n, g.k);
   // Two sums an element leave no registers for as many; see hopper_float8.cu.
-  const bool narrow =
-      Mode::kFloat8 && !(g.fast_sums && g.a_type == kE4M3 && g.b_type == kE4M3);
+  const bool narrow = Mode::kFloat8 && !(g.fast_sums && g.a_type == kE4M3 && g.b_type == kE4M3);
   const bool wide_tiles = splits == 1 && !narrow && wide(batches, g.m, g.n);
   const int columns = wide_tiles ? 256 : 128;
   Batches of;

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import _cpu, _state
 from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of  # noqa: F401 - ops read some of these
 from .._tensors import contiguous, image_strides
-from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
+from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, OPERAND, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
 OF_QUANTIZED = frozenset(("dequantize", "scaled_mm"))
@@ -311,4 +311,4 @@ def gemm_path(dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> str:
     """The name of the kernel that multiplies matrices of this dtype, under the present float32 precision."""
     if out_dtype is None:
         out_dtype = dtype if dtype in FLOAT else torch.int32
-    return _cpu.gemm_path(DTYPE[dtype], DTYPE[out_dtype], precision(dtype))
+    return _cpu.gemm_path(OPERAND[dtype], DTYPE[out_dtype], precision(dtype))
