@@ -69,8 +69,8 @@ def multiply_float8(
         if not EVEN_K:
             inside = first + along < k
             a_inside, b_inside = a_inside & inside[None, :], b_inside & inside[:, None]
-        x = tl.load(a_tile, mask=a_inside, other=0)
-        y = tl.load(b_tile, mask=b_inside, other=0)
+        x = tl.load(a_tile, mask=a_inside, other=0.0)
+        y = tl.load(b_tile, mask=b_inside, other=0.0)
         if not NATIVE:
             sums = tl.dot(widened(x, A_E4M3), widened(y, B_E4M3), sums)
         elif FAST:
