@@ -249,6 +249,10 @@ def test_traced():
         opcheck(op, args, test_utils=("test_autograd_registration", "test_faketensor"))
     compiled = torch.compile(lambda a, b: fF.scaled_mm(a, b, ONE, 0, ONE, 0), fullgraph=True, backend="eager")
     assert torch.equal(compiled(a, b), fF.scaled_mm(a, b, ONE, 0, ONE, 0))
+    if hasattr(F, "ScalingType"):
+        kind = F.ScalingType.RowWise
+        compiled = torch.compile(lambda a, b: fF.scaled_mm(a, b, scales[0], kind, scales[1], kind), backend="eager")
+        assert torch.equal(compiled(a, b), fF.scaled_mm(a, b, scales[0], 1, scales[1], 1))
     meta = fF.scaled_mm(a.to("meta"), b.to("meta"), ONE.to("meta"), 0, ONE.to("meta"), 0)
     assert meta.shape == (6, 8) and meta.is_meta and meta.dtype is torch.bfloat16
 

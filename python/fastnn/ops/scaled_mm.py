@@ -59,9 +59,9 @@ def scaled_mm(
     The recipes are both ``torch.nn.functional.ScalingType.TensorWise`` or both ``RowWise``, or their numbers, 0 and 1.
     """
     in_torch = functools.partial(
-        getattr(F, "scaled_mm", _not_there),
-        *(mat_a, mat_b, scale_a, _torchs(scale_recipe_a), scale_b, _torchs(scale_recipe_b), swizzle_a, swizzle_b),
-        *(bias, output_dtype, contraction_dim, use_fast_accum),
+        _functional,
+        *(mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, swizzle_a, swizzle_b, bias, output_dtype),
+        *(contraction_dim, use_fast_accum),
     )
     recipes = _listed(scale_recipe_a) + _listed(scale_recipe_b)
     swizzles = _listed(swizzle_a) + _listed(swizzle_b)
@@ -156,13 +156,12 @@ def _number(choice: Any) -> Any:
     return getattr(choice, "value", choice)
 
 
-def _torchs(recipe: Any) -> Any:
-    """What torch takes, whose enumeration has no place for numbers."""
-    return F.ScalingType(recipe) if isinstance(recipe, int) and hasattr(F, "ScalingType") else recipe
-
-
-def _not_there(*_: Any) -> NoReturn:
-    raise ValueError(f"torch {torch.__version__} has no scaled_mm")
+def _functional(mat_a: Any, mat_b: Any, scale_a: Any, recipe_a: Any, scale_b: Any, recipe_b: Any, *rest: Any) -> Tensor:
+    """torch's answer to the same call, which does not take numbers for recipes."""
+    if not hasattr(F, "scaled_mm"):
+        raise ValueError(f"torch {torch.__version__} has no scaled_mm")
+    recipe_a, recipe_b = (F.ScalingType(r) if isinstance(r, int) else r for r in (recipe_a, recipe_b))
+    return F.scaled_mm(mat_a, mat_b, scale_a, recipe_a, scale_b, recipe_b, *rest)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
