@@ -299,7 +299,7 @@ def test_calls_as_one_notice_changes():
         before = [chain(x), chain(x)][1]
     other = quantized(settled(Block()), torch.randn(2, 3, 17, 15))
     for change in (
-        lambda: chain.left.weight.neg_(),
+        lambda: chain.left.codes.neg_(),
         lambda: chain.depthwise.residual_scale.mul_(3),
         lambda: setattr(chain.stem, "bias", chain.stem.bias + 1),
         lambda: chain.load_state_dict(other.state_dict()),
@@ -358,7 +358,7 @@ def test_linear_layers_at_the_same_time_or_afterwards():
     afterwards = quantize_(quantized(model, x), Int8Static([x]), only="fc")
     for chain in (afterwards, quantize_(copy.deepcopy(model), Int8Static(x for x in [x]))):
         with torch.inference_mode():
-            assert chain.stem.weight.dtype is chain.fc.weight.dtype is torch.int8
+            assert chain.stem.codes.dtype is chain.fc.codes.dtype is torch.int8
             assert snr(chain(x), model(x)) > 20
 
 
