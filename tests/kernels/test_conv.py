@@ -461,7 +461,7 @@ def square(way, n, channels, filters, height, width, less=(0, 0)):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize(
-    "shape", [(1, 32, 32, 16, 24), (2, 61, 63, 21, 25), (3, 79, 95, 31, 13), (1, 64, 96, 9, 67)], ids=str
+    "shape", [(1, 64, 64, 18, 24), (2, 61, 63, 21, 25), (3, 79, 95, 31, 13), (1, 64, 96, 9, 67)], ids=str
 )
 @pytest.mark.parametrize("way", ["3x3", "5x5"])
 def test_square_filters(isa, way, shape, last):
@@ -471,9 +471,9 @@ def test_square_filters(isa, way, shape, last):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_square_filters_at_every_second_position(isa, last):
-    check_square(*square(WAYS["3x3 by two"], 2, 96, 96, 32, 48), last)
-    check_square(*square(WAYS["3x3 by two"], 2, 96, 96, 33, 48, (1, -2)), last)
-    check_square(*square(WAYS["3x3 by two"], 1, 127, 159, 45, 62), last)
+    check_square(*square(WAYS["3x3 by two"], 2, 128, 128, 32, 48), last)
+    check_square(*square(WAYS["3x3 by two"], 2, 128, 128, 33, 48, (1, -2)), last)
+    check_square(*square(WAYS["3x3 by two"], 1, 255, 159, 45, 62), last)
 
 
 def check_square(x_shape, w_shape, y_shape, options, last):
@@ -524,7 +524,7 @@ def test_small_numbers_beside_large_ones_keep_their_digits(isa, way):
 @ways
 def test_taps_that_meet_nothing_have_no_gradient(isa, way):
     """Their tiles have inputs and gradients, but not where these taps meet them."""
-    *shapes, options = square(way, 1, 96, 96, 48, 48)
+    *shapes, options = square(way, 1, 160, 160, 48, 48)
     x, w, y = (torch.randn(s) for s in shapes)
     y[..., 1:, :] = 0
     _cpu.reset_counters()

@@ -384,7 +384,8 @@ const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
     const double tiles =
         double(out.size[0]) * double(ceil_div(out.size[3], 2) * ceil_div(out.size[4], 2));
     const double multiplied = 1.13 * full(in.size[1], kWinogradSum) * full(out.size[1], way.panel);
-    const double transformed = 12 / double(in.size[1]) + 12 / double(out.size[1]);
+    const double each = pass == Pass::weight ? 20 : 12;
+    const double transformed = each / double(in.size[1]) + each / double(out.size[1]);
     const double filters = c.prepared ? 5 : 25;
     const double kept =
         double(way.products * way.products) * double(in.size[1]) * double(out.size[1]);
