@@ -21,9 +21,10 @@ constexpr int64_t kMostTiles = 56, kMostProducts = 16 * kMostTiles;
 // A tile mixes its inputs, and each output is rounded as if it were as large as all of them. An
 // output's own inputs must not be smaller than this part of the tile's.
 constexpr float kLeastShare = 1.f / 64;
-// Filters of no more bytes than this are read anew for every block of tiles, and transformed tiles
-// of no more than that stay in a core's second cache.
-constexpr int64_t kFewFilters = 5 << 18, kOwnTiles = 3 << 17;
+// Transformed tiles, or filters, of no more bytes than this stay in a core's second cache.
+constexpr int64_t kOwnBytes = 3 << 18;
+// Fewer tiles than this are not worth reading all filters for.
+constexpr int64_t kLeastTiles = 40;
 // Filters of which there are more than so many transformed numbers are left as they are.
 constexpr double kMostFilters = 1 << 25;
 
@@ -196,9 +197,11 @@ Store store_of(const Job& j) {
   return make_store(g);
 }
 
-// One call: what its threads share. With few filters each thread takes a block of tiles with all of
-// them. With many, all threads transform a block of tiles, as many as the cores' common cache
-// holds, and then each takes all of those with some of the filters.
+// One call: what its threads share. Each thread takes blocks of tiles, as many as its second cache
+// holds, with all filters, panel by panel. Where a panel is larger than that cache, or there are
+// few tiles, all threads transform a block of tiles, as many as the cores' common cache holds, and
+// then each takes all of those with some of the filters. Either way what comes from the common
+// cache, which may be slow or others' as well, is read once for what there is of the other operand.
 class Run {
  public:
   explicit Run(const Job& job)
@@ -210,10 +213,9 @@ class Run {
         source_(job.source()),
         threads_(max_threads()) {
     const int64_t tile_bytes = s_.positions * s_.depth * 4, tiles = s_.grid.count;
-    by_tiles_ = filters_floats() * 4 <= kFewFilters && tiles >= 8 * threads_;
-    const int64_t most =
-        by_tiles_ ? std::clamp(kOwnTiles / tile_bytes, std::min(int64_t(14), s_.most), s_.most)
-                  : std::clamp(kSharedTiles / tile_bytes, std::min(int64_t(14), tiles), tiles);
+    by_tiles_ = s_.v * 4 <= kOwnBytes && tiles >= kLeastTiles * threads_;
+    const int64_t most = std::clamp((by_tiles_ ? kOwnBytes : kSharedTiles) / tile_bytes,
+                                    std::min(kLeastTiles, tiles), tiles);
     blocks_ = ceil_div(tiles, most);
     if (by_tiles_ && blocks_ < 8 * threads_) blocks_ = ceil_div(blocks_, threads_) * threads_;
     block_ = ceil_div(tiles, blocks_), blocks_ = ceil_div(tiles, block_);
@@ -321,7 +323,8 @@ class Run {
       const Tiles tiles = tiles_of(own, b);
       transform(own, tiles, tiles.begin, tiles.end);
       for (int64_t p = 0; !refused_ && p < s_.panels; p++)
-        multiply_some(own, tiles, tiles.begin, tiles.end, filters_ + p * s_.v, p);
+        for (int64_t t = tiles.begin; t < tiles.end; t += s_.most)
+          multiply_some(own, tiles, t, std::min(tiles.end, t + s_.most), filters_ + p * s_.v, p);
     }
   }
 
@@ -370,9 +373,12 @@ const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
     return nullptr;
   const bool turned = pass == Pass::input;
   const Tensor5 &in = turned ? c.y : c.x, &out = turned ? c.x : c.y;
-  if (in.size[1] < 32 || out.size[1] < 16 || (turned && c.stride[1] != 1)) return nullptr;
+  if (in.size[1] < 32 || out.size[1] < 16) return nullptr;
   for (const WinogradKernels& way : conv_kernels().winograd) {
     if (way.taps != c.w.size[3] || way.step != c.stride[1]) continue;
+    // The larger a tile's transforms are than its inputs and outputs, the more they have to go
+    // through memory, twice for filters' gradients.
+    if (pass != Pass::forward && way.products > 4) return nullptr;
     // The time, as measured, in multiplications for each pair of channels: directly one a tap and
     // position, at a rate below the best; and one a product of a tile, of panels that may not be
     // full, besides the tiles' transformations, shared by the channels on the other side, and that
@@ -384,7 +390,8 @@ const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
     const double tiles =
         double(out.size[0]) * double(ceil_div(out.size[3], 2) * ceil_div(out.size[4], 2));
     const double multiplied = 1.13 * full(in.size[1], kWinogradSum) * full(out.size[1], way.panel);
-    const double each = pass == Pass::weight ? 20 : 12;
+    // Filters' gradients read and write most, and are slower where others use the memory as well.
+    const double each = pass == Pass::weight ? 50 : 12;
     const double transformed = each / double(in.size[1]) + each / double(out.size[1]);
     const double filters = c.prepared ? 5 : 25;
     const double kept =

@@ -9,7 +9,7 @@
 namespace fastnn {
 
 // Transformed tiles of no more bytes than this stay in the cache that the cores share.
-constexpr int64_t kSharedTiles = 8 << 20;
+constexpr int64_t kSharedTiles = 4 << 20;
 // Tiles that a thread transforms for all.
 constexpr int64_t kTilesPiece = 8;
 
