@@ -77,7 +77,7 @@ struct Counter {
   std::atomic<const char*> name{nullptr};
   std::atomic<int64_t> calls{0};
 };
-constexpr int kCounters = 64;
+constexpr int kCounters = 256;  // more than there are names on all instruction sets together
 Counter counters[kCounters];
 
 }  // namespace
