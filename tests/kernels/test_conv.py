@@ -471,9 +471,9 @@ def test_square_filters(isa, way, shape, last):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_square_filters_at_every_second_position(isa, last):
-    check_square(*square(WAYS["3x3 by two"], 2, 128, 128, 32, 48), last)
-    check_square(*square(WAYS["3x3 by two"], 2, 128, 128, 33, 48, (1, -2)), last)
-    check_square(*square(WAYS["3x3 by two"], 1, 255, 159, 45, 62), last)
+    check_square(*square(WAYS["3x3 by two"], 4, 128, 128, 32, 48), last)
+    check_square(*square(WAYS["3x3 by two"], 4, 128, 128, 33, 48, (1, -2)), last)
+    check_square(*square(WAYS["3x3 by two"], 4, 159, 127, 46, 64), last)
 
 
 def check_square(x_shape, w_shape, y_shape, options, last):
@@ -524,7 +524,7 @@ def test_gradient_of_square_filters(isa, shape, last):
 @ways
 def test_small_numbers_beside_large_ones_keep_their_digits(isa, way):
     """A tile that mixed the two would round the small ones as if they were large."""
-    *shapes, options = square(way, 1, 96, 96, 48, 48)
+    *shapes, options = square(way, 4, 128, 128, 48, 48)
     x, w, y = (torch.randn(s) for s in shapes)
     x[..., 11, :] *= 1e6
     _cpu.reset_counters()
@@ -532,7 +532,7 @@ def test_small_numbers_beside_large_ones_keep_their_digits(isa, way):
     assert _cpu.counters()["winograd refused"] == 1
     expected = exactly("forward", x, w, y, options)
     magnitude = exactly("forward", x.abs(), w.abs(), y, options)
-    assert bool(((found.double() - expected).abs() <= way[0] ** 2 * 96 * 2.0**-24 * magnitude).all())
+    assert bool(((found.double() - expected).abs() <= way[0] ** 2 * 128 * 2.0**-24 * magnitude).all())
 
 
 def test_taps_that_meet_nothing_have_no_gradient(isa):

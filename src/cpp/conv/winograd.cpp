@@ -394,11 +394,12 @@ const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
     const double each = pass == Pass::weight ? 50 : 12;
     const double transformed = each / double(in.size[1]) + each / double(out.size[1]);
     const double filters = c.prepared ? 5 : 25;
+    const double direct = way.step > 1 && !c.prepared ? 1 : 1.11;
     const double kept =
         double(way.products * way.products) * double(in.size[1]) * double(out.size[1]);
     if (kept > kMostFilters) return nullptr;
     return way.products * way.products * (tiles * (multiplied + transformed) + filters) <
-                   1.11 * double(way.taps * way.taps) * positions
+                   direct * double(way.taps * way.taps) * positions
                ? &way
                : nullptr;
   }
