@@ -112,6 +112,14 @@ def tile_in_bands(tile, row_tiles, column_tiles, BAND: tl.constexpr):
 
 
 @triton.jit
+def positions_in_bands(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr):
+    """The rows and the columns of C of a tile, in that order."""
+    row_tile, column_tile = tile_in_bands(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
+    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    return row, (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+
+
+@triton.jit
 def multiply(
     a,
     b,
@@ -147,13 +155,9 @@ def multiply(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(m, BLOCK_M)
-    column_tiles = tl.cdiv(n, BLOCK_N)
-    tiles = row_tiles * column_tiles
+    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
     at = (tl.program_id(0) // tiles).to(tl.int64)
-    row_tile, column_tile = tile_in_bands(tl.program_id(0) % tiles, row_tiles, column_tiles, BAND)
-    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row, column = positions_in_bands(tl.program_id(0) % tiles, m, n, BLOCK_M, BLOCK_N, BAND)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside = row < m
     column_inside = column < n

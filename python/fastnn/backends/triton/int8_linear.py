@@ -15,7 +15,7 @@ from .._int8_linear import Int8Linears, Rows
 from .._tensors import merge
 from ._launch import ceil_div, launch
 from .elementwise import activate, offset
-from .gemm import tile_in_bands
+from .gemm import positions_in_bands
 from .quantize import encode, grid_of
 
 
@@ -99,9 +99,7 @@ def multiply(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, column_tile = tile_in_bands(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
-    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row, column = positions_in_bands(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, BAND)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside = row < m
     column_inside = column < n

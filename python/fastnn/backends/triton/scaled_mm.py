@@ -15,7 +15,7 @@ from torch import Tensor
 from .._matmul import along_k
 from . import INTERPRETED
 from ._launch import ceil_div, launch
-from .gemm import tile_in_bands
+from .gemm import positions_in_bands
 
 
 @triton.jit
@@ -56,9 +56,7 @@ def multiply_float8(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, column_tile = tile_in_bands(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
-    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row, column = positions_in_bands(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, BAND)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     row_inside, column_inside = row < m, column < n
     a_tile = a + row[:, None] * a_strides[0] + along[None, :] * a_strides[1]

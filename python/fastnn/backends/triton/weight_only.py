@@ -21,7 +21,7 @@ from ..codes import precision
 from ..reference.quantize import PACKED
 from ._launch import ceil_div, launch
 from .elementwise import activate
-from .gemm import tile_in_bands
+from .gemm import positions_in_bands
 from .quantize import decode, decoding
 
 
@@ -114,9 +114,7 @@ def multiply(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    row_tile, column_tile = tile_in_bands(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
-    row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    column = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row, column = positions_in_bands(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, BAND)
     row_inside = row < m
     column_inside = column < n
     EACH: tl.constexpr = 2 if PACKED else 1  # elements of a byte
