@@ -31,6 +31,7 @@ set_source_files_properties(${FASTNN_CUDA_HOPPER} PROPERTIES
   COMPILE_OPTIONS "${for_all};-gencode=arch=compute_90a,code=sm_90a")
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS ${FASTNN_CUDA_KERNELS} ${FASTNN_CUDA_BINDINGS})
+set_target_properties(_cuda PROPERTIES ${FASTNN_CUDA_UNITY})  # of the bindings: the kernels have options of their own
 target_include_directories(_cuda PRIVATE src src/cpp)
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-O3>

@@ -62,3 +62,5 @@ set(FASTNN_CUDA_BINDINGS
   bind/reduce.cpp
   bind/softmax.cpp
   bind/tree.cpp)
+# Most of what these take to compile is pybind11, anew for each: several are compiled as one.
+set(FASTNN_CUDA_UNITY UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 6)
