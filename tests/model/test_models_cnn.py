@@ -33,6 +33,8 @@ class Network:
     #: The classes are those of the points in time, not those of the whole.
     per_sample: bool = False
     rate: float = 0.01
+    #: Where the two are compared, they have this part of their channels; the widths themselves are others' in this file.
+    narrower: int = 1
 
     def batch(self, dtype):
         if self.per_sample:
@@ -42,12 +44,27 @@ class Network:
 
     def pair(self, prepare):
         """fastnn's and torch's, with the same parameters and buffers, on which `prepare` has worked."""
-        ours, theirs = self.ours(), self.twin()
+        ours, theirs = (narrowed(model, self.narrower) for model in (self.ours(), self.twin()))
         state = theirs.state_dict()
         for name in state:
             prepare(state, name)
         ours.load_state_dict(state)
         return ours, theirs
+
+
+def narrowed(model, by):
+    """Puts layers with a `by`-th of the channels in the places of a ResNet's, but for the image's and the classes'."""
+    for parent in list(model.modules()) if by > 1 else ():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d):
+                channels = child.in_channels if child.in_channels == 3 else child.in_channels // by
+                window = (child.kernel_size, child.stride, child.padding)
+                setattr(parent, name, type(child)(channels, child.out_channels // by, *window, bias=False))
+            elif isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, type(child)(child.num_features // by))
+            elif isinstance(child, nn.Linear):
+                setattr(parent, name, type(child)(child.in_features // by, child.out_features))
+    return model
 
 
 def seen_data(state, name):
@@ -104,10 +121,16 @@ NETWORKS = {
         lambda: models.resnet18(num_classes=10), resnet_twin([2, 2, 2, 2], bottleneck=False), (4, 3, 40, 33)
     ),
     "resnet34": Network(
-        lambda: models.resnet34(num_classes=10), resnet_twin([3, 4, 6, 3], bottleneck=False), (4, 3, 40, 33)
+        lambda: models.resnet34(num_classes=10),
+        resnet_twin([3, 4, 6, 3], bottleneck=False),
+        (4, 3, 40, 33),
+        narrower=4,
     ),
     "resnet50": Network(
-        lambda: models.resnet50(num_classes=10), resnet_twin([3, 4, 6, 3], bottleneck=True), (4, 3, 40, 33)
+        lambda: models.resnet50(num_classes=10),
+        resnet_twin([3, 4, 6, 3], bottleneck=True),
+        (4, 3, 40, 33),
+        narrower=4,
     ),
     "bottlenecks": Network(
         lambda: models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10),
