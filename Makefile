@@ -9,7 +9,8 @@ LINTERS     := ruff==0.17.5 clang-format==23.1.5
 
 BIN     := $(VENV)/bin
 TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
-PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Python compiles what it imports, a third of what is installed: pip need not compile it all, on one core.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
 CPP     := $(shell find src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -103,7 +104,7 @@ SANITIZE_TESTS ?= tests/kernels tests/ops/test_errors.py tests/tree/test_binning
 
 # What whole models are compared with beside torch.
 $(VENV)/stamps/bench: pyproject.toml $(VENV)/stamps/fastnn
-	$(PIP) install --no-build-isolation --editable ".[bench]"
+	$(INSTALL) --no-build-isolation --editable ".[bench]"
 	touch $@
 
 clean:
@@ -116,11 +117,11 @@ $(VENV)/stamps/venv:
 	touch $@
 
 $(TORCH_STAMP): $(VENV)/stamps/venv
-	$(PIP) install "$(TORCH)"
+	$(INSTALL) "$(TORCH)"
 	touch $@
 
 $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
-	$(PIP) install $(LINTERS)
+	$(INSTALL) $(LINTERS)
 	touch $@
 
 # Editable, so that a change of Python needs no new build; without build isolation, so that a change of C++
@@ -128,6 +129,6 @@ $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
 $(VENV)/stamps/fastnn: $(SOURCES) $(TORCH_STAMP)
 	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 	    > $(VENV)/stamps/build-requires.txt
-	$(PIP) install ninja -r $(VENV)/stamps/build-requires.txt
-	$(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(INSTALL) ninja -r $(VENV)/stamps/build-requires.txt
+	$(INSTALL) --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
