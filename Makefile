@@ -9,8 +9,7 @@ LINTERS     := ruff==0.17.5 clang-format==23.1.5
 
 BIN     := $(VENV)/bin
 TORCH_STAMP := $(VENV)/stamps/$(subst ==,-,$(TORCH))
-# Python compiles what it imports, a third of what is installed: pip need not compile it all, on one core.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS  := test
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f)
 CPP     := $(shell find src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -104,7 +103,7 @@ SANITIZE_TESTS ?= tests/kernels tests/ops/test_errors.py tests/tree/test_binning
 
 # What whole models are compared with beside torch.
 $(VENV)/stamps/bench: pyproject.toml $(VENV)/stamps/fastnn
-	$(INSTALL) --no-build-isolation --editable ".[bench]"
+	$(PIP) install --no-build-isolation --editable ".[bench]"
 	touch $@
 
 clean:
@@ -117,11 +116,11 @@ $(VENV)/stamps/venv:
 	touch $@
 
 $(TORCH_STAMP): $(VENV)/stamps/venv
-	$(INSTALL) "$(TORCH)"
+	$(PIP) install "$(TORCH)"
 	touch $@
 
 $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
-	$(INSTALL) $(LINTERS)
+	$(PIP) install $(LINTERS)
 	touch $@
 
 # Editable, so that a change of Python needs no new build; without build isolation, so that a change of C++
@@ -129,6 +128,6 @@ $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
 $(VENV)/stamps/fastnn: $(SOURCES) $(TORCH_STAMP)
 	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 	    > $(VENV)/stamps/build-requires.txt
-	$(INSTALL) ninja -r $(VENV)/stamps/build-requires.txt
-	$(INSTALL) --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(PIP) install ninja -r $(VENV)/stamps/build-requires.txt
+	$(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
