@@ -234,6 +234,9 @@ static void tile(const TileArgs& t) {
       for (int v = 0; v < NV; v++) {
         const char* p = b + v * Ops::width * word;
         bv[v] = PackedB || v + 1 < NV ? Ops::load(p) : Ops::load_partial(p, last);
+        // The next panel's rows go on where this one's end: asked for a panel ahead, as each is a
+        // piece too short for the hardware to see it coming.
+        if (!PackedB) __builtin_prefetch(p + NV * Ops::width * word, 0, 2);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {

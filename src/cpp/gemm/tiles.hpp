@@ -174,6 +174,8 @@ class Tiles {
                    store.type == DType::u8 &&
                    (!store.residual || store.requantize->residual_type == DType::u8);
     acc_row_ = int64_t(kn.nr) * dtype_size(kn.acc);
+    size_ = int64_t(dtype_size(store.type));
+    if (finishes_ || requantizes_) finish_all();
     t_.packed_a = a.packed;
     t_.a_row = a.lane, t_.a_word = a.word;
   }
@@ -184,32 +186,37 @@ class Tiles {
     // Where it lies in C, which many tiles ask: column j_, in one piece if it is.
     j_ = j0_ + q * kn_.nr;
     c_ = r_ = within_ = j_, whole_ = true;
-    if (!store_.columns) return;
-    piece(j_, c_, r_);
-    within_ = j_ % store_.columns->length;
-    c_ += within_, r_ += within_;
-    whole_ = within_ + t_.cols <= store_.columns->length;
+    if (store_.columns) {
+      piece(j_, c_, r_);
+      within_ = j_ % store_.columns->length;
+      c_ += within_, r_ += within_;
+      whole_ = within_ + t_.cols <= store_.columns->length;
+    }
+    if (finishes_ || requantizes_) finish_columns();
   }
   // For the tiles to come: rows that begin so far from C's first, and the residual's.
   void line(int64_t c, int64_t residual) {
-    const int64_t size = dtype_size(store_.type);
-    store_.c += (c - line_c_) * size;
+    store_.c += (c - line_c_) * size_;
     if (store_.residual) store_.residual += (residual - line_r_) * store_.residual_size;
     line_c_ = c, line_r_ = residual;
   }
   // For the tiles to come: A's words of K lie in `runs` pieces, at these distances in bytes.
-  void runs(int64_t count, const int64_t* at) { t_.runs = count, t_.a_runs = at; }
+  void runs(int64_t count, const int64_t* at) {
+    t_.runs = count, t_.a_runs = at;
+    count_lines();
+  }
   void block(int64_t index, int64_t words) {
     block_ = index;
     t_.words = words;
+    count_lines();
     t_.add = index % (sums_.two_levels ? kBlocksInSum : sums_.blocks) != 0;
   }
+  // C is in the cache: to ask for its lines would take a short tile longer than to wait for them.
+  void c_is_near() { c_is_near_ = true; }
   // The next tile asks for what a later one reads.
   void ahead(const char* from, int64_t bytes) {
     if (kn_.finishes) {
-      const int64_t line = 64 / (kn_.b_bytes * kn_.k_word);  // of words
-      const int64_t lines = t_.runs * std::max<int64_t>(1, ceil_div(t_.words, line));
-      t_.ahead = from, t_.ahead_lines = ceil_div(ceil_div(bytes, 64), lines);
+      t_.ahead = from, t_.ahead_lines = ceil_div(ceil_div(bytes, 64), lines_);
       asks_ = true;
     } else {
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
@@ -222,10 +229,9 @@ class Tiles {
     if (!std::exchange(asks_, false)) t_.ahead_lines = 0;
     const int64_t i = i0_ + p * mr_;
     if (straight_ && whole_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
-      const int64_t size = dtype_size(store_.type);
-      t_.acc = store_.c + (i * store_.c_rs + c_) * size;
-      t_.acc_row = store_.c_rs * size;
-      fetch(static_cast<char*>(t_.acc), t_.acc_row, size);
+      t_.acc = store_.c + (i * store_.c_rs + c_) * size_;
+      t_.acc_row = store_.c_rs * size_;
+      if (!c_is_near_) fetch(static_cast<char*>(t_.acc), t_.acc_row, size_);
       kn_.tile(t_);
       return;
     }
@@ -236,17 +242,15 @@ class Tiles {
     const bool last = block_ + 1 == sums_.blocks;
     const bool finishes = requantizes_ ? t_.cols == kn_.nr : finishes_ && whole_;
     if (last && finishes && t_.words) {
-      const Finish finish = requantizes_ ? requantized_at(i) : finish_at(i);
-      t_.finish = &finish;
-      fetch(finish.c, finish.c_row, dtype_size(store_.type));
+      const Finish& finish = *(t_.finish = finish_rows(i));
+      if (!c_is_near_) fetch(finish.c, finish.c_row, size_);
       if (finish.residual) fetch(finish.residual, finish.residual_row, store_.residual_size);
       kn_.tile(t_);
       t_.finish = nullptr;
       return;
     }
     if (last && store_.requantize) {
-      const int64_t size = dtype_size(store_.type);
-      fetch(store_.c + (i * store_.c_rs + j_) * size, store_.c_rs * size, size);
+      fetch(store_.c + (i * store_.c_rs + j_) * size_, store_.c_rs * size_, size_);
       if (store_.residual) fetch(store_.residual + i * store_.r_rs + j_, store_.r_rs, 1);
     }
     if (t_.words)
@@ -262,6 +266,11 @@ class Tiles {
   }
 
  private:
+  // Lines of words of K in a tile.
+  void count_lines() {
+    const int64_t line = 64 / (kn_.b_bytes * kn_.k_word);
+    lines_ = t_.runs * std::max<int64_t>(1, ceil_div(t_.words, line));
+  }
   // What a Finish can do.
   static bool short_epilogue(const Store& s, DType acc) {
     const bool activation =
@@ -279,36 +288,42 @@ class Tiles {
     return type && activation && bias && s.c_cs == 1 && s.alpha64 == 1 && !s.row_scale &&
            !s.col_scale && (!s.residual || (s.beta64 == 1 && s.r_cs == 1));
   }
-  Finish finish_at(int64_t i) const {
+  // The parts of a Finish that are the same for all tiles, for those of a panel of B, and for those
+  // of some rows: a small tile takes less time than writing all of it does.
+  void finish_all() {
     const Store& s = store_;
-    const int64_t size = dtype_size(s.type);
-    Finish f{};
-    f.c = s.c + (i * s.c_rs + c_) * size, f.c_row = s.c_rs * size;
-    f.type = s.type;
-    if (kn_.acc == DType::s32) {
-      f.bias_type = s.bias_type;
-      if (s.bias_axis == BiasAxis::column)
-        f.column_bias = s.bias + within_ * int64_t(dtype_size(s.bias_type));
-      f.row_scale = s.row_scale + i, f.column_scale = s.col_scale + within_;
-      if (s.row_zero) f.row_zero = s.row_zero + i, f.column_sum = s.col_sum + within_;
-    } else if (s.bias_axis == BiasAxis::column) {
-      f.column_bias = s.bias + within_ * size;
+    finish_.type = s.type, finish_.c_row = s.c_rs * size_;
+    finish_.residual_row = s.r_rs * s.residual_size;
+    if (requantizes_) {
+      finish_.requantize = s.requantize;
+      return;
     }
-    if (s.residual)
-      f.residual = s.residual + (i * s.r_rs + r_) * size, f.residual_row = s.r_rs * size;
-    if (s.bias_axis == BiasAxis::row)
-      f.row_bias = s.bias + i * s.bias_stride * size, f.row_bias_step = s.bias_stride * size;
-    f.bounded = s.activation != kNone;
-    f.low = 0, f.high = s.activation == kRelu6 ? 6 : std::numeric_limits<float>::infinity();
-    return f;
+    finish_.bias_type = s.bias_type;
+    finish_.row_bias_step = s.bias_stride * size_;
+    finish_.bounded = s.activation != kNone;
+    finish_.low = 0;
+    finish_.high = s.activation == kRelu6 ? 6 : std::numeric_limits<float>::infinity();
   }
-  Finish requantized_at(int64_t i) const {
+  void finish_columns() {
     const Store& s = store_;
-    Finish f{};
-    f.c = s.c + i * s.c_rs + j_, f.c_row = s.c_rs;
-    if (s.residual) f.residual = s.residual + i * s.r_rs + j_, f.residual_row = s.r_rs;
-    f.requantize = s.requantize, f.column = j_;
-    return f;
+    finish_.column = j_;
+    if (requantizes_) return;
+    if (s.bias_axis == BiasAxis::column)
+      finish_.column_bias = s.bias + within_ * int64_t(dtype_size(s.bias_type));
+    if (kn_.acc != DType::s32) return;
+    finish_.column_scale = s.col_scale + within_;
+    if (s.row_zero) finish_.column_sum = s.col_sum + within_;
+  }
+  const Finish* finish_rows(int64_t i) {
+    const Store& s = store_;
+    finish_.c = s.c + (i * s.c_rs + c_) * size_;
+    if (s.residual) finish_.residual = s.residual + (i * s.r_rs + r_) * s.residual_size;
+    if (requantizes_) return &finish_;
+    if (s.bias_axis == BiasAxis::row) finish_.row_bias = s.bias + i * s.bias_stride * size_;
+    if (kn_.acc != DType::s32) return &finish_;
+    finish_.row_scale = s.row_scale + i;
+    if (s.row_zero) finish_.row_zero = s.row_zero + i;
+    return &finish_;
   }
   // Asks for the lines of C that a tile is about to write, or the residual's that it will read:
   // short pieces of rows, which the hardware does not see coming, so that each would be waited for.
@@ -322,15 +337,15 @@ class Tiles {
   }
   // Column j of the product is column j % length of its piece.
   void store_pieces(const char* acc, int64_t i) {
-    const int64_t length = store_.columns->length, size = dtype_size(store_.type);
+    const int64_t length = store_.columns->length;
     for (int done = 0; done < t_.cols;) {
       const int64_t within = (j_ + done) % length;
       const int n = int(std::min<int64_t>(t_.cols - done, length - within));
       int64_t c, r;
       piece(j_ + done, c, r);
       Store s = store_;
-      s.c += c * size;
-      if (s.residual) s.residual += r * size;
+      s.c += c * size_;
+      if (s.residual) s.residual += r * size_;
       kn_.store(acc + done * dtype_size(kn_.acc), kn_.nr, t_.rows, n, s, i, within);
       done += n;
     }
@@ -353,10 +368,11 @@ class Tiles {
   Store store_;
   const Sums sums_;
   char* memory_;
-  int64_t mr_, m_, n_, i0_, j0_, block_ = 0, acc_row_;
+  int64_t mr_, m_, n_, i0_, j0_, block_ = 0, acc_row_, size_, lines_ = 1;
   int64_t j_ = 0, c_ = 0, r_ = 0, within_ = 0, line_c_ = 0, line_r_ = 0;
-  bool straight_, finishes_, requantizes_, whole_ = true, asks_ = false;
+  bool straight_, finishes_, requantizes_, whole_ = true, asks_ = false, c_is_near_ = false;
   TileArgs t_;
+  Finish finish_{};
 };
 
 // Fetches the panel of B that is needed next while the tiles of this one are computed, a part with
