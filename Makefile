@@ -25,7 +25,7 @@ test: build emulation $(if $(shell command -v nvcc),cuda)
 # Two tests at a time: each uses torch's threads for some of its time only. Threads that wait leave the core to the other.
 PYTEST ?= --numprocesses 2
 
-build: $(VENV)/stamps/fastnn
+build: $(VENV)/stamps/fastnn $(VENV)/stamps/bytecode
 
 # The CUDA kernels with the CPU as the device, for tests/cuda/, and what tests the emulation itself.
 emulation: $(VENV)/stamps/fastnn
@@ -116,7 +116,7 @@ $(VENV)/stamps/venv:
 	touch $@
 
 $(TORCH_STAMP): $(VENV)/stamps/venv
-	$(PIP) install "$(TORCH)"
+	$(PIP) install --no-compile "$(TORCH)"
 	touch $@
 
 $(VENV)/stamps/lint: Makefile $(VENV)/stamps/venv
@@ -129,5 +129,11 @@ $(VENV)/stamps/fastnn: $(SOURCES) $(TORCH_STAMP)
 	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 	    > $(VENV)/stamps/build-requires.txt
 	$(PIP) install ninja -r $(VENV)/stamps/build-requires.txt
-	$(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(PIP) install --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+# What is installed is compiled to bytecode here, on all cores: by pip, on one, it takes a minute. (Some packages hold files for
+# other versions of Python, which do not compile.)
+$(VENV)/stamps/bytecode: pyproject.toml $(TORCH_STAMP) | $(VENV)/stamps/fastnn
+	$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 	touch $@
