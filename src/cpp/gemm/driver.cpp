@@ -43,7 +43,6 @@ constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than th
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kColliding = 32;  // panels of B that rows of A which collide are read for
 constexpr int64_t kInPlaceBytes = int64_t(1) << 20;  // of A to be read where it lies
-constexpr int64_t kNearBytes = int64_t(4) << 20;     // of C: a share of the last cache
 
 }  // namespace
 
@@ -131,7 +130,6 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
     }
     if (kn.enter) kn.enter();
     Tiles tiles(kn, store, a, sums, own + own_bytes * thread, m, n, i0, j0);
-    if (!sum && g.m * g.n * int64_t(dtype_size(g.c.type)) <= kNearBytes) tiles.c_is_near();
     for (Range r; (r = shares.take(thread, 1)).begin < r.end;) {
       const int64_t p0 = r.begin % blocks_m * block_a, q0 = r.begin / blocks_m * block_b;
       const int64_t p1 = std::min(mp, p0 + block_a), q1 = std::min(np, q0 + block_b);

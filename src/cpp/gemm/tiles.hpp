@@ -211,8 +211,6 @@ class Tiles {
     count_lines();
     t_.add = index % (sums_.two_levels ? kBlocksInSum : sums_.blocks) != 0;
   }
-  // C is in the cache: to ask for its lines would take a short tile longer than to wait for them.
-  void c_is_near() { c_is_near_ = true; }
   // The next tile asks for what a later one reads.
   void ahead(const char* from, int64_t bytes) {
     if (kn_.finishes) {
@@ -231,7 +229,7 @@ class Tiles {
     if (straight_ && whole_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
       t_.acc = store_.c + (i * store_.c_rs + c_) * size_;
       t_.acc_row = store_.c_rs * size_;
-      if (!c_is_near_) fetch(static_cast<char*>(t_.acc), t_.acc_row, size_);
+      fetch(static_cast<char*>(t_.acc), t_.acc_row, size_);
       kn_.tile(t_);
       return;
     }
@@ -243,7 +241,7 @@ class Tiles {
     const bool finishes = requantizes_ ? t_.cols == kn_.nr : finishes_ && whole_;
     if (last && finishes && t_.words) {
       const Finish& finish = *(t_.finish = finish_rows(i));
-      if (!c_is_near_) fetch(finish.c, finish.c_row, size_);
+      fetch(finish.c, finish.c_row, size_);
       if (finish.residual) fetch(finish.residual, finish.residual_row, store_.residual_size);
       kn_.tile(t_);
       t_.finish = nullptr;
@@ -370,7 +368,7 @@ class Tiles {
   char* memory_;
   int64_t mr_, m_, n_, i0_, j0_, block_ = 0, acc_row_, size_, lines_ = 1;
   int64_t j_ = 0, c_ = 0, r_ = 0, within_ = 0, line_c_ = 0, line_r_ = 0;
-  bool straight_, finishes_, requantizes_, whole_ = true, asks_ = false, c_is_near_ = false;
+  bool straight_, finishes_, requantizes_, whole_ = true, asks_ = false;
   TileArgs t_;
   Finish finish_{};
 };
