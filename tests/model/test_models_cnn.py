@@ -33,7 +33,7 @@ class Network:
     #: The classes are those of the points in time, not those of the whole.
     per_sample: bool = False
     rate: float = 0.01
-    #: Where the two are compared, they have this part of their channels; the widths themselves are others' in this file.
+    #: In the ten steps of training the two have this part of their channels.
     narrower: int = 1
 
     def batch(self, dtype):
@@ -42,9 +42,9 @@ class Network:
             return F.one_hot(samples[:, :-1], self.classes).mT.to(dtype), samples[:, 1:]
         return torch.randn(self.shape).to(dtype), torch.randint(self.classes, self.shape[:1])
 
-    def pair(self, prepare):
+    def pair(self, prepare, narrower=1):
         """fastnn's and torch's, with the same parameters and buffers, on which `prepare` has worked."""
-        ours, theirs = (narrowed(model, self.narrower) for model in (self.ours(), self.twin()))
+        ours, theirs = (narrowed(model, narrower) for model in (self.ours(), self.twin()))
         state = theirs.state_dict()
         for name in state:
             prepare(state, name)
@@ -220,7 +220,7 @@ def test_same_as_the_twin_in_float64(network):
 
 @each_network
 def test_trains_as_near_to_float64_as_torch(network, monkeypatch):
-    ours, theirs = (smooth(model, monkeypatch) for model in network.pair(seen_data))
+    ours, theirs = (smooth(model, monkeypatch) for model in network.pair(seen_data, network.narrower))
     exact = copy.deepcopy(theirs).double()
     x, target = network.batch(torch.float32)
     every = (ours, theirs, exact)
