@@ -33,8 +33,6 @@ class Network:
     #: The classes are those of the points in time, not those of the whole.
     per_sample: bool = False
     rate: float = 0.01
-    #: In the ten steps of training the two have this part of their channels.
-    narrower: int = 1
 
     def batch(self, dtype):
         if self.per_sample:
@@ -42,29 +40,14 @@ class Network:
             return F.one_hot(samples[:, :-1], self.classes).mT.to(dtype), samples[:, 1:]
         return torch.randn(self.shape).to(dtype), torch.randint(self.classes, self.shape[:1])
 
-    def pair(self, prepare, narrower=1):
+    def pair(self, prepare):
         """fastnn's and torch's, with the same parameters and buffers, on which `prepare` has worked."""
-        ours, theirs = (narrowed(model, narrower) for model in (self.ours(), self.twin()))
+        ours, theirs = self.ours(), self.twin()
         state = theirs.state_dict()
         for name in state:
             prepare(state, name)
         ours.load_state_dict(state)
         return ours, theirs
-
-
-def narrowed(model, by):
-    """Puts layers with a `by`-th of the channels in the places of a ResNet's, but for the image's and the classes'."""
-    for parent in list(model.modules()) if by > 1 else ():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d):
-                channels = child.in_channels if child.in_channels == 3 else child.in_channels // by
-                window = (child.kernel_size, child.stride, child.padding)
-                setattr(parent, name, type(child)(channels, child.out_channels // by, *window, bias=False))
-            elif isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, type(child)(child.num_features // by))
-            elif isinstance(child, nn.Linear):
-                setattr(parent, name, type(child)(child.in_features // by, child.out_features))
-    return model
 
 
 def seen_data(state, name):
@@ -121,16 +104,10 @@ NETWORKS = {
         lambda: models.resnet18(num_classes=10), resnet_twin([2, 2, 2, 2], bottleneck=False), (4, 3, 40, 33)
     ),
     "resnet34": Network(
-        lambda: models.resnet34(num_classes=10),
-        resnet_twin([3, 4, 6, 3], bottleneck=False),
-        (4, 3, 40, 33),
-        narrower=4,
+        lambda: models.resnet34(num_classes=10), resnet_twin([3, 4, 6, 3], bottleneck=False), (4, 3, 40, 33)
     ),
     "resnet50": Network(
-        lambda: models.resnet50(num_classes=10),
-        resnet_twin([3, 4, 6, 3], bottleneck=True),
-        (4, 3, 40, 33),
-        narrower=4,
+        lambda: models.resnet50(num_classes=10), resnet_twin([3, 4, 6, 3], bottleneck=True), (4, 3, 40, 33)
     ),
     "bottlenecks": Network(
         lambda: models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10),
@@ -220,7 +197,7 @@ def test_same_as_the_twin_in_float64(network):
 
 @each_network
 def test_trains_as_near_to_float64_as_torch(network, monkeypatch):
-    ours, theirs = (smooth(model, monkeypatch) for model in network.pair(seen_data, network.narrower))
+    ours, theirs = (smooth(model, monkeypatch) for model in network.pair(seen_data))
     exact = copy.deepcopy(theirs).double()
     x, target = network.batch(torch.float32)
     every = (ours, theirs, exact)
