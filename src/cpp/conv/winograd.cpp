@@ -382,7 +382,8 @@ const WinogradKernels* winograd_way(const Conv& c, Pass pass) {
     // The time, as measured, in multiplications for each pair of channels: directly one a tap and
     // position, at a rate below the best; and one a product of a tile, of panels that may not be
     // full, besides the tiles' transformations, shared by the channels on the other side, and that
-    // of the filters, or their way from memory.
+    // of the filters, or their way from memory. With a stride there is least to gain: filters are
+    // transformed in the call only where the direct way would lose at its best rate, too.
     const auto full = [](int64_t n, int64_t of) {
       return double(ceil_div(n, of) * of) / double(n);
     };
