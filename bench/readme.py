@@ -1,4 +1,4 @@
-"""Makes the tables of speed and memory in README.md anew from `bench/results/*.json`: `python bench/readme.py`.
+"""Makes the tables of speed and memory in README.md anew from `bench/results/`: `python bench/readme.py`.
 
 What stands between the two markers is replaced; rows that were not measured are left out. `--check` writes nothing and
 exits with 1 if the table is not what the files say.
@@ -13,62 +13,95 @@ from pathlib import Path
 from typing import Any
 
 import memory
-from speed import RESULTS, ROWS
+from speed import RESULTS, ROWS, Row
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- speed: made by bench/readme.py -->", "<!-- /speed -->"
 
 
 def table() -> str:
-    """The table in Markdown, a line about the machine, and the table of memory if that was measured."""
-    paths = [RESULTS / f"{row.name}.json" for row in ROWS]
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if not found:
+    """The table in Markdown, with a column for each machine, a line about each, and the table of memory if that was
+    measured."""
+    machines = _machines()
+    if not machines:
         return "Not measured yet: `make bench`."
-    lines = [
-        "| work | times faster than the fastest peer: geometric mean (least – most) | peers | target | "
-        "share of peak | times less CPU time |",
-        "|---|---|---|---|---|---|",
-    ]
-    for each in found:
-        measured, target = each["measured"], each["target"]
-        if len(each["results"]) == 1:
-            low, high = each["results"][0]["ratio_quartiles"]
-            ratio = f"{measured['least']:.2f} (quartiles {low:.2f} – {high:.2f})"
-        else:
-            ratio = f"{measured['geometric_mean']:.2f} ({measured['least']:.2f} – {measured['largest']:.2f})"
-        targets = []
-        if target["least"] is not None:
-            targets.append(f"each ≥ {target['least']:g}")
-        if target["geometric_mean"] is not None:
-            targets.append(f"mean ≥ {target['geometric_mean']:g}")
-        aim = f"{', '.join(targets)}: {'met' if each['met'] else 'not met'}" if targets else "–"
-        share = "–"
-        if measured["share_of_peak"] is not None:
-            share = f"{measured['share_of_peak']:.0%} of {measured['peak_kind']}"
-        names = (name.split()[0] for result in each["results"] for name in result["contestants"])
-        peers = ", ".join(name for name in dict.fromkeys(names) if name != "fastnn")
-        lines.append(f"| {each['title']} | {ratio} | {peers} | {aim} | {share} | {_cpu(each['results'])} |")
-    machines = {
-        (m["cpu"], m["cores"], m["threads"], m["torch"], m["date"]): m["isa"] for m in (e["machine"] for e in found)
-    }
+    head = ["work", "peers", "target", *machines]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    for row in ROWS:
+        found = [records.get(row.name) for records in machines.values()]
+        if not any(found):
+            continue
+        peers = dict.fromkeys(
+            name.split()[0] for each in found if each for result in each["results"] for name in result["contestants"]
+        )
+        figures = [_figures(each) if each else "–" for each in found]
+        lines.append(_line([row.title, ", ".join(name for name in peers if name != "fastnn"), _target(row), *figures]))
     lines.append("")
-    for (cpu, cores, threads, torch, date), isa in machines.items():
-        lines.append(f"{cpu}, {cores} cores, {threads} threads, {isa}, torch {torch}, {date}.")
+    for name, records in machines.items():
+        described = [each["machine"] for each in records.values()]
+        dates = sorted({m["date"] for m in described})
+        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        seen = dict.fromkeys((m["cpu"], m["cores"], m["threads"], m["isa"], m["torch"]) for m in described)
+        for cpu, cores, threads, isa, torch in seen:
+            lines.append(f"{name}: {cpu}, {cores} cores, {threads} threads, {isa}, torch {torch}, {days}.")
     if memory.RESULTS.exists():
         lines += ["", *_memory(json.loads(memory.RESULTS.read_text()))]
     return "\n".join(lines)
 
 
+def _machines() -> dict[str, dict[str, Any]]:
+    """The records of each machine by the names of their rows; the machine that was measured last comes first."""
+    machines = {}
+    for folder in sorted(RESULTS.iterdir()):
+        paths = [folder / f"{row.name}.json" for row in ROWS]
+        records = {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
+        if records:
+            machines[folder.name] = records
+
+    def dates(name: str) -> tuple[str, str]:
+        found = [each["machine"]["date"] for each in machines[name].values()]
+        return max(found), min(found)
+
+    return {name: machines[name] for name in sorted(machines, key=dates, reverse=True)}
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _target(row: Row) -> str:
+    parts = []
+    if row.least is not None:
+        parts.append(f"each ≥ {row.least:g}")
+    if row.mean is not None:
+        parts.append(f"mean ≥ {row.mean:g}")
+    return ", ".join(parts) or "–"
+
+
+def _figures(record: dict[str, Any]) -> str:
+    """How many times faster, and whether that is what was aimed for; the share of the peak; the CPU time."""
+    measured = record["measured"]
+    if len(record["results"]) == 1:
+        low, high = record["results"][0]["ratio_quartiles"]
+        cell = f"**{measured['least']:.2f}** (quartiles {low:.2f} – {high:.2f})"
+    else:
+        cell = f"**{measured['geometric_mean']:.2f}** ({measured['least']:.2f} – {measured['largest']:.2f})"
+    if record["met"] is not None:
+        cell += ", met" if record["met"] else ", not met"
+    if measured["share_of_peak"] is not None:
+        cell += f"; {measured['share_of_peak']:.0%} of {measured['peak_kind']}"
+    return cell + _cpu(record["results"])
+
+
 def _cpu(results: list[dict[str, Any]]) -> str:
-    """How many times less CPU time fastnn took than the fastest peer, if it was measured: geometric mean (least – most)."""
+    """How many times less CPU time fastnn took than the fastest peer, if it was measured: the geometric mean."""
     ratios = []
     for result in results:
         ours, peer = (result["contestants"][result["fastest"][who]] for who in ("fastnn", "peer"))
         if "cpu_seconds" not in ours:
-            return "–"
+            return ""
         ratios.append(peer["cpu_seconds"] / ours["cpu_seconds"])
-    return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+    return f"; CPU time {statistics.geometric_mean(ratios):.2f}"
 
 
 def _memory(found: dict[str, Any]) -> list[str]:

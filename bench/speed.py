@@ -1,7 +1,7 @@
 """Measures the rows of the speed table: `python bench/speed.py [row ...]`, all of them by default.
 
-Each row writes `bench/results/<row>.json`; `python bench/readme.py` makes README's table from those files. A row runs in a
-process of its own, because the instruction set is chosen when fastnn is imported.
+Each row writes `bench/results/<machine>/<row>.json`; `python bench/readme.py` makes README's table from those files, of all
+machines side by side. A row runs in a process of its own, because the instruction set is chosen when fastnn is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # a folder a machine
 
 Shape = tuple[int, ...]
 Work = tuple[str, Shape]
@@ -620,6 +620,11 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
     }
 
 
+def machine_name(described: dict[str, Any]) -> str:
+    """Of the folder with a machine's results: "zen-5-2-threads"."""
+    return "-".join(f"{described['microarchitecture']} {described['threads']} threads".lower().split())
+
+
 def main() -> int:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -633,9 +638,10 @@ def main() -> int:
     chosen = [row for row in ROWS if not options.row or row.name in options.row]
     if options.here:
         for row in chosen:
-            RESULTS.mkdir(exist_ok=True)
             found = measure(row, options.seconds)
-            (RESULTS / f"{row.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            folder = RESULTS / machine_name(found["machine"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row.name}.json").write_text(json.dumps(found, indent=1) + "\n")
         return 0
     failed = 0
     for row in chosen:
@@ -650,10 +656,13 @@ def main() -> int:
 
 
 def print_summary(rows: tuple[Row, ...] | list[Row]) -> None:
-    """Target beside measured, of each row whose results are on disk."""
+    """Target beside measured, of each row whose results of this machine are on disk."""
+    from fastnn.bench import machine
+
+    folder = RESULTS / machine_name(machine.describe())
     print(f"\n{'row':<34}{'least':>8}{'target':>8}{'mean':>8}{'target':>8}{'of peak':>9}  met")
     for row in rows:
-        path = RESULTS / f"{row.name}.json"
+        path = folder / f"{row.name}.json"
         if not path.exists():
             print(f"{row.name:<34}  not measured")
             continue

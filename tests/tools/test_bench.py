@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import platform
 import sys
 import time
 
@@ -314,4 +315,23 @@ def test_numbers_for_people():
 def test_the_machine_is_described():
     assert machine.Cpu().cache_bytes() > 0
     assert machine.Cpu().copy_bandwidth(1 << 20, 2) > 0
-    assert {"cpu", "threads", "isa", "torch"} <= machine.describe().keys()
+    assert {"cpu", "microarchitecture", "threads", "isa", "torch"} <= machine.describe().keys()
+
+
+@pytest.mark.parametrize(
+    "said, name",
+    [
+        (("AuthenticAMD", "25", "1"), "Zen 3"),
+        (("AuthenticAMD", "25", "17"), "Zen 4"),
+        (("AuthenticAMD", "25", "33"), "Zen 3"),
+        (("AuthenticAMD", "25", "97"), "Zen 4"),
+        (("AuthenticAMD", "26", "2"), "Zen 5"),
+        (("GenuineIntel", "6", "143"), "Sapphire Rapids"),
+        (("GenuineIntel", "6", "140"), "GenuineIntel 6 140"),
+        ((None, None, None), platform.machine()),
+    ],
+)
+def test_microarchitectures_by_their_numbers(monkeypatch, said, name):
+    numbers = dict(zip(("vendor_id", "cpu family", "model"), said, strict=True))
+    monkeypatch.setattr(machine, "_cpuinfo", numbers.get)
+    assert machine.microarchitecture() == name

@@ -42,8 +42,14 @@ def row_of(speed, monkeypatch, work, **targets):
     row = speed.Row("some-row", "some work", work, **targets)
     monkeypatch.setattr(speed, "ROWS", (row,))
     found = speed.measure(row, 0.01)
-    (speed.RESULTS / "some-row.json").write_text(json.dumps(found, allow_nan=False))
+    write(speed, found)
     return found
+
+
+def write(speed, found, machine=None):
+    folder = speed.RESULTS / (machine or speed.machine_name(found["machine"]))
+    folder.mkdir(exist_ok=True)
+    (folder / "some-row.json").write_text(json.dumps(found, allow_nan=False))
 
 
 def cells(readme, monkeypatch, speed):
@@ -57,14 +63,16 @@ def test_a_row_of_trees_has_cpu_time_and_no_peak(speed, readme, monkeypatch, cap
     found = row_of(speed, monkeypatch, (("extra_trees", (400, 8, 3, 3, 1)), ("exact_tree", (400, 5, 3, 1))))
     assert found["measured"]["share_of_peak"] is None and found["met"] is None
     assert "of peak" not in capsys.readouterr().out
-    title, _, peers, target, share, cpu = cells(readme, monkeypatch, speed)
-    assert (title, peers, target, share) == ("some work", "scikit-learn", "–", "–")
+    title, peers, target, figures = cells(readme, monkeypatch, speed)
+    assert (
+        (title, peers, target) == ("some work", "scikit-learn", "–") and "met" not in figures and "% of" not in figures
+    )
     ratios = []
     for result in found["results"]:
         ours, theirs = (result["contestants"][name]["cpu_seconds"] for name in ("fastnn", "scikit-learn"))
         ratios.append(theirs / ours)
     mean = math.sqrt(ratios[0] * ratios[1])
-    assert cpu == f"{mean:.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+    assert figures.endswith(f"; CPU time {mean:.2f}")
     speed.print_summary(speed.ROWS)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("some-row") and line.endswith("–") and "%" not in line
@@ -74,16 +82,37 @@ def test_a_row_of_trees_has_cpu_time_and_no_peak(speed, readme, monkeypatch, cap
 def test_a_row_with_a_target_and_a_peak(speed, readme, monkeypatch, capsys, least, met):
     found = row_of(speed, monkeypatch, (("relu", (64,)), ("relu", (1024,))), least=least)
     assert found["met"] is met and found["measured"]["share_of_peak"] > 0
-    target, share = cells(readme, monkeypatch, speed)[3:5]
-    assert target == f"each ≥ {least:g}: {'met' if met else 'not met'}" and share.endswith("% of copy")
+    target, figures = cells(readme, monkeypatch, speed)[2:]
+    ratio, share, cpu = figures.split("; ")
+    assert target == f"each ≥ {least:g}" and share.endswith("% of copy") and cpu.startswith("CPU time ")
+    assert ratio.endswith("), met" if met else "), not met")
     speed.print_summary(speed.ROWS)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.endswith("yes" if met else "no") and "%" in line
 
 
-def test_a_record_without_cpu_time_has_a_dash(speed, readme, monkeypatch):
+def test_of_a_record_without_cpu_time_none_is_given(speed, readme, monkeypatch):
     found = row_of(speed, monkeypatch, (("relu", (64,)),), least=1.0)
     for contestant in found["results"][0]["contestants"].values():
         del contestant["cpu_seconds"]
-    (speed.RESULTS / "some-row.json").write_text(json.dumps(found))
-    assert cells(readme, monkeypatch, speed)[5] == "–"
+    write(speed, found)
+    assert "CPU" not in cells(readme, monkeypatch, speed)[3]
+
+
+def test_machines_stand_side_by_side_the_last_measured_first(speed, readme, monkeypatch):
+    found = row_of(speed, monkeypatch, (("relu", (64,)), ("relu", (1024,))))
+    here = speed.machine_name(found["machine"])
+    found["machine"]["date"] = "2999-01-01"
+    found["measured"]["geometric_mean"] = 7.0
+    write(speed, found, "later")
+    monkeypatch.setattr(speed, "ROWS", (*speed.ROWS, speed.Row("other-row", "never measured", (("relu", (64,)),))))
+    row = cells(readme, monkeypatch, speed)
+    assert len(row) == 5 and row[3].startswith("**7.00** (") and not row[4].startswith("**7.00**")
+    head, *lines = readme.table().splitlines()
+    assert head.split(" | ")[3:] == ["later", f"{here} |"]
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["later", here]
+    assert not any("never measured" in line for line in lines)
+    (speed.RESULTS / here / "some-row.json").unlink()
+    (speed.RESULTS / here / "other-row.json").write_text(json.dumps(found))
+    first, second = [line.strip("| ").split(" | ") for line in readme.table().splitlines()[2:4]]
+    assert first[4] == second[3] == "–" and first[3] != "–" != second[4]

@@ -12,7 +12,7 @@ import torch
 from ..backends import cpu
 from . import engine, peers
 
-__all__ = ["PEAK_SECONDS", "Cpu", "describe"]
+__all__ = ["PEAK_SECONDS", "Cpu", "describe", "microarchitecture"]
 
 #: For which the operation of a peak is repeated.
 PEAK_SECONDS = 0.05
@@ -70,6 +70,7 @@ def describe() -> dict[str, Any]:
     """The CPU and the software, for a benchmark's record."""
     return {
         "cpu": _cpu_name(),
+        "microarchitecture": microarchitecture(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": cpu.isa(),
@@ -82,12 +83,45 @@ def describe() -> dict[str, Any]:
     }
 
 
+#: Vendor, family, first and last model, as CPUID has them; the first that fits.
+_MICROARCHITECTURES = (
+    ("AuthenticAMD", 23, 0x00, 0x2F, "Zen"),
+    ("AuthenticAMD", 23, 0x30, 0xFF, "Zen 2"),
+    ("AuthenticAMD", 25, 0x10, 0x1F, "Zen 4"),
+    ("AuthenticAMD", 25, 0x60, 0xAF, "Zen 4"),
+    ("AuthenticAMD", 25, 0x00, 0x5F, "Zen 3"),
+    ("AuthenticAMD", 26, 0x00, 0xFF, "Zen 5"),
+    ("GenuineIntel", 6, 0x55, 0x55, "Skylake"),
+    ("GenuineIntel", 6, 0x6A, 0x6C, "Ice Lake"),
+    ("GenuineIntel", 6, 0x8F, 0x8F, "Sapphire Rapids"),
+    ("GenuineIntel", 6, 0xAD, 0xAE, "Granite Rapids"),
+    ("GenuineIntel", 6, 0xCF, 0xCF, "Emerald Rapids"),
+)
+
+
+def microarchitecture() -> str:
+    """The kind of core: "Zen 5"; "GenuineIntel 6 140" for one that is not in the list; the architecture ("aarch64") where
+    the system does not tell. (Clouds call all of a vendor's processors by one name, so that the name says less.)"""
+    vendor, family, model = (_cpuinfo(key) for key in ("vendor_id", "cpu family", "model"))
+    if not (vendor and family and model):
+        return platform.machine() or "unknown"
+    for of_vendor, of_family, first, last, name in _MICROARCHITECTURES:
+        if (vendor, int(family)) == (of_vendor, of_family) and first <= int(model) <= last:
+            return name
+    return f"{vendor} {family} {model}"
+
+
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+                name, colon, value = line.partition(":")
+                if colon and name.strip() == key:
+                    return value.strip()
     except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+        pass
+    return None
