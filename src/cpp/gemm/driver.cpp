@@ -39,6 +39,7 @@ constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
 constexpr int64_t kGroup = 8;                            // panels of B packed together,
+constexpr int64_t kGroupBytes = 512 << 10;               // no more than a share of L2,
 constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kColliding = 32;  // panels of B that rows of A which collide are read for
@@ -87,7 +88,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
   const bool sum = a.layout.blocks() > 1;
 
   int64_t block_a = std::max<int64_t>(
-      1, kBlockBytes / std::max<int64_t>(1, std::min(kn.kc, g.k) * kn.mr * kn.a_bytes));
+      1, kBlockBytes / std::max<int64_t>(1, std::min(a.layout.kc, g.k) * kn.mr * kn.a_bytes));
   int64_t block_b = kBlockPanelsB;
   block_a = std::min(block_a, mp), block_b = std::min(block_b, np);
   // The sums of a block live in L2 as well.
@@ -106,7 +107,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
   }
   block_a = ceil_div(mp, ceil_div(mp, block_a)), block_b = ceil_div(np, ceil_div(np, block_b));
   const int64_t blocks_m = ceil_div(mp, block_a), blocks_n = ceil_div(np, block_b);
-  const Sums sums(kn, a.layout.blocks(), block_a * block_b);
+  const Sums sums(kn, a.layout.blocks(), a.layout.kc, block_a * block_b);
   const int64_t own_bytes = round_up(sums.bytes(kn), 64);
   char* own = static_cast<char*>(scratch(Scratch::accumulator, own_bytes * threads));
 
@@ -141,7 +142,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
           tiles.panel(of_b.at(q), b.packed, b.word, q);
           tiles.run(of_a.at(p), p, (q - q0) * block_a + (p - p0));
         };
-        if (sum) {
+        if (g.k > sum_length(kn)) {
           for (int64_t q = q0; q < q1; q++) {
             const int64_t next = q + 1 < q1 ? block : block + 1;
             Ahead ahead(
@@ -173,10 +174,11 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   // panel, and slices do not know it.
   const bool grouped = whole_panels && (g.b_panels || g.b.cs == 1) && !kn.split;
   const int64_t wanted = std::min<int64_t>(kGroup, np / (4 * threads));
-  const int64_t fitting = kGroupSumBytes / (mp * tile_bytes(kn));
+  const int64_t panel_bytes = std::max<int64_t>(4096, round_up(b.panel_bytes(0), 4096));
+  const int64_t fitting =
+      std::min(kGroupSumBytes / (mp * tile_bytes(kn)), kGroupBytes / panel_bytes);
   const int64_t group = grouped ? std::max<int64_t>(1, std::min(wanted, fitting)) : 1;
-  const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
-  const Sums sums(kn, blocks, group * mp);
+  const Sums sums(kn, blocks, b.kc, group * mp);
   const int64_t size_b = dtype_size(g.b.type), sums_bytes = round_up(sums.bytes(kn), 4096);
   // A panel made for a kernel that packs it further lies here in between.
   const bool as_packed = kn.k_word == 1 && kn.b_bytes == size_b && !kn.split && !kn.b_extra;
@@ -299,7 +301,9 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const bool direct_a =
       kn.direct_a && whole && !widens && (kn.k_word == 1 || g.a.cs == 1) &&
       (g.n <= 2 * kn.nr || g.m <= kn.mr || ahead || (little && (kn.finishes || !collide)));
-  const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= 3 * kn.mr;
+  // B is read anew for each panel of A, which is worth it for a few.
+  const int64_t few = collide && kn.finishes ? 2 : 3;
+  const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= few * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
                        all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);
 
@@ -314,6 +318,8 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
     const int64_t n = std::min(part_n, g.n - j0);
     Source b{};
     b.layout = layout_b(kn, g.k, g.packed ? g.n : n);
+    // Rows of B that lie far apart are best read while they are in L1.
+    if (direct_b) b.layout.kc = sum_length(kn);
     b.packed = !direct_b;
     b.word = int64_t(kn.nr) * kn.b_bytes * kn.k_word;
     char* pack_b_to = nullptr;
@@ -331,6 +337,7 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
       const int64_t m = std::min(part_m, g.m - i0);
       Source a{};
       a.layout = layout_a(kn, m, g.k);
+      a.layout.kc = b.layout.kc;
       a.packed = !direct_a;
       a.word = int64_t(kn.mr) * kn.a_bytes * kn.k_word;
       a.lane = int64_t(kn.a_bytes) * kn.k_word;

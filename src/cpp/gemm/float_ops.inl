@@ -12,6 +12,7 @@ struct FloatOps {
   using Acc = typename V::T;
   using Vec = V;
   using Sum = V;
+  static constexpr int64_t fold = sizeof(Word) == 8 ? 256 : 128;  // see kernel.hpp
   static constexpr int width = V::width, dot_width = V::width, k_word = 1;
 
   static FASTNN_INLINE V zero() { return V::zero(); }
@@ -74,9 +75,12 @@ struct FloatOps {
 using F32Ops = FloatOps<VecF32>;
 using F64Ops = FloatOps<VecF64>;
 
+// So that a panel of B stays in L2, from which a tile reads it as fast as it multiplies.
+constexpr int64_t kFloatBlock = 1024;
+
 // The kernel of one source type over FloatOps. In place only where the source is what is computed.
 template <class V, class Src, int MR, int NV>
-constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type, int64_t kc) {
+constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type) {
   using Ops = FloatOps<V>;
   constexpr bool in_place = sizeof(Src) == sizeof(typename V::T);
   constexpr DType acc = sizeof(typename V::T) == 8 ? DType::f64 : DType::f32;
@@ -87,7 +91,8 @@ constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type
           .acc = acc,
           .mr = MR,
           .nr = nr,
-          .kc = kc,
+          .kc = kFloatBlock,
+          .fold = Ops::fold,
           .a_bytes = size,
           .b_bytes = size,
           .pack_a = pack_panel<Ops, Src, MR>,
@@ -103,7 +108,7 @@ constexpr Kernel float_kernel(const char* name, const char* dot_name, DType type
 
 // For few rows: more vectors a row, B read where it lies.
 template <class V, int MR, int NV>
-constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
+constexpr Kernel wide_kernel(const char* name, DType type) {
   using Ops = FloatOps<V>;
   using T = typename V::T;
   constexpr int nr = NV * V::width;
@@ -113,7 +118,8 @@ constexpr Kernel wide_kernel(const char* name, DType type, int64_t kc) {
           .acc = type,
           .mr = MR,
           .nr = nr,
-          .kc = kc,
+          .kc = kFloatBlock,
+          .fold = Ops::fold,
           .a_bytes = sizeof(T),
           .b_bytes = sizeof(T),
           .tile = run_wide_tile<Ops, MR, NV>,

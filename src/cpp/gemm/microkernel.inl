@@ -206,6 +206,15 @@ static void finish_edge(const typename Ops::Acc* sums, int ld, int rows, const F
     }
 }
 
+// Words of K after which a tile's sums begin anew; 0: never.
+template <class Ops>
+constexpr int64_t folded_words() {
+  if constexpr (requires { Ops::fold; })
+    return Ops::fold;
+  else
+    return 0;
+}
+
 // ROWS x NV vectors of sums stay in registers over the whole block of K:
 //
 //            b[0]      b[1]          one load each a step of K
@@ -249,12 +258,31 @@ static void tile(const TileArgs& t) {
     }
   };
   const char* ahead = t.ahead;
+  using Acc = typename Ops::Acc;
+  // Sums of Ops::fold words begin anew, and are added to those before them, which wait in memory.
+  // (Of a B in place, blocks are no longer than that.)
+  constexpr int64_t fold = PackedB ? folded_words<Ops>() : 0;
+  alignas(64) Acc folded[fold ? ROWS : 1][NV * Ops::width];
+  int64_t left = fold;
+  const bool folds = fold && t.words * t.runs > fold;
+  if (folds) __builtin_memset(folded, 0, sizeof(folded));
   for (int64_t run = 0;;) {
     // Read in place, each row is a stream of its own, too short for the hardware to see it coming:
     // the lines of the rows after these are asked for a line's length ahead.
     constexpr bool streams = !PackedA && PackedB;
-    const int64_t some = streams || t.ahead_lines ? 64 / word : t.words;
+    const int64_t some = streams || t.ahead_lines ? 64 / word : folds ? fold : t.words;
     for (int64_t k = 0; k < t.words; k += some) {
+      if (folds && (left -= some) < 0) {
+        left = fold - some;
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; v++) {
+            Acc* at = folded[i] + v * Ops::width;
+            Ops::put(at, Ops::plus(Ops::sums(at), sum[i][v]));
+            sum[i][v] = Ops::zero();
+          }
+      }
       if (streams && a_word == word)
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
@@ -265,7 +293,12 @@ static void tile(const TileArgs& t) {
     if (++run == t.runs) break;
     a = t.a + t.a_runs[run];
   }
-  using Acc = typename Ops::Acc;
+  if (folds)
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++)
+        sum[i][v] = Ops::plus(Ops::sums(folded[i] + v * Ops::width), sum[i][v]);
   auto* acc = static_cast<char*>(t.acc);
   int64_t acc_row = t.acc_row;
   if (t.add) {

@@ -19,7 +19,7 @@ RowProduct::RowProduct(const Kernel& kernel, const Matrix& b, int64_t k, int64_t
 }
 
 int64_t RowProduct::sums_bytes(int64_t m) const {
-  return Sums(kernel_, b_.blocks(), ceil_div(m, kernel_.mr)).bytes(kernel_);
+  return Sums(kernel_, b_.blocks(), b_.kc, ceil_div(m, kernel_.mr)).bytes(kernel_);
 }
 
 void RowProduct::run(const Store& to, const Rows& r, int64_t q0, int64_t q1, char* memory) const {
@@ -30,7 +30,7 @@ void RowProduct::run(const Store& to, const Rows& r, int64_t q0, int64_t q1, cha
   a.layout = layout_a(kernel_, r.count, b_.k);
   a.layout.lanes = panel_rows(r.count);  // even panels rather than a thin last one
   a.lane = r.row * size, a.word = kernel_.k_word * size;
-  const Sums sums(kernel_, blocks, tiles_down * r.lines);
+  const Sums sums(kernel_, blocks, b_.kc, tiles_down * r.lines);
   const int64_t b_word = int64_t(kernel_.nr) * kernel_.b_bytes * kernel_.k_word;
   Tiles tiles(kernel_, to, a, sums, memory, r.count, n_, 0, 0);
   if (run_) tiles.runs(int64_t(runs_.size()), runs_.data());

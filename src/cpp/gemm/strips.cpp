@@ -88,7 +88,7 @@ void run_strips(const Kernel& kn, const Gemm& g, int threads) {
   a.lane = s.row_step * size, a.word = int64_t(kn.k_word) * size;
 
   const Cut cut(s, s.line_step * size, tiles_in_line, k.b.panels, threads);
-  const Sums sums(kn, blocks, cut.lines * tiles_in_line);
+  const Sums sums(kn, blocks, k.b.kc, cut.lines * tiles_in_line);
   const int64_t sums_bytes = round_up(sums.bytes(kn), 4096);
   const int64_t own_bytes = sums_bytes + round_up(s.bytes(cut.lines), 4096);
   char* own = static_cast<char*>(scratch(Scratch::accumulator, size_t(own_bytes * threads)));

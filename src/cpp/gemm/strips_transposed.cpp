@@ -190,7 +190,8 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
   const int64_t in_run = ceil_div(s.run, kn.mr), panels = int64_t(s.runs.size()) * in_run;
   const int64_t np = ceil_div(g.n, kn.nr);
   // Words of K that a line takes in packed panels, and a block.
-  const int64_t line_words = ceil_div(k.part, kn.k_word), words = k.lines * line_words;
+  const int64_t line_words = ceil_div(k.part, kn.k_word), words = k.lines * line_words,
+                length = words * kn.k_word;
   const int64_t a_bytes = round_up(words * kn.mr * kn.a_bytes * kn.k_word, 64),
                 b_bytes = round_up(words * kn.nr * kn.b_bytes * kn.k_word, 64);
 
@@ -212,7 +213,7 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
   if (chunks.count > 1)
     partial.c = static_cast<char*>(scratch(Scratch::packed_a, size_t(chunks.count * chunk_bytes)));
 
-  const int64_t sums_bytes = round_up(Sums(kn, chunks.most(), most_p * most_q).bytes(kn), 4096),
+  const int64_t sums_bytes = round_up(Sums(kn, chunks.most(), length, most_p * most_q).bytes(kn), 4096),
                 strips_bytes = round_up(k.strips * s.bytes(k.strip), 4096),
                 panels_bytes = round_up(most_q * b_bytes, 4096);
   const int64_t own_bytes = sums_bytes + strips_bytes + panels_bytes + group * a_bytes;
@@ -237,7 +238,7 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
       if (p.begin == p.end || q.begin == q.end) continue;
       Store to = store;
       if (chunks.count > 1) to = partial, to.c += chunk * chunk_bytes;
-      const Sums sums(kn, blocks.end - blocks.begin, most_p * most_q);
+      const Sums sums(kn, blocks.end - blocks.begin, length, most_p * most_q);
       Tiles tiles(kn, to, a, sums, sum_memory, s.run, g.n, 0, 0);
       Held held(s, k, strip_memory, &all_strips[size_t(thread * k.strips)]);
       for (int64_t index = blocks.begin; index < blocks.end; index++) {

@@ -80,6 +80,8 @@ inline Layout layout_a(const Kernel& kn, int64_t m, int64_t k) {
 inline Layout layout_b(const Kernel& kn, int64_t k, int64_t n) {
   return {k, 1, kn.kc, kn.k_step, ceil_div(n, kn.nr), kn.nr, kn.b_bytes, kn.b_extra};
 }
+// Elements of K that a tile adds up before it begins another sum.
+inline int64_t sum_length(const Kernel& kn) { return kn.fold ? kn.fold : kn.kc; }
 // Where K may be anything (the taps of a filter times its channels), in blocks of one length, which
 // may be a quarter longer than kc, rather than with a short one at the end.
 inline int64_t even_blocks(const Kernel& kn, int64_t k) {
@@ -142,12 +144,15 @@ constexpr int64_t kBlocksInSum = 16;
 // Which blocks of K a tile's sum begins and ends with.
 struct Sums {
   int64_t blocks, count;  // blocks of K; tiles whose sums are kept until the last
+  int64_t in_sum;         // blocks that are added up before they are added to those before
   bool two_levels;        // float32 alone needs it
 
-  Sums(const Kernel& kn, int64_t k_blocks, int64_t tiles)
+  // Blocks of `length` elements.
+  Sums(const Kernel& kn, int64_t k_blocks, int64_t length, int64_t tiles)
       : blocks(std::max<int64_t>(1, k_blocks)),
         count(blocks > 1 ? tiles : 1),
-        two_levels(kn.acc == DType::f32 && blocks > kBlocksInSum) {}
+        in_sum(kn.fold ? std::max<int64_t>(1, kn.kc / std::max<int64_t>(1, length)) : kBlocksInSum),
+        two_levels(kn.acc == DType::f32 && in_sum > 1 && blocks > in_sum) {}
   int64_t bytes(const Kernel& kn) const { return count * (two_levels ? 2 : 1) * tile_bytes(kn); }
 };
 
@@ -209,7 +214,7 @@ class Tiles {
     block_ = index;
     t_.words = words;
     count_lines();
-    t_.add = index % (sums_.two_levels ? kBlocksInSum : sums_.blocks) != 0;
+    t_.add = index % (sums_.two_levels ? sums_.in_sum : sums_.blocks) != 0;
   }
   // The next tile asks for what a later one reads.
   void ahead(const char* from, int64_t bytes) {
@@ -255,7 +260,7 @@ class Tiles {
       kn_.tile(t_);
     else
       std::memset(acc, 0, size_t(acc_row_) * kn_.mr);  // an empty sum
-    if (sums_.two_levels && (last || (block_ + 1) % kBlocksInSum == 0)) acc = add_up(acc);
+    if (sums_.two_levels && (last || (block_ + 1) % sums_.in_sum == 0)) acc = add_up(acc);
     if (!last) return;
     if (store_.columns)
       store_pieces(acc, i);
@@ -355,7 +360,7 @@ class Tiles {
     auto* from = reinterpret_cast<const float*>(acc);
     auto* to = reinterpret_cast<float*>(total);
     const int count = t_.rows * kn_.nr;
-    if (block_ < kBlocksInSum)
+    if (block_ < sums_.in_sum)
       std::memcpy(to, from, size_t(count) * sizeof(float));
     else
       for (int e = 0; e < count; e++) to[e] += from[e];

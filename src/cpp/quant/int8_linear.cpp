@@ -347,7 +347,7 @@ void int8_linear(const Int8Linear& c) {
     const Store store = store_of(c, scales.scales(copy), scales.zeros(copy), scales.of_w, sums);
     Source source = input.source;
     source.data = my_a;
-    Tiles tiles(kn, store, source, Sums(kn, 1, 1), mine, c.m, c.n, 0, 0);
+    Tiles tiles(kn, store, source, Sums(kn, 1, c.k, 1), mine, c.m, c.n, 0, 0);
     tiles.block(0, c.k ? b.kc / kn.k_word : 0);
     const Source::Panels of_a = source.panels(0);
     for (Range r; (r = shares.take(thread, at_once)).begin < r.end;)

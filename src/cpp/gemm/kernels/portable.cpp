@@ -74,14 +74,14 @@ constexpr Kernel int_kernel(const char* name, DType a) {
 }
 
 static constexpr Kernel e4m3 =
-    float_kernel<VecF32, f8_e4m3, 4, 2>("portable e4m3 4x8", "portable e4m3 dot", kE4M3, 128);
+    float_kernel<VecF32, f8_e4m3, 4, 2>("portable e4m3 4x8", "portable e4m3 dot", kE4M3);
 static constexpr Kernel e5m2 =
-    float_kernel<VecF32, f8_e5m2, 4, 2>("portable e5m2 4x8", "portable e5m2 dot", kE5M2, 128);
+    float_kernel<VecF32, f8_e5m2, 4, 2>("portable e5m2 4x8", "portable e5m2 dot", kE5M2);
 static const Kernel kernels[] = {
-    float_kernel<VecF32, float, 4, 2>("portable f32 4x8", "portable f32 dot", DType::f32, 128),
-    float_kernel<VecF64, double, 4, 2>("portable f64 4x4", "portable f64 dot", DType::f64, 256),
-    float_kernel<VecF32, bf16, 4, 2>("portable bf16 4x8", "portable bf16 dot", DType::bf16, 128),
-    float_kernel<VecF32, f16, 4, 2>("portable f16 4x8", "portable f16 dot", DType::f16, 128),
+    float_kernel<VecF32, float, 4, 2>("portable f32 4x8", "portable f32 dot", DType::f32),
+    float_kernel<VecF64, double, 4, 2>("portable f64 4x4", "portable f64 dot", DType::f64),
+    float_kernel<VecF32, bf16, 4, 2>("portable bf16 4x8", "portable bf16 dot", DType::bf16),
+    float_kernel<VecF32, f16, 4, 2>("portable f16 4x8", "portable f16 dot", DType::f16),
     e4m3,
     e5m2,
     mixed_kernel("portable e4m3 e5m2 4x8", e4m3, e5m2),
