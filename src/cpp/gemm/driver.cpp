@@ -39,7 +39,6 @@ constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
 constexpr int64_t kGroup = 8;                            // panels of B packed together,
-constexpr int64_t kGroupBytes = 512 << 10;               // no more than a share of L2,
 constexpr int64_t kGroupSumBytes = int64_t(1) << 20;     // with no more than this for their sums,
 constexpr int64_t kGroupRows = 16;                       // so many of its rows at a time
 constexpr int64_t kColliding = 32;  // panels of B that rows of A which collide are read for
@@ -174,10 +173,9 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
   // panel, and slices do not know it.
   const bool grouped = whole_panels && (g.b_panels || g.b.cs == 1) && !kn.split;
   const int64_t wanted = std::min<int64_t>(kGroup, np / (4 * threads));
-  const int64_t panel_bytes = std::max<int64_t>(4096, round_up(b.panel_bytes(0), 4096));
-  const int64_t fitting =
-      std::min(kGroupSumBytes / (mp * tile_bytes(kn)), kGroupBytes / panel_bytes);
+  const int64_t fitting = kGroupSumBytes / (mp * tile_bytes(kn));
   const int64_t group = grouped ? std::max<int64_t>(1, std::min(wanted, fitting)) : 1;
+  const int64_t panel_bytes = round_up(b.panel_bytes(0), 4096);
   const Sums sums(kn, blocks, b.kc, group * mp);
   const int64_t size_b = dtype_size(g.b.type), sums_bytes = round_up(sums.bytes(kn), 4096);
   // A panel made for a kernel that packs it further lies here in between.

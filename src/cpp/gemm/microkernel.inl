@@ -400,6 +400,14 @@ static unsigned pack_panel(void* dst_, const void* src_, int64_t lane_stride, in
   const int64_t words = (kc + G - 1) / G, whole = kc / G;
   int64_t w0 = 0;
   if (lane_stride == 1) {  // lanes are neighbours: vectors across them, one a word
+    if constexpr (requires { Ops::across_panel(src, k_stride, dst); })
+      if (lanes == LANES && LANES == 2 * W)
+        for (; w0 < whole; w0++) {
+          const Src* s = src + w0 * G * k_stride;
+#pragma GCC unroll 4
+          for (int i = 0; i < G; i++) __builtin_prefetch(s + (i + kAhead * G) * k_stride);
+          Ops::across_panel(s, k_stride, dst + w0 * LANES);
+        }
     for (; w0 < whole; w0++) {
       const Src* s = src + w0 * G * k_stride;
 #pragma GCC unroll 8

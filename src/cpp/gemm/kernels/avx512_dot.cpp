@@ -7,6 +7,13 @@
 namespace fastnn {
 namespace avx512_dot {
 
+// For permutations: sixteen indices from each on, in turns.
+static FASTNN_INLINE __m512i interleaved(int first, int second) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i pair = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001));
+  return _mm512_add_epi32(pair, _mm512_set1_epi32(first | second << 16));
+}
+
 // Two bfloat16 a word.
 struct Bf16Ops {
   using Word = uint32_t;
@@ -68,6 +75,11 @@ struct Bf16Ops {
     const __m512i high = _mm512_cvtepu16_epi32(halves(src + k_stride, n));
     _mm512_mask_storeu_epi32(dst, VecF32::first(room),
                              _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static FASTNN_INLINE void across_panel(const bf16* src, int64_t k_stride, Word* dst) {
+    const __m512i even = _mm512_loadu_si512(src), odd = _mm512_loadu_si512(src + k_stride);
+    _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(even, interleaved(0, 32), odd));
+    _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(even, interleaved(16, 48), odd));
   }
   static FASTNN_INLINE __m512i words(const bf16* p) { return _mm512_loadu_si512(p); }
   static FASTNN_INLINE __m512i words(const float* p) {
@@ -161,6 +173,24 @@ struct Int8Pack {
     }
     _mm512_mask_storeu_epi32(dst, VecF32::first(room), w);
   }
+  static FASTNN_INLINE void across_panel(const int8_t* src, int64_t k_stride, Word* dst)
+    requires(!Flip)
+  {
+    auto rows = [&](int i) {  // rows i and i + 2
+      return _mm512_inserti64x4(
+          _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(src + i * k_stride))),
+          _mm256_loadu_si256((const __m256i*)(src + (i + 2) * k_stride)), 1);
+    };
+    // Of each column, the elements of rows 0 and 1 are beside each other, and those of 2 and 3: of
+    // columns 0 to 7 and 16 to 23 in `low`, of the others in `high`.
+    const __m512i even = rows(0), odd = rows(1);
+    const __m512i low = _mm512_unpacklo_epi8(even, odd), high = _mm512_unpackhi_epi8(even, odd);
+    __m512i at = interleaved(0, 16);
+    at = _mm512_mask_add_epi16(at, 0xFFFF0000, at, _mm512_set1_epi16(32 - 8));
+    _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(low, at, high));
+    at = _mm512_add_epi16(at, _mm512_set1_epi16(8));
+    _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(low, at, high));
+  }
   template <class Src>
   static FASTNN_INLINE void along(const Src* src, int64_t lane_stride, int n, Word* dst, int ld,
                                   int room) {
@@ -197,7 +227,7 @@ constexpr Kernel bf16_kernel(const char* name, DType type) {
               .nr = 32,
               .k_word = 2,
               .k_step = 2,
-              .kc = 768,
+              .kc = 3072,
               .a_bytes = 2,
               .b_bytes = 2,
               .pack_a = pack_panel<Bf16Ops, Src, 14>,
@@ -221,7 +251,7 @@ constexpr Kernel int8_kernel(const char* name, DType type) {
           .nr = 32,
           .k_word = 4,
           .k_step = 4,
-          .kc = 1536,
+          .kc = 4096,
           .a_bytes = 1,
           .b_bytes = 1,
           .b_extra = is_signed ? 128 : 0,
