@@ -10,6 +10,8 @@
 //   zero(), load(p), load_partial(p, n), broadcast(p), multiply_add(sum, a, b)
 //   start(p)                    what the sums begin with; p is what packing left behind the panel
 //   sums(p), plus(a, b), put(p, sum)   accumulators in memory
+//   fold                        of floats: words of K after which a tile begins another sum
+//   across_panel(...)           packs a word of K of a panel of two vectors, where that is quicker
 //   requantizes                 of integers: whether its tiles take a Finish that requantizes
 #pragma once
 #include "gemm/kernel.hpp"

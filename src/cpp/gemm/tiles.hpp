@@ -139,7 +139,7 @@ struct Flags {
 
 inline int64_t tile_bytes(const Kernel& kn) { return int64_t(kn.mr) * kn.nr * dtype_size(kn.acc); }
 
-constexpr int64_t kBlocksInSum = 16;
+constexpr int64_t kBlocksInSum = 16;  // of kernels whose tiles do not fold
 
 // Which blocks of K a tile's sum begins and ends with.
 struct Sums {
