@@ -156,7 +156,8 @@ def test_a_first_convolution_that_sees_more_than_a_position(expand, layout):
 
 
 def test_a_first_convolution_of_many_elements():
-    check(Block(40, 64, 16, expand=(3, 1, 1)), channels_last(1, 40, 9, 9), one_pass=False)
+    check(Block(40, 64, 16, expand=(3, 1, 1)), channels_last(1, 40, 9, 9))
+    check(Block(150, 64, 16, expand=(3, 1, 1)), channels_last(1, 150, 9, 9), one_pass=False)
 
 
 def test_layouts_of_the_input():

@@ -106,8 +106,8 @@ struct Kernel {
   int k_step = 1;                                          // K is padded to a multiple of it
   int64_t kc = 0;                                          // block of K, a multiple of k_step
   int64_t fold = 0;  // elements of K after which a tile begins another sum; 0: not within a block
-  int a_bytes = 0, b_bytes = 0;                            // packed bytes an element
-  int b_extra = 0;  // further bytes a panel and block (column sums)
+  int a_bytes = 0, b_bytes = 0;  // packed bytes an element
+  int b_extra = 0;               // further bytes a panel and block (column sums)
   PackFn pack_a = nullptr, pack_b = nullptr;
   FinishFn finish_b = nullptr;
   TileFn tile = nullptr;

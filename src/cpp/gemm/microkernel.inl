@@ -274,8 +274,9 @@ static void tile(const TileArgs& t) {
     constexpr bool streams = !PackedA && PackedB;
     const int64_t some = streams || t.ahead_lines ? 64 / word : folds ? fold : t.words;
     for (int64_t k = 0; k < t.words; k += some) {
-      if (folds && (left -= some) < 0) {
-        left = fold - some;
+      const int64_t count = least(some, t.words - k);
+      if (folds && (left -= count) < 0) {
+        left = fold - count;
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
@@ -290,7 +291,7 @@ static void tile(const TileArgs& t) {
         for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
       for (const char* end = ahead + t.ahead_lines * 64; ahead < end; ahead += 64)
         __builtin_prefetch(ahead, 0, 2);
-      steps(least(some, t.words - k));
+      steps(count);
     }
     if (++run == t.runs) break;
     a = t.a + t.a_runs[run];

@@ -213,7 +213,8 @@ void run_strips_transposed(const Kernel& kn, const Gemm& g, int threads) {
   if (chunks.count > 1)
     partial.c = static_cast<char*>(scratch(Scratch::packed_a, size_t(chunks.count * chunk_bytes)));
 
-  const int64_t sums_bytes = round_up(Sums(kn, chunks.most(), length, most_p * most_q).bytes(kn), 4096),
+  const int64_t sums_bytes =
+                    round_up(Sums(kn, chunks.most(), length, most_p * most_q).bytes(kn), 4096),
                 strips_bytes = round_up(k.strips * s.bytes(k.strip), 4096),
                 panels_bytes = round_up(most_q * b_bytes, 4096);
   const int64_t own_bytes = sums_bytes + strips_bytes + panels_bytes + group * a_bytes;
