@@ -133,14 +133,16 @@ def test_batch_invariant(isa, dtype):
     before = _cpu.isa()
     _cpu.set_isa(isa)
     try:
-        for n, k in ((64, 64), (129, 300), (1, 77), (40, 1200)):
+        for n, k in ((64, 64), (129, 300), (1, 77), (40, 1200), (70, 147), (33, 2500)):
             x, w, b = torch.randn(150, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
             with fastnn.batch_invariant():
                 whole = fF.linear_act(x, w, b, "gelu")
                 for first, last in ((0, 1), (0, 2), (5, 12), (17, 50), (3, 150)):
                     assert torch.equal(fF.linear_act(x[first:last], w, b, "gelu"), whole[first:last])
                     assert torch.equal(fF.linear(x[first:last], w, b), fF.linear(x, w, b)[first:last])
-                assert torch.equal(fastnn.mm(x[7:8], w.t()), fastnn.mm(x, w.t())[7:8])
+                for right in (w.t(), w.t().contiguous()):
+                    for last in (8, 20, 40):
+                        assert torch.equal(fastnn.mm(x[7:last], right), fastnn.mm(x, right)[7:last])
                 batched = fF.linear_act(x.view(3, 50, k), w, b, "gelu").view(150, n)
                 assert torch.equal(batched, whole)
     finally:

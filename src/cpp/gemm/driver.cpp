@@ -302,9 +302,11 @@ bool run_blocked(const Kernel& kn, const Gemm& g, int threads) {
   const bool direct_a =
       kn.direct_a && whole && !widens && (kn.k_word == 1 || g.a.cs == 1) &&
       (g.n <= 2 * kn.nr || g.m <= kn.mr || ahead || (little && (kn.finishes || !collide)));
-  // B is read anew for each panel of A, which is worth it for a few.
+  // B is read anew for each panel of A, which is worth it for a few; in blocks of its own, so that
+  // sums differ in their last bits.
   const int64_t few = collide && kn.finishes ? 2 : 3;
-  const bool direct_b = kn.direct_b && !g.packed && g.b.cs == 1 && g.m <= few * kn.mr;
+  const bool direct_b =
+      kn.direct_b && !g.packed && !g.batch_invariant && g.b.cs == 1 && g.m <= few * kn.mr;
   const bool columns = !direct_b && !g.packed && g.k > kColumnsK &&
                        all_a.total() <= (kn.enter ? kTileColumnsBytes : kColumnsBytes);
 
