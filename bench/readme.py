@@ -34,7 +34,7 @@ def table() -> str:
         peers = dict.fromkeys(
             name.split()[0] for each in found if each for result in each["results"] for name in result["contestants"]
         )
-        figures = [_figures(each) if each else "–" for each in found]
+        figures = [_figures(row, each) if each else "–" for each in found]
         lines.append(_line([row.title, ", ".join(name for name in peers if name != "fastnn"), _target(row), *figures]))
     lines.append("")
     for name, records in machines.items():
@@ -52,7 +52,7 @@ def table() -> str:
 def _machines() -> dict[str, dict[str, Any]]:
     """The records of each machine by the names of their rows; the machine that was measured last comes first."""
     machines = {}
-    for folder in sorted(RESULTS.iterdir()):
+    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         paths = [folder / f"{row.name}.json" for row in ROWS]
         records = {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
         if records:
@@ -78,16 +78,15 @@ def _target(row: Row) -> str:
     return ", ".join(parts) or "–"
 
 
-def _figures(record: dict[str, Any]) -> str:
-    """How many times faster, and whether that is what was aimed for; the share of the peak; the CPU time."""
+def _figures(row: Row, record: dict[str, Any]) -> str:
+    """How many times faster, and whether that is what is aimed for; the share of the peak; the CPU time."""
     measured = record["measured"]
     if len(record["results"]) == 1:
         low, high = record["results"][0]["ratio_quartiles"]
         cell = f"**{measured['least']:.2f}** (quartiles {low:.2f} – {high:.2f})"
     else:
         cell = f"**{measured['geometric_mean']:.2f}** ({measured['least']:.2f} – {measured['largest']:.2f})"
-    if record["met"] is not None:
-        cell += ", met" if record["met"] else ", not met"
+    cell += {True: ", met", False: ", not met", None: ""}[row.met(measured)]
     if measured["share_of_peak"] is not None:
         cell += f"; {measured['share_of_peak']:.0%} of {measured['peak_kind']}"
     return cell + _cpu(record["results"])

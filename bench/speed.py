@@ -34,6 +34,12 @@ class Row:
     mean: float | None = None
     isa: str | None = None
 
+    def met(self, measured: dict[str, Any]) -> bool | None:
+        """Whether what was measured reaches what it must; None if that is nothing."""
+        pairs = ((measured["least"], self.least), (measured["geometric_mean"], self.mean))
+        reached = [value >= target for value, target in pairs if target is not None]
+        return all(reached) if reached else None
+
 
 def _each(benchmark: str, shapes: tuple[Shape, ...]) -> tuple[Work, ...]:
     return tuple((benchmark, shape) for shape in shapes)
@@ -601,20 +607,19 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
     described = machine.describe()
     table.show(results, described, console)
     ratios = [result.ratio[0] for result in results]
-    mean = table.geometric_mean(ratios)
-    reached = [value >= target for value, target in ((min(ratios), row.least), (mean, row.mean)) if target is not None]
+    measured = {
+        "least": min(ratios),
+        "geometric_mean": table.geometric_mean(ratios),
+        "largest": max(ratios),
+        "share_of_peak": max((result.share for result in results if result.share is not None), default=None),
+        "peak_kind": results[0].peak_kind,
+    }
     return {
         "row": row.name,
         "title": row.title,
         "target": {"least": row.least, "geometric_mean": row.mean},
-        "measured": {
-            "least": min(ratios),
-            "geometric_mean": mean,
-            "largest": max(ratios),
-            "share_of_peak": max((result.share for result in results if result.share is not None), default=None),
-            "peak_kind": results[0].peak_kind,
-        },
-        "met": all(reached) if reached else None,
+        "measured": measured,
+        "met": row.met(measured),
         "machine": described,
         "results": [result.to_dict() for result in results],
     }
@@ -669,7 +674,7 @@ def print_summary(rows: tuple[Row, ...] | list[Row]) -> None:
         found = json.loads(path.read_text())
         measured = found["measured"]
         share = "" if measured["share_of_peak"] is None else f"{measured['share_of_peak']:.0%}"
-        met = {True: "yes", False: "no", None: "–"}[found["met"]]
+        met = {True: "yes", False: "no", None: "–"}[row.met(measured)]
         print(
             f"{row.name:<34}{measured['least']:>8.2f}{row.least or '–':>8}{measured['geometric_mean']:>8.2f}"
             f"{row.mean or '–':>8}{share:>9}  {met}"

@@ -91,6 +91,25 @@ def test_a_row_with_a_target_and_a_peak(speed, readme, monkeypatch, capsys, leas
     assert line.endswith("yes" if met else "no") and "%" in line
 
 
+def test_records_are_held_to_the_targets_of_today(speed, readme, monkeypatch, capsys):
+    found = row_of(speed, monkeypatch, (("relu", (64,)), ("relu", (1024,))), least=1e-9)
+    assert found["met"] is True
+    monkeypatch.setattr(speed, "ROWS", (speed.Row("some-row", "some work", speed.ROWS[0].work, mean=1e9),))
+    target, figures = cells(readme, monkeypatch, speed)[2:]
+    assert target == "mean ≥ 1e+09" and "), not met;" in figures
+    speed.print_summary(speed.ROWS)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("no")
+
+
+def test_without_results_the_table_says_so(readme, speed):
+    assert readme.table().startswith("Not measured yet")
+    (speed.RESULTS / "memory.json").write_text("{}")
+    assert readme.table().startswith("Not measured yet")
+    speed.RESULTS.joinpath("memory.json").unlink()
+    speed.RESULTS.rmdir()
+    assert readme.table().startswith("Not measured yet")
+
+
 def test_of_a_record_without_cpu_time_none_is_given(speed, readme, monkeypatch):
     found = row_of(speed, monkeypatch, (("relu", (64,)),), least=1.0)
     for contestant in found["results"][0]["contestants"].values():

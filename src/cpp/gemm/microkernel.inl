@@ -266,7 +266,7 @@ static void tile(const TileArgs& t) {
   constexpr int64_t fold = PackedB ? folded_words<Ops>() : 0;
   alignas(64) Acc folded[fold ? ROWS : 1][NV * Ops::width];
   int64_t left = fold;
-  const bool folds = t.words * t.runs > fold + fold / 4 && fold;  // not for the sake of a few
+  const bool folds = fold && t.words * t.runs > fold + fold / 4;  // not for the sake of a few
   if (folds) __builtin_memset(folded, 0, sizeof(folded));
   for (int64_t run = 0;;) {
     // Read in place, each row is a stream of its own, too short for the hardware to see it coming:

@@ -185,7 +185,7 @@ struct Int8Pack {
     // columns 0 to 7 and 16 to 23 in `low`, of the others in `high`.
     const __m512i even = rows(0), odd = rows(1);
     const __m512i low = _mm512_unpacklo_epi8(even, odd), high = _mm512_unpackhi_epi8(even, odd);
-    __m512i at = interleaved(0, 16);
+    __m512i at = interleaved(0, 16);  // of columns 0 to 7; of 8 to 15 in `high`; then 8 further on
     at = _mm512_mask_add_epi16(at, 0xFFFF0000, at, _mm512_set1_epi16(32 - 8));
     _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(low, at, high));
     at = _mm512_add_epi16(at, _mm512_set1_epi16(8));
