@@ -11,8 +11,8 @@ else may need them (an input of another size, whose kernel reads them in another
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ._modules import new_module
 from ._tracing import count_calls, only_user, other_summand, trace_whole
 from .backends import cpu
 from .backends._conv import is_channels_last
+from .backends.cpu import empty_image
 from .nn.activation import activation_name
 from .nn.hooks import unwatched
 from .ops._route import is_straight
@@ -166,6 +167,15 @@ class _FusedConv:
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.laid_out(_computed([self], self._compute, input, residual))
 
+    def layers(self) -> list[FusedLayer]:
+        return [self.folded.layer]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of a step of a chain."""
+        conv = self.conv
+        weight, bias, activation, prepared = self.folded.layer
+        return (weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation, prepared)
+
     def _compute(self, input: Tensor, residual: Tensor | None, layer: FusedLayer) -> Tensor | None:
         conv = self.conv
         weight, bias, _, prepared = layer
@@ -194,13 +204,91 @@ class _InvertedResidual:
     def __init__(self, layers: list[_FusedConv]) -> None:
         self._calls = layers
 
-    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._calls[-1].laid_out(_computed(self._calls, self._compute, input, residual))
+    #: Its memory plan is a chain's, or nobody's.
+    ends_residual = False
 
-    def _compute(self, input: Tensor, residual: Tensor | None, *layers: FusedLayer) -> Tensor | None:
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.laid_out(_computed(self._calls, self._compute, input, residual))
+
+    def laid_out(self, result: Tensor) -> Tensor:
+        return self._calls[-1].laid_out(result)
+
+    def layers(self) -> list[FusedLayer]:
+        return [call.folded.layer for call in self._calls]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of a step of a chain."""
+        return self._arguments(self.layers())
+
+    def _arguments(self, layers: Sequence[FusedLayer]) -> tuple[Any, ...]:
         conv = self._calls[0].conv
         first = (layers[0], conv.stride, conv.padding) if len(layers) == 3 else (None, 1, 0)
-        return inverted_residual(input, residual, *first, layers[-2], self._calls[-2].conv.stride[0], layers[-1])
+        return (*first, layers[-2], self._calls[-2].conv.stride[0], layers[-1])
+
+    def _compute(self, input: Tensor, residual: Tensor | None, *layers: FusedLayer) -> Tensor | None:
+        return inverted_residual(input, residual, *self._arguments(layers))
+
+
+class _Step(NamedTuple):
+    """A call of a chain, and the values that it reads: first the chain's inputs are counted, then the results."""
+
+    call: _FusedConv | _InvertedResidual
+    input: int
+    residual: int | None
+    #: Which values nothing reads after it.
+    ended: list[int]
+
+
+class _Whole:
+    """The one call that a chain is, made of some layers."""
+
+    def __init__(self) -> None:
+        self.layers: list[FusedLayer] = []
+        self.chain: _cpu.Chain | None = None
+
+
+class _Chain:
+    """Fused calls of which only the last's result is read by others: one call, where the kernels take all of them."""
+
+    def __init__(self, inputs: int, steps: list[_Step]) -> None:
+        self._inputs = inputs
+        self._steps = steps
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called when filters were made anew."""
+        # What another thread makes of the old ones meanwhile goes with this.
+        self._whole = _Whole()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        whole = self._whole
+        if whole.chain is not None:
+            result = whole.chain.run(empty_image, *inputs)
+            if result is not None:
+                return self._steps[-1].call.laid_out(result)
+        result = self._one_by_one(inputs)
+        self._see(whole)
+        return result
+
+    def _one_by_one(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        values: list[Tensor | None] = list(inputs)
+        for call, input, residual, ended in self._steps:
+            result = call(values[input], None if residual is None else values[residual])
+            for number in ended:
+                values[number] = None
+            values.append(result)
+        return result
+
+    def _see(self, whole: _Whole) -> None:
+        """Makes the one call of what the kernels keep, if that has changed."""
+        layers = [layer for step in self._steps for layer in step.call.layers()]
+        if not cpu.has_table or list(map(id, layers)) == list(map(id, whole.layers)):
+            return
+        steps = [
+            (input, -1 if residual is None else residual, call.ends_residual, call.arguments())
+            for call, input, residual, _ in self._steps
+        ]
+        whole.layers, whole.chain = layers, _cpu.Chain.of(steps, self._inputs)
 
 
 def _computed(
@@ -258,12 +346,12 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
         for child in model.children():
             fuse_(child, allowed)
         return
-    fused = _rewrite(graph, dict(model.named_modules()), allowed)
+    fused, chains = _rewrite(graph, dict(model.named_modules()), allowed)
     if fused:
         code = graph.python_code(root_module="self")
         namespace = dict(code.globals)
         exec(code.src, namespace)
-        model.__class__ = _fused_class(type(model), namespace["forward"], fused)
+        model.__class__ = _fused_class(type(model), namespace["forward"], fused, chains)
         # Now rather than in the first forward, whose time and memory it would be.
         type(model)._fold_anew()
 
@@ -274,10 +362,11 @@ def is_fused(kind: type) -> bool:
 
 def _rewrite(
     graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]
-) -> list[_FusedConv]:
-    """Puts one call in the place of each convolution and what follows it."""
+) -> tuple[list[_FusedConv], list[_Chain]]:
+    """Puts one call in the place of each convolution and what follows it, and one in the place of several of these."""
     fused: list[_FusedConv] = []
     blocks: list[_InvertedResidual] = []
+    chains: list[_Chain] = []
 
     def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return fused[index](input, residual)
@@ -285,11 +374,15 @@ def _rewrite(
     def run_inverted(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return blocks[index](input, residual)
 
+    def run_chain(index: int, *inputs: Tensor) -> Tensor:
+        return chains[index](*inputs)
+
     _fuse_convolutions(graph, modules, allowed, fused, run_fused)
     _find_layouts(graph, modules, fused, run_fused)
     _fuse_inverted(graph, fused, run_fused, blocks, run_inverted)
     _find_last_uses(graph, fused, run_fused, run_inverted)
-    return fused
+    _fuse_chains(graph, {run_fused: fused, run_inverted: blocks}, chains, run_chain)
+    return fused, chains
 
 
 def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
@@ -419,6 +512,58 @@ def _find_last_uses(
             fused[node.args[0]].ends_residual = alone and max(residual.users, key=order.__getitem__) is node
 
 
+def _fuse_chains(
+    graph: fx.Graph,
+    calls: dict[Callable[..., Tensor], Sequence[_FusedConv | _InvertedResidual]],
+    chains: list[_Chain],
+    run_chain: Callable[..., Tensor],
+) -> None:
+    """One call for those that follow each other, where others read the last one's result alone."""
+
+    def replace(nodes: list[fx.Node]) -> None:
+        read = [[arg for arg in node.args[1:] if arg is not None] for node in nodes]
+        inputs = list(dict.fromkeys(arg for args in read for arg in args if arg not in nodes))
+        number = {value: i for i, value in enumerate([*inputs, *nodes])}
+        last_reader = {value: i for i, args in enumerate(read) for value in args}
+        steps = []
+        for i, (node, args) in enumerate(zip(nodes, read, strict=True)):
+            ended = [number[value] for value in args if last_reader[value] == i]
+            values = [number[value] for value in args]
+            steps.append(
+                _Step(calls[node.target][node.args[0]], values[0], values[1] if len(values) > 1 else None, ended)
+            )
+        _replace(graph, nodes, run_chain, (len(chains), *inputs))
+        chains.append(_Chain(len(inputs), steps))
+
+    run: list[fx.Node] = []
+    for node in [*graph.nodes, None]:
+        if node is not None and node.op == "call_function" and node.target in calls:
+            run.append(node)
+            continue
+        for nodes in _cut(run):
+            if len(nodes) > 1:
+                replace(nodes)
+        run = []
+
+
+def _cut(run: list[fx.Node]) -> list[list[fx.Node]]:
+    """In as few pieces as it takes for the last result of each to be the only one that is read outside of it."""
+    ends = set(run[-1:])
+    while True:
+        pieces: list[list[fx.Node]] = [[]]
+        for node in run:
+            pieces[-1].append(node)
+            if node in ends:
+                pieces.append([])
+        pieces.pop()
+        read_outside = {
+            node for piece in pieces for node in piece[:-1] if any(user not in piece for user in node.users)
+        }
+        if not read_outside:
+            return pieces
+        ends |= read_outside
+
+
 def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) -> str | None:
     if node is None:
         return None
@@ -435,7 +580,7 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
     return _METHODS.get(node.target) if node.op == "call_method" else None
 
 
-def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv]) -> type:
+def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv], chains: list[_Chain]) -> type:
     """The class of a module whose forward was rewritten; its own forward stays for training and gradients."""
     watched = [module for call in fused for module in call.modules()]
     watch: _cpu.Watch | None = None
@@ -454,6 +599,8 @@ def _fused_class(kind: type, forward: Callable[..., Any], fused: list[_FusedConv
         steps_now, watch_now = _steps, _cpu.Watch(_places(fused))
         for call in fused:
             call.see()
+        for chain in chains:
+            chain.forget()
         steps, watch = steps_now, watch_now
         return True
 

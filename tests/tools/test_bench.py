@@ -107,6 +107,24 @@ def test_calls_of_a_minute_are_fewest():
     assert len(timing.seconds["sklearn"]) == 4
 
 
+def test_threads_that_slept_are_awake_before_the_clock_starts(monkeypatch):
+    clock = Clock()
+    woke = {"at": 0.0}
+
+    def sleep(seconds):
+        clock.now += seconds
+        woke["at"] = clock.now
+
+    def on_one_core_at_first():
+        return 4e-3 if clock.now - woke["at"] < 12e-3 else 1e-3
+
+    monkeypatch.setattr(bench.engine.time, "sleep", sleep)
+    contestants = {"sleepy": clock.work(on_one_core_at_first), "slow": clock.work(0.5)}
+    timing = bench.compare(contestants, [()], seconds=0.1, pause=0.02, clock=clock)
+    assert timing.seconds["sleepy"] == pytest.approx([1e-3] * 3)
+    assert timing.calls_a_turn == {"sleepy": 20, "slow": 1}
+
+
 def test_what_is_warm_is_not_warmed_up():
     clock = Clock()
     timing = bench.compare({"a": clock.work(57.0)}, [()], seconds=0.1, warm={"a": 57.0}, clock=clock)

@@ -19,6 +19,9 @@ __all__ = ["Timing", "compare", "quartiles"]
 #: A turn lasts at least this long: the clock and the loop around the call are then below a percent of it.
 TURN_SECONDS = 200e-6
 _WARM_UP_SECONDS = 0.02
+#: What follows a pause is called for this long before it is timed: threads that slept wake on the core that wakes them,
+#: and some kernels leave them there, on one core, for 10 ms. A server under load does not know that state.
+_WAKE_SECONDS = 0.02
 _FEWEST_ROUNDS, _MIN_ROUNDS, _MAX_ROUNDS = 2, 5, 300
 #: Calls that take longer than this are few, but three rounds at least: two where a third would end past the limit.
 _SLOW_SECONDS = 0.3
@@ -99,7 +102,8 @@ def compare(
         seconds: for all contestants together, not counting the warm-up. There are at least 5 rounds, 3 of slow calls, and
             of those that take minutes 2.
         pause: seconds to sleep before each turn. The threads of a pool wait for more work by spinning, for some
-            milliseconds, on cores that a contestant with another pool already needs.
+            milliseconds, on cores that a contestant with another pool already needs. The turn itself begins with calls
+            that are not timed, until the contestant's own threads are on the cores again.
         warm: contestants that need no warm-up, each with the seconds that a call took.
         clock: in seconds; it waits for what the calls have begun.
         turn_seconds: a turn lasts at least this long.
@@ -113,6 +117,8 @@ def compare(
         for name, function in contestants.items()
     }
     slowest = max(took.values())
+    if pause:
+        turn_seconds = max(turn_seconds, _WAKE_SECONDS)
     calls = {name: max(1, math.ceil(turn_seconds / max(seconds_a_call, 1e-9))) for name, seconds_a_call in took.items()}
     least = 3 if slowest > _SLOW_SECONDS else _MIN_ROUNDS
     measured: dict[str, list[float]] = {name: [] for name in contestants}
@@ -133,6 +139,8 @@ def compare(
             position[name] += count
             if pause:
                 time.sleep(pause)
+                if took[name] < _SLOW_SECONDS:
+                    _call_for(_WAKE_SECONDS, function, inputs, clock)
             start_on_cores, start = time.process_time(), clock()
             for arguments in turn:
                 function(*arguments)
@@ -143,10 +151,21 @@ def compare(
 
 def _warm_up(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], clock: Callable[[], float]) -> float:
     """Calls until caches, clocks and thread pools are warm; returns the seconds of a call."""
+    return _call_for(_WARM_UP_SECONDS, function, inputs, clock, at_least=3)
+
+
+def _call_for(
+    seconds: float,
+    function: Callable[..., Any],
+    inputs: Sequence[tuple[Any, ...]],
+    clock: Callable[[], float],
+    at_least: int = 1,
+) -> float:
+    """Calls for so many seconds and at least so often, or until a call was slow; returns the seconds of the fastest."""
     fastest = math.inf
-    end = clock() + _WARM_UP_SECONDS
+    end = clock() + seconds
     calls = 0
-    while calls < 3 or clock() < end:
+    while calls < at_least or clock() < end:
         start = clock()
         function(*inputs[calls % len(inputs)])
         took = clock() - start

@@ -173,8 +173,8 @@ def conv_fused(
     """
     if not is_dynamo_compiling():
         found = _tensor_convolution(
-            *(_empty, input, weight, bias, residual, stride, padding, dilation, groups),
-            *(cpu.ACTIVATION[activation], prepared, overwrite),
+            *(_empty, input, residual, overwrite, weight, bias, stride, padding, dilation, groups),
+            *(cpu.ACTIVATION[activation], prepared),
         )
         if type(found) is Tensor:
             return found
@@ -183,6 +183,7 @@ def conv_fused(
     rank = weight.dim() - 2
     one_pass = (
         input.dim() == rank + 2
+        and not input.is_meta
         and not isinstance(padding, str)
         and all(type(tensor) in PLAIN for tensor in (input, residual) if tensor is not None)
         and is_straight("conv", input, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
@@ -380,7 +381,7 @@ def _conv(
 ) -> Tensor:
     if not is_dynamo_compiling() and getattr(input, "ndim", 0) == rank + 2:
         found = _tensor_convolution(
-            *(_empty, input, weight, bias, None, stride, padding, dilation, groups, 0, None, False)
+            *(_empty, input, None, False, weight, bias, stride, padding, dilation, groups, 0, None)
         )
         if type(found) is tuple:
             return _apply_convolution(input, weight, bias, found, stride, padding, dilation, groups)

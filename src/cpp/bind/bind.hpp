@@ -23,6 +23,7 @@ void bind_norm_tensors(pybind11::module_& m);
 void bind_dropout_tensors(pybind11::module_& m);
 void bind_layer_norm_tensors(pybind11::module_& m);
 void bind_conv_tensors(pybind11::module_& m);
+void bind_conv_chain(pybind11::module_& m);
 void bind_watch(pybind11::module_& m);
 void bind_quant(pybind11::module_& m);
 void bind_pool_tensors(pybind11::module_& m);

@@ -2,10 +2,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "bind/image_tensors.hpp"
+#include "bind/conv_layers.hpp"
 #include "common/activation.hpp"
-#include "conv/conv.hpp"
-#include "conv/inverted.hpp"
 #include "gemm/prepared.hpp"
 
 namespace py = pybind11;
@@ -16,17 +14,6 @@ namespace {
 
 bool like_channels_last(const Tensor& t) {
   return t.dims == 4 && tensors::like_channels_last(t.shape, t.strides, t.dims);
-}
-
-// Whether the result of these is channels-last. False where that is for the long way to find out.
-bool layout_of(const Tensor& x, const Tensor& w, bool& last) {
-  last = false;
-  if (x.dims == 3) return w.contiguous();
-  if (x.dims == 4) {
-    last = like_channels_last(x) || like_channels_last(w);
-    return true;
-  }
-  return x.contiguous() && w.contiguous() && x.strides[1] != 1 && w.strides[1] != 1;
 }
 
 bool dense_filters(const Tensor& w) {
@@ -45,44 +32,6 @@ bool evenly_spaced(const Tensor& y) {
     if (y.strides[d] != step * count) return false;
     count *= y.shape[d];
   }
-  return true;
-}
-
-Tensor5 five(const Tensor& t) {
-  Tensor5 f;
-  f.data = t.data;
-  for (int d = 0; d < 2 + kSpatial; d++) f.size[d] = f.stride[d] = 1;
-  for (int d = 0; d < t.dims; d++) {
-    const int to = d < 2 ? d : 2 + kSpatial - t.dims + d;
-    f.size[to] = t.shape[d], f.stride[to] = t.strides[d];
-  }
-  return f;
-}
-
-// What the three products have in common: a batch, filters and options that go together. `out` are
-// the sizes of a result. False where the long way is to say what is wrong, or to compute.
-bool understood(const Tensor& x, const Tensor& w, PyObject* stride, PyObject* padding,
-                PyObject* dilation, PyObject* groups, Conv& c, int64_t* out) {
-  const int rank = x.dims - 2;
-  if (rank < 1 || rank > kSpatial || w.dims != x.dims || w.type != x.type ||
-      !PyLong_CheckExact(groups) || !numbers(stride, rank, 1, c.stride + kSpatial - rank) ||
-      !numbers(padding, rank, 0, c.padding + kSpatial - rank) ||
-      !numbers(dilation, rank, 1, c.dilation + kSpatial - rank))
-    return false;
-  c.groups = PyLong_AsLongLong(groups);
-  if (c.groups == -1 && PyErr_Occurred()) PyErr_Clear();
-  if (c.groups < 1 || w.shape[0] % c.groups || x.shape[1] % c.groups ||
-      x.shape[1] / c.groups != w.shape[1])
-    return false;
-  out[0] = x.shape[0], out[1] = w.shape[0];
-  for (int d = 0; d < rank; d++) {
-    const int s = kSpatial - rank + d;
-    const int64_t reach =
-        x.shape[2 + d] + 2 * c.padding[s] - c.dilation[s] * (w.shape[2 + d] - 1) - 1;
-    if (reach < 0) return false;
-    out[2 + d] = reach / c.stride[s] + 1;
-  }
-  c.type = x.type;
   return true;
 }
 
@@ -109,57 +58,184 @@ bool read_filters(PyObject* object, Prepared* prepared, Tensor& w) {
   return true;
 }
 
-double operations_of(const Tensor& y, const Tensor& w) {
-  return double(y.count()) * double(w.count()) / double(w.shape[0]);
-}
-
-// Whether it has the strides that a result of this shape would be given.
-bool as_made(const Tensor& t, const int64_t* shape, int dims, bool last) {
-  int64_t strides[kMaxDims];
-  if (last)
-    channels_last_strides(shape, dims, strides);
-  else
-    for (int64_t d = dims - 1, step = 1; d >= 0; step *= shape[d--]) strides[d] = step;
-  for (int d = 0; d < dims; d++)
-    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
+// One number a filter, or none.
+bool read_bias(PyObject* object, const Tensor& w, const char*& data) {
+  data = nullptr;
+  if (object == Py_None) return true;
+  Tensor bias;
+  if (!read(object, bias) || bias.type != w.type || bias.dims != 1 || bias.shape[0] != w.shape[0] ||
+      !bias.contiguous())
+    return false;
+  data = bias.data;
   return true;
 }
 
-// tensor_convolution(make, x, w, bias, residual, stride, padding, dilation, groups, activation,
-// prepared, overwrite): activation(conv(x, w) + bias + residual), of x (N, C, *spatial). The
-// residual has the result's shape and strides. `prepared`: None, or what keeps what is made of
-// these very filters, so that w may be None from the second call on: not taken where they are
-// needed. `overwrite`: whether the residual may be made the result.
+// A layer of an inverted residual, with m filters of `channels` x edge x edge; 0 is any.
+bool layer_of(PyObject* object, int64_t m, int64_t channels, int64_t edge, Inverted::Layer& l,
+              DType& type) {
+  Tensor w;
+  if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4 ||
+      !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared) ||
+      !read_filters(PyTuple_GET_ITEM(object, 0), l.prepared, w) || w.dims != 4 ||
+      (m && w.shape[0] != m) || (channels && w.shape[1] != channels) ||
+      (edge && (w.shape[2] != edge || w.shape[3] != edge)) ||
+      !integer(PyTuple_GET_ITEM(object, 2), kActivations - 1, l.activation) ||
+      !read_bias(PyTuple_GET_ITEM(object, 1), w, l.bias))
+    return false;
+  l.w = five(w), type = w.type;
+  return true;
+}
+
+}  // namespace
+
+namespace fastnn::tensors {
+
+Tensor5 five(const Tensor& t) {
+  Tensor5 f;
+  f.data = t.data;
+  for (int d = 0; d < 2 + kSpatial; d++) f.size[d] = f.stride[d] = 1;
+  for (int d = 0; d < t.dims; d++) {
+    const int to = d < 2 ? d : 2 + kSpatial - t.dims + d;
+    f.size[to] = t.shape[d], f.stride[to] = t.strides[d];
+  }
+  return f;
+}
+
+bool read_geometry(PyObject* const* stride_to_groups, int rank, Conv& c) {
+  if (rank < 1 || rank > kSpatial) return false;
+  const int first = kSpatial - rank;
+  if (!numbers(stride_to_groups[0], rank, 1, c.stride + first) ||
+      !numbers(stride_to_groups[1], rank, 0, c.padding + first) ||
+      !numbers(stride_to_groups[2], rank, 1, c.dilation + first) ||
+      !PyLong_CheckExact(stride_to_groups[3]))
+    return false;
+  c.groups = PyLong_AsLongLong(stride_to_groups[3]);
+  if (c.groups == -1 && PyErr_Occurred()) PyErr_Clear();
+  return c.groups >= 1;
+}
+
+bool sizes_of(const Tensor& x, const Tensor& w, const Conv& c, int64_t* out) {
+  const int rank = w.dims - 2;
+  if (w.dims != x.dims || w.type != x.type || w.shape[0] % c.groups || x.shape[1] % c.groups ||
+      x.shape[1] / c.groups != w.shape[1])
+    return false;
+  out[0] = x.shape[0], out[1] = w.shape[0];
+  for (int d = 0; d < rank; d++) {
+    const int s = kSpatial - rank + d;
+    const int64_t reach =
+        x.shape[2 + d] + 2 * c.padding[s] - c.dilation[s] * (w.shape[2 + d] - 1) - 1;
+    if (reach < 0) return false;
+    out[2 + d] = reach / c.stride[s] + 1;
+  }
+  return true;
+}
+
+bool layout_of(const Tensor& x, const Tensor& w, bool& last) {
+  last = false;
+  if (x.dims == 3) return w.contiguous();
+  if (x.dims == 4) {
+    last = ::like_channels_last(x) || ::like_channels_last(w);
+    return true;
+  }
+  return x.contiguous() && w.contiguous() && x.strides[1] != 1 && w.strides[1] != 1;
+}
+
+void strides_as_made(const int64_t* shape, int dims, bool last, int64_t* strides) {
+  if (last) return channels_last_strides(shape, dims, strides);
+  for (int64_t d = dims - 1, step = 1; d >= 0; step *= shape[d--]) strides[d] = step;
+}
+
+bool as_made(const Tensor& t, const int64_t* shape, int dims, bool last) {
+  int64_t strides[kMaxDims];
+  strides_as_made(shape, dims, last, strides);
+  for (int d = 0; d < dims; d++)
+    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
+  return t.dims == dims;
+}
+
+bool read_layer(PyObject* const* arguments, Conv& c, Tensor& w) {
+  if ((arguments[7] != Py_None && !prepared_of(arguments[7], c.prepared)) ||
+      !read_filters(arguments[0], c.prepared, w) || !read_geometry(arguments + 2, w.dims - 2, c) ||
+      !dense_filters(w) || !integer(arguments[6], kActivations - 1, c.activation) ||
+      !read_bias(arguments[1], w, c.bias))
+    return false;
+  c.type = w.type, c.w = five(w);
+  return true;
+}
+
+double operations_of(const int64_t* out, const Tensor& w) {
+  double n = double(w.count()) / double(w.shape[0]);
+  for (int d = 0; d < w.dims; d++) n *= double(out[d]);
+  return n;
+}
+
+bool read_inverted(PyObject* const* arguments, Inverted& c) {
+  DType depthwise = c.type;
+  int stride;
+  if (!layer_of(arguments[5], 0, 0, 1, c.project, c.type) ||
+      !layer_of(arguments[3], c.project.w.size[1], 1, 3, c.depthwise, depthwise) ||
+      depthwise != c.type || !integer(arguments[4], 2, stride) || stride == 0)
+    return false;
+  c.stride = stride;
+  if (arguments[0] == Py_None) return true;
+  DType expand = c.type;
+  return layer_of(arguments[0], c.project.w.size[1], 0, 0, c.expand, expand) && expand == c.type &&
+         numbers(arguments[1], 2, 1, c.expand_stride) &&
+         numbers(arguments[2], 2, 0, c.expand_padding);
+}
+
+bool sizes_of(const Tensor& x, const Inverted& c, int64_t* out) {
+  if (x.dims != 4 || x.type != c.type ||
+      x.shape[1] != (c.expands() ? c.expand.w.size[1] : c.depthwise.w.size[0]))
+    return false;
+  out[0] = x.shape[0], out[1] = c.project.w.size[0];
+  for (int d = 0; d < 2; d++) {
+    int64_t size = x.shape[2 + d];
+    if (c.expands()) {
+      const int64_t reach = size + 2 * c.expand_padding[d] - c.expand.w.size[3 + d];
+      if (reach < 0) return false;
+      size = reach / c.expand_stride[d] + 1;
+    }
+    out[2 + d] = (size - 1) / c.stride + 1;
+  }
+  return true;
+}
+
+double operations_of(const Tensor& x, const Inverted& c) {
+  return double(x.count()) * double(c.depthwise.w.size[0]);
+}
+
+}  // namespace fastnn::tensors
+
+namespace {
+
+// tensor_convolution(make, x, residual, overwrite, weight, ..., prepared): activation(conv(x,
+// weight) + bias + residual), of x (N, C, *spatial), the last arguments as read_layer reads them.
+// The residual has the result's shape and strides; `overwrite`: whether it may be made the result.
+// `prepared`: None, or what keeps what is made of these very filters, so that the weight may be
+// None from the second call on: not taken where they are needed.
 PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  Tensor x, w, bias, residual, out;
+  Tensor x, w, residual, out;
   Conv c;
   int64_t shape[kMaxDims];
   bool last;
-  int activation;
-  if (n != 12 || !readable() || !read(args[1], x) || x.dims < 3 ||
-      (args[10] != Py_None && !prepared_of(args[10], c.prepared)) ||
-      !read_filters(args[2], c.prepared, w) ||
-      !understood(x, w, args[5], args[6], args[7], args[8], c, shape) || !dense_filters(w) ||
-      !layout_of(x, w, last) || !integer(args[9], kActivations - 1, activation))
+  if (n != 4 + kLayerArguments || !readable() || !read(args[1], x) || x.dims < 3 ||
+      !read_layer(args + 4, c, w) || !sizes_of(x, w, c, shape) || !layout_of(x, w, last))
     return not_taken();
-  const bool has_bias = args[3] != Py_None, added = args[4] != Py_None;
-  if (has_bias && (!read(args[3], bias) || bias.type != x.type || bias.dims != 1 ||
-                   bias.shape[0] != w.shape[0] || !bias.contiguous()))
+  const bool added = args[2] != Py_None;
+  if (added && (!read(args[2], residual) || residual.type != x.type || residual.dims != x.dims))
     return not_taken();
-  if (added && (!read(args[4], residual) || residual.type != x.type || residual.dims != x.dims))
-    return not_taken();
-  double operations = double(w.count()) / double(w.shape[0]);
-  for (int d = 0; d < x.dims; d++) operations *= double(shape[d]);
+  const double operations = operations_of(shape, w);
   if (!precision_of(x.type, operations, c.precision) || !quiet()) return not_taken();
-  const bool grad = wants_grad(args[1], w.data ? args[2] : args[1], has_bias ? args[3] : args[1],
-                               added ? args[4] : args[1]);
-  if (PyErr_Occurred() || (grad && (activation || added))) return not_taken();
-  c.x = five(x), c.w = five(w);
+  const bool grad = wants_grad(args[1], w.data ? args[4] : args[1], c.bias ? args[5] : args[1],
+                               added ? args[2] : args[1]);
+  if (PyErr_Occurred() || (grad && (c.activation || added))) return not_taken();
+  c.x = five(x);
   PyObject* result = nullptr;
-  if (args[11] == Py_True && added && residual.data != x.data &&
+  if (args[3] == Py_True && added && residual.data != x.data &&
       as_made(residual, shape, x.dims, last)) {
     c.y = five(residual), c.residual = residual.data;
-    if (conv_takes_its_own_residual(c)) result = Py_NewRef(args[4]);
+    if (conv_takes_its_own_residual(c)) result = Py_NewRef(args[2]);
   }
   if (!result) {
     result = new_image(args[0], x, shape, x.dims, last, x.type, out);
@@ -169,9 +245,7 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
         return not_taken(result);
     c.y = five(out);
   }
-  if (has_bias) c.bias = bias.data;
   if (added) c.residual = residual.data;
-  c.activation = activation;
   bool gone = false;
   result = run(result, operations, [&] {
     try {
@@ -184,61 +258,18 @@ PyObject* tensor_convolution(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return grad ? in_tuple(result) : result;
 }
 
-// (weight, bias or None, activation, prepared) with m filters of `channels` x edge x edge; 0 is
-// any. The weight is None as above.
-bool layer_of(PyObject* object, DType type, int64_t m, int64_t channels, int64_t edge,
-              Inverted::Layer& l) {
-  Tensor w, bias;
-  if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4 ||
-      !prepared_of(PyTuple_GET_ITEM(object, 3), l.prepared) ||
-      !read_filters(PyTuple_GET_ITEM(object, 0), l.prepared, w) || w.type != type || w.dims != 4 ||
-      (m && w.shape[0] != m) || w.shape[1] != channels ||
-      (edge && (w.shape[2] != edge || w.shape[3] != edge)) ||
-      !integer(PyTuple_GET_ITEM(object, 2), kActivations - 1, l.activation))
-    return false;
-  PyObject* added = PyTuple_GET_ITEM(object, 1);
-  if (added != Py_None) {
-    if (!read(added, bias) || bias.type != type || bias.dims != 1 || bias.shape[0] != w.shape[0] ||
-        !bias.contiguous())
-      return false;
-    l.bias = bias.data;
-  }
-  l.w = five(w);
-  return true;
-}
-
-// tensor_inverted_residual(make, x, residual, expand, expand_stride, expand_padding, depthwise,
-// stride, project): see inverted.hpp. Layers as layer_of reads them, the first None where there is
-// none; the depthwise one has padding 1.
+// tensor_inverted_residual(make, x, residual, expand, ..., project): see read_inverted.
 PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t n) {
   Tensor x, residual, out;
   Inverted c;
-  int stride;
-  if (n != 9 || !readable() || !read(args[1], x) || x.dims != 4 || !integer(args[7], 2, stride) ||
-      stride == 0)
+  int64_t shape[4];
+  if (n != 3 + kInvertedArguments || !readable() || !read(args[1], x) ||
+      !read_inverted(args + 3, c) || !sizes_of(x, c, shape))
     return not_taken();
-  const bool added = args[2] != Py_None, expands = args[3] != Py_None;
-  int64_t hidden = x.shape[1], size[] = {x.shape[2], x.shape[3]};
-  if (expands) {
-    int64_t step[2], padding[2];
-    if (!layer_of(args[3], x.type, 0, hidden, 0, c.expand) || !numbers(args[4], 2, 1, step) ||
-        !numbers(args[5], 2, 0, padding))
-      return not_taken();
-    hidden = c.expand.w.size[0];
-    for (int d = 0; d < 2; d++) {
-      c.expand_stride[d] = step[d], c.expand_padding[d] = padding[d];
-      const int64_t reach = size[d] + 2 * padding[d] - c.expand.w.size[3 + d];
-      if (reach < 0) return not_taken();
-      size[d] = reach / step[d] + 1;
-    }
-  }
-  if (!layer_of(args[6], x.type, hidden, 1, 3, c.depthwise) ||
-      !layer_of(args[8], x.type, 0, hidden, 1, c.project) ||
-      (added && (!read(args[2], residual) || residual.type != x.type || residual.dims != 4)))
+  const bool added = args[2] != Py_None;
+  if (added && (!read(args[2], residual) || residual.type != x.type || residual.dims != 4))
     return not_taken();
-  const int64_t shape[] = {x.shape[0], c.project.w.size[0], (size[0] - 1) / stride + 1,
-                           (size[1] - 1) / stride + 1};
-  const double operations = double(x.count()) * double(hidden);
+  const double operations = operations_of(x, c);
   if (!precision_of(x.type, operations, c.precision) || !quiet() || !grad_is_off())
     return not_taken();
   PyObject* result = new_image(args[0], x, shape, 4, true, x.type, out);
@@ -246,7 +277,7 @@ PyObject* tensor_inverted_residual(PyObject*, PyObject* const* args, Py_ssize_t 
   for (int d = 0; added && d < 4; d++)
     if (residual.shape[d] != shape[d] || (shape[d] > 1 && residual.strides[d] != out.strides[d]))
       return not_taken(result);
-  c.x = five(x), c.y = five(out), c.type = x.type, c.stride = stride;
+  c.x = five(x), c.y = five(out);
   if (added) c.residual = residual.data;
   bool taken = false;
   result = run(result, operations, [&] {
@@ -266,7 +297,7 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
   int64_t shape[kMaxDims];
   bool last = false;
   if (n != 11 || !readable() || !read(args[1], grad) || !read(args[2], x) || x.dims < 3 ||
-      !read(args[3], w) || !understood(x, w, args[4], args[5], args[6], args[7], c, shape) ||
+      !read(args[3], w) || !read_geometry(args + 4, w.dims - 2, c) || !sizes_of(x, w, c, shape) ||
       grad.dims != x.dims || grad.type != x.type)
     return not_taken();
   for (int d = 0; d < x.dims; d++)
@@ -274,10 +305,10 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
   const bool by_x = args[8] == Py_True, by_w = args[9] == Py_True, by_bias = args[10] == Py_True;
   if ((by_x && !layout_of(grad, w, last)) || (by_w && (w.dims > 4 || !evenly_spaced(grad))))
     return not_taken();
-  const double operations = operations_of(grad, w);
+  const double operations = operations_of(grad.shape, w);
   if (!precision_of(x.type, operations, c.precision) || !quiet() || !grad_is_off())
     return not_taken();
-  c.x = five(x), c.w = five(w), c.y = five(grad);
+  c.type = x.type, c.x = five(x), c.w = five(w), c.y = five(grad);
 
   PyObject* gradients[3] = {Py_NewRef(Py_None), Py_NewRef(Py_None), Py_NewRef(Py_None)};
   auto give_up = [&] {
@@ -300,7 +331,7 @@ PyObject* tensor_convolution_gradients(PyObject*, PyObject* const* args, Py_ssiz
     }
   }
   if (by_w) {
-    PyObject* result = new_image(args[0], w, w.shape, w.dims, like_channels_last(w), x.type, out);
+    PyObject* result = new_image(args[0], w, w.shape, w.dims, ::like_channels_last(w), x.type, out);
     if (result) {
       Conv one = c;
       one.w = five(out);

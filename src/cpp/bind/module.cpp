@@ -57,6 +57,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_dropout_tensors(m);
   bind_layer_norm_tensors(m);
   bind_conv_tensors(m);
+  bind_conv_chain(m);
   bind_watch(m);
   bind_weight_only(m);
   bind_weight_only_tensors(m);

@@ -345,31 +345,37 @@ void by_channels(const Block& b, int threads) {
 
 }  // namespace
 
-bool inverted_residual(const Inverted& c) {
+// Null: none.
+static const Kernel* kernel_of(const Inverted& c) {
   // Split products read packed operands alone, so that the hidden layer would go through memory
   // after all: float32 is multiplied as it is, which is as exact.
   const bool exact_only = c.precision == Precision::highest;
-  const Kernel* kernel = strips_kernel(c.type, c.precision, exact_only);
+  return strips_kernel(c.type, c.precision, exact_only);
+}
+
+bool takes_inverted_residual(const Inverted& c) {
+  const Kernel* kernel = kernel_of(c);
   const int64_t hidden = c.depthwise.w.size[0];
   // Tiles have no tails along K: what lies behind the rows would be multiplied with.
   if (!kernel || hidden % kernel->k_step || hidden < conv_kernels().depthwise[int(c.type)].width ||
       !in_rows(c.y))
     return false;
-  double first = 9;  // multiplications for an element of the hidden layer
-  if (c.expands() && !is_pointwise(c)) {
-    first = double(c.expand.w.size[1] * c.expand.w.spatial());
-    if (!RowProduct::takes_runs(
-            *kernel, round_up(c.expand.w.size[1], kernel->k_step) * c.expand.w.spatial()))
-      return false;
-  } else {
-    if (!in_rows(c.x) || (c.expands() && c.x.size[1] % kernel->k_step)) return false;
-    if (c.expands()) first = double(c.x.size[1]);
-  }
+  if (c.expands() && !is_pointwise(c))
+    return RowProduct::takes_runs(
+        *kernel, round_up(c.expand.w.size[1], kernel->k_step) * c.expand.w.spatial());
+  return in_rows(c.x) && (!c.expands() || c.x.size[1] % kernel->k_step == 0);
+}
+
+bool inverted_residual(const Inverted& c) {
+  if (!takes_inverted_residual(c)) return false;
   if (c.y.count() == 0) return true;
   count_call("inverted residual");
+  const int64_t hidden = c.depthwise.w.size[0];
+  // Multiplications for an element of the hidden layer.
+  const int64_t first = c.expands() ? c.expand.w.size[1] * c.expand.w.spatial() : kTaps * kTaps;
   const double positions = double(c.y.size[0]) * double(c.y.spatial() * c.stride * c.stride);
-  const int threads = positions * double(hidden) * first < 1e6 ? 1 : max_threads();
-  const Block b(c, *kernel, threads);
+  const int threads = positions * double(hidden) * double(first) < 1e6 ? 1 : max_threads();
+  const Block b(c, *kernel_of(c), threads);
   if (threads > 1 && b.rows < kRowsAThread * threads)
     by_channels(b, threads);
   else

@@ -25,8 +25,9 @@ struct Inverted {
   bool expands() const { return expand.w.size[0] != 0; }
 };
 
-// False, with nothing done, where there are no kernels for it: the layers are then to be called one
-// by one.
+// Whether there are kernels for it. It does not depend on where anything lies.
+bool takes_inverted_residual(const Inverted& c);
+// False, with nothing done, where there are none: the layers are then to be called one by one.
 bool inverted_residual(const Inverted& c);
 
 }  // namespace fastnn

@@ -10,9 +10,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/allocator.hpp"
 #include "common/caches.hpp"
 #include "common/kernels_of.hpp"
+#include "common/memory.hpp"
 #include "common/parallel.hpp"
 #include "quant/loop.hpp"
 
@@ -31,14 +31,10 @@ int threads_for(int64_t elements) {
 
 // Two arrays of floats that live as long as this does.
 struct Floats {
-  Block block;
+  Memory memory;
   float *a, *b;
-  explicit Floats(int64_t n) : block(allocate(size_t(std::max<int64_t>(n, 1)) * 8)) {
-    a = static_cast<float*>(block.data), b = a + n;
-  }
-  ~Floats() { deallocate(block); }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
+  explicit Floats(int64_t n)
+      : memory(size_t(n) * 2 * sizeof(float)), a(memory.as<float>()), b(a + n) {}
 };
 
 // ---- the loop over all elements ----------------------------------------------------------------

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <vector>
 
-#include "common/allocator.hpp"
 #include "common/cpu_features.hpp"
 #include "common/integers.hpp"
+#include "common/memory.hpp"
 #include "common/parallel.hpp"
 
 namespace fastnn {
@@ -21,15 +21,6 @@ constexpr int64_t kChunkBytes = 48 << 20, kFewest = 64;
 // Of the part of the weight that a product goes over at once: packed, all of it would be as large
 // as the logits.
 constexpr int64_t kPartBytes = 8 << 20;
-
-struct Memory {
-  Block block;
-  explicit Memory(int64_t bytes) : block(allocate(size_t(std::max<int64_t>(bytes, 1)))) {}
-  ~Memory() { deallocate(block); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  char* data() const { return static_cast<char*>(block.data); }
-};
 
 template <class T>
 void add_to(void* sum, const char* more, int64_t n) {
@@ -54,16 +45,17 @@ class Chunks {
   }
 
   void run() const {
-    const Memory logits(rows_ * call_.classes * item_);
+    const Memory memory(size_t(rows_ * call_.classes * item_));
+    char* logits = memory.as<char>();
     std::vector<double> lse(size_t(call_.rows)), mass(size_t(call_.rows));
     for (int64_t first = 0; first < call_.rows; first += rows_) {
       const int64_t rows = std::min(rows_, call_.rows - first);
-      find_logits(logits.data(), first, rows);
-      find_losses(logits.data(), first, rows, lse.data(), mass.data());
+      find_logits(logits, first, rows);
+      find_losses(logits, first, rows, lse.data(), mass.data());
       if (!call_.scale) continue;
-      if (call_.grad_x) by_x(logits.data(), first, rows);
-      if (call_.grad_weight) by_weight(logits.data(), first, rows);
-      if (call_.grad_bias) by_bias(logits.data(), first, rows);
+      if (call_.grad_x) by_x(logits, first, rows);
+      if (call_.grad_weight) by_weight(logits, first, rows);
+      if (call_.grad_bias) by_bias(logits, first, rows);
     }
   }
 
@@ -140,10 +132,10 @@ class Chunks {
       multiply(a, b, c, m, call_.features, k, add);
       return;
     }
-    const Memory product(m * call_.features * wide_);
-    c.data = product.data();
+    const Memory product(size_t(m * call_.features * wide_));
+    c.data = product.as<char>();
     multiply(a, b, c, m, call_.features, k, false);
-    add_to<float>(to, product.data(), m * call_.features);
+    add_to<float>(to, product.as<char>(), m * call_.features);
   }
 
   void by_x(char* logits, int64_t first, int64_t rows) const {

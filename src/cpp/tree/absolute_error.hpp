@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/memory.hpp"
 #include "tree/criteria.hpp"
-#include "tree/memory.hpp"
 
 namespace fastnn {
 

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "common/kernels_of.hpp"
+#include "common/memory.hpp"
 #include "common/parallel.hpp"
-#include "tree/memory.hpp"
 
 namespace fastnn {
 

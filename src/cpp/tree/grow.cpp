@@ -11,8 +11,8 @@
 
 #include "common/integers.hpp"
 #include "common/kernels_of.hpp"
+#include "common/memory.hpp"
 #include "common/parallel.hpp"
-#include "tree/memory.hpp"
 
 namespace fastnn {
 

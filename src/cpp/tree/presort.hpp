@@ -4,8 +4,8 @@
 #include <mutex>
 #include <vector>
 
+#include "common/memory.hpp"
 #include "tree/kernels.hpp"
-#include "tree/memory.hpp"
 
 namespace fastnn {
 

@@ -5,10 +5,10 @@
 #include <memory>
 #include <vector>
 
+#include "common/memory.hpp"
 #include "tree/absolute_error.hpp"
 #include "tree/criteria.hpp"
 #include "tree/kernels.hpp"
-#include "tree/memory.hpp"
 
 namespace fastnn {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "tree/memory.hpp"
+#include "common/memory.hpp"
 #include "tree/presort.hpp"
 
 namespace fastnn {
