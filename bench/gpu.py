@@ -53,6 +53,7 @@ ROWS = (
     Row("gemm-float16", "matmul", _F16, ((4096,) * 3, (8192,) * 3)),
     Row("gemm-float32", "matmul", _F32, ((4096,) * 3,), least=1.8),
     Row("gemm-int8", "int_mm", _INT8, ((4096,) * 3,)),
+    Row("gemm-float8", "scaled_mm", torch.float8_e4m3fn, ((4096,) * 3, (8192,) * 3)),
     Row("gemm-batched", "bmm", _BF16, ((256, 128, 128, 64), (64, 512, 512, 512))),
     Row("linear-few-rows", "linear", _BF16, ((1, 4096, 4096), (16, 4096, 4096), (128, 4096, 4096))),
     Row("linear-train", "linear_train", _BF16, ((4096, 4096, 4096),)),

@@ -160,6 +160,12 @@ ROWS = (
         "int8",
         least=3.0,
     ),
+    Row(
+        "gemm-float8",
+        "float8 product scaled to bfloat16, n = 256 to 2048, against `torch._scaled_mm` and bfloat16",
+        _each("scaled_mm", _squares(256, 512, 1024, 2048)),
+        "float8_e4m3fn",
+    ),
     *(
         Row(
             f"int8-linear-{m}",

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int8", "uint8")
+#: What operations on 8-bit floats are timed with; they are verified in the dtypes of their results.
+TIMED_DTYPES = (*DTYPES, "float8_e4m3fn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time fastnn's ops against torch's")
     bench.add_argument("op", nargs="*", help="which (default: all)")
     bench.add_argument("--shape", action="append", metavar="MxNxK", help="such as 1024x1024x1024; may be repeated")
-    bench.add_argument("--dtype", action="append", choices=DTYPES, help="default: float32, or what the op has")
+    bench.add_argument("--dtype", action="append", choices=TIMED_DTYPES, help="default: float32, or what the op has")
     bench.add_argument("--against", metavar="PEER", help="such as torch (default: the fastest of all there are)")
     _add_device(bench)
     bench.add_argument("--threads", type=_positive, help="torch.set_num_threads")

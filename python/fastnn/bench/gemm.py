@@ -21,6 +21,7 @@ PEAKS = {
     torch.float16: "f32",
     torch.int8: "int8",
     torch.uint8: "int8",
+    torch.float8_e4m3fn: "bf16",
 }
 
 
@@ -127,6 +128,33 @@ def _int_mm(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     )
 
 
+def _scaled_mm(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    """Of 8-bit floats, scaled as a whole, in bfloat16; B lies column by column, as torch wants it on GPUs."""
+    m, n, k = shape
+
+    def inputs() -> tuple[Any, ...]:
+        return torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).t(), torch.tensor(0.5), torch.tensor(0.25)
+
+    def ours(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+        return fastnn.functional.scaled_mm(a, b, scale_a, 0, scale_b, 0)
+
+    def theirs(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16)
+
+    def widened(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+        """What programs do where that is slow."""
+        return (a.to(torch.bfloat16) @ b.to(torch.bfloat16)) * (scale_a * scale_b).to(torch.bfloat16)
+
+    return Problem(
+        inputs,
+        {"fastnn": ours, "torch": theirs, "torch in bfloat16": widened},
+        2.0 * m * n * k,
+        peak=PEAKS[dtype],
+        # Rounded to bfloat16, and by the last once more before it is scaled.
+        tolerance=2.0**-7,
+    )
+
+
 _SQUARES = tuple((n, n, n) for n in (256, 512, 1024, 2048))
 
 register(Benchmark("matmul", "MxNxK", _SQUARES, _product(fastnn.mm, torch.mm)))
@@ -137,3 +165,4 @@ register(Benchmark("linear_packed", "MxNxK", ((1, 4096, 4096), *_SQUARES[1:]), _
 register(Benchmark("linear_with_grad", "MxNxK", ((4, 64, 64), (32, 1024, 1024)), _with_grad))
 register(Benchmark("linear_train", "MxNxK", ((32, 1024, 1024), (256, 1024, 1024)), _train))
 register(Benchmark("int_mm", "MxNxK", _SQUARES, _int_mm, dtypes=(torch.int8,)))
+register(Benchmark("scaled_mm", "MxNxK", _SQUARES, _scaled_mm, dtypes=(torch.float8_e4m3fn,)))

@@ -256,3 +256,76 @@ register(
         product=False,
     )
 )
+
+
+def _float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest number of eight bits, the largest instead of what is larger."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> torch.Tensor:
+    """a and b rounded to eight bits, multiplied and scaled in float32 at least; torch has no such product on every CPU."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    y = _float8(a, dtypes[0]).to(wide) @ _float8(b, dtypes[1]).to(wide) * scale_a.to(wide) * scale_b.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(a.dtype)
+
+
+def fastnns_scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> torch.Tensor:
+    """The same by :func:`fastnn.functional.scaled_mm`, given what a and b round to."""
+    from .. import functional
+
+    recipe = 0 if scale_a.numel() == scale_b.numel() == 1 else 1
+    left, right = _float8(a, dtypes[0]), _float8(b, dtypes[1])
+    scales = scale_a.float(), scale_b.float()
+    return functional.scaled_mm(left, right, scales[0], recipe, scales[1], recipe, bias=bias, output_dtype=a.dtype)
+
+
+def _scaled_mm(make: Maker) -> Iterator[Sample]:
+    kinds = (torch.float8_e4m3fn, torch.float8_e5m2)
+    for number, (m, k, n) in enumerate(_MKN):
+        a, b = make(m, k, reduced=-1), make(k, n, reduced=0)
+        scales = (make(m, 1), make(1, n)) if number % 2 else (make(1, 1), make(1, 1))
+        yield Sample((a, b, *scales, make(n) if number % 3 else None, (kinds[number % 2], kinds[number // 2 % 2])))
+
+
+def _scaled_magnitude(
+    result: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> torch.Tensor:
+    return scaled_mm(a.abs(), b.abs(), scale_a.abs(), scale_b.abs(), None if bias is None else bias.abs(), dtypes)
+
+
+register(
+    Case(
+        "scaled_mm",
+        scaled_mm,
+        _scaled_mm,
+        _scaled_magnitude,
+        # An H100's tensor cores keep 14 bits of a sum.
+        lambda a, *_: (a.shape[-1] + 4) * (1024 if a.is_cuda else 1),
+        "fastnn.testing.gemm:fastnns_scaled_mm",
+        dtypes=(torch.bfloat16, torch.float16),
+        differentiable=False,
+        product=False,
+    )
+)
