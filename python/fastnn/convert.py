@@ -410,7 +410,7 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     own = sum(parameter.numel() for parameter in _initialized(module))
     original = original_class(kind)
     if is_fused(kind):
-        reason = f"{len(kind._fused_calls)} convolutions run with what follows them, in eval mode without gradients"
+        reason = f"{len(kind._fused_calls.convolutions)} convolutions run with what follows them, in eval mode without gradients"
         return Row(name, class_name(original), "note", "", reason, own)
     if _is_quantized_chain(kind):
         return Row(name, class_name(original), "note", "", "its convolutions hand integers to each other", own)

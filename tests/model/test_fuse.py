@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnn
-from fastnn import _cpu, fuse
+from fastnn import _cpu, _fused
 from fastnn.backends import cpu
 from fastnn.fuse import fused_calls
 from fastnn.ops import conv
@@ -646,8 +646,8 @@ def test_a_trace_without_filters_is_of_the_layers():
 @not_amx
 def test_filters_are_folded_again_for_another_size_and_go_again(monkeypatch):
     folded = []
-    fold = fuse.fold_batch_norm
-    monkeypatch.setattr(fuse, "fold_batch_norm", lambda *args: folded.append(args) or fold(*args))
+    fold = _fused.fold_batch_norm
+    monkeypatch.setattr(_fused, "fold_batch_norm", lambda *args: folded.append(args) or fold(*args))
     chain = nn.Sequential(
         *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 24, 1), nn.BatchNorm2d(24), nn.ReLU()),

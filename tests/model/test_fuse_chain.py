@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastnn
-from fastnn import _cpu, fuse
+from fastnn import _cpu, _fused
 from fastnn.backends import cpu
 from fastnn.testing.errors import relative_error
 
@@ -102,7 +102,7 @@ def chains(monkeypatch):
         def __getattr__(self, name):
             return getattr(_cpu, name)
 
-    monkeypatch.setattr(fuse, "_cpu", Extension())
+    monkeypatch.setattr(_fused, "_cpu", Extension())
     return seen
 
 
@@ -133,7 +133,7 @@ def test_the_same_bits_as_one_by_one(steps, size, last, data):
     whole = fastnn.convert(copy.deepcopy(model), fuse=True)
     single = fastnn.convert(model, fuse=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse._Chain, "_see", lambda *_: None)
+        patch.setattr(_fused.Chain, "_see", lambda *_: None)
         expected = [run(single, x) for _ in range(2)][1]
     run(whole, x)
     poison()
@@ -292,7 +292,7 @@ def test_filters_made_while_another_thread_computes_with_the_old_ones():
     model = fastnn.convert(ready(Graph([("pointwise", 0, None, True), ("full", 1, 0, False)])), fuse=True)
     x = images(2, CHANNELS, 9, 9)
     changed = []
-    one_by_one = fuse._Chain._one_by_one
+    one_by_one = _fused.Chain._one_by_one
 
     def interrupted(self, inputs):
         result = one_by_one(self, inputs)
@@ -304,7 +304,7 @@ def test_filters_made_while_another_thread_computes_with_the_old_ones():
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse._Chain, "_one_by_one", interrupted)
+        patch.setattr(_fused.Chain, "_one_by_one", interrupted)
         run(model, x)
     exact = run(fastnn.revert(copy.deepcopy(model)).double(), x.double())
     for _ in range(3):
