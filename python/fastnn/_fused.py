@@ -1,4 +1,4 @@
-"""The calls of a fused forward: a convolution with what follows it, the blocks of MobileNetV2, and chains of both.
+"""The calls of a fused forward: a convolution with what follows it, the blocks of MobileNetV2, and chains of both and poolings.
 
 The kernels read filters in an order of their own and keep them so. Once they have, the folded filters are let go of; what
 else may need them (an input of another size, whose kernel reads them in another order) has them folded again.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import _cpu
+from . import _cpu, nn
 from ._folding import empty_filters, fold_batch_norm
 from .backends import cpu
 from .backends._conv import is_channels_last
@@ -25,6 +25,9 @@ from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residu
 
 #: A convolution's attributes that its fused call was chosen by.
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+#: Kinds of pooling in C++.
+_MAXIMUM, _AVERAGE = 0, 1
 
 _steps = 0
 
@@ -183,6 +186,10 @@ class InvertedResidual:
     def layers(self) -> list[FusedLayer]:
         return [call.folded.layer for call in self._calls]
 
+    @property
+    def any_layout(self) -> bool:
+        return self._calls[-1].any_layout
+
     def arguments(self) -> tuple[Any, ...]:
         """Those of a step of a chain."""
         return self._arguments(self.layers())
@@ -196,10 +203,62 @@ class InvertedResidual:
         return inverted_residual(input, residual, *self._arguments(layers))
 
 
+class Pool:
+    """A pooling within a chain."""
+
+    any_layout, ends_residual = True, False
+    _NAMES = (
+        *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+        *("count_include_pad", "divisor_override", "output_size"),
+    )
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._windows = self.arguments()
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Pool | None:
+        """None where the kernels take no such windows."""
+        if type(module) not in (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d):
+            return None
+        pool = cls(module)
+        numbers = [n for each in pool._windows[1] for n in (each if type(each) is tuple else (each,))]
+        plain = all(n is None or type(n) in (int, bool) for n in numbers)
+        return pool if plain and not getattr(module, "return_indices", False) else None
+
+    def __call__(self, input: Tensor, residual: None = None) -> Tensor:
+        return self._module(input)
+
+    def laid_out(self, result: Tensor) -> Tensor:
+        return result
+
+    def layers(self) -> list[FusedLayer]:
+        return []
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of a step of a chain."""
+        m = self._module
+        if isinstance(m, nn.AdaptiveAvgPool2d):
+            return _AVERAGE, (m.output_size,)
+        if isinstance(m, nn.AvgPool2d):
+            counted = (m.count_include_pad, m.divisor_override)
+            return _AVERAGE, (m.kernel_size, m.stride, m.padding, 1, m.ceil_mode, *counted)
+        return _MAXIMUM, (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, True, None)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [self._module]
+
+    def as_traced(self) -> bool:
+        return self.arguments() == self._windows
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        return [(self._module.__dict__, name) for name in self._NAMES if name in self._module.__dict__]
+
+
 class Step(NamedTuple):
     """A call of a chain, and the values that it reads: first the chain's inputs are counted, then the results."""
 
-    call: FusedConv | InvertedResidual
+    call: FusedConv | InvertedResidual | Pool
     input: int
     residual: int | None
     #: Which values nothing reads after it.
@@ -295,10 +354,11 @@ _STATE = (
 class Calls:
     """All fused calls of a forward, and whether they are of the model as it is now."""
 
-    def __init__(self, convolutions: list[FusedConv], chains: list[Chain]) -> None:
+    def __init__(self, convolutions: list[FusedConv], pools: list[Pool], chains: list[Chain]) -> None:
         self.convolutions = convolutions
         self._chains = chains
-        self._modules = [module for call in convolutions for module in call.modules()]
+        self._calls = [*convolutions, *pools]
+        self._modules = [module for call in self._calls for module in call.modules()]
         self._seen = _steps
         self._watch: _cpu.Watch | None = None
 
@@ -310,7 +370,7 @@ class Calls:
             return True
         if not all(not module.training and unwatched(module) for module in self._modules):
             return False
-        if not all(call.as_traced() for call in self.convolutions):
+        if not all(call.as_traced() for call in self._calls):
             return False
         # Before the filters are made: a change meanwhile is seen by the next call.
         seen, watch = _steps, _cpu.Watch(self._places())
@@ -331,4 +391,4 @@ class Calls:
     def _places(self) -> list[tuple[dict[str, Any], str]]:
         """Where all lies on which it depends whether and how these are run."""
         state = [(module.__dict__, name) for module in self._modules for name in _STATE]
-        return state + [place for call in self.convolutions for place in call.places()]
+        return state + [place for call in self._calls for place in call.places()]

@@ -9,7 +9,7 @@ stand in their places are those of ``_fused.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import nn
-from ._fused import Calls, Chain, FusedConv, InvertedResidual, Step
+from ._fused import Calls, Chain, FusedConv, InvertedResidual, Pool, Step
 from ._modules import new_module
 from ._tracing import count_calls, only_user, other_summand, trace_whole
 from .nn.activation import activation_name
@@ -110,8 +110,17 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
     _find_layouts(graph, modules, fused, run_fused)
     _fuse_inverted(graph, fused, run_fused, blocks, run_inverted)
     _find_last_uses(graph, fused, run_fused, run_inverted)
-    _fuse_chains(graph, {run_fused: fused, run_inverted: blocks}, chains, run_chain)
-    return Calls(fused, chains)
+    calls: dict[fx.Node, FusedConv | InvertedResidual | Pool] = {
+        node: (fused if node.target is run_fused else blocks)[node.args[0]]
+        for node in _calls_of(graph, run_fused, run_inverted)
+    }
+    for node in graph.nodes:
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and unwatched(modules[node.target]):
+            pool = Pool.of(modules[node.target])
+            if pool is not None and isinstance(node.args[0], fx.Node):
+                calls[node] = pool
+    pools = _fuse_chains(graph, calls, chains, run_chain)
+    return Calls(fused, pools, chains)
 
 
 def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
@@ -243,41 +252,44 @@ def _find_last_uses(
 
 def _fuse_chains(
     graph: fx.Graph,
-    calls: dict[Callable[..., Tensor], Sequence[FusedConv | InvertedResidual]],
+    calls: dict[fx.Node, FusedConv | InvertedResidual | Pool],
     chains: list[Chain],
     run_chain: Callable[..., Tensor],
-) -> None:
-    """One call for those that follow each other, where others read the last one's result alone."""
+) -> list[Pool]:
+    """One call for those that follow each other, where others read the last one's result alone. Returns the poolings among
+    them."""
+    pools: list[Pool] = []
 
     def replace(nodes: list[fx.Node]) -> None:
-        read = [[arg for arg in node.args[1:] if arg is not None] for node in nodes]
+        read = [[arg for arg in node.args if isinstance(arg, fx.Node)] for node in nodes]
         inputs = list(dict.fromkeys(arg for args in read for arg in args if arg not in nodes))
         number = {value: i for i, value in enumerate([*inputs, *nodes])}
         last_reader = {value: i for i, args in enumerate(read) for value in args}
         steps = []
         for i, (node, args) in enumerate(zip(nodes, read, strict=True)):
             ended = [number[value] for value in args if last_reader[value] == i]
-            values = [number[value] for value in args]
-            steps.append(
-                Step(calls[node.target][node.args[0]], values[0], values[1] if len(values) > 1 else None, ended)
-            )
+            residual = number[args[1]] if len(args) > 1 else None
+            steps.append(Step(calls[node], number[args[0]], residual, ended))
+        pools.extend(step.call for step in steps if isinstance(step.call, Pool))
         _replace(graph, nodes, run_chain, (len(chains), *inputs))
         chains.append(Chain(len(inputs), steps))
 
     run: list[fx.Node] = []
     for node in [*graph.nodes, None]:
-        if node is not None and node.op == "call_function" and node.target in calls:
+        if node in calls:
             run.append(node)
             continue
-        for nodes in _cut(run):
-            if len(nodes) > 1:
+        for nodes in _cut(run, calls):
+            if len(nodes) > 1 and not all(isinstance(calls[one], Pool) for one in nodes):
                 replace(nodes)
         run = []
+    return pools
 
 
-def _cut(run: list[fx.Node]) -> list[list[fx.Node]]:
-    """In as few pieces as it takes for the last result of each to be the only one that is read outside of it."""
-    ends = set(run[-1:])
+def _cut(run: list[fx.Node], calls: dict[fx.Node, FusedConv | InvertedResidual | Pool]) -> list[list[fx.Node]]:
+    """In as few pieces as it takes for the last result of each to be the only one that is read outside of it, or has to have
+    a layout of its own."""
+    ends = {node for node in run if not calls[node].any_layout} | set(run[-1:])
     while True:
         pieces: list[list[fx.Node]] = [[]]
         for node in run:

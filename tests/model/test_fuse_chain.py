@@ -20,6 +20,7 @@ from fastnn.testing.errors import relative_error
 pytestmark = pytest.mark.skipif(not cpu.has_table, reason="torch before 2.10 is called layer by layer")
 
 CHANNELS = 16
+POOLINGS = ("maximum", "average")
 
 
 class Graph(nn.Module):
@@ -32,19 +33,27 @@ class Graph(nn.Module):
             "pointwise": lambda: nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False),
             "full": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
             "depthwise": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS, bias=False),
+            "maximum": lambda: nn.MaxPool2d(3, 1, 1),
+            "average": lambda: nn.AvgPool2d((3, 1), 1, (1, 0), count_include_pad=False),
             "wide": lambda: nn.Sequential(
                 *(nn.Conv2d(CHANNELS, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU6()),
                 *(nn.Conv2d(96, 96, 3, padding=1, groups=96, bias=False), nn.BatchNorm2d(96), nn.ReLU6()),
                 nn.Conv2d(96, CHANNELS, 1, bias=False),
             ),
         }
-        self.layers = nn.ModuleList(nn.Sequential(kinds[kind](), nn.BatchNorm2d(CHANNELS)) for kind, *_ in steps)
+        self.layers = nn.ModuleList(
+            kinds[kind]() if kind in POOLINGS else nn.Sequential(kinds[kind](), nn.BatchNorm2d(CHANNELS))
+            for kind, *_ in steps
+        )
         self.steps, self.outputs = steps, outputs
 
     def forward(self, x):
         values = [x]
-        for layer, (_, input, residual, activation) in zip(self.layers, self.steps, strict=True):
+        for layer, (kind, input, residual, activation) in zip(self.layers, self.steps, strict=True):
             y = layer(values[input])
+            if kind in POOLINGS:
+                values.append(y)
+                continue
             if residual is not None:
                 y = y + values[residual]
             values.append(torch.relu(y) if activation else y)
@@ -111,7 +120,7 @@ def programs(draw):
     count = draw(st.integers(2, 9))
     steps = []
     for i in range(count):
-        kind = draw(st.sampled_from(["pointwise", "full", "depthwise", "wide"]))
+        kind = draw(st.sampled_from(["pointwise", "full", "depthwise", "wide", *POOLINGS]))
         # Mostly a line, in which each value is read.
         input = i if draw(st.integers(0, 3)) else draw(st.integers(0, i))
         residual = draw(st.none() | st.integers(0, i))
@@ -164,6 +173,92 @@ def test_models_are_one_call(name, pieces, dtype, chains, no_fallback):
         exact = run(copy.deepcopy(model).double(), x.double())
         torchs = relative_error(run(fastnn.revert(copy.deepcopy(model)), x), exact)
         assert relative_error(second, exact) <= max(3 * torchs, 1e-13)
+
+
+def cnn(pool=None, rest=()):
+    return nn.Sequential(
+        *(nn.Conv2d(3, CHANNELS, 3, padding=1), nn.ReLU(), pool or nn.MaxPool2d(3, 2, 1)),
+        *(nn.Conv2d(CHANNELS, CHANNELS, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *rest),
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d((2, 3), (1, 2), dilation=2),
+        nn.AvgPool2d(2, stride=1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.AdaptiveAvgPool2d((5, None)),
+        nn.AdaptiveAvgPool2d(4),
+    ],
+    ids=str,
+)
+def test_poolings_are_part_of_it(pool, chains, no_fallback):
+    model = cnn(pool, [nn.Linear(CHANNELS, 5)])
+    x = torch.randn(2, 3, 13, 17)
+    for image in (x, x.to(memory_format=torch.channels_last)):
+        exact = run(copy.deepcopy(model).double(), image.double())
+        fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+        first = run(fused, image)
+        poison()
+        assert torch.equal(run(fused, image), first)
+        assert relative_error(first, exact) < 1e-6
+    assert chains == [True, True]
+
+
+def test_poolings_that_are_not(chains):
+    """Other windows than numbers, hooks, indices, and those without a convolution beside them."""
+    x = images(1, 3, 12, 12)
+    hooked, listed, indices = nn.MaxPool2d(2), nn.AvgPool2d([2, 2]), nn.MaxPool2d(2, return_indices=True)
+    called = []
+    hooked.register_forward_hook(lambda *_: called.append(True))
+    for pool in (hooked, listed, nn.LPPool2d(2, 2)):
+        model = cnn(pool)
+        exact = run(copy.deepcopy(model).double(), x.double())
+        fused = fastnn.convert(model, fuse=True)
+        for _ in range(2):
+            assert relative_error(run(fused, x), exact) < 1e-6
+    assert len(called) >= 2
+
+    class Indices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pool = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), indices
+
+        def forward(self, x):
+            values, places = self.pool(self.first(x))
+            return values + places
+
+    model = Indices().eval()
+    expected = run(model, x)
+    fused = fastnn.convert(model, fuse=True)
+    for _ in range(2):
+        torch.testing.assert_close(run(fused, x), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pool: setattr(pool, "kernel_size", 2),
+        lambda pool: setattr(pool, "padding", 0),
+        lambda pool: pool.register_forward_hook(lambda *args: args[-1] * 2),
+        lambda pool: setattr(pool, "forward", lambda x: x[:, :, ::2, ::2]),
+    ],
+)
+def test_a_pooling_that_changes(change):
+    model = fastnn.convert(cnn(), fuse=True)
+    x = images(1, 3, 12, 12)
+    before = [run(model, x) for _ in range(2)][1]
+    change(model[2])
+    plain = fastnn.revert(copy.deepcopy(model)) if "forward" not in model[2].__dict__ else None
+    for _ in range(2):
+        found = run(model, x)
+        assert not torch.equal(found, before)
+        if plain is not None:
+            torch.testing.assert_close(found, run(plain, x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_others_read_ends_a_chain(chains):
@@ -342,6 +437,8 @@ def test_bad_steps():
     for input, residual in ((1, -1), (-1, -1), (0, 1), (0, -2)):
         with pytest.raises(ValueError, match="not there yet"):
             _cpu.Chain.of([(input, residual, False, good[3])], 1)
+    assert _cpu.Chain.of([(0, -1, False, (2, (1,)))], 1) is None  # no such kind of pooling
+    assert _cpu.Chain.of([good, (1, 0, False, (0, (1,)))], 1) is None  # with a residual
     with pytest.raises(ValueError, match="number of arguments"):
         _cpu.Chain.of([(0, -1, False, good[3][:5])], 1)
     # For conv_fused to compute or to refuse.

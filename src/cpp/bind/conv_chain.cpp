@@ -1,11 +1,12 @@
-// Convolutions and inverted residuals one after the other, as one call: what a fused network is
-// between its other layers. From Python each of them would be a call of its own with a tensor of
-// torch's for its result: 10 us, of the 50 to 100 that a small layer computes.
+// Convolutions, inverted residuals and poolings one after the other, as one call: what a fused
+// network is between its other layers. From Python each of them would be a call of its own with a
+// tensor of torch's for its result: 10 us, of the 50 to 100 that a small layer computes.
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "bind/conv_layers.hpp"
+#include "bind/pool_windows.hpp"
 #include "common/integers.hpp"
 #include "common/memory.hpp"
 #include "gemm/prepared.hpp"
@@ -48,8 +49,10 @@ class Chain {
   struct Step {
     int input, residual;  // numbers of values; -1: none
     bool overwrite;
-    bool is_block;
+    enum { kConvolution, kBlock, kPooling } kind;
     Inverted block;
+    PoolKind pool;
+    PyObject* windows;  // see Pool::read
     Conv conv;
     Tensor weight;  // the convolution's, whose sizes are these
     int64_t shape[Prepared::kMostDims], strides[Prepared::kMostDims];
@@ -61,15 +64,25 @@ class Chain {
     bool last = false;  // channels
     int64_t bytes = 0, offset = 0;
     size_t last_use = 0;  // the step
+    std::unique_ptr<Pool> pool;
   };
 
   bool read_arguments(Step& s, const py::tuple& arguments) {
     held_.push_back(arguments);
     PyObject* const* items = &PyTuple_GET_ITEM(arguments.ptr(), 0);
-    s.is_block = arguments.size() == size_t(kInvertedArguments);
-    if (s.is_block) return read_inverted(items, s.block);
-    if (arguments.size() != size_t(kLayerArguments))
+    const auto count = int(arguments.size());
+    if (count != kPoolArguments && count != kInvertedArguments && count != kLayerArguments)
       throw py::value_error("Chain: steps: another number of arguments");
+    s.kind = count == kPoolArguments       ? Step::kPooling
+             : count == kInvertedArguments ? Step::kBlock
+                                           : Step::kConvolution;
+    if (s.kind == Step::kPooling) {
+      int kind;
+      if (!integer(items[0], kAverage, kind) || s.residual >= 0) return false;
+      s.pool = PoolKind(kind), s.windows = items[1];
+      return true;
+    }
+    if (s.kind == Step::kBlock) return read_inverted(items, s.block);
     if (!read_layer(items, s.conv, s.weight)) return false;
     std::copy(s.weight.shape, s.weight.shape + s.weight.dims, s.shape);
     std::copy(s.weight.strides, s.weight.strides + s.weight.dims, s.strides);
@@ -120,7 +133,12 @@ class Chain {
       const Step& s = steps_[i];
       const Tensor& x = values[size_t(s.input)].tensor;
       Value& v = values[size_t(inputs_) + i];
-      if (s.is_block) {
+      if (s.kind == Step::kPooling) {
+        v.pool = std::make_unique<Pool>();
+        if (!v.pool->read(s.windows, x.type, x.shape, x.dims)) return false;
+        std::copy(v.pool->shape, v.pool->shape + x.dims, v.shape);
+        v.last = v.pool->gives_channels_last(x, s.pool, false);
+      } else if (s.kind == Step::kBlock) {
         if (!sizes_of(x, s.block, v.shape)) return false;
         v.last = true;
       } else {
@@ -141,7 +159,8 @@ class Chain {
         if (r.tensor.type != x.type || !as_made(r.tensor, v.shape, x.dims, v.last)) return false;
         r.last_use = i;
       }
-      if (s.is_block && !takes_inverted_residual(block_of(i, values, precision))) return false;
+      if (s.kind == Step::kBlock && !takes_inverted_residual(block_of(i, values, precision)))
+        return false;
       operations += operations_of(i, values);
     }
     return true;
@@ -157,8 +176,8 @@ class Chain {
       Value& v = values[size_t(inputs_) + i];
       auto gone = [&](const Value* value) { return value->last_use < i; };
       there.erase(std::remove_if(there.begin(), there.end(), gone), there.end());
-      if (s.overwrite && !s.is_block && s.residual >= inputs_ && s.residual != s.input &&
-          conv_takes_its_own_residual(conv_of(i, values, precision))) {
+      if (s.overwrite && s.kind == Step::kConvolution && s.residual >= inputs_ &&
+          s.residual != s.input && conv_takes_its_own_residual(conv_of(i, values, precision))) {
         const Value* residual = &values[size_t(s.residual)];
         v.offset = residual->offset;
         *std::find(there.begin(), there.end(), residual) = &v;
@@ -175,8 +194,11 @@ class Chain {
 
   double operations_of(size_t i, const std::vector<Value>& values) const {
     const Step& s = steps_[i];
-    if (s.is_block) return tensors::operations_of(values[size_t(s.input)].tensor, s.block);
-    return tensors::operations_of(values[size_t(inputs_) + i].shape, weight_of(s));
+    const Value& v = values[size_t(inputs_) + i];
+    if (s.kind == Step::kPooling) return v.pool->operations();
+    if (s.kind == Step::kBlock)
+      return tensors::operations_of(values[size_t(s.input)].tensor, s.block);
+    return tensors::operations_of(v.shape, weight_of(s));
   }
   // What a call of it alone would have.
   Precision precision_at(size_t i, const std::vector<Value>& values, Precision precision) const {
@@ -198,7 +220,14 @@ class Chain {
   }
 
   void compute(size_t i, const std::vector<Value>& values, Precision precision) const {
-    if (!steps_[i].is_block)
+    const Step& s = steps_[i];
+    if (s.kind == Step::kPooling) {
+      PoolCall call = values[size_t(inputs_) + i].pool->call;
+      set(call.x, values[size_t(s.input)].tensor);
+      set(call.out, values[size_t(inputs_) + i].tensor);
+      return s.pool == kMaximum ? max_pool(call) : avg_pool(call);
+    }
+    if (s.kind == Step::kConvolution)
       conv_forward(conv_of(i, values, precision));
     else if (!inverted_residual(block_of(i, values, precision)))
       throw OperandGone("another thread has chosen other kernels since this one was asked for");
@@ -212,7 +241,7 @@ class Chain {
 }  // namespace
 
 void bind_conv_chain(py::module_& m) {
-  py::class_<Chain>(m, "Chain", "Convolutions one after the other; see Chain.of.")
+  py::class_<Chain>(m, "Chain", "Convolutions and poolings one after the other; see Chain.of.")
       .def_static(
           "of", &Chain::of, py::arg("steps"), py::arg("inputs"),
           "Steps are (input, residual or -1, overwrite, arguments), the arguments weight to "
