@@ -354,11 +354,18 @@ _STATE = (
 class Calls:
     """All fused calls of a forward, and whether they are of the model as it is now."""
 
-    def __init__(self, convolutions: list[FusedConv], pools: list[Pool], chains: list[Chain]) -> None:
+    def __init__(
+        self,
+        convolutions: list[FusedConv],
+        pools: list[Pool],
+        chains: list[Chain],
+        passed: list[torch.nn.Module],
+    ) -> None:
         self.convolutions = convolutions
         self._chains = chains
         self._calls = [*convolutions, *pools]
-        self._modules = [module for call in self._calls for module in call.modules()]
+        #: With those that hand their input on, and are not called.
+        self._modules = [module for call in self._calls for module in call.modules()] + passed
         self._seen = _steps
         self._watch: _cpu.Watch | None = None
 

@@ -45,6 +45,11 @@ _KEEPS_LAYOUT = (
     torch.nn.Dropout,
     torch.nn.Identity,
 )
+#: What hands its input on in eval mode.
+_PASSES = (
+    *(nn.Dropout, torch.nn.Identity, torch.nn.Dropout),
+    *(torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout),
+)
 _ENDS_LAYOUT = (torch.flatten, "flatten", "mean")
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
@@ -106,6 +111,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
     def run_chain(index: int, *inputs: Tensor) -> Tensor:
         return chains[index](*inputs)
 
+    passed = _skip_passes(graph, modules)
     _fuse_convolutions(graph, modules, allowed, fused, run_fused)
     _find_layouts(graph, modules, fused, run_fused)
     _fuse_inverted(graph, fused, run_fused, blocks, run_inverted)
@@ -120,7 +126,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
             if pool is not None and isinstance(node.args[0], fx.Node):
                 calls[node] = pool
     pools = _fuse_chains(graph, calls, chains, run_chain)
-    return Calls(fused, pools, chains)
+    return Calls(fused, pools, chains, passed)
 
 
 def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
@@ -135,6 +141,21 @@ def _replace(graph: fx.Graph, chain: list[fx.Node], function: Callable[..., Any]
     last.replace_all_uses_with(call)
     for old in reversed(chain):
         graph.erase_node(old)
+
+
+def _skip_passes(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[torch.nn.Module]:
+    """Takes the calls that hand their input on out of the graph. Returns their modules."""
+    passed = []
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        module = modules[node.target]
+        # One in another mode than the model is to drop elements in inference.
+        if type(module) in _PASSES and unwatched(module) and module.training == modules[""].training:
+            passed.append(module)
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return passed
 
 
 def _fuse_convolutions(

@@ -324,6 +324,52 @@ def test_filters_are_made_at_once_in_eval_mode():
     assert set(layers(fastnn.convert(network().train(), fuse=True))) == {None}
 
 
+class Passing(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.between, self.norm = nn.Conv2d(3, 8, 3), between, nn.BatchNorm2d(8)
+        self.last = nn.Sequential(nn.Identity(), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.between(self.conv(x)))))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.9), nn.Dropout2d(0.9), nn.AlphaDropout(0.9)], ids=str)
+def test_what_hands_its_input_on_is_not_in_the_way(between):
+    model = with_statistics(Passing(between))
+    x = torch.randn(2, 3, 9, 9)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    fused = fastnn.convert(copy.deepcopy(model), fuse=True)
+    assert calls(fused) == [(True, "relu")]
+    assert relative_error(outputs(fused, x), exact) < 1e-6
+    # Dropout alone in training mode, for Monte Carlo estimates: no more the identity.
+    fused.last[1].train()
+    assert (outputs(fused, x) == 0).sum() > (outputs(model, x) == 0).sum()
+    fused.last[1].eval()
+    assert relative_error(outputs(fused, x), exact) < 1e-6
+    seen = []
+    fused.between.register_forward_hook(lambda *_: seen.append(True))
+    assert relative_error(outputs(fused, x), exact) < 1e-6
+    assert seen == [True]
+
+
+def test_dropout_in_training_mode_does_not_keep_the_rest_from_fusing(no_fallback):
+    model = with_statistics(Passing(nn.Identity()))
+    model.last[1].train()
+    fused = fastnn.convert(model, fuse=True)
+    x = torch.randn(2, 3, 9, 9)
+    torch.manual_seed(0)
+    first = outputs(fused, x)
+    assert calls(fused) == [(True, "relu")] and type(fused)._fused_calls.are_current()
+    assert not torch.equal(first, outputs(fused, x))
+
+
+def test_only_one_that_hands_its_input_on():
+    """The result may be the input itself."""
+    model = nn.Sequential(nn.Identity(), nn.Dropout())
+    assert fastnn.convert(model.eval(), fuse=True)(torch.ones(2)).equal(torch.ones(2))
+
+
 def test_a_norm_of_other_channels_stays_as_it_is():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4)).eval()
     fastnn.convert(model, fuse=True)
