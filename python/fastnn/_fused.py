@@ -171,11 +171,11 @@ class InvertedResidual:
     """Two or three convolutions that one kernel computes, each with what follows it: one to many channels, if there is one,
     a depthwise and a pointwise one."""
 
+    #: Its kernel reads the residual while it writes: the result never lies there.
+    ends_residual = False
+
     def __init__(self, layers: list[FusedConv]) -> None:
         self._calls = layers
-
-    #: Its memory plan is a chain's, or nobody's.
-    ends_residual = False
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.laid_out(_computed(self._calls, self._compute, input, residual))
@@ -224,7 +224,7 @@ class Pool:
         pool = cls(module)
         numbers = [n for each in pool._windows[1] for n in (each if type(each) is tuple else (each,))]
         plain = all(n is None or type(n) in (int, bool) for n in numbers)
-        return pool if plain and not getattr(module, "return_indices", False) else None
+        return pool if plain and pool.as_traced() else None
 
     def __call__(self, input: Tensor, residual: None = None) -> Tensor:
         return self._module(input)
@@ -249,7 +249,7 @@ class Pool:
         return [self._module]
 
     def as_traced(self) -> bool:
-        return self.arguments() == self._windows
+        return self.arguments() == self._windows and not getattr(self._module, "return_indices", False)
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
         return [(self._module.__dict__, name) for name in self._NAMES if name in self._module.__dict__]

@@ -244,6 +244,7 @@ def test_poolings_that_are_not(chains):
     [
         lambda pool: setattr(pool, "kernel_size", 2),
         lambda pool: setattr(pool, "padding", 0),
+        lambda pool: setattr(pool, "ceil_mode", True),
         lambda pool: pool.register_forward_hook(lambda *args: args[-1] * 2),
         lambda pool: setattr(pool, "forward", lambda x: x[:, :, ::2, ::2]),
     ],
@@ -259,6 +260,15 @@ def test_a_pooling_that_changes(change):
         assert not torch.equal(found, before)
         if plain is not None:
             torch.testing.assert_close(found, run(plain, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pooling_that_is_to_give_indices_from_now_on():
+    model = fastnn.convert(cnn(), fuse=True)
+    for _ in range(2):
+        run(model, images(1, 3, 12, 12))
+    model[2].return_indices = True
+    with pytest.raises(TypeError):  # of the convolution that is given a tuple
+        run(model, images(1, 3, 12, 12))
 
 
 def test_what_others_read_ends_a_chain(chains):

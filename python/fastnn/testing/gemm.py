@@ -8,6 +8,7 @@ tells a float32 accumulation from a cheaper one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,16 +304,8 @@ def _scaled_mm(make: Maker) -> Iterator[Sample]:
         yield Sample((a, b, *scales, make(n) if number % 3 else None, (kinds[number % 2], kinds[number // 2 % 2])))
 
 
-def _scaled_magnitude(
-    result: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale_a: torch.Tensor,
-    scale_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> torch.Tensor:
-    return scaled_mm(a.abs(), b.abs(), scale_a.abs(), scale_b.abs(), None if bias is None else bias.abs(), dtypes)
+def _scaled_magnitude(result: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return scaled_mm(*(each.abs() if isinstance(each, torch.Tensor) else each for each in arguments))
 
 
 register(
