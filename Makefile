@@ -98,8 +98,8 @@ sanitize: build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    PYTHONPATH=$(SITE) $(BIN)/python -S -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
-SANITIZE_TESTS ?= tests/kernels tests/model/test_fuse_chain.py tests/ops/test_errors.py tests/tree/test_binning.py tests/tree/test_decision_tree.py \
-    tests/tree/test_histogram_search.py tests/tree/test_histogram_tree.py tests/tree/test_predict.py
+SANITIZE_TESTS ?= tests/kernels tests/model/test_fuse_chain.py tests/ops/test_errors.py tests/tree/test_binning.py \
+    tests/tree/test_decision_tree.py tests/tree/test_histogram_search.py tests/tree/test_histogram_tree.py tests/tree/test_predict.py
 
 # What whole models are compared with beside torch.
 $(VENV)/stamps/bench: pyproject.toml $(VENV)/stamps/fastnn

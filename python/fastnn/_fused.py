@@ -22,12 +22,10 @@ from .nn.hooks import unwatched
 from .ops._route import is_straight
 from .ops.activation import activation as apply_activation
 from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residual
+from .ops.pool import AVERAGE, MAXIMUM
 
 #: A convolution's attributes that its fused call was chosen by.
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
-
-#: Kinds of pooling in C++.
-_MAXIMUM, _AVERAGE = 0, 1
 
 _steps = 0
 
@@ -239,11 +237,11 @@ class Pool:
         """Those of a step of a chain."""
         m = self._module
         if isinstance(m, nn.AdaptiveAvgPool2d):
-            return _AVERAGE, (m.output_size,)
+            return AVERAGE, (m.output_size,)
         if isinstance(m, nn.AvgPool2d):
             counted = (m.count_include_pad, m.divisor_override)
-            return _AVERAGE, (m.kernel_size, m.stride, m.padding, 1, m.ceil_mode, *counted)
-        return _MAXIMUM, (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, True, None)
+            return AVERAGE, (m.kernel_size, m.stride, m.padding, 1, m.ceil_mode, *counted)
+        return MAXIMUM, (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, True, None)
 
     def modules(self) -> list[torch.nn.Module]:
         return [self._module]

@@ -147,7 +147,7 @@ def _skip_passes(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[t
     """Takes the calls that hand their input on out of the graph. Returns their modules."""
     passed = []
     for node in list(graph.nodes):
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             continue
         module = modules[node.target]
         # One in another mode than the model is to drop elements in inference.

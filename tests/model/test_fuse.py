@@ -364,6 +364,21 @@ def test_dropout_in_training_mode_does_not_keep_the_rest_from_fusing(no_fallback
     assert not torch.equal(first, outputs(fused, x))
 
 
+def test_an_identity_of_what_is_no_tensor():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pass_on = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), nn.Identity()
+
+        def forward(self, x):
+            y, _ = self.pass_on((self.conv(x), self.pass_on(None)))
+            return y
+
+    model, x = Pairs().eval(), torch.randn(1, 3, 4, 4)
+    expected = outputs(model, x)
+    torch.testing.assert_close(outputs(fastnn.convert(model, fuse=True), x), expected)
+
+
 def test_only_one_that_hands_its_input_on():
     """The result may be the input itself."""
     model = nn.Sequential(nn.Identity(), nn.Dropout())

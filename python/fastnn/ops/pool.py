@@ -44,7 +44,7 @@ F = torch.nn.functional
 kernels = Kernels("pool")
 
 #: What tensor_pool computes.
-_MAXIMUM, _AVERAGE = range(2)
+MAXIMUM, AVERAGE = range(2)
 
 # ---- the public functions ----------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ def _max_pool(
     return_indices: Any,
 ) -> Any:
     if return_indices is False:
-        found = _short(_MAXIMUM, dims, input, (kernel_size, stride, padding, dilation, ceil_mode, True, None))
+        found = _short(MAXIMUM, dims, input, (kernel_size, stride, padding, dilation, ceil_mode, True, None))
         if found is not None:
             return found
     windows_arguments = (kernel_size, stride, padding, dilation, ceil_mode)
@@ -335,7 +335,7 @@ def _adaptive_max_pool(
     dims: int, torch_function: Callable[..., Any], input: Any, output_size: Any, return_indices: Any
 ) -> Any:
     if return_indices is False:
-        found = _short(_MAXIMUM, dims, input, (output_size,))
+        found = _short(MAXIMUM, dims, input, (output_size,))
         if found is not None:
             return found
     try:
@@ -374,7 +374,7 @@ def _avg_pool(
     *divisor_override: Any,
 ) -> Tensor:
     divisor = divisor_override[0] if divisor_override else None
-    found = _short(_AVERAGE, dims, input, (kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor))
+    found = _short(AVERAGE, dims, input, (kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor))
     if found is not None:
         return found
     try:
@@ -394,7 +394,7 @@ def _avg_pool(
 
 
 def _adaptive_avg_pool(dims: int, torch_function: Callable[..., Any], input: Any, output_size: Any) -> Tensor:
-    found = _short(_AVERAGE, dims, input, (output_size,))
+    found = _short(AVERAGE, dims, input, (output_size,))
     if found is not None:
         return found
     try:
@@ -444,7 +444,7 @@ class _Pool(Function):
                 return found, None, None, None
         dims = len(size) - 2
         windows = _ADAPTIVE if len(arguments) == 1 else _windows_of(dims, size[2:], *arguments[:5])[0]
-        if kind == _MAXIMUM:
+        if kind == MAXIMUM:
             found = _derivative(max_pool_backward, grad, codes, *windows, size, dims, last)
         else:
             counted = (True, 0) if len(arguments) == 1 else (arguments[5], arguments[6] or 0)

@@ -279,17 +279,11 @@ def scaled_mm(
     return (y if bias is None else y + bias.to(wide)).to(a.dtype)
 
 
-def fastnns_scaled_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale_a: torch.Tensor,
-    scale_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> torch.Tensor:
-    """The same by :func:`fastnn.functional.scaled_mm`, given what a and b round to."""
+def fastnns_scaled_mm(*arguments: Any) -> torch.Tensor:
+    """The same, of the same arguments, by :func:`fastnn.functional.scaled_mm`, given what a and b round to."""
     from .. import functional
 
+    a, b, scale_a, scale_b, bias, dtypes = arguments
     recipe = 0 if scale_a.numel() == scale_b.numel() == 1 else 1
     left, right = _float8(a, dtypes[0]), _float8(b, dtypes[1])
     scales = scale_a.float(), scale_b.float()

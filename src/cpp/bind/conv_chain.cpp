@@ -62,6 +62,7 @@ class Chain {
     Tensor tensor;
     int64_t shape[kMaxDims], strides[kMaxDims];
     bool last = false;  // channels
+    double operations = 0;
     int64_t bytes = 0, offset = 0;
     size_t last_use = 0;  // the step
     std::unique_ptr<Pool> pool;
@@ -101,10 +102,11 @@ class Chain {
     for (int i = 0; i < inputs_; i++)
       if (!read(PyTuple_GET_ITEM(inputs, i), values[size_t(i)].tensor)) return not_taken();
     const Tensor& x = values[size_t(steps_[0].input)].tensor;
-    double operations = 0;
     if (!precision_of(x.type, kFewOperations, precision) || !quiet() || !grad_is_off() ||
-        !find_sizes(values, precision, operations))
+        !find_sizes(values, precision))
       return not_taken();
+    double operations = 0;
+    for (const Value& v : values) operations += v.operations;
     const size_t bytes = place(values, precision);
     const Value& last = values.back();
     Tensor out;
@@ -128,7 +130,7 @@ class Chain {
   }
 
   // False where a step is not for these kernels.
-  bool find_sizes(std::vector<Value>& values, Precision precision, double& operations) const {
+  bool find_sizes(std::vector<Value>& values, Precision precision) const {
     for (size_t i = 0; i < steps_.size(); i++) {
       const Step& s = steps_[i];
       const Tensor& x = values[size_t(s.input)].tensor;
@@ -138,13 +140,16 @@ class Chain {
         if (!v.pool->read(s.windows, x.type, x.shape, x.dims)) return false;
         std::copy(v.pool->shape, v.pool->shape + x.dims, v.shape);
         v.last = v.pool->gives_channels_last(x, s.pool, false);
+        v.operations = v.pool->operations();
       } else if (s.kind == Step::kBlock) {
         if (!sizes_of(x, s.block, v.shape)) return false;
         v.last = true;
+        v.operations = operations_of(x, s.block);
       } else {
         const Tensor w = weight_of(s);
         if (x.dims < 3 || !sizes_of(x, w, s.conv, v.shape) || !layout_of(x, w, v.last))
           return false;
+        v.operations = operations_of(v.shape, w);
       }
       strides_as_made(v.shape, x.dims, v.last, v.strides);
       v.tensor = {nullptr, nullptr, x.type, x.dims, v.shape, v.strides};
@@ -161,7 +166,6 @@ class Chain {
       }
       if (s.kind == Step::kBlock && !takes_inverted_residual(block_of(i, values, precision)))
         return false;
-      operations += operations_of(i, values);
     }
     return true;
   }
@@ -192,24 +196,14 @@ class Chain {
     return size_t(end);
   }
 
-  double operations_of(size_t i, const std::vector<Value>& values) const {
-    const Step& s = steps_[i];
-    const Value& v = values[size_t(inputs_) + i];
-    if (s.kind == Step::kPooling) return v.pool->operations();
-    if (s.kind == Step::kBlock)
-      return tensors::operations_of(values[size_t(s.input)].tensor, s.block);
-    return tensors::operations_of(v.shape, weight_of(s));
-  }
-  // What a call of it alone would have.
-  Precision precision_at(size_t i, const std::vector<Value>& values, Precision precision) const {
-    return operations_of(i, values) < kFewOperations ? Precision::highest : precision;
-  }
   template <class Call>
   Call filled(Call c, size_t i, const std::vector<Value>& values, Precision precision) const {
     const Step& s = steps_[i];
-    c.x = five(values[size_t(s.input)].tensor), c.y = five(values[size_t(inputs_) + i].tensor);
+    const Value& v = values[size_t(inputs_) + i];
+    c.x = five(values[size_t(s.input)].tensor), c.y = five(v.tensor);
     if (s.residual >= 0) c.residual = values[size_t(s.residual)].tensor.data;
-    c.precision = precision_at(i, values, precision);
+    // What a call of it alone would have.
+    c.precision = v.operations < kFewOperations ? Precision::highest : precision;
     return c;
   }
   Inverted block_of(size_t i, const std::vector<Value>& values, Precision precision) const {
@@ -245,8 +239,9 @@ void bind_conv_chain(py::module_& m) {
       .def_static(
           "of", &Chain::of, py::arg("steps"), py::arg("inputs"),
           "Steps are (input, residual or -1, overwrite, arguments), the arguments weight to "
-          "prepared of tensor_convolution or expand to project of "
-          "tensor_inverted_residual. Inputs and residuals are numbers: those of the "
+          "prepared of tensor_convolution, expand to project of "
+          "tensor_inverted_residual, or kind and windows of tensor_pool. Inputs and residuals are "
+          "numbers: those of the "
           "chain's own `inputs`, then those of the steps before. `overwrite`: whether "
           "nothing reads the residual from there on. None where a step is not understood.")
       .def("run", &Chain::run, py::arg("make"),

@@ -145,16 +145,14 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
           tiles.run(of_a.at(p), p, (q - q0) * block_a + (p - p0));
         };
         if (g.k > sum_length(kn)) {
-          // Of the panels of B, where a thread's next block of tiles has others.
+          // The first panel of B of the thread's next block of tiles, if that has others.
           const int64_t following = r.end / blocks_m * block_b;
           for (int64_t q = q0; q < q1; q++) {
-            const int64_t next = q + 1 < q1 ? block : block + 1;
-            const char* from = nullptr;
-            if (b.packed && next < sums.blocks)
-              from = b.at(next, q + 1 < q1 ? q + 1 : q0);
-            else if (b.packed && following != q0 && following < np)
-              from = b.at(0, following);
-            Ahead ahead(from, b.layout.panel_bytes(block), p1 - p0);
+            int64_t next = block, panel = q + 1;
+            if (panel == q1) next = block + 1, panel = q0;
+            if (next == sums.blocks) next = 0, panel = following == q0 ? np : following;
+            Ahead ahead(b.packed && panel < np ? b.at(next, panel) : nullptr,
+                        b.layout.panel_bytes(next), p1 - p0);
             for (int64_t p = p0; p < p1; p++) ahead.step(tiles), one(p, q);
           }
         } else {  // little work an element of C: its rows are written through, one by one
