@@ -92,6 +92,19 @@ def test_maxima(machine, dtype):
             assert torch.equal(back, reference.max_pool_backward(grad, codes, windows, x.shape, len(size)))
 
 
+@pytest.mark.not_on("cuda", "triton")
+def test_an_input_larger_than_the_caches(machine):
+    """What is read of it is asked for early, and its gradient is written around the caches."""
+    size, windows, output = WINDOWS[2][0], Windows(*WINDOWS[2][1:]), (8, 65)
+    base = torch.full((240 * 8 * 65 * 37 + 128,), math.nan)
+    x = base[64:-64].view(240, 8, 65, 37).random_(-9, 10).movedim(-1, 1)
+    values, codes = kernels.max_pool(x, windows, output, True)
+    expected, expected_codes = reference.max_pool(x, windows, output)
+    assert torch.equal(values, expected) and torch.equal(codes, expected_codes)
+    back = kernels.max_pool_backward(expected, codes, windows, x.shape, 2, True)
+    assert torch.equal(back, reference.max_pool_backward(expected, codes, windows, x.shape, 2))
+
+
 @dtypes
 def test_averages(machine, dtype):
     for number, (size, windows, output) in enumerate(calls(machine, dtype)):

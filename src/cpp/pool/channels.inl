@@ -75,6 +75,35 @@ static __attribute__((noinline)) void window_with_nan(const PoolPlan& p, const T
   window_of_channels<T, mode, vectors, true>(p, x, out, codes, code_place, at, lanes);
 }
 
+// Asks for the rows that the next row of outputs reads below this one's, a window's width at a time:
+// the hardware does not foresee runs as short as one element's channels, several rows at a time.
+template <class T>
+class NextRow {
+ public:
+  NextRow(const PoolPlan& p, const T* x, const int64_t* at, int64_t channels)
+      : columns_(p.axis[2]), step_y_(p.x[3]), step_x_(p.x[4]), channels_(channels) {
+    const PoolWindows &wz = p.axis[0], &wy = p.axis[1];
+    if (!p.fetch || at[1] + 1 == wy.out) return;
+    const int64_t below = wy.after(at[1]);
+    rows_ = wy.after(at[1] + 1) - below;
+    from_ = x + wz.from(at[0]) * p.x[2] + below * step_y_;
+  }
+  FASTNN_INLINE void fetch(int64_t o) {
+    constexpr int64_t line = 64 / sizeof(T);
+    if (rows_ <= 0) return;
+    for (const int64_t end = columns_.after(o); column_ < end; column_++)
+      for (int64_t y = 0; y < rows_; y++)
+        for (int64_t c = 0; c < channels_; c += line)
+          __builtin_prefetch(from_ + y * step_y_ + column_ * step_x_ + c, 0, 2);
+  }
+
+ private:
+  const PoolWindows& columns_;
+  const int64_t step_y_, step_x_, channels_;
+  const T* from_ = nullptr;
+  int64_t rows_ = 0, column_ = 0;
+};
+
 template <class T, int mode>
 static void forward_channels(const PoolPlan& p, char* x_, char* out_, char* codes, int64_t row,
                              int64_t channels) {
@@ -82,9 +111,11 @@ static void forward_channels(const PoolPlan& p, char* x_, char* out_, char* code
   const T* x = reinterpret_cast<const T*>(x_);
   T* out = reinterpret_cast<T*>(out_);
   int64_t at[3] = {row / p.axis[1].out, row % p.axis[1].out, 0};
+  NextRow<T> next(p, x, at, channels);
   for (; at[2] < p.axis[2].out; at[2]++) {
     T* to = out + at[0] * p.out[2] + at[1] * p.out[3] + at[2] * p.out[4];
     const int64_t code = at[0] * p.code[2] + at[1] * p.code[3] + at[2] * p.code[4];
+    next.fetch(at[2]);
     int64_t c = 0;
     for (; c + 4 * w <= channels; c += 4 * w)
       if (!window_of_channels<T, mode, 4, false>(p, x + c, to + c, codes, code + c, at, w))

@@ -166,6 +166,9 @@ void fold_rows(PoolCall& c) {
   }
 }
 
+// Blocks of channels, so that small images have work for all threads too.
+constexpr int64_t kChannelBlock = 256;
+
 struct Plan {
   Tables tables;
   Axis axis[3];
@@ -201,6 +204,9 @@ struct Plan {
     p.around_caches = planes * wz.in * wy.in * wx.in * int64_t(item) > last_cache_bytes() / 2;
     in_rows = wz.in * wy.in;
     out_rows = wz.out * wy.out;
+    // Where the last cache still holds the input, asking for it early only takes time.
+    const int64_t row_bytes = std::min(p.channels, kChannelBlock) * wx.in * int64_t(item);
+    p.fetch = p.around_caches && (wy.kernel + wy.stride) * row_bytes <= core_cache_bytes() / 2;
     if (job == Job::element) return;
 
     const bool forward = job == Job::forward;
@@ -281,9 +287,6 @@ void run_planes(const Plan& plan, PoolKernels::Planes kernel, int64_t rows_of_pl
   });
   scratch_trim();
 }
-
-// Blocks of channels, so that small images have work for all threads too.
-constexpr int64_t kChannelBlock = 256;
 
 void run_channels(const Plan& plan, PoolKernels::Channels kernel, int64_t rows_of_plane) {
   const PoolPlan& p = plan.p;

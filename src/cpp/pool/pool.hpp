@@ -74,6 +74,9 @@ struct PoolWindows {
   // in the order of their outputs.
   const int64_t* back_begin;
   const PoolTap* back;
+  // The first element that output o reads, and the one after its last.
+  int64_t from(int64_t o) const { return begin[o] + first[o] * dilation; }
+  int64_t after(int64_t o) const { return from(o) + (count[o] - 1) * dilation + 1; }
 };
 
 struct PoolPlan {
@@ -89,6 +92,7 @@ struct PoolPlan {
   bool segments;
   bool whole;          // a plane is one such segment
   bool around_caches;  // write gradients around them
+  bool fetch;          // the rows that the next row of outputs reads, while one is found
   // Rows in work: element i of a row is in phase (i + padding) % stride at (i + padding) / stride,
   // so that one tap of successive outputs lies together.
   int64_t phase_length;
