@@ -617,6 +617,54 @@ FASTNN_INLINE void put_row(T* p, int64_t stride, V v, int n) {
   }
 }
 
+using StoreLayer = void (*)(const float* acc, int ld, int rows, int cols, const Store& s,
+                            int64_t i0, int64_t j0);
+// What most layers end with, residual, bias and an activation, with nothing left to decide inside.
+template <class T, int kind>
+static void store_layer(const float* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+                        int64_t j0) {
+  using V = VecF32;
+  constexpr int W = V::width;
+  T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0;
+  const T* added = s.residual ? reinterpret_cast<const T*>(s.residual) + i0 * s.r_rs + j0 : nullptr;
+  for (int j = 0; j < cols; j += 2 * W) {
+    const int n[2] = {int(least(W, cols - j)), int(least(W, cols - j - W))};
+    V bias[2] = {V::set1(-0.0f), V::set1(-0.0f)};  // to which a sum adds nothing, not even its sign
+    if (s.bias_axis == BiasAxis::column)
+      for (int v = 0; v < 2 && n[v] > 0; v++)
+        bias[v] =
+            load_typed<V>(s.bias, s.bias_type, (j0 + j + v * W) * s.bias_stride, s.bias_stride, n[v]);
+    for (int i = 0; i < rows; i++) {
+      if (s.bias_axis == BiasAxis::row)
+        bias[0] = bias[1] = load_typed<V>(s.bias, s.bias_type, (i0 + i) * s.bias_stride, 0, W);
+      auto finished = [&](int v) __attribute__((always_inline)) {
+        V y = load_acc(acc + i * ld + j + v * W, n[v], s, i0 + i, j0 + j + v * W);
+        if (added) y = load_strided<V>(added + i * s.r_rs + j + v * W, 1, n[v]) + y;
+        y = y + bias[v];
+        if constexpr (kind == kGelu)
+          return gelu_of_sum<sizeof(T) == 2>(y);
+        else if constexpr (sizeof(T) == 2)
+          return activate_narrow_as<kind>(y);
+        else
+          return activate_as<kind>(y);
+      };
+      T* to = c + i * s.c_rs + j;
+      if (n[1] == W) {
+        put_two(to, finished(0), finished(1));
+      } else {
+        put_row(to, 1, finished(0), n[0]);
+        if (n[1] > 0) put_row(to + W, 1, finished(1), n[1]);
+      }
+    }
+  }
+}
+// Null: as rare as not to be worth its code.
+template <class T>
+static constexpr StoreLayer store_layer_as[kActivations] = {
+    store_layer<T, kNone>,     store_layer<T, kRelu>, store_layer<T, kGelu>,
+    store_layer<T, kGeluTanh>, store_layer<T, kSilu>, nullptr,
+    nullptr,                   store_layer<T, kRelu6>};
+
 template <class T, class Acc>
 static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
                        int64_t j0) {
@@ -665,37 +713,12 @@ static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& 
     }
     return;
   }
-  if constexpr (sizeof(T) == 4 && sizeof(Acc) == 4 && Acc(0.5f) != Acc(0)) {
-    // What most layers end with, bias, residual and a bound, with nothing left to decide inside.
-    const bool bounds = s.activation == kNone || s.activation == kRelu || s.activation == kRelu6;
+  if constexpr (sizeof(Acc) == 4 && Acc(0.5f) != Acc(0)) {
     const bool unit = s.alpha == 1 && !s.row_scale && !s.col_scale;
-    const bool residual = s.residual && s.beta == 1 && s.r_cs == 1;
-    const bool bias = s.bias_axis != BiasAxis::none && s.bias_type == DType::f32 &&
-                      (s.bias_axis == BiasAxis::row || s.bias_stride == 1);
-    if (s.c_cs == 1 && !s.plain && unit && bounds && (residual || !s.residual) &&
-        (bias || s.bias_axis == BiasAxis::none)) {
-      const auto* added = reinterpret_cast<const float*>(s.bias);
-      const float infinity = __builtin_inff();
-      const V low = V::set1(s.activation == kNone ? -infinity : 0);
-      const V high = V::set1(s.activation == kRelu6 ? 6 : infinity);
-      for (int j = 0; j < cols; j += V::width) {
-        const int n = int(least(V::width, cols - j));
-        const V by_column =
-            s.bias_axis == BiasAxis::column ? load_strided<V>(added + j0 + j, 1, n) : V::zero();
-        for (int i = 0; i < rows; i++) {
-          V v = load_acc(acc + i * ld + j, n, s, i0 + i, j0 + j);
-          if (residual)
-            v = v +
-                load_strided<V>(
-                    reinterpret_cast<const float*>(s.residual) + (i0 + i) * s.r_rs + j0 + j, 1, n);
-          v = v +
-              (s.bias_axis == BiasAxis::row ? V::set1(added[(i0 + i) * s.bias_stride]) : by_column);
-          v = min(high, max(low, v));  // a NaN is the second operand, and passes
-          put_row(c + i * s.c_rs + j, 1, v, n);
-        }
-      }
-      return;
-    }
+    const bool residual = !s.residual || (s.beta == 1 && s.r_cs == 1);
+    if (s.c_cs == 1 && !s.plain && unit && residual)
+      if (const auto store = store_layer_as<T>[s.activation])
+        return store(acc, ld, rows, cols, s, i0, j0);
   }
   if (s.c_cs == 1 && cols % (2 * V::width) == 0) {
     for (int i = 0; i < rows; i++)
