@@ -17,6 +17,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import fastnn
 from fastnn import _state
+from fastnn.backends import cpu
+from fastnn.ops.packed_linear import PackedWeight
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor", "ignore:Support for mismatched", "ignore:The PyTorch API of nested tensors"
@@ -553,6 +555,13 @@ def test_a_block_that_a_subclass_overrides_is_called():
     x = torch.randn(2, 3, SIZE)
     assert_close(layer(x), x + layer._ff_block(layer.norm2(x)))
 
+    class Other(fastnn.nn.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return torch.zeros_like(x)
+
+    layer = Other(SIZE, HEADS, 12, batch_first=True, norm_first=True).eval()
+    assert_close(layer(x), x + layer._sa_block(layer.norm1(x), None, None))
+
 
 def test_an_attention_of_somebody_elses_gets_added_masks():
     class Attention(nn.Module):
@@ -631,6 +640,43 @@ def test_prepacked(no_fallback):
         assert_close(ours(x, x, x), layer(x, x, x), rtol=1e-4, atol=1e-5)
     assert [row.name for row in fastnn.report(ours).rows if row.prepacked] == ["out_proj"]
     assert "_packed_weight" not in copy.deepcopy(ours).out_proj.__dict__
+
+
+@pytest.mark.skipif(not cpu.has_table, reason="torch before 2.10 has no table of DLPack's")
+@pytest.mark.parametrize("norm_first", BOOLEANS)
+@pytest.mark.parametrize("batch_first", BOOLEANS)
+def test_residuals_are_added_within_packed_products(batch_first, norm_first, monkeypatch, no_fallback):
+    theirs = nn.TransformerEncoderLayer(64, 2, 128, 0.0, batch_first=batch_first, norm_first=norm_first).eval()
+    ours = fastnn.prepack_(twin(theirs))
+    sums = []
+    original = PackedWeight.linear_add
+
+    def spy(self, *args):
+        sums.append(original(self, *args))
+        return sums[-1]
+
+    monkeypatch.setattr(PackedWeight, "linear_add", spy)
+    x = torch.randn(17, 23, 64)
+    masks = {"src_mask": torch.ones(*[x.shape[batch_first]] * 2, dtype=torch.bool).triu(1)}
+    masks["src_key_padding_mask"] = torch.zeros(x.shape[1 - batch_first], x.shape[batch_first], dtype=torch.bool)
+    masks["src_key_padding_mask"][:, -3:] = True
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        expected = theirs.train()(x, **masks)  # not by torch's fast path
+        assert_close(ours(x, **masks), expected, **near)
+        assert len(sums) == 2 and all(result is not None for result in sums)
+        # Nobody may look on, and nothing may be dropped.
+        seen = []
+        hook = ours.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        assert_close(ours(x, **masks), expected, **near)
+        hook.remove()
+        assert len(seen) == 1 and len(sums) == 3
+        ours.dropout1.p = ours.dropout2.p = 1.0
+        alone = theirs.norm2(theirs.norm1(x))
+        assert_close(ours.train()(x, **masks), x if norm_first else alone, **near)
+        assert len(sums) == 3
+    ours.eval()(x.requires_grad_()).sum().backward()
+    assert len(sums) == 5 and sums[3:] == [None, None] and x.grad is not None
 
 
 def test_patch(no_fallback):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from ..nn.attention import attend_and_add
 from ..nn.mlp import run_layers
 
 Norm = Callable[[int], torch.nn.Module]
@@ -63,9 +64,7 @@ class EncoderBlock(torch.nn.Module):
             torch.nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        y, _ = self.self_attention(y, y, y, need_weights=False)
-        x = x + self.dropout(y)
+        x = attend_and_add(self.self_attention, self.dropout, self.ln_1(x), x)
         return run_layers(self.mlp, self.ln_2(x), x)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _state, functional
 from ..ops.multi_head_attention import linear_or_packed, ragged_self_attention
 from ..ops.packed_linear import PackedWeight
+from .hooks import any_global_hook, unwatched
 from .linear import NonDynamicallyQuantizableLinear, PackableWeight
+from .mlp import passes
 
 
 class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
@@ -44,6 +48,29 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, None
+        )
+
+    def forward_add(self, input: Tensor, residual: Tensor, **masks: Any) -> Tensor:
+        """Self-attention without weights, plus ``residual``: in one product where ``out_proj`` is packed."""
+        if input.is_nested:
+            return residual + self.forward(input, input, input, need_weights=False, **masks)[0]
+        attn_mask, padding, is_causal = (masks.get(name) for name in ("attn_mask", "key_padding_mask", "is_causal"))
+        return self._forward(input, input, input, padding, False, attn_mask, True, bool(is_causal), residual)[0]
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        residual: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             _state.count_fallback("multi_head_attention_forward", "a nested tensor")
@@ -86,6 +113,7 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
             batch_first=self.batch_first,
             in_proj_packed=in_packed,
             out_proj_packed=out_packed,
+            residual=residual,
         )
 
     def forward_ragged(self, input: Tensor, lengths: list[int]) -> Tensor:
@@ -101,6 +129,21 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
             lambda x: linear_or_packed(x, in_weight, in_bias, in_packed),
             lambda heads: linear_or_packed(heads, out_weight, out_bias, out_packed),
         )
+
+
+def attend_and_add(
+    attention: torch.nn.Module, dropout: torch.nn.Module, input: Tensor, residual: Tensor, **masks: Any
+) -> Tensor:
+    """``residual + dropout(attention(input))`` of self-attention: as one where nobody looks in between."""
+    if (
+        type(attention) is MultiheadAttention
+        and passes(dropout)
+        and unwatched(attention)
+        and not any_global_hook()
+        and not torch.compiler.is_compiling()
+    ):
+        return attention.forward_add(input, residual, **masks)
+    return residual + dropout(attention(input, input, input, need_weights=False, **masks)[0])
 
 
 def _weight_and_bias(layer: torch.nn.Module, weight: str, bias: str) -> tuple[Tensor, Tensor | None]:

@@ -104,7 +104,7 @@ def run_layers(
     fusing = not any_global_hook()
     layers = list(layers._modules.values()) if isinstance(layers, torch.nn.Sequential) else layers
     if fusing:
-        layers = [layer for layer in layers if not _passes(layer)]
+        layers = [layer for layer in layers if not passes(layer)]
     position = 0
     while position < len(layers):
         layer = layers[position]
@@ -122,7 +122,7 @@ def run_layers(
     return input if residual is None else input + residual
 
 
-def _passes(layer: torch.nn.Module) -> bool:
+def passes(layer: torch.nn.Module) -> bool:
     """Whether it is a dropout that gives what it is given, and nobody would see that it was not called."""
     return type(layer) in _DROPOUTS and not layer.training and unwatched(layer)
 

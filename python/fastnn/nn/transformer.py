@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from .. import _state, functional
 from .activation import activation_name
-from .attention import MultiheadAttention
+from .attention import MultiheadAttention, attend_and_add
 from .hooks import any_global_hook, unwatched
-from .mlp import fuses_activation
+from .mlp import fuses_activation, run_layers
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -52,11 +52,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             # An attention of somebody else's gets the masks as torch's layer hands them on.
             src_mask = _added(src_mask, src.dtype)
             src_key_padding_mask = _added(src_key_padding_mask, src.dtype)
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if self.norm_first:
-            src = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
-            return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal))
-        return self.norm2(src + self._ff_block(src))
+            src = self._attention_added(self.norm1(src), src, masks)
+            return _feed_forward_added(self, self.norm2(src), src)
+        src = self.norm1(self._attention_added(src, src, masks))
+        return self.norm2(_feed_forward_added(self, src, src))
+
+    def _attention_added(self, x: Tensor, residual: Tensor, masks: dict[str, Any]) -> Tensor:
+        if type(self)._sa_block is not torch.nn.TransformerEncoderLayer._sa_block:  # a subclass of somebody else's
+            return residual + self._sa_block(x, *masks.values())
+        return attend_and_add(self.self_attn, self.dropout1, x, residual, **masks)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout2(_feed_forward(self, x))
@@ -187,9 +193,9 @@ def _ragged_layer(layer: TransformerEncoderLayer, x: Tensor, lengths: list[int])
     """An encoder layer on sequences one after the other, without dropout."""
     if layer.norm_first:
         x = x + layer.self_attn.forward_ragged(layer.norm1(x), lengths)
-        return x + layer._ff_block(layer.norm2(x))
+        return _feed_forward_added(layer, layer.norm2(x), x)
     x = layer.norm1(x + layer.self_attn.forward_ragged(x, lengths))
-    return layer.norm2(x + layer._ff_block(x))
+    return layer.norm2(_feed_forward_added(layer, x, x))
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
@@ -259,8 +265,20 @@ def _take_over(module: torch.nn.Module) -> None:
             _take_over(child)
 
 
+def _feed_forward_added(layer: TransformerEncoderLayer, x: Tensor, residual: Tensor) -> Tensor:
+    """``residual + dropout2(feed_forward(x))``: the sum within the last product where that can be."""
+    if type(layer)._ff_block is not TransformerEncoderLayer._ff_block:  # a subclass of somebody else's
+        return residual + layer._ff_block(x)
+    return run_layers((layer.dropout, layer.linear2, layer.dropout2), _activated(layer, x), residual)
+
+
 def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """``linear2(dropout(activation(linear1(x))))``, the activation within the product where nobody looks between them."""
+    """``linear2(dropout(activation(linear1(x))))``."""
+    return layer.linear2(layer.dropout(_activated(layer, x)))
+
+
+def _activated(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """``activation(linear1(x))``, as one product where nobody looks between them."""
     activation, linear = layer.activation, layer.linear1
     function = None
     for known, named in _ACTIVATIONS:  # Dynamo before torch 2.7 does not know next(..., None)
@@ -271,12 +289,10 @@ def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if name is None and isinstance(activation, torch.nn.Module) and unwatched(activation):
         name = activation_name(activation)
     if name is not None and fuses_activation(linear) and unwatched(linear) and not any_global_hook():
-        x = linear.forward_act(x, name)
-    elif function is not None:
-        x = getattr(functional, function)(linear(x))
-    else:
-        x = activation(linear(x))
-    return layer.linear2(layer.dropout(x))
+        return linear.forward_act(x, name)
+    if function is not None:
+        return getattr(functional, function)(linear(x))
+    return activation(linear(x))
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -58,6 +58,7 @@ def multi_head_attention_forward(
     batch_first: bool = False,
     in_proj_packed: PackedWeight | None = None,
     out_proj_packed: PackedWeight | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`torch.nn.functional.multi_head_attention_forward`; see this module for shapes and formula.
 
@@ -67,7 +68,8 @@ def multi_head_attention_forward(
     of the projected key and value.
 
     Beyond torch's arguments: ``batch_first`` means (N, L, E) for all three and for the result, which is contiguous;
-    ``in_proj_packed`` and ``out_proj_packed`` are packed copies of the two weights, used where a call allows it.
+    ``in_proj_packed`` and ``out_proj_packed`` are packed copies of the two weights, used where a call allows it;
+    ``residual``, of the result's shape, is added to it.
 
     Raises:
         TypeError: what should be a tensor is none.
@@ -97,7 +99,7 @@ def multi_head_attention_forward(
         embed_dim_to_check,
         num_heads,
         project,
-        lambda heads: linear_or_packed(heads, out_proj_weight, out_proj_bias, out_proj_packed),
+        lambda heads: linear_or_packed(heads, out_proj_weight, out_proj_bias, out_proj_packed, residual),
         bias_k=bias_k,
         bias_v=bias_v,
         add_zero_attn=add_zero_attn,
@@ -322,10 +324,18 @@ def _check_mask_dtype(name: str, mask: Tensor) -> None:
         raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
 
 
-def linear_or_packed(input: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    """``input @ weightᵀ + bias``, from the packed copy where that can be used."""
+def linear_or_packed(
+    input: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None, residual: Tensor | None = None
+) -> Tensor:
+    """``input @ weightᵀ + bias``, and ``residual`` if there is one, from the packed copy where that can be used."""
+    if packed is not None and residual is not None:
+        output = packed.linear_add(input, weight, bias, residual)
+        if output is not None:
+            return output
     output = None if packed is None else packed.linear(input, weight, bias, "none")
-    return linear(input, weight, bias) if output is None else output
+    if output is None:
+        output = linear(input, weight, bias)
+    return output if residual is None else residual + output
 
 
 def heads_of(
