@@ -95,7 +95,7 @@ def test_maxima(machine, dtype):
 @pytest.mark.not_on("cuda", "triton")
 def test_an_input_larger_than_the_caches(machine):
     """What is read of it is asked for early, and its gradient is written around the caches."""
-    size, windows, output = WINDOWS[2][0], Windows(*WINDOWS[2][1:]), (8, 65)
+    windows, output = Windows(*WINDOWS[2][1:]), (8, 65)
     base = torch.full((240 * 8 * 65 * 37 + 128,), math.nan)
     x = base[64:-64].view(240, 8, 65, 37).random_(-9, 10).movedim(-1, 1)
     values, codes = kernels.max_pool(x, windows, output, True)

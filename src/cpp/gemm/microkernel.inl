@@ -632,8 +632,8 @@ static void store_layer(const float* acc, int ld, int rows, int cols, const Stor
     V bias[2] = {V::set1(-0.0f), V::set1(-0.0f)};  // to which a sum adds nothing, not even its sign
     if (s.bias_axis == BiasAxis::column)
       for (int v = 0; v < 2 && n[v] > 0; v++)
-        bias[v] =
-            load_typed<V>(s.bias, s.bias_type, (j0 + j + v * W) * s.bias_stride, s.bias_stride, n[v]);
+        bias[v] = load_typed<V>(s.bias, s.bias_type, (j0 + j + v * W) * s.bias_stride,
+                                s.bias_stride, n[v]);
     for (int i = 0; i < rows; i++) {
       if (s.bias_axis == BiasAxis::row)
         bias[0] = bias[1] = load_typed<V>(s.bias, s.bias_type, (i0 + i) * s.bias_stride, 0, W);
@@ -660,10 +660,14 @@ static void store_layer(const float* acc, int ld, int rows, int cols, const Stor
 }
 // Null: as rare as not to be worth its code.
 template <class T>
-static constexpr StoreLayer store_layer_as[kActivations] = {
-    store_layer<T, kNone>,     store_layer<T, kRelu>, store_layer<T, kGelu>,
-    store_layer<T, kGeluTanh>, store_layer<T, kSilu>, nullptr,
-    nullptr,                   store_layer<T, kRelu6>};
+static constexpr StoreLayer store_layer_as[kActivations] = {store_layer<T, kNone>,
+                                                            store_layer<T, kRelu>,
+                                                            store_layer<T, kGelu>,
+                                                            store_layer<T, kGeluTanh>,
+                                                            store_layer<T, kSilu>,
+                                                            nullptr,
+                                                            nullptr,
+                                                            store_layer<T, kRelu6>};
 
 template <class T, class Acc>
 static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& s, int64_t i0,

@@ -75,8 +75,9 @@ static __attribute__((noinline)) void window_with_nan(const PoolPlan& p, const T
   window_of_channels<T, mode, vectors, true>(p, x, out, codes, code_place, at, lanes);
 }
 
-// Asks for the rows that the next row of outputs reads below this one's, a window's width at a time:
-// the hardware does not foresee runs as short as one element's channels, several rows at a time.
+// Asks for the rows that the next row of outputs reads below this one's, a window's width at a
+// time: the hardware does not foresee runs as short as one element's channels, several rows at a
+// time.
 template <class T>
 class NextRow {
  public:
