@@ -77,6 +77,24 @@ def pairs(m, n, k):
     yield "ill-conditioned", 1 / (i + j).float(), torch.randn(k, n)
 
 
+@pytest.mark.not_on("triton")  # whose left tail is as torch's
+def test_gelu_at_the_end_of_a_product(machine, no_fallback):
+    """Of exactly known arguments, 1 · x: it is no further from float64 than torch's own, and keeps the left tail."""
+    x = torch.cat((torch.linspace(-7, 7, 20011), torch.tensor([0.0, 1e-30, -1e-30, 100.0, -100.0, 3e38, -3e38])))
+    found = fF.linear_act(torch.ones(5, 1), x.unsqueeze(1), None, "gelu")
+    exact = torch.nn.functional.gelu(x.double())
+    error, torchs = (found - exact).abs(), (torch.nn.functional.gelu(x) - exact).abs()
+    scale = x.double().abs() + 1e-38
+    assert (error / scale).max() <= max(0.5 * (torchs / scale).max(), 2**-23)
+    assert (error <= 1.1 * torch.finfo(torch.float32).eps * exact.abs())[:, x > 0].all()
+    tail = (x < 0) & (x > -5.5)
+    assert (error <= 3e-5 * exact.abs())[:, tail].all()
+    assert torch.equal(found[:, x > 6], x[x > 6].expand(5, -1))
+    assert found[:, x == -100].abs().max() <= 1e-38
+    ends = fF.linear_act(torch.ones(5, 1), torch.tensor([[torch.inf], [-torch.inf], [torch.nan]]), None, "gelu")
+    assert (ends[:, 0] == torch.inf).all() and ends[:, 1:].isnan().all()
+
+
 @functools.cache
 def torchs_products(m, n, k, turns):
     """By kind and turn: the exact product, |A| |B|, and torch's errors where B lies in rows and where it lies in columns."""
