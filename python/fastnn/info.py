@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import _state
+from . import _openmp, _state
 from .backends import cpu, cuda, triton
 from .backends.cpu import attention
 
@@ -112,7 +112,7 @@ def info() -> Info:
         cpu_features=dict(cpu.cpu_features()),
         threads=cpu.max_threads(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        openmp=openmp_runtimes(),
+        openmp=_openmp.loaded(),
         backends=list(_state.BACKENDS),
         backend=settings.backend,
         float32_matmul_precision=torch.get_float32_matmul_precision(),
@@ -130,16 +130,6 @@ def info() -> Info:
             {"op": op, "reason": reason, "count": count} for (op, reason), count in sorted(_state.fallbacks().items())
         ],
     )
-
-
-def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries mapped into this process; empty where ``/proc`` does not tell."""
-    try:
-        with open("/proc/self/maps") as maps:
-            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
-    except OSError:
-        return []
-    return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp")))
 
 
 def _version() -> str:
@@ -198,4 +188,4 @@ def _nonzero(counts: Mapping[str, Any]) -> dict[str, Any]:
     return {path: count for path, count in sorted(counts.items()) if count}
 
 
-__all__ = ["Info", "info", "openmp_runtimes"]
+__all__ = ["Info", "info"]

@@ -9,9 +9,9 @@ import sys
 import torch
 
 import fastnn
+from fastnn import _openmp
 from fastnn._state import reset_fallbacks
 from fastnn.backends import cuda
-from fastnn.info import openmp_runtimes
 
 
 def test_is_json_and_readable():
@@ -47,7 +47,7 @@ print(len(fastnn.info()["openmp"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "1\n", done.stdout + done.stderr
-    assert fastnn.info()["openmp"] == openmp_runtimes()
+    assert fastnn.info()["openmp"] == _openmp.loaded()
 
 
 def test_threads_follow_torch():

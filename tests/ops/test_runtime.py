@@ -105,6 +105,34 @@ print(len({p for p in maps if "gomp" in p or "libomp" in p or "iomp" in p}))
     assert found == "1"
 
 
+def test_a_runtime_that_torch_keeps_to_itself_is_made_global():
+    """As torch's wheels for other processors than x86 do: loaded, but not where an extension's symbols are looked for."""
+    code = """
+import ctypes, torch
+from fastnn import _openmp
+theirs = ctypes.CDLL
+asked = []
+class Hidden:
+    pass
+def load(path, mode=0):
+    if path is None:
+        return Hidden() if not asked else theirs(None)
+    asked.append((path, mode == ctypes.RTLD_GLOBAL))
+    return theirs(path, mode=mode)
+ctypes.CDLL = load
+_openmp.make_global()
+print(asked == [(_openmp.loaded()[0], True)], "torch" in asked[0][0])
+ctypes.CDLL = lambda path, mode=0: Hidden()
+try:
+    _openmp.make_global()
+except ImportError as error:
+    print(error)
+"""
+    found = run(code).splitlines()
+    assert found[0] == "True True"
+    assert found[1].startswith("fastnn: no OpenMP runtime: torch has loaded none")
+
+
 def test_the_gil_is_released():
     a = torch.randn(1500, 1500)
     ticks, stop = [], threading.Event()

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# After torch: the extension finds its OpenMP symbols in torch's own runtime.
-from ... import _cpu, _state
+from ... import _openmp, _state
 from .._matmul import MAX_DIMS, multiply, multiply_batches, product_shape, rows_of  # noqa: F401 - ops read some of these
 from .._tensors import contiguous, image_strides
 from ..codes import ACTIVATION, DTYPE, FLOAT, HALF, OPERAND, PRECISION, SAVES_OUTPUT, get_precision, precision  # noqa: F401 - here
+
+# After torch: the extension finds its OpenMP symbols in torch's own runtime.
+_openmp.make_global()
+
+from ... import _cpu  # noqa: E402
 
 #: Ops that take what was quantized, in integers or floats of eight bits.
 OF_QUANTIZED = frozenset(("dequantize", "scaled_mm"))
