@@ -64,7 +64,7 @@ static std::atomic<bool> amx_assumed{false};
 void assume_amx(bool assumed) { amx_assumed = assumed; }
 
 static bool usable(Isa isa) {
-  const CpuFeatures& f = cpu_features();
+  [[maybe_unused]] const CpuFeatures& f = cpu_features();
   switch (isa) {
     case Isa::portable:
       return true;

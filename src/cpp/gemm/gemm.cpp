@@ -345,9 +345,8 @@ void reset_gemm_counters() {
 
 double peak_flops(const std::string& kind, int threads, double seconds) {
   PeakFn best = portable_peak;
-  const Isa isa = active_isa();
-  (void)isa;
-  auto prefer = [&](PeakFn f) {
+  [[maybe_unused]] const Isa isa = active_isa();
+  [[maybe_unused]] auto prefer = [&](PeakFn f) {
     if (f(kind.c_str(), 0) >= 0) best = f;
   };
 #ifdef FASTNN_HAS_AVX2

@@ -36,7 +36,7 @@ class Twister {
  private:
   static uint32_t mixed(uint32_t high, uint32_t low) {
     const uint32_t y = (high & 0x80000000u) | (low & 0x7fffffffu);
-    return y >> 1 ^ (0u - (y & 1) & 0x9908b0dfu);
+    return y >> 1 ^ ((0u - (y & 1)) & 0x9908b0dfu);
   }
   uint32_t state_[kWords];
 };
