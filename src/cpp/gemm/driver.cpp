@@ -38,6 +38,7 @@ constexpr int64_t kSumBytes = 384 << 10;             // sums of a block, another
 constexpr int kBlockPanelsB = 16;
 constexpr int64_t kLeastBlocks = 3, kManyBlocks = 12;    // for each thread
 constexpr int64_t kLongBlock = 12;                       // tiles
+constexpr int64_t kLittleK = 128;                        // beside what it takes to write C
 constexpr int64_t kColumnsBytes = int64_t(4) << 20;      // of A for run_columns: a share of L3,
 constexpr int64_t kTileColumnsBytes = int64_t(3) << 19;  // or, where tiles read faster, of L2
 constexpr int64_t kColumnsK = 64;                        // more than this
@@ -144,7 +145,7 @@ static void run_blocks(const Kernel& kn, const Gemm& g, const Store& store, int6
           tiles.panel(of_b.at(q), b.packed, b.word, q);
           tiles.run(of_a.at(p), p, (q - q0) * block_a + (p - p0));
         };
-        if (g.k > sum_length(kn)) {
+        if (g.k > kLittleK) {
           // The first panel of B of the thread's next block of tiles, if that has others.
           const int64_t following = r.end / blocks_m * block_b;
           for (int64_t q = q0; q < q1; q++) {

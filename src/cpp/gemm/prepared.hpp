@@ -1,13 +1,12 @@
 // Filters as the algorithms want them, kept between calls by one who knows that they do not change.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "common/dtype.hpp"
-#include "common/huge_pages.hpp"
+#include "common/kept_memory.hpp"
 #include "gemm/gemm.hpp"
 
 namespace fastnn {
@@ -28,7 +27,7 @@ class Prepared {
     return find(way, kernel, detail, part,
                 [&](Entry& e) {
                   constexpr size_t beyond = 4096;  // where the last tiles may look ahead
-                  e.memory.reset(static_cast<char*>(paged_memory(bytes + beyond)));
+                  e.memory = KeptMemory(bytes + beyond);
                   make(e.memory.get());
                   bytes_ += int64_t(bytes);
                 })
@@ -53,14 +52,11 @@ class Prepared {
   int64_t shape[kMostDims] = {}, strides[kMostDims] = {};
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
   struct Entry {
     const char* way;
     const void* kernel;
     int64_t detail, part;
-    std::unique_ptr<char, Free> memory;
+    KeptMemory memory;
     std::unique_ptr<PackedOperand> operand;
   };
   template <class Make>

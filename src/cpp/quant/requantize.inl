@@ -182,9 +182,10 @@ static void requantize_typed(const int32_t* acc, int ld, int rows, int cols, con
                                                   : requantize_rows<T, uint8_t>;
   put(acc, ld, rows, cols, q, j, c, c_row, residual, residual ? residual_row : 0);
 }
-[[maybe_unused]] static void requantize_tile(const int32_t* acc, int ld, int rows, int cols, const Requantize& q,
-                            int64_t j, DType type, char* c, int64_t c_row, const char* residual,
-                            int64_t residual_row) {
+[[maybe_unused]] static void requantize_tile(const int32_t* acc, int ld, int rows, int cols,
+                                             const Requantize& q, int64_t j, DType type, char* c,
+                                             int64_t c_row, const char* residual,
+                                             int64_t residual_row) {
   const auto put = type == DType::f32    ? requantize_typed<float>
                    : type == DType::bf16 ? requantize_typed<bf16>
                                          : requantize_typed<uint8_t>;
