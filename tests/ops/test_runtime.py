@@ -133,30 +133,6 @@ except ImportError as error:
     assert found[1].startswith("fastnn: no OpenMP runtime: torch has loaded none")
 
 
-def test_memory_of_packed_weights_is_given_back():
-    """Pieces of shared slabs: what is left of each may wait for its neighbours, whole huge pages do not."""
-    found = run(
-        """
-import torch
-from fastnn.backends import cpu
-def resident():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) >> 10
-large, small = torch.randn(2048, 1536), torch.randn(256, 256)
-expected = cpu.pack_weight(small).nbytes
-kept, before = [], resident()
-for i in range(120):
-    packed = cpu.pack_weight(large)
-    if i % 10 == 0:
-        kept.append(cpu.pack_weight(small))
-    del packed
-grown = resident() - before
-print(grown < 120, all(one.nbytes == expected for one in kept), grown)
-kept.clear()
-"""
-    )
-    assert found.startswith("True True"), found
-
-
 def test_the_gil_is_released():
     a = torch.randn(1500, 1500)
     ticks, stop = [], threading.Event()

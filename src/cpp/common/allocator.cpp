@@ -24,6 +24,23 @@ size_t rounded(size_t bytes) {
   return (bytes + kHugePage - 1) / kHugePage * kHugePage;
 }
 
+void* map(size_t size) {
+  // One huge page more than needed, so that an aligned start is inside.
+  if (size > SIZE_MAX - kHugePage) return nullptr;
+  void* raw =
+      mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) return nullptr;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(raw);
+  const uintptr_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > start) munmap(raw, aligned - start);
+  const uintptr_t end = aligned + size, raw_end = start + size + kHugePage;
+  if (raw_end > end) munmap(reinterpret_cast<void*>(end), raw_end - end);
+#ifdef MADV_HUGEPAGE
+  madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);  // a wish: failure costs speed
+#endif
+  return reinterpret_cast<void*>(aligned);
+}
+
 class Cache {
  public:
   Cache() {
@@ -191,10 +208,10 @@ Block allocate(size_t bytes) {
   const Block cached = cache().take(capacity);
   if (cached.data) return cached;
   cache().make_room(capacity);
-  void* p = map_huge_pages(capacity);
+  void* p = map(capacity);
   if (!p) {
     empty_cache();
-    p = map_huge_pages(capacity);
+    p = map(capacity);
     if (!p) throw std::bad_alloc();
   }
   cache().count_miss(capacity);

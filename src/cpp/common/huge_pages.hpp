@@ -7,9 +7,6 @@ namespace fastnn {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// Whole huge pages of addresses, aligned to them, for munmap; null where there are none left.
-void* map_huge_pages(size_t bytes);
-
 // Page-aligned and uninitialised, for std::free. Throws std::bad_alloc.
 void* paged_memory(size_t bytes);
 

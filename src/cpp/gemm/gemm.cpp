@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "common/cpu_features.hpp"
+#include "common/huge_pages.hpp"
 #include "common/parallel.hpp"
 #include "gemm/kernel.hpp"
 
@@ -315,7 +316,7 @@ std::unique_ptr<PackedOperand> pack_b(const Matrix& b, int64_t k, int64_t n, Pre
   out->isa = active_isa();
   out->bytes = packed_b_bytes(*kn, k, n);
   constexpr size_t beyond = 4096;  // where the last tiles may look ahead
-  out->data = KeptMemory(out->bytes + beyond);
+  out->data = {static_cast<char*>(paged_memory(out->bytes + beyond)), std::free};
   std::atomic<unsigned> flags{0};
   parallel(threads_for(0, double(out->bytes)), [&](int thread, int came) {
     flags |= pack_all_b(*kn, b, k, n, out->data.get(), thread, came);

@@ -12,7 +12,6 @@
 
 #include "common/cpu_features.hpp"
 #include "common/dtype.hpp"
-#include "common/kept_memory.hpp"
 
 namespace fastnn {
 
@@ -33,7 +32,7 @@ struct PackedOperand {
   Isa isa = Isa::portable;  // the active one when it was packed
   unsigned flags = 0;
   size_t bytes = 0;
-  KeptMemory data;
+  std::unique_ptr<char, void (*)(void*)> data{nullptr, nullptr};
 };
 
 struct Matrix {

@@ -1,12 +1,13 @@
 // Filters as the algorithms want them, kept between calls by one who knows that they do not change.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "common/dtype.hpp"
-#include "common/kept_memory.hpp"
+#include "common/huge_pages.hpp"
 #include "gemm/gemm.hpp"
 
 namespace fastnn {
@@ -27,7 +28,7 @@ class Prepared {
     return find(way, kernel, detail, part,
                 [&](Entry& e) {
                   constexpr size_t beyond = 4096;  // where the last tiles may look ahead
-                  e.memory = KeptMemory(bytes + beyond);
+                  e.memory.reset(static_cast<char*>(paged_memory(bytes + beyond)));
                   make(e.memory.get());
                   bytes_ += int64_t(bytes);
                 })
@@ -52,11 +53,14 @@ class Prepared {
   int64_t shape[kMostDims] = {}, strides[kMostDims] = {};
 
  private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
   struct Entry {
     const char* way;
     const void* kernel;
     int64_t detail, part;
-    KeptMemory memory;
+    std::unique_ptr<char, Free> memory;
     std::unique_ptr<PackedOperand> operand;
   };
   template <class Make>
