@@ -29,16 +29,17 @@ def make_global() -> None:
     Raises:
         ImportError: there is neither.
     """
+    if _is_global():
+        return
     found = [*loaded(), "libgomp.so.1"]
     for path in found:
-        if _is_global():
-            return
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-    if not _is_global():
-        raise ImportError(f"fastnn: no OpenMP runtime: torch has loaded none with GOMP_parallel; tried {found}")
+        if _is_global():
+            return
+    raise ImportError(f"fastnn: no OpenMP runtime: torch has loaded none with GOMP_parallel; tried {found}")
 
 
 def _is_global() -> bool:

@@ -49,16 +49,25 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            _state.count_fallback("multi_head_attention_forward", "a nested tensor")
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         return self._forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, None
         )
 
-    def forward_add(self, input: Tensor, residual: Tensor, **masks: Any) -> Tensor:
+    def forward_add(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Self-attention without weights, plus ``residual``: in one product where ``out_proj`` is packed."""
-        if input.is_nested:
-            return residual + self.forward(input, input, input, need_weights=False, **masks)[0]
-        attn_mask, padding, is_causal = (masks.get(name) for name in ("attn_mask", "key_padding_mask", "is_causal"))
-        return self._forward(input, input, input, padding, False, attn_mask, True, bool(is_causal), residual)[0]
+        return self._forward(input, input, input, key_padding_mask, False, attn_mask, True, is_causal, residual)[0]
 
     def _forward(
         self,
@@ -72,11 +81,6 @@ class MultiheadAttention(PackableWeight, torch.nn.MultiheadAttention):
         is_causal: bool,
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.is_nested or key.is_nested or value.is_nested:
-            _state.count_fallback("multi_head_attention_forward", "a nested tensor")
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
         in_weight, in_bias = _weight_and_bias(self, "in_proj_weight", "in_proj_bias")
         out_proj = self._modules["out_proj"]
         out_weight, out_bias = _weight_and_bias(out_proj, "weight", "bias")

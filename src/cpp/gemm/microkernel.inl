@@ -617,13 +617,12 @@ FASTNN_INLINE void put_row(T* p, int64_t stride, V v, int n) {
   }
 }
 
-using StoreLayer = void (*)(const float* acc, int ld, int rows, int cols, const Store& s,
-                            int64_t i0, int64_t j0);
 // What most layers end with, residual, bias and an activation, with nothing left to decide inside.
 template <class T, int kind>
-static void store_layer(const float* acc, int ld, int rows, int cols, const Store& s, int64_t i0,
+static void store_layer(const void* sums, int ld, int rows, int cols, const Store& s, int64_t i0,
                         int64_t j0) {
   using V = VecF32;
+  const auto* acc = static_cast<const float*>(sums);
   constexpr int W = V::width;
   T* c = reinterpret_cast<T*>(s.c) + i0 * s.c_rs + j0;
   const T* added = s.residual ? reinterpret_cast<const T*>(s.residual) + i0 * s.r_rs + j0 : nullptr;
@@ -660,14 +659,14 @@ static void store_layer(const float* acc, int ld, int rows, int cols, const Stor
 }
 // Null: as rare as not to be worth its code.
 template <class T>
-static constexpr StoreLayer store_layer_as[kActivations] = {store_layer<T, kNone>,
-                                                            store_layer<T, kRelu>,
-                                                            store_layer<T, kGelu>,
-                                                            store_layer<T, kGeluTanh>,
-                                                            store_layer<T, kSilu>,
-                                                            nullptr,
-                                                            nullptr,
-                                                            store_layer<T, kRelu6>};
+static constexpr StoreFn store_layer_as[kActivations] = {store_layer<T, kNone>,
+                                                         store_layer<T, kRelu>,
+                                                         store_layer<T, kGelu>,
+                                                         store_layer<T, kGeluTanh>,
+                                                         store_layer<T, kSilu>,
+                                                         nullptr,
+                                                         nullptr,
+                                                         store_layer<T, kRelu6>};
 
 template <class T, class Acc>
 static void store_tile(const Acc* acc, int ld, int rows, int cols, const Store& s, int64_t i0,

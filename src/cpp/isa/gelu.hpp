@@ -1,6 +1,6 @@
-// gelu for results that are not exact anyway, such as those of sums of rounded numbers: a fifth of
-// the time of math.hpp's, which is rounded once. Included after FASTNN_TARGET was chosen; see
-// isa/vec.hpp.
+// gelu for results that are not exact anyway, such as those of sums of rounded numbers: without the
+// float64 arithmetic of math.hpp's, which is rounded once. Included after FASTNN_TARGET was chosen;
+// see isa/vec.hpp.
 #pragma once
 #include "isa/math.hpp"
 
