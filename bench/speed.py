@@ -111,6 +111,11 @@ _DEPTHWISE = (
 
 
 #: B×H×L×D.
+_HUGGING_FACE = (
+    ("hf_bert_base_inference", (1, 128)),
+    ("hf_vit_b_16_inference", (1, 224)),
+    ("hf_audio_spectrogram_inference", (1, 1024)),
+)
 _ATTENTION = ((8, 12, 512, 64), (1, 16, 2048, 64), (1, 16, 4096, 128))
 
 
@@ -428,6 +433,13 @@ ROWS = (
         "bfloat16",
         least=1.0,
     ),
+    Row(
+        "hugging-face",
+        "Hugging Face's BERT-base (128 tokens), ViT-B/16 and audio spectrogram transformer (1,214 tokens), converted and"
+        " prepacked, batch 1",
+        _HUGGING_FACE,
+    ),
+    Row("hugging-face-bfloat16", "the same in bfloat16", _HUGGING_FACE, "bfloat16"),
     Row(
         "bert-train",
         "BERT-base, forward and backward, batch 4, 128 tokens",

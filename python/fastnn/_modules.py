@@ -72,9 +72,3 @@ def class_name(kind: type) -> str:
     if kind.__module__.startswith("torch.nn.modules."):
         return f"torch.nn.{kind.__name__}"
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def new_module(kind: type[torch.nn.Module]) -> torch.nn.Module:
-    """An object of this class on which no constructor has run: what pickle calls for a module whose own class was made at run
-    time."""
-    return kind.__new__(kind)

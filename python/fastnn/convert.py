@@ -15,6 +15,7 @@ from .fuse import fuse_, is_fused
 from .nn.conv1d import conv1d_class, is_conv1d
 from .nn.dot_product_attention import dot_product_attention_class, is_dot_product_attention
 from .nn.named_activation import NAMED_ACTIVATIONS, is_named_activation, named_activation_class
+from .nn.own_attention import has_own_attention, own_attention_class
 from .nn.rms_norm import is_named_rms_norm, is_rms_norm, rms_norm_class
 
 #: Which class takes the place of which. A new family adds its layers here, one line each.
@@ -208,8 +209,10 @@ def convert(
     A module is replaced by giving it another class, so that its parameters, buffers, hooks, ``state_dict`` and
     identity stay as they are; the new class is a subclass of the old one, so that ``isinstance`` stays true too.
     Modules whose type is exactly a class of ``torch.nn`` in :data:`REPLACEMENTS` are replaced, also with parametrizations
-    (``weight_norm``), and transformers' ``Conv1D``, activations and rms norms. Subclasses are not: they may compute something else. :func:`report` tells what was left and why,
-    :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
+    (``weight_norm``), and transformers' ``Conv1D``, activations and rms norms. Subclasses are not: they may compute something
+    else. Modules of other packages that call :func:`torch.nn.functional.scaled_dot_product_attention` in a forward of their own,
+    or ask transformers for it, keep that forward, in which it is fastnn's from then on. :func:`report` tells what was left
+    and why, :func:`revert` undoes it all, which ``torch.jit.script`` needs: it compiles Python source and knows no kernels.
 
     Args:
         model: any module; it may itself be the one replaced.
@@ -296,6 +299,8 @@ def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str
         by_name = "*RMSNorm" if is_named_rms_norm(kind) else kind.__name__
         matches, make = REPLACEMENTS_BY_NAME.get(by_name, (None, None))
         target = make(kind) if matches and matches(module) else None
+    if target is None and has_own_attention(module) and not (_is_parametrized(kind) or _is_fully_sharded(kind)):
+        target = own_attention_class(kind)
     if target is None:
         return None, _why_kept(module)
     if "forward" in module.__dict__:
@@ -416,15 +421,21 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
         return Row(name, class_name(original), "note", "", "its convolutions hand integers to each other", own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
-        fast = next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))
-        where = _where_it_runs(module)
-        return Row(name, class_name(original), "replaced", f"fastnn.nn.{fast.__name__}", where, own, prepacked)
+        fast = _fast_half(kind)
+        remark = _where_it_runs(module) or getattr(fast, "remark", "")
+        return Row(name, class_name(original), "replaced", f"fastnn.nn.{fast.__name__}", remark, own, prepacked)
     target, reason = _examine(module)
     if target is not None:
-        return Row(name, class_name(kind), "available", f"fastnn.nn.{target.__name__}", "", own)
+        fast = _fast_half(target)
+        return Row(name, class_name(kind), "available", f"fastnn.nn.{fast.__name__}", getattr(fast, "remark", ""), own)
     if reason:
         return Row(name, class_name(kind), "kept", "", reason, own)
     return None
+
+
+def _fast_half(kind: type) -> type:
+    """The class of fastnn's by which people know the replacement."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("fastnn."))
 
 
 def _initialized(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from . import nn
 from ._fused import Calls, Chain, FusedConv, InvertedResidual, Pool, Step
-from ._modules import new_module
+from ._made_classes import maker
 from ._tracing import count_calls, only_user, other_summand, trace_whole
 from .nn.activation import activation_name
 from .nn.hooks import unwatched
@@ -360,7 +360,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], calls: Calls) -> type:
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.
         _, _, *rest = object.__reduce_ex__(self, protocol)
-        return (new_module, (kind,), *rest)
+        return (*maker(kind), *rest)
 
     body = {
         "forward": dispatch,

@@ -52,15 +52,15 @@ def build(name, attention):
     return model(config)
 
 
-def pair(name, dtype=torch.float64):
-    """The same model with eager attention, and converted with fastnn's."""
+def pair(name, dtype=torch.float64, attention="fastnn"):
+    """The same model converted with that attention, and with eager attention."""
     theirs = build(name, "eager").to(dtype)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    ours = build(name, "fastnn").to(dtype)
+    ours = build(name, attention).to(dtype)
     ours.load_state_dict(theirs.state_dict())
-    assert ours.config._attn_implementation == "fastnn"
+    assert ours.config._attn_implementation == attention
     return fastnn.convert(ours.eval()), theirs.eval()
 
 
@@ -105,6 +105,28 @@ def test_outputs_and_gradients(name, padded, calls, no_fallback):
     assert len(calls) == 2  # layers
     with torch.no_grad():
         assert_close(compared(name, ours(**inputs).logits, inputs), results[1][0], **NEAR)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_alone(name, padded, calls, no_fallback):
+    """Of torch's attention, which these models ask for unless told otherwise, convert makes fastnn's."""
+    inputs = inputs_of(name, padded=padded)
+    ours, theirs = pair(name, attention="sdpa")
+    results = []
+    for model in (ours, theirs):
+        logits = compared(name, model(**inputs).logits, inputs)
+        logits.square().mean().backward()
+        results.append((logits, {key: p.grad for key, p in model.named_parameters()}))
+    assert_close(*results, **NEAR)
+    assert len(calls) == 2  # layers
+    if name in DECODERS:
+        tokens = [model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for model in (ours, theirs)]
+        assert torch.equal(*tokens)
+        assert len(calls) == 2 * 5
+    calls.clear()
+    fastnn.revert(ours)(**inputs)
+    assert not calls
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -33,19 +33,19 @@ def multiplications(tokens: int, keys: float) -> float:
     return tokens * (_WEIGHTS + 12 * 2 * 768 * keys)
 
 
-class _Hidden(torch.nn.Module):
-    """BERT from tokens to the last hidden state alone: one tensor."""
+class Hidden(torch.nn.Module):
+    """A model whose first result is the last hidden state, and that alone: from one tensor to one tensor."""
 
-    def __init__(self, bert: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.bert = bert
+        self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.bert(tokens)[0]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)[0]
 
 
 def bert(length: int) -> torch.nn.Module:
-    return _Hidden(fastnn.models.bert_base(max_position_embeddings=length, add_pooling_layer=False))
+    return Hidden(fastnn.models.bert_base(max_position_embeddings=length, add_pooling_layer=False))
 
 
 def _vit(edge: int) -> torch.nn.Module:
@@ -55,11 +55,16 @@ def _vit(edge: int) -> torch.nn.Module:
     return model
 
 
-def _inference(
+def inference(
     make: Callable[..., torch.nn.Module], inputs: Callable[..., Tensor], count: Callable[[tuple[int, ...]], float]
 ) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
+    """A model that ``make`` makes of the shape's numbers after the first, converted and packed, against torch's and the peers'.
+
+    ``inputs`` makes one of shape and dtype; ``count`` tells the multiplications.
+    """
+
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
-        ours = make(*shape[1:]).eval().to(dtype)
+        ours = fastnn.convert(make(*shape[1:]).eval().to(dtype))
         theirs = fastnn.revert(copy.deepcopy(ours))
         fastnn.prepack_(ours)
 
@@ -87,11 +92,11 @@ def random_tokens(n: int, length: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(1, 30522, (n, length))
 
 
-def _images(n: int, edge: int, dtype: torch.dtype) -> Tensor:
+def images(n: int, edge: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n, 3, edge, edge).to(dtype)
 
 
-def _patches(edge: int) -> int:
+def patches(edge: int) -> int:
     return (edge // 16) ** 2 + 1
 
 
@@ -212,7 +217,7 @@ register(
         "bert_base_inference",
         "NxL",
         ((1, 128), (8, 128)),
-        _inference(bert, random_tokens, lambda shape: multiplications(shape[0] * shape[1], shape[1])),
+        inference(bert, random_tokens, lambda shape: multiplications(shape[0] * shape[1], shape[1])),
         _FLOATS,
     )
 )
@@ -221,11 +226,11 @@ register(
         "vit_b_16_inference",
         "NxEDGE",
         ((1, 224), (8, 224)),
-        _inference(
+        inference(
             _vit,
-            _images,
+            images,
             lambda shape: (
-                multiplications(shape[0] * _patches(shape[1]), _patches(shape[1])) + shape[0] * 3 * 768 * shape[1] ** 2
+                multiplications(shape[0] * patches(shape[1]), patches(shape[1])) + shape[0] * 3 * 768 * shape[1] ** 2
             ),
         ),
         _FLOATS,

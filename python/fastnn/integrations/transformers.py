@@ -1,14 +1,14 @@
 """Hugging Face transformers: ``attn_implementation="fastnn"``.
 
+:func:`fastnn.convert` alone makes torch's attention fastnn's in their models, which have it unless told otherwise, and knows
+their layers: linear ones, transformers' ``Conv1D``, norms, activations, embeddings. To ask for the attention by name:
 ``fastnn.integrations.transformers.register()`` makes the name known; models are then made, or loaded, with it::
 
     fastnn.integrations.transformers.register()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="fastnn")
-    fastnn.convert(model)
 
 It covers the attention of all models that ask transformers for it by name (in transformers from 4.48 on; BERT asks so
-from 5.0 on, and raises KeyError before);
-:func:`fastnn.convert` covers their layers: linear ones, transformers' ``Conv1D``, norms, activations, embeddings.
+from 5.0 on, and raises KeyError before), and takes grouped keys and values as they are, where transformers makes copies.
 """
 
 from __future__ import annotations

@@ -1,22 +1,19 @@
 """The ``Conv1D`` of Hugging Face transformers (GPT-2's linear layer with a transposed weight), recognised by name.
 
-fastnn does not import transformers. The fast class is made at run time as a subclass of the very class that the
-module has, so that ``isinstance`` and ``super()`` go on working, and pickles by naming that class.
+fastnn does not import transformers: the fast class is made at run time (``_made_classes.py``).
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .._made_classes import Half, fast_class
 from ..ops import gemm
 from .linear import PackableWeight
 
 
-class _Conv1D(PackableWeight):
+class Conv1D(Half, PackableWeight):
     """``y = x W + b`` with weight ``(in, out)``: the half of the fast class that is known beforehand."""
 
     weight_is_transposed = True
@@ -30,21 +27,10 @@ class _Conv1D(PackableWeight):
         rows = gemm.addmm(bias, x.reshape(-1, x.size(-1)), weight)
         return rows.view(*x.shape[:-1], self.nf)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so that pickle cannot find it by name; the class under it can be found.
-        return _make_instance, (self._original_class,), self.__getstate__()
 
-
-@functools.cache
 def conv1d_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The fast subclass of this ``Conv1D`` class; one for each, however often it is asked for."""
-    body = {"__module__": __name__, "__doc__": _Conv1D.__doc__, "_original_class": original}
-    return type("Conv1D", (_Conv1D, original), body)
-
-
-def _make_instance(original: type[torch.nn.Module]) -> torch.nn.Module:
-    fast = conv1d_class(original)
-    return fast.__new__(fast)
+    """The fast subclass of this ``Conv1D`` class."""
+    return fast_class(Conv1D, original)
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:

@@ -1,12 +1,10 @@
 """The activation layers of Hugging Face transformers, recognised by name and by what they answer.
 
-fastnn does not import transformers. As for its ``Conv1D``, the fast class is made at run time as a subclass of the very class
-that the module has.
+fastnn does not import transformers: the fast classes are made at run time (``_made_classes.py``).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional
+from .._made_classes import Half, fast_class
 
 _tanh = {"approximate": "tanh"}
 
@@ -29,30 +28,17 @@ NAMED_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor],
 }
 
 
-class _NamedActivation:
+class NamedActivation(Half):
     """An activation elementwise, ``(*) -> (*)``, any layout: the half of the fast class that is known beforehand."""
-
-    _original_class: type[torch.nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
         function, _, options = NAMED_ACTIVATIONS[self._original_class.__name__]
         return function(input, **options)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so that pickle cannot find it by name; the class under it can be found.
-        return _make_instance, (self._original_class,), self.__dict__.copy()
 
-
-@functools.cache
 def named_activation_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The fast subclass of this class; one for each, however often it is asked for."""
-    body = {"__module__": __name__, "__doc__": _NamedActivation.__doc__, "_original_class": original}
-    return type(original.__name__, (_NamedActivation, original), body)
-
-
-def _make_instance(original: type[torch.nn.Module]) -> torch.nn.Module:
-    fast = named_activation_class(original)
-    return fast.__new__(fast)
+    """The fast subclass of this class."""
+    return fast_class(NamedActivation, original)
 
 
 def is_named_activation(module: torch.nn.Module) -> bool:

@@ -1,13 +1,11 @@
 """The rms norms of Hugging Face transformers and of code like it (``LlamaRMSNorm``, ``T5LayerNorm``, ...), recognised by
 the shape of their forward.
 
-fastnn does not import transformers. The fast class is made at run time as a subclass of the very class that the
-module has, so that ``isinstance`` and ``super()`` go on working, and pickles by naming that class.
+fastnn does not import transformers: the fast classes are made at run time (``_made_classes.py``).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .._made_classes import Half, fast_class
 
 _NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class _RMSNorm:
+class NamedRMSNorm(Half):
     """``x * rsqrt(mean(x²) + eps) * weight``: the half of the fast class that is known beforehand."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -31,21 +30,10 @@ class _RMSNorm:
             return self._original_class.forward(self, *args, **kwargs)
         return functional.rms_norm(hidden_states, weight.shape, weight, eps)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so that pickle cannot find it by name; the class under it can be found.
-        return _make_instance, (self._original_class,), self.__getstate__()
 
-
-@functools.cache
 def rms_norm_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The fast subclass of this class; one for each, however often it is asked for."""
-    body = {"__module__": __name__, "__doc__": _RMSNorm.__doc__, "_original_class": original}
-    return type(original.__name__, (_RMSNorm, original), body)
-
-
-def _make_instance(original: type[torch.nn.Module]) -> torch.nn.Module:
-    fast = rms_norm_class(original)
-    return fast.__new__(fast)
+    """The fast subclass of this class."""
+    return fast_class(NamedRMSNorm, original)
 
 
 def _eps_of(module: Any) -> float | None:

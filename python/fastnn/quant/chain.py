@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .. import nn
 from .._folding import fold_batch_norm
-from .._modules import new_module
+from .._made_classes import maker
 from .._tracing import count_calls, only_user, other_summand, trace_whole
 from ..backends.reference.quantize import choose_scale
 from ..nn.hooks import unwatched
@@ -468,7 +468,7 @@ def _chained_class(
         return made
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
-        return new_module, (kind,), state(self)
+        return *maker(kind), state(self)
 
     body = {
         "forward": dispatch,
