@@ -435,7 +435,7 @@ ROWS = (
     ),
     Row(
         "hugging-face",
-        "Hugging Face's BERT-base (128 tokens), ViT-B/16 and audio spectrogram transformer (1,214 tokens), converted and"
+        "Hugging Face's BERT-base (128 tokens), ViT-B/16 and audio spectrogram transformer (1,214 tokens), `fuse=True` and"
         " prepacked, batch 1",
         _HUGGING_FACE,
     ),

@@ -1,4 +1,5 @@
-"""The calls of a fused forward: a convolution with what follows it, the blocks of MobileNetV2, and chains of both and poolings.
+"""The calls of a fused forward: a convolution or a linear layer with what follows it, the blocks of MobileNetV2, and chains
+of convolutions, such blocks and poolings.
 
 The kernels read filters in an order of their own and keep them so. Once they have, the folded filters are let go of; what
 else may need them (an input of another size, whose kernel reads them in another order) has them folded again.
@@ -163,6 +164,34 @@ class FusedConv:
             return result
         # The model's own code may ask for a view of it.
         return result.contiguous()
+
+
+class FusedLinear:
+    """One linear layer, and the activation or the sum that follows it."""
+
+    def __init__(self, parent: torch.nn.Module, name: str, activation: str, after: torch.nn.Module | None) -> None:
+        self.linear = parent._modules[name]
+        self.activation = activation
+        #: The activation's module, if it is one.
+        self.after = after
+        self._place = parent._modules, name
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return self.linear.forward_act(input, self.activation)
+        return self.linear.forward_add(input, residual)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.linear] if self.after is None else [self.linear, self.after]
+
+    def as_traced(self) -> bool:
+        """Whether it is still this layer, and of this class: it may have been quantized."""
+        modules, name = self._place
+        return modules.get(name) is self.linear and type(self.linear) is nn.Linear
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        # Of its weights it knows itself whether a packed copy is that of this one.
+        return [self._place]
 
 
 class InvertedResidual:
@@ -355,13 +384,15 @@ class Calls:
     def __init__(
         self,
         convolutions: list[FusedConv],
+        linears: list[FusedLinear],
         pools: list[Pool],
         chains: list[Chain],
         passed: list[torch.nn.Module],
     ) -> None:
         self.convolutions = convolutions
+        self.linears = linears
         self._chains = chains
-        self._calls = [*convolutions, *pools]
+        self._calls = [*convolutions, *linears, *pools]
         #: With those that hand their input on, and are not called.
         self._modules = [module for call in self._calls for module in call.modules()] + passed
         self._seen = _steps

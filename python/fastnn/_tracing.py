@@ -3,24 +3,108 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
-_SUMS = (operator.add, operator.iadd, torch.add)
+#: By their names in the module operator: what ``+=`` and its like call.
+_OPERATORS = tuple(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"))
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def apply(value: Any, other: Any) -> Any:
+        return function(value, other)
+
+    apply.__name__ = apply.__qualname__ = name
+    return apply
+
+
+_APPLIED = {name: _in_place(name) for name in _OPERATORS}
+_SUMS = (operator.add, torch.add, _APPLIED["iadd"])
+_SUM_METHODS = ("add", "add_", "__add__", "__iadd__")
+_SUMS_IN_PLACE = (_APPLIED["iadd"], "add_", "__iadd__")
+
+
+class _Proxy(fx.Proxy):
+    """A proxy for which ``a += b`` changes a. For those of torch.fx it is another name for a + b; and in the code that torch.fx
+    writes for ``operator.iadd`` a number that is read again would be the sum, hence functions of our own."""
+
+
+for _name, _function in _APPLIED.items():
+    setattr(
+        _Proxy,
+        f"__{_name}__",
+        lambda self, other, apply=_function: self.tracer.create_proxy("call_function", apply, (self, other), {}),
+    )
 
 
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, value: Any) -> Any:
+        # torch.fx would make a plain dict of what transformers' models return, which has attributes.
+        if isinstance(value, dict) and type(value) is not dict:
+            raise TypeError(f"a {type(value).__name__} among the values")
+        return super().create_arg(value)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        # A proxy is neither None nor False: what has a default is left to it.
+        required = _required(inspect.signature(root_fn))
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in required)]
+
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
         return ours or super().is_leaf_module(module, name)
 
 
+def _required(signature: inspect.Signature) -> list[str]:
+    """Which arguments after self have no default."""
+    required = []
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise TypeError(f"{parameter.name} cannot be given by position")
+            required.append(parameter.name)
+    return required
+
+
+def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] | None]:
+    """Of a call's arguments, self first, those without a default: what a graph of :func:`trace` takes. None where the call gives
+    others as well, with which the Python that was traced may go another way."""
+    signature = inspect.signature(forward)
+    required = _required(signature)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+
+    def arguments(self: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        if not kwargs and len(args) == len(required):
+            return args
+        try:
+            _, *given = signature.bind(self, *args, **kwargs).arguments.items()
+        except TypeError:
+            return None  # the forward itself will say so
+        if not all(name in required or value is defaults[name] for name, value in given):
+            return None
+        return tuple(value for name, value in given if name in required)
+
+    return arguments
+
+
 def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | None = None) -> fx.Graph | None:
     """The module's computation in eval mode, or in training, or None where its Python does more than pass tensors on.
 
-    ``tracer`` says which modules are looked into; by default no layer of torch or fastnn is.
+    Its inputs are the arguments without a default; the others have theirs. ``tracer`` says which modules are looked into; by default no layer of torch or fastnn is.
     """
     modes = {inner: inner.training for inner in module.modules()}
     module.train(training)
@@ -50,14 +134,51 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
-    """b where the node is a + b of two tensors, and a is the given one."""
+    """b where the node is a + b of two tensors, and a is the given one. Not where the sum is written over b, which somebody
+    may read again."""
     if node is None or node.kwargs or len(node.args) != 2:
         return None
     if not (node.op == "call_function" and node.target in _SUMS) and not (
-        node.op == "call_method" and node.target in ("add", "add_", "__iadd__", "__add__")
+        node.op == "call_method" and node.target in _SUM_METHODS
     ):
         return None
     a, b = node.args
     if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    return b if a is one else a
+    if a is one:
+        return b
+    return None if node.target in _SUMS_IN_PLACE else a
+
+
+def undisturbed(chain: list[fx.Node], modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether these calls can all be made where the last one is: nothing between changes in place what they may read."""
+    node = chain[0].next
+    while node is not chain[-1]:
+        if node not in chain and not _is_alone(_written(node, modules), modules):
+            return False
+        node = node.next
+    return True
+
+
+def _written(node: fx.Node, modules: dict[str, torch.nn.Module]) -> fx.Node | None:
+    """What the node changes in place, if it does."""
+    if node.op == "call_module":
+        in_place = getattr(modules[node.target], "inplace", False)
+    elif node.op in ("call_function", "call_method"):
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        bare = name.strip("_")
+        in_place = (name.endswith("_") and not name.endswith("__")) or bool(
+            bare in _OPERATORS or bare == "setitem" or node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+        )
+    else:
+        return None
+    return node.all_input_nodes[0] if in_place and node.all_input_nodes else None
+
+
+def _is_alone(value: fx.Node | None, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether nobody else reads this value, if there is one, or memory that it shares."""
+    if value is None:
+        return True
+    makes_anew = (torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.Linear)
+    new = value.op == "call_module" and isinstance(modules[value.target], makes_anew)
+    return len(value.users) == 1 and (new or getattr(value.target, "__module__", None) == "fastnn.fuse")

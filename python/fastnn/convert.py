@@ -223,7 +223,7 @@ def convert(
         strict: raise, before anything is changed, if a module that was asked for computes something and cannot be
             replaced.
         fuse: for inference: run each convolution with the batch norm, the sum and the activation that follow it as one
-            call. It holds in eval mode with gradients off (``torch.no_grad`` or ``torch.inference_mode``); in training, with
+            call, and each linear layer with the sum or the activation that follows it. It holds in eval mode with gradients off (``torch.no_grad`` or ``torch.inference_mode``); in training, with
             gradients, under autocast or ``torch.compile``, or with a hook on a layer in question, the layers run one by
             one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
             are kept beside them, made here where the model is in eval mode and else by the first forward, and anew when
@@ -415,7 +415,11 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     own = sum(parameter.numel() for parameter in _initialized(module))
     original = original_class(kind)
     if is_fused(kind):
-        reason = f"{len(kind._fused_calls.convolutions)} convolutions run with what follows them, in eval mode without gradients"
+        calls = kind._fused_calls
+        reason = (
+            f"{len(calls.convolutions)} convolutions and {len(calls.linears)} linear layers run with what follows them, in eval"
+            " mode without gradients"
+        )
         return Row(name, class_name(original), "note", "", reason, own)
     if _is_quantized_chain(kind):
         return Row(name, class_name(original), "note", "", "its convolutions hand integers to each other", own)

@@ -2,7 +2,7 @@
 
 A convolution with the batch norm, the sum with a shortcut and the activation after it is one kernel call: the batch norm is
 folded into the filters (w · γ / √(σ² + ε), and a bias to match; Jacob et al. 2018, arXiv:1712.05877, section 3.2), the rest
-is done to each result while it is in registers. Which layers follow each other is found by ``torch.fx``; the calls that
+is done to each result while it is in registers. So it is with a linear layer and the activation or the sum after it. Which layers follow each other is found by ``torch.fx``; the calls that
 stand in their places are those of ``_fused.py``.
 """
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import nn
-from ._fused import Calls, Chain, FusedConv, InvertedResidual, Pool, Step
+from ._fused import Calls, Chain, FusedConv, FusedLinear, InvertedResidual, Pool, Step
 from ._made_classes import maker
-from ._tracing import count_calls, only_user, other_summand, trace_whole
+from ._tracing import arguments_of, count_calls, only_user, other_summand, trace_whole, undisturbed
 from .nn.activation import activation_name
 from .nn.hooks import unwatched
 
@@ -30,6 +30,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
     torch.relu_: "relu",
     F.relu6: "relu6",
+    F.gelu: "gelu",
     F.silu: "silu",
     torch.sigmoid: "sigmoid",
     torch.tanh: "tanh",
@@ -75,7 +76,7 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
     if is_fused(type(model)):
         type(model)._fused_calls.make_anew()
         return
-    if not any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules()):
+    if not any(isinstance(inner, (*_CONVOLUTIONS, nn.Linear)) for inner in model.modules()):
         return
     graph = trace_whole(model)
     if graph is None:
@@ -83,7 +84,7 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
             fuse_(child, allowed)
         return
     calls = _rewrite(graph, dict(model.named_modules()), allowed)
-    if calls.convolutions:
+    if calls.convolutions or calls.linears:
         code = graph.python_code(root_module="self")
         namespace = dict(code.globals)
         exec(code.src, namespace)
@@ -97,13 +98,17 @@ def is_fused(kind: type) -> bool:
 
 
 def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]) -> Calls:
-    """Puts one call in the place of each convolution and what follows it, and one in the place of several of these."""
+    """Puts one call in the place of each layer and what follows it, and one in the place of several convolutions of these."""
     fused: list[FusedConv] = []
+    linears: list[FusedLinear] = []
     blocks: list[InvertedResidual] = []
     chains: list[Chain] = []
 
     def run_fused(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return fused[index](input, residual)
+
+    def run_linear(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linears[index](input, residual)
 
     def run_inverted(index: int, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return blocks[index](input, residual)
@@ -113,8 +118,9 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
 
     passed = _skip_passes(graph, modules)
     _fuse_convolutions(graph, modules, allowed, fused, run_fused)
+    _fuse_linears(graph, modules, allowed, linears, run_linear)
     _find_layouts(graph, modules, fused, run_fused)
-    _fuse_inverted(graph, fused, run_fused, blocks, run_inverted)
+    _fuse_inverted(graph, modules, fused, run_fused, blocks, run_inverted)
     _find_last_uses(graph, fused, run_fused, run_inverted)
     calls: dict[fx.Node, FusedConv | InvertedResidual | Pool] = {
         node: (fused if node.target is run_fused else blocks)[node.args[0]]
@@ -126,7 +132,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
             if pool is not None and isinstance(node.args[0], fx.Node):
                 calls[node] = pool
     pools = _fuse_chains(graph, calls, chains, run_chain)
-    return Calls(fused, pools, chains, passed)
+    return Calls(fused, linears, pools, chains, passed)
 
 
 def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
@@ -158,6 +164,21 @@ def _skip_passes(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[t
     return passed
 
 
+def _takes_part(
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]
+) -> Callable[[fx.Node | None], torch.nn.Module | None]:
+    """What gives the module that a node calls, if it may take part: called in this place alone, and watched by nobody."""
+    calls = count_calls(graph, modules)
+
+    def module_of(node: fx.Node | None) -> torch.nn.Module | None:
+        if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = modules[node.target]
+        return module if calls[id(module)] == 1 and allowed(module) and unwatched(module) else None
+
+    return module_of
+
+
 def _fuse_convolutions(
     graph: fx.Graph,
     modules: dict[str, torch.nn.Module],
@@ -166,15 +187,7 @@ def _fuse_convolutions(
     run_fused: Callable[..., Tensor],
 ) -> None:
     """Each convolution with the batch norm, the sum and the activation that follow it."""
-    calls = count_calls(graph, modules)
-
-    def module_of(node: fx.Node | None) -> torch.nn.Module | None:
-        """The module that a node calls, if it may take part: called in this place alone, and watched by nobody."""
-        if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return None
-        module = modules[node.target]
-        return module if calls[id(module)] == 1 and allowed(module) and unwatched(module) else None
-
+    module_of = _takes_part(graph, modules, allowed)
     for node in list(graph.nodes):
         conv = module_of(node)
         if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros":
@@ -195,11 +208,34 @@ def _fuse_convolutions(
         if activation is not None:
             chain.append(only_user(chain[-1]))
         after = modules[chain[-1].target] if activation is not None and chain[-1].op == "call_module" else None
-        if len(chain) == 1:
+        if len(chain) == 1 or not undisturbed(chain, modules):
             continue
         arguments = (len(fused), node.args[0]) if residual is None else (len(fused), node.args[0], residual)
         _replace(graph, chain, run_fused, arguments)
         fused.append(FusedConv(conv, norm, activation or "none", after))
+
+
+def _fuse_linears(
+    graph: fx.Graph,
+    modules: dict[str, torch.nn.Module],
+    allowed: Callable[[torch.nn.Module], bool],
+    linears: list[FusedLinear],
+    run_linear: Callable[..., Tensor],
+) -> None:
+    """Each linear layer with the activation or the sum that follows it."""
+    module_of = _takes_part(graph, modules, allowed)
+    for node in list(graph.nodes):
+        if type(module_of(node)) is not nn.Linear:
+            continue
+        following = only_user(node)
+        residual, activation = other_summand(following, node), _activation_of(following, modules)
+        if (residual is None and activation is None) or not undisturbed([node, following], modules):
+            continue
+        after = modules[following.target] if residual is None and following.op == "call_module" else None
+        arguments = (len(linears), node.args[0]) if residual is None else (len(linears), node.args[0], residual)
+        parent, _, name = node.target.rpartition(".")
+        linears.append(FusedLinear(modules[parent], name, activation or "none", after))
+        _replace(graph, [node, following], run_linear, arguments)
 
 
 def _find_layouts(
@@ -228,6 +264,7 @@ def _find_layouts(
 
 def _fuse_inverted(
     graph: fx.Graph,
+    modules: dict[str, torch.nn.Module],
     fused: list[FusedConv],
     run_fused: Callable[..., Tensor],
     blocks: list[InvertedResidual],
@@ -248,7 +285,7 @@ def _fuse_inverted(
             ):
                 break
             chain.insert(0, before)
-        if len(chain) == 1:
+        if len(chain) == 1 or not undisturbed(chain, modules):
             continue
         _replace(graph, chain, run_inverted, (len(blocks), chain[0].args[1], *node.args[2:]))
         blocks.append(InvertedResidual([fused[old.args[0]] for old in chain]))
@@ -345,6 +382,8 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
 def _fused_class(kind: type, forward: Callable[..., Any], calls: Calls) -> type:
     """The class of a module whose forward was rewritten; its own forward stays for training and gradients."""
 
+    arguments_of_call = arguments_of(kind.forward)
+
     @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -355,7 +394,8 @@ def _fused_class(kind: type, forward: Callable[..., Any], calls: Calls) -> type:
             or not calls.are_current()
         ):
             return kind.forward(self, *args, **kwargs)
-        return forward(self, *args, **kwargs)
+        arguments = arguments_of_call(self, *args, **kwargs)
+        return kind.forward(self, *args, **kwargs) if arguments is None else forward(self, *arguments)
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.

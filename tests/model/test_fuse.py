@@ -17,7 +17,7 @@ from torch import nn
 import fastnn
 from fastnn import _cpu, _fused
 from fastnn.backends import cpu
-from fastnn.fuse import fused_calls
+from fastnn.fuse import fused_calls, is_fused
 from fastnn.ops import conv
 from fastnn.ops.conv import conv_fused
 from fastnn.testing.errors import relative_error
@@ -1046,3 +1046,229 @@ def test_parameters_of_inference_mode():
     assert passes(model, x) == 1
     assert passes(model, x) == 1
     assert relative_error(outputs(model, x), outputs(fastnn.revert(copy.deepcopy(model)), x)) < 1e-6
+
+
+class InPlace(nn.Module):
+    """A layer and a sum, and something that is changed in place where another value is read, by ``kind``."""
+
+    def __init__(self, kind, linear):
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = (nn.Linear(8, 8) if linear else nn.Conv2d(8, 8, 1) for _ in range(2))
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.kind == "written over the shortcut":
+            kept = y * 1
+            y.add_(self.second(kept))
+            return y
+        if self.kind == "by another name":
+            kept = y.view_as(y)
+            y += self.second(kept)
+            return kept
+        if self.kind == "the caller's":
+            x += y
+            return x * 1
+        if self.kind == "the layer's input":
+            z = self.second(y)
+            y.mul_(2)
+            return z + y
+        if self.kind == "the layer's input, by an operator":
+            z = self.second(y)
+            y *= 2
+            return torch.relu(z + x)
+        if self.kind == "an item":
+            z = self.second(y)
+            y[:, 0] = 0
+            return z + x
+        if self.kind == "by a function":
+            z = self.second(y)
+            torch.nn.functional.relu(y, inplace=True)
+            return z + x
+        if self.kind == "into out":
+            z = self.second(y)
+            torch.neg(x, out=y)
+            return z + x
+        if self.kind == "numbers":
+            count = x.shape[1]
+            more = count
+            more += 1
+            return torch.relu(self.second(y) + x) * count + more
+        if self.kind == "nobody else's":
+            return self.second(x).add(torch.relu_(y))
+        raise NotImplementedError(self.kind)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolution", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "fused_layers"),
+    [
+        ("written over the shortcut", 0),
+        ("by another name", 0),
+        ("the caller's", 0),
+        ("the layer's input", 0),
+        ("the layer's input, by an operator", 0),
+        ("an item", 0),
+        ("by a function", 0),
+        ("into out", 0),
+        ("numbers", 1),
+        ("nobody else's", 2),
+    ],
+)
+def test_what_is_changed_in_place(kind, fused_layers, linear):
+    plain = InPlace(kind, linear).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x = torch.randn(2, 8, 3, 8) if linear else torch.randn(2, 8, 5, 4)
+    for _ in range(2):
+        given, expected_given = x.clone(), x.clone()
+        torch.testing.assert_close(outputs(fused, given), outputs(plain, expected_given))
+        assert torch.equal(given, expected_given) or not torch.equal(given, x)
+    found = 0
+    if is_fused(type(fused)):
+        calls_of = type(fused)._fused_calls
+        found = len(calls_of.linears if linear else calls_of.convolutions)
+    assert found == fused_layers
+
+
+class Perceptron(nn.Module):
+    def __init__(self, activation, kind="module"):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(24, 40), nn.Linear(40, 24), nn.LayerNorm(24)
+        self.activation, self.kind = activation, kind
+
+    def forward(self, x, y):
+        hidden = self.activation(self.up(x))
+        return self.norm(self.down(hidden) + y if self.kind == "after" else y + self.down(hidden))
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(inplace=True), nn.SiLU(), F.gelu, torch.tanh])
+def test_linear_layers(activation, dtype, prepacked, no_fallback):
+    plain = Perceptron(activation).to(dtype).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    if prepacked:
+        fastnn.prepack_(fused)
+    linears = type(fused)._fused_calls.linears
+    assert [call.activation != "none" for call in linears] == [True, False]
+    assert "2 linear layers" in fastnn.report(fused).rows[0].reason
+    exact = copy.deepcopy(plain).double()
+    for rows in (1, 3, 50):
+        x, y = torch.randn(2, rows, 24, dtype=dtype), torch.randn(2, rows, 24, dtype=dtype)
+        expected = exact(x.double(), y.double())
+        with torch.inference_mode():
+            torchs = relative_error(plain(x, y), expected)
+            assert relative_error(fused(x, y), expected) <= 2 * torchs + 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(fused(x, y[:, :1]), fused(x, y[:, :1].expand_as(y).clone()))
+
+
+def test_fused_linear_layers_follow_their_model(monkeypatch):
+    plain = Perceptron(nn.GELU()).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x, y = torch.randn(2, 9, 24), torch.randn(2, 9, 24)
+    called = []
+    original = fastnn.nn.Linear.forward_act
+    monkeypatch.setattr(fastnn.nn.Linear, "forward_act", lambda *a: called.append(a[2]) or original(*a))
+    outputs(lambda x: fused(x, y), x)
+    assert called == ["gelu"]
+    # Gradients, training and hooks: one by one.
+    fused(x, y).sum().backward()
+    handle = fused.up.register_forward_hook(lambda *_: called.append("hook"))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, y), plain(x, y))
+    assert called == ["gelu", "hook"]
+    handle.remove()
+    # Another layer in its place, changed weights, and integers in their place.
+    with torch.no_grad():
+        plain.up = nn.Linear(24, 40)
+        fused.up = copy.deepcopy(plain.up)
+        torch.testing.assert_close(fused(x, y), plain(x, y))
+        plain.down.weight.mul_(2)
+        fused.down.weight.mul_(2)
+        torch.testing.assert_close(fused(x, y), plain(x, y))
+        fastnn.quant.quantize_(fused, fastnn.quant.Int8Dynamic())
+        assert relative_error(fused(x, y), plain(x, y)) < 0.05
+    made = pickle.loads(pickle.dumps(fastnn.convert(copy.deepcopy(plain), fuse=True)))
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, y), plain(x, y))
+
+
+def test_what_a_shared_linear_layer_computes():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.relu(self.inner(torch.relu(self.inner(x))))
+
+    plain = Twice().eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(outputs(fused, x), outputs(plain, x))
+
+
+class Optional(nn.Module):
+    """A forward that takes another way with other arguments than its defaults."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.first, self.second = (nn.Linear(8, 8) if linear else nn.Conv2d(8, 8, 1) for _ in range(2))
+
+    def forward(self, x, shortcut=None, scale: float = 1.0, *, both=False, **more):
+        y = torch.relu(self.first(x))
+        if shortcut is not None:
+            y = y + shortcut
+        if more:
+            y = y * more["factor"]
+        z = torch.relu(self.second(y)) * scale
+        return (z, y) if both else z
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolution", "linear"])
+def test_arguments_with_defaults(linear, monkeypatch):
+    plain = Optional(linear).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    called = []
+    kind = Optional
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *a, **k: called.append(1) or original(*a, **k))
+    x = torch.randn(2, 8, 3, 8) if linear else torch.randn(2, 8, 5, 4)
+    with torch.no_grad():
+        for args, kwargs in (((x,), {}), ((), {"x": x}), ((x, None), {"both": False})):
+            torch.testing.assert_close(fused(*args, **kwargs), original(plain, *args, **kwargs))
+        assert not called
+        for args, kwargs in (((x, x), {}), ((x,), {"both": True}), ((x,), {"scale": 2.0}), ((x,), {"factor": 3.0})):
+            torch.testing.assert_close(fused(*args, **kwargs), original(plain, *args, **kwargs))
+        assert len(called) == 4
+        with pytest.raises(TypeError):
+            fused()
+        with pytest.raises(TypeError):
+            fused(x, x, 1.0, 2.0)
+
+
+class Named(dict):
+    """As the results of transformers' models: a dictionary with attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def test_a_result_with_attributes_stays_what_it_is():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+        def forward(self, x, scale=1.0):
+            return Named(last=self.inner(x) * scale)
+
+    plain = Model().eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        found = fused(x)
+        assert type(found) is Named
+        torch.testing.assert_close(found.last, plain(x).last)
+    assert not is_fused(type(fused))
+    assert is_fused(type(fused.inner))

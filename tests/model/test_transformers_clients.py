@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import fastnn
+from fastnn.fuse import is_fused
 from fastnn.integrations import transformers as integration
 
 transformers = pytest.importorskip("transformers")
@@ -127,6 +128,21 @@ def test_converted_alone(name, padded, calls, no_fallback):
     calls.clear()
     fastnn.revert(ours)(**inputs)
     assert not calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused(name, calls, no_fallback):
+    """With activations and shortcuts computed by the layers before them, where torch.fx can follow the model's parts."""
+    ours, theirs = pair(name, attention="sdpa")
+    fastnn.convert(ours, fuse=True)
+    inputs = inputs_of(name)
+    fused = [len(type(module)._fused_calls.linears) for module in ours.modules() if is_fused(type(module))]
+    # Of two layers each: an activation and two shortcuts of BERT's, an activation of the others'.
+    assert sum(fused) == {"Bert": 6 + 1, "ViT": 2, "Llama": 2, "GPT2": 0}[name]
+    with torch.inference_mode():
+        results = [model(**inputs) for model in (ours, theirs)]
+        assert type(results[0]) is type(results[1])
+        assert_close(*(compared(name, result.logits, inputs) for result in results), **NEAR)
 
 
 @pytest.mark.parametrize("name", MODELS)

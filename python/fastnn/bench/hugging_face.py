@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers in inference, as :func:`fastnn.convert` and :func:`fastnn.prepack_` find them: made of a
+"""Models of Hugging Face transformers in inference, as ``fastnn.convert(fuse=True)`` and :func:`fastnn.prepack_` find them: made of a
 configuration, with random weights, torch's attention asked for as it is unless told otherwise."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ register(
         "hf_bert_base_inference",
         "NxL",
         ((1, 128), (8, 128)),
-        inference(_bert, random_tokens, lambda shape: multiplications(shape[0] * shape[1], shape[1])),
+        inference(_bert, random_tokens, lambda shape: multiplications(shape[0] * shape[1], shape[1]), fuse=True),
         _FLOATS,
     )
 )
@@ -62,6 +62,7 @@ register(
             lambda shape: (
                 multiplications(shape[0] * patches(shape[1]), patches(shape[1])) + shape[0] * 3 * 768 * shape[1] ** 2
             ),
+            fuse=True,
         ),
         _FLOATS,
     )
@@ -78,6 +79,7 @@ register(
                 multiplications(shape[0] * (_cuttings(shape[1]) + 2), _cuttings(shape[1]) + 2)
                 + shape[0] * _cuttings(shape[1]) * 256 * 768
             ),
+            fuse=True,
         ),
         _FLOATS,
     )

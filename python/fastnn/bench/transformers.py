@@ -56,15 +56,18 @@ def _vit(edge: int) -> torch.nn.Module:
 
 
 def inference(
-    make: Callable[..., torch.nn.Module], inputs: Callable[..., Tensor], count: Callable[[tuple[int, ...]], float]
+    make: Callable[..., torch.nn.Module],
+    inputs: Callable[..., Tensor],
+    count: Callable[[tuple[int, ...]], float],
+    fuse: bool = False,
 ) -> Callable[[tuple[int, ...], torch.dtype], Problem]:
-    """A model that ``make`` makes of the shape's numbers after the first, converted and packed, against torch's and the peers'.
+    """A model that ``make`` makes of the shape's numbers after the first, converted, fused if asked for, and packed, against torch's and the peers'.
 
     ``inputs`` makes one of shape and dtype; ``count`` tells the multiplications.
     """
 
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
-        ours = fastnn.convert(make(*shape[1:]).eval().to(dtype))
+        ours = fastnn.convert(make(*shape[1:]).eval().to(dtype), fuse=fuse)
         theirs = fastnn.revert(copy.deepcopy(ours))
         fastnn.prepack_(ours)
 

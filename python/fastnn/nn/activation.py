@@ -73,4 +73,4 @@ def activation_name(module: torch.nn.Module) -> str | None:
         return "sigmoid"
     if kind is Tanh:
         return "tanh"
-    return None
+    return kind.__dict__.get("_activation_name") if "_half" in kind.__dict__ else None

@@ -31,6 +31,11 @@ NAMED_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor],
 class NamedActivation(Half):
     """An activation elementwise, ``(*) -> (*)``, any layout: the half of the fast class that is known beforehand."""
 
+    @staticmethod
+    def members(original: type[torch.nn.Module]) -> dict[str, Any]:
+        function, _, options = NAMED_ACTIVATIONS[original.__name__]
+        return {"_activation_name": f"{function.__name__}_tanh" if options else function.__name__}
+
     def forward(self, input: Tensor) -> Tensor:
         function, _, options = NAMED_ACTIVATIONS[self._original_class.__name__]
         return function(input, **options)

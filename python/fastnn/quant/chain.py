@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from .. import nn
 from .._folding import fold_batch_norm
 from .._made_classes import maker
-from .._tracing import count_calls, only_user, other_summand, trace_whole
+from .._tracing import arguments_of, count_calls, only_user, other_summand, trace_whole, undisturbed
 from ..backends.reference.quantize import choose_scale
 from ..nn.hooks import unwatched
 from .config import Int8Static
@@ -212,7 +212,7 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
             group.nodes.append(after)
         after = only_user(group.last)
         other = other_summand(after, group.last)
-        if other is not None and after not in taken:
+        if other is not None and after not in taken and undisturbed([*group.nodes, after], modules):
             group.sum = after
             group.nodes.append(after)
         after = only_user(group.last)
@@ -448,6 +448,8 @@ def _chained_class(
     """The class of a model in integers. Its own forward, of layers that take and give floating-point numbers, is for those who
     compile the model, watch its layers, or have unpickled it: a class that was made at run time cannot be pickled."""
 
+    arguments_of_call = arguments_of(kind.forward)
+
     @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
     def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -455,9 +457,10 @@ def _chained_class(
         chain = self.__dict__.get(_CHAIN)
         if chain is None:
             chain = self.__dict__[_CHAIN] = make_chain(self)
-        if not all(map(unwatched, chain.layers)):
+        arguments = arguments_of_call(self, *args, **kwargs)
+        if arguments is None or not all(map(unwatched, chain.layers)):
             return kind.forward(self, *args, **kwargs)
-        return forward(self, *args, **kwargs)
+        return forward(self, *arguments)
 
     def state(self: torch.nn.Module) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _CHAIN}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .._tracing import trace
+from .._tracing import arguments_of, trace
 from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
 from .chain import AVERAGES, MAX_POOLS, Group, Part, find_groups, first_node, forward_of
@@ -96,9 +96,16 @@ def simulate(part: Part, config: Int8Static) -> None:
     }
     kind = type(module)
 
+    arguments_of_call = arguments_of(kind.forward)
+
     @functools.wraps(kind.forward)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forwards[self.training](self, *args, **kwargs)
+        arguments = arguments_of_call(self, *args, **kwargs)
+        if arguments is None:
+            raise ValueError(
+                f"{kind.__name__}: in quantization-aware training, arguments that have a default must be left to it"
+            )
+        return forwards[self.training](self, *arguments)
 
     body = {
         "forward": forward,
