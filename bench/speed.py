@@ -109,13 +109,13 @@ _DEPTHWISE = (
     (960, 7, 7, 3, 1),
 )
 
-
-#: B×H×L×D.
 _HUGGING_FACE = (
     ("hf_bert_base_inference", (1, 128)),
     ("hf_vit_b_16_inference", (1, 224)),
     ("hf_audio_spectrogram_inference", (1, 1024)),
 )
+
+#: B×H×L×D.
 _ATTENTION = ((8, 12, 512, 64), (1, 16, 2048, 64), (1, 16, 4096, 128))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable
@@ -12,7 +13,13 @@ import torch
 from torch import fx
 
 #: By their names in the module operator: what ``+=`` and its like call.
-_OPERATORS = tuple(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"))
+_OPERATORS = tuple(
+    f"i{name}"
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+)
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -45,11 +52,24 @@ for _name, _function in _APPLIED.items():
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, inline: bool = True) -> None:
+        super().__init__()
+        self._inline = inline
+        self._state: tuple[bool, bool] | None = None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self._state is not None and _grad_and_autocast() != self._state:
+            raise TypeError("a context within the forward, which the graph would not have")
+        return super().create_node(*args, **kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def create_arg(self, value: Any) -> Any:
-        # torch.fx would make a plain dict of what transformers' models return, which has attributes.
+        # torch.fx would make a plain dict of all of them, also of what transformers' models return, which has attributes.
+        if type(value) is collections.OrderedDict:
+            pairs = [(key, self.create_arg(item)) for key, item in value.items()]
+            return self.create_node("call_function", collections.OrderedDict, (pairs,), {})
         if isinstance(value, dict) and type(value) is not dict:
             raise TypeError(f"a {type(value).__name__} among the values")
         return super().create_arg(value)
@@ -57,13 +77,18 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        self._state = _grad_and_autocast()
         # A proxy is neither None nor False: what has a default is left to it.
         required = _required(inspect.signature(root_fn))
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in required)]
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
-        return ours or super().is_leaf_module(module, name)
+        return ours or not self._inline or super().is_leaf_module(module, name)
+
+
+def _grad_and_autocast() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
 
 
 def _required(signature: inspect.Signature) -> list[str]:
@@ -80,9 +105,13 @@ def _required(signature: inspect.Signature) -> list[str]:
     return required
 
 
+_FLAGS = (type(None), bool, int, float, str)
+
+
 def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] | None]:
-    """Of a call's arguments, self first, those without a default: what a graph of :func:`trace` takes. None where the call gives
-    others as well, with which the Python that was traced may go another way."""
+    """A function that is called as the forward is, and gives the arguments without a default, but for self: what a graph of
+    :func:`trace` takes. None where the call gives others as well, or flags, with which the Python that was traced may go another
+    way."""
     signature = inspect.signature(forward)
     required = _required(signature)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
@@ -98,30 +127,86 @@ def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] |
             return None
         return tuple(value for name, value in given if name in required)
 
-    return arguments
+    def no_flags(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+        # In place of which a proxy went the way of a tensor.
+        found = arguments(*args, **kwargs)
+        return None if found is None or any(isinstance(value, _FLAGS) for value in found) else found
+
+    return no_flags
 
 
 def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | None = None) -> fx.Graph | None:
     """The module's computation in eval mode, or in training, or None where its Python does more than pass tensors on.
 
-    Its inputs are the arguments without a default; the others have theirs. ``tracer`` says which modules are looked into; by default no layer of torch or fastnn is.
+    Its inputs are the arguments without a default; the others have theirs. ``tracer`` says which modules are looked into; by
+    default no layer of torch or fastnn is.
     """
-    modes = {inner: inner.training for inner in module.modules()}
-    module.train(training)
+    before = [(inner.__dict__, _state_of(inner)) for inner in module.modules()]
+    random = torch.get_rng_state()
+    if training:
+        module.train()  # which some models override, to leave a part in eval mode
+    else:
+        for inner in module.modules():
+            inner.training = False  # not by eval(), in which some layers change their weights
+    graph = None
     try:
-        return (tracer or _Tracer()).trace(module)
+        with contextlib.nullcontext() if training else torch.no_grad():
+            graph = (tracer or _Tracer()).trace(module)
     except Exception:  # whatever the model's code raises when it meets a proxy
-        return None
+        pass
     finally:
-        for inner, mode in modes.items():
-            inner.training = mode
+        # A graph keeps nothing from one call to the next, and draws no other numbers in the next.
+        if not torch.equal(random, torch.get_rng_state()):
+            torch.set_rng_state(random)
+            graph = None
+        for attributes, kept in before:
+            if not _restored(attributes, kept):
+                graph = None
+    return graph
 
 
-def trace_whole(model: torch.nn.Module) -> fx.Graph | None:
+_CONSTANT = "_tensor_constant"  # how torch.fx calls the tensors of a graph
+
+
+def _state_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's attributes, but for its mode, and what those hold that are lists or dictionaries."""
+    state = {}
+    for name, value in module.__dict__.items():
+        held = value.copy() if type(value) in (list, dict) else None
+        state[name] = value, held
+    return state
+
+
+def _restored(attributes: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Makes a module's attributes what they were. False if a forward has changed any of them."""
+    same = True
+    for name in attributes.keys() - kept.keys():
+        if not name.startswith(_CONSTANT):
+            del attributes[name]
+            same = False
+    for name, (value, held) in kept.items():
+        same &= name == "training" or attributes.get(name) is value
+        attributes[name] = value
+        if held is not None and not _holds_the_same(value, held):
+            value.clear()
+            value.extend(held) if type(value) is list else value.update(held)
+            same = False
+    return same
+
+
+def _holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
+    if len(value) != len(held):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and value[key] is item for key, item in held.items())
+    return all(a is b for a, b in zip(value, held, strict=True))
+
+
+def trace_whole(model: torch.nn.Module, inline: bool = True) -> fx.Graph | None:
     """As :func:`trace`; None as well for torch's layers around others, which do not run them one after the other, except for
-    Sequential."""
+    Sequential. Modules inside of it are looked into if ``inline``."""
     library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn.", "fastnn.quant."))
-    return trace(model) if not library or isinstance(model, torch.nn.Sequential) else None
+    return trace(model, tracer=_Tracer(inline)) if not library or isinstance(model, torch.nn.Sequential) else None
 
 
 def count_calls(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> collections.Counter[int]:
@@ -154,31 +239,34 @@ def undisturbed(chain: list[fx.Node], modules: dict[str, torch.nn.Module]) -> bo
     """Whether these calls can all be made where the last one is: nothing between changes in place what they may read."""
     node = chain[0].next
     while node is not chain[-1]:
-        if node not in chain and not _is_alone(_written(node, modules), modules):
+        if node not in chain and not all(_is_alone(value, modules) for value in _written(node, modules)):
             return False
         node = node.next
     return True
 
 
-def _written(node: fx.Node, modules: dict[str, torch.nn.Module]) -> fx.Node | None:
+def _written(node: fx.Node, modules: dict[str, torch.nn.Module]) -> list[fx.Node]:
     """What the node changes in place, if it does."""
+    given: list[fx.Node] = []
     if node.op == "call_module":
         in_place = getattr(modules[node.target], "inplace", False)
     elif node.op in ("call_function", "call_method"):
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         bare = name.strip("_")
         in_place = (name.endswith("_") and not name.endswith("__")) or bool(
-            bare in _OPERATORS or bare == "setitem" or node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+            bare in _OPERATORS or bare == "setitem" or node.kwargs.get("inplace")
         )
+        if node.kwargs.get("out") is not None:
+            fx.node.map_arg(node.kwargs["out"], given.append)
     else:
-        return None
-    return node.all_input_nodes[0] if in_place and node.all_input_nodes else None
+        return []
+    if in_place:
+        fx.node.map_arg(node.args[0] if node.args else node.all_input_nodes, given.append)
+    return given
 
 
-def _is_alone(value: fx.Node | None, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether nobody else reads this value, if there is one, or memory that it shares."""
-    if value is None:
-        return True
+def _is_alone(value: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether nobody else reads this value, or memory that it shares."""
     makes_anew = (torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.Linear)
     new = value.op == "call_module" and isinstance(modules[value.target], makes_anew)
     return len(value.users) == 1 and (new or getattr(value.target, "__module__", None) == "fastnn.fuse")

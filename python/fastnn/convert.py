@@ -300,7 +300,10 @@ def _examine(module: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, str
         matches, make = REPLACEMENTS_BY_NAME.get(by_name, (None, None))
         target = make(kind) if matches and matches(module) else None
     if target is None and has_own_attention(module) and not (_is_parametrized(kind) or _is_fully_sharded(kind)):
-        target = own_attention_class(kind)
+        try:
+            target = own_attention_class(kind)
+        except Exception as error:  # a class that refuses to have subclasses
+            return None, f"no subclass of it can be made: {error}"
     if target is None:
         return None, _why_kept(module)
     if "forward" in module.__dict__:

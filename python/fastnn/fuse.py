@@ -2,13 +2,14 @@
 
 A convolution with the batch norm, the sum with a shortcut and the activation after it is one kernel call: the batch norm is
 folded into the filters (w · γ / √(σ² + ε), and a bias to match; Jacob et al. 2018, arXiv:1712.05877, section 3.2), the rest
-is done to each result while it is in registers. So it is with a linear layer and the activation or the sum after it. Which layers follow each other is found by ``torch.fx``; the calls that
-stand in their places are those of ``_fused.py``.
+is done to each result while it is in registers. So it is with a linear layer and the activation or the sum after it. Which
+layers follow each other is found by ``torch.fx``; the calls that stand in their places are those of ``_fused.py``.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,19 +77,23 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
     if is_fused(type(model)):
         type(model)._fused_calls.make_anew()
         return
-    if not any(isinstance(inner, (*_CONVOLUTIONS, nn.Linear)) for inner in model.modules()):
+    convolutions = any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules())
+    if not convolutions and not any(isinstance(inner, nn.Linear) for inner in model.modules()):
         return
-    graph = trace_whole(model)
-    if graph is None:
+    # Of a convolution's result the layout may be chosen if all that read it are seen, wherever they are. Linear layers are
+    # looked for module by module, each of which goes on being called.
+    graph = trace_whole(model, inline=convolutions)
+    if graph is None or not convolutions:
         for child in model.children():
             fuse_(child, allowed)
+    if graph is None:
         return
     calls = _rewrite(graph, dict(model.named_modules()), allowed)
     if calls.convolutions or calls.linears:
         code = graph.python_code(root_module="self")
         namespace = dict(code.globals)
         exec(code.src, namespace)
-        model.__class__ = _fused_class(type(model), namespace["forward"], calls)
+        model.__class__ = _fused_class(model, namespace["forward"], calls)
         # Now rather than in the first forward, whose time and memory it would be.
         calls.make_anew()
 
@@ -379,8 +384,10 @@ def _activation_of(node: fx.Node | None, modules: dict[str, torch.nn.Module]) ->
     return _METHODS.get(node.target) if node.op == "call_method" else None
 
 
-def _fused_class(kind: type, forward: Callable[..., Any], calls: Calls) -> type:
-    """The class of a module whose forward was rewritten; its own forward stays for training and gradients."""
+def _fused_class(model: torch.nn.Module, forward: Callable[..., Any], calls: Calls) -> type:
+    """The class of a module whose forward was rewritten; its own forward stays for training and gradients, and for others that are
+    made of that class."""
+    kind, fused = type(model), weakref.ref(model)
 
     arguments_of_call = arguments_of(kind.forward)
 
@@ -390,6 +397,7 @@ def _fused_class(kind: type, forward: Callable[..., Any], calls: Calls) -> type:
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or self.training
+            or self is not fused()
             or torch._C._is_any_autocast_enabled()
             or not calls.are_current()
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import itertools
@@ -1089,6 +1090,15 @@ class InPlace(nn.Module):
             z = self.second(y)
             torch.neg(x, out=y)
             return z + x
+        if self.kind == "into out, and a second value":
+            z, w = self.second(y), x * 2
+            torch.neg(w, out=y)
+            return z + x
+        if self.kind == "bits":
+            mask = x > 0
+            same = mask
+            mask &= x < 1
+            return torch.relu(self.second(y) + x) * same
         if self.kind == "numbers":
             count = x.shape[1]
             more = count
@@ -1111,6 +1121,8 @@ class InPlace(nn.Module):
         ("an item", 0),
         ("by a function", 0),
         ("into out", 0),
+        ("into out, and a second value", 0),
+        ("bits", 1),
         ("numbers", 1),
         ("nobody else's", 2),
     ],
@@ -1272,3 +1284,132 @@ def test_a_result_with_attributes_stays_what_it_is():
         torch.testing.assert_close(found.last, plain(x).last)
     assert not is_fused(type(fused))
     assert is_fused(type(fused.inner))
+
+
+def test_an_ordered_dictionary_stays_one():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return collections.OrderedDict([("b", torch.relu(self.inner(x))), ("a", (x, 1))])
+
+    plain = Model().eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    assert is_fused(type(fused))
+    x = torch.randn(3, 8)
+    found, expected = outputs(fused, x), outputs(plain, x)
+    assert type(found) is collections.OrderedDict
+    assert list(found) == ["b", "a"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_what_a_forward_keeps_is_left_as_it_was(follows):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.longest = None
+
+        def forward(self, x):
+            if self.longest is None or (self.longest.shape[0] < x.shape[0]):
+                self.longest = x * 1
+                self.new = x
+            y = torch.relu(self.inner(x))
+            return y if follows or y.sum() > 0 else -y
+
+    model = Keeping().eval()
+    fused = fastnn.convert(nn.Sequential(model), fuse=True)
+    assert model.longest is None
+    assert not hasattr(model, "new")
+    assert not model.training
+    for rows in (3, 5, 4):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(
+            outputs(fused, x), torch.relu(F.linear(x, model.inner.weight, model.inner.bias)).detach()
+        )
+
+
+class Odd(nn.Module):
+    """A forward that a graph would not do justice to, by ``kind``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.inner = kind, nn.Linear(8, 8)
+        self.last, self.seen = None, []
+        self.state = torch.zeros(3, 8)
+
+    def forward(self, x, other):
+        y = torch.relu(self.inner(x))
+        if self.kind == "keeps a tensor":
+            self.last = y
+        if self.kind == "a list of them":
+            self.seen.append(y)
+        if self.kind == "has a state":
+            self.state = y = y + self.state
+        if self.kind == "draws numbers":
+            y = y + torch.randn(8)
+        if self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                y = torch.relu(self.inner(x))
+        if self.kind == "gradients":
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                y = torch.autograd.grad(torch.relu(self.inner(z)).sum(), z)[0]
+        return y if other is None else y + other
+
+
+@pytest.mark.parametrize(
+    "kind", ["keeps a tensor", "a list of them", "has a state", "draws numbers", "autocast", "gradients", "a flag"]
+)
+def test_what_a_graph_would_not_do(kind):
+    plain = Odd(kind).eval()
+    fused = fastnn.convert(nn.Sequential(copy.deepcopy(plain)), fuse=True)[0]
+    assert is_fused(type(fused)) == (kind == "a flag")
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            for other in (None, x):
+                torch.manual_seed(0)
+                expected = plain(x, other)
+                torch.manual_seed(0)
+                found = fused(x, other)
+                assert found.dtype == expected.dtype
+                torch.testing.assert_close(found, expected)
+    assert len(fused.seen) == len(plain.seen)
+    assert type(fused.last) is type(plain.last)
+
+
+def test_another_module_of_a_fused_class_is_not_fused():
+    fused = fastnn.convert(Perceptron(nn.GELU()).eval(), fuse=True)
+    other = type(fused)(nn.GELU()).eval()
+    x, y = torch.randn(3, 24), torch.randn(3, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x, y), fastnn.revert(copy.deepcopy(other))(x, y))
+        assert not torch.equal(other(x, y), fused(x, y))
+
+
+def test_hooks_and_replacements_inside_of_linear_models():
+    model = fastnn.convert(nn.Sequential(Perceptron(nn.GELU()), nn.Identity()).eval(), fuse=True)
+    outer = nn.ModuleDict({"inner": model})
+    called = []
+    model[0].register_forward_hook(lambda *_: called.append(1))
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.last = outer["inner"][0], nn.Linear(24, 24)
+
+        def forward(self, x, y):
+            return torch.relu(self.last(self.part(x, y)))
+
+    around = fastnn.convert(Around().eval(), fuse=True)
+    x, y = torch.randn(3, 24), torch.randn(3, 24)
+    with torch.no_grad():
+        around(x, y)
+        assert called == [1]
+        around.part = Perceptron(nn.ReLU()).eval()
+        expected = torch.relu(F.linear(around.part(x, y), around.last.weight, around.last.bias))
+        torch.testing.assert_close(around(x, y), expected)

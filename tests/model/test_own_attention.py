@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -263,3 +264,51 @@ def test_a_parametrized_module_stays():
     assert type(fastnn.convert(model)) is kind
     parametrize.remove_parametrizations(model, "gain")
     assert type(model) is WithNumbersOfItsOwn
+
+
+class Checkpointed(Attention):
+    """In the backward it computes its attention outside of its forward."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(q):
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+class CopiedItsOwnWay(Attention):
+    def __reduce__(self):
+        return CopiedItsOwnWay, ()
+
+
+class Refusing(Attention):
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("no children")
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Static, CopiedItsOwnWay, Refusing])
+def test_left_alone(kind):
+    model = kind()
+    assert type(fastnn.convert(model)) is kind
+    x = torch.randn(2, 7, 24, requires_grad=True)
+    if kind is not Static:
+        model(x).sum().backward()
+    if kind is Refusing:
+        assert "no children" in fastnn.report(model).rows[0].reason
+
+
+def test_a_class_that_computes_when_asked():
+    class Asked:
+        def __get__(self, instance, owner):
+            raise RuntimeError("class access")
+
+    class Model(nn.Module):
+        value = Asked()
+
+        def forward(self, x):
+            return self.value if x is None else x
+
+    assert type(fastnn.convert(Model())) is Model

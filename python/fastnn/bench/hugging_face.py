@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers in inference, as ``fastnn.convert(fuse=True)`` and :func:`fastnn.prepack_` find them: made of a
+"""Models of Hugging Face transformers in inference, by ``fastnn.convert(fuse=True)`` and :func:`fastnn.prepack_`: made of a
 configuration, with random weights, torch's attention asked for as it is unless told otherwise."""
 
 from __future__ import annotations

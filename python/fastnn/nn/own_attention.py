@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from .._made_classes import Half, fast_class
+from ..ops._route import PLAIN
 
 #: What the code of such a forward names: torch's function, or the table in which transformers looks for one that calls it.
 _NAMES = frozenset({"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"})
-_PLAIN = (Tensor, torch.nn.Parameter)
+_COPYING = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__deepcopy__", "__copy__")
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -33,10 +34,11 @@ class _AttentionMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            if all(kind in _PLAIN for kind in types):
+            if all(kind in PLAIN for kind in types):
                 func = functional.scaled_dot_product_attention
             else:
-                proxy = next((value for value in args if isinstance(value, fx.Proxy)), None)
+                given = [*args, *(kwargs or {}).values()]
+                proxy = next((value for value in given if isinstance(value, fx.Proxy)), None)
                 if proxy is not None:  # being traced: the graph runs outside of this mode
                     function = functional.scaled_dot_product_attention
                     return proxy.tracer.create_proxy("call_function", function, args, kwargs or {})
@@ -71,21 +73,34 @@ def own_attention_class(original: type[torch.nn.Module]) -> type[torch.nn.Module
 def has_own_attention(module: torch.nn.Module) -> bool:
     """Whether the forward of the module, whose class is neither torch's nor fastnn's, computes attention by itself."""
     kind = type(module)
-    return not kind.__module__.startswith(("torch.", "fastnn.")) and _computes_attention(kind)
+    if kind.__module__.startswith(("torch.", "fastnn.")) or not isinstance(
+        _member(kind, "forward"), types.FunctionType
+    ):
+        return False
+    # One that says itself how it is copied would be copied as something else.
+    copies = any(name in vars(base) for base in kind.__mro__[:-1] for name in _COPYING)
+    return not copies and _computes_attention(kind)
 
 
 @functools.cache
 def _computes_attention(kind: type[torch.nn.Module]) -> bool:
-    """Whether the code of its forward names one of :data:`_NAMES`, or that of methods which that calls."""
-    pending, seen = ["forward"], {"forward"}
+    """Whether the code of its forward names one of :data:`_NAMES`, or that of methods which that calls. Not where it asks for
+    checkpoints: in the backward they compute it again, outside of the forward."""
+    pending, seen, found = ["forward"], {"forward"}, False
     while pending:
         for names in _names_in(kind, pending.pop()):
-            if names & _NAMES:
-                return True
-            methods = {name for name in names - seen if hasattr(kind, name) and not hasattr(torch.nn.Module, name)}
+            if "checkpoint" in names:
+                return False
+            found = found or not names.isdisjoint(_NAMES)
+            methods = {name for name in names - seen if _member(kind, name) and not hasattr(torch.nn.Module, name)}
             pending += methods
             seen |= methods
-    return False
+    return found
+
+
+def _member(kind: type, name: str) -> Any:
+    """What the class holds under the name, which asking the class itself might compute."""
+    return inspect.getattr_static(kind, name, None)
 
 
 def _names_in(kind: type, method: str) -> Iterator[frozenset[str]]:
