@@ -16,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
 from ._folding import empty_filters, fold_batch_norm
+from ._guards import Guards, Place
 from .backends import cpu
 from .backends._conv import is_channels_last
 from .backends.cpu import empty_image
-from .nn.hooks import unwatched
 from .ops._route import is_straight
 from .ops.activation import activation as apply_activation
 from .ops.conv import FusedLayer, activation_number, conv_fused, inverted_residual
@@ -81,11 +81,18 @@ class FusedConv:
     """One convolution and what follows it, with the folded filters of the parameters as they were last seen."""
 
     def __init__(
-        self, conv: torch.nn.Module, norm: torch.nn.Module | None, activation: str, after: torch.nn.Module | None
+        self,
+        conv: torch.nn.Module,
+        norm: torch.nn.Module | None,
+        activation: str,
+        after: torch.nn.Module | None,
+        in_place: bool,
     ) -> None:
         self.conv = conv
         self.norm = norm
         self.activation = activation
+        #: Whether the residual is added in place.
+        self.in_place = in_place
         #: The activation's module, if it is one.
         self.after = after
         #: Whether all that read the result take it in any layout, so that the kernels may choose.
@@ -97,7 +104,10 @@ class FusedConv:
         self.folded: Folded
 
     def modules(self) -> list[torch.nn.Module]:
-        return [module for module in (self.conv, self.norm, self.after) if module is not None]
+        return [module for module in (self.conv, self.norm) if module is not None]
+
+    def kept(self) -> list[torch.nn.Module]:
+        return [] if self.after is None else [self.after]
 
     def _read_geometry(self) -> list[Any]:
         return [self.conv.__dict__.get(name) for name in _GEOMETRY]
@@ -106,7 +116,7 @@ class FusedConv:
         """Whether the convolution has the geometry that it had, and parameters (not a parametrization's attributes)."""
         return self._read_geometry() == self._geometry and all(name in place for place, name in self.places())
 
-    def places(self) -> list[tuple[dict[str, Any], str]]:
+    def places(self) -> list[Place]:
         """Where all lies that the filters are made of, and how they are used."""
         found = [(self.conv._parameters, name) for name in ("weight", "bias")]
         found += [(self.conv.__dict__, name) for name in _GEOMETRY]
@@ -150,14 +160,16 @@ class FusedConv:
         weight, bias, _, prepared = layer
         return conv_fused(
             *(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-            *(self.activation, residual, prepared, self.ends_residual),
+            *(self.activation, residual, prepared, self.ends_residual, self.in_place),
         )
 
     def unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         y = self.conv(input)
         if self.norm is not None:
             y = self.norm(y)
-        return apply_activation(self.activation, y if residual is None else y + residual)
+        if residual is not None:
+            y = y.add_(residual) if self.in_place else y + residual
+        return apply_activation(self.activation, y)
 
     def laid_out(self, result: Tensor) -> Tensor:
         if self.any_layout or result.dim() != 4 or is_channels_last(self.conv.weight):
@@ -169,29 +181,30 @@ class FusedConv:
 class FusedLinear:
     """One linear layer, and the activation or the sum that follows it."""
 
-    def __init__(self, parent: torch.nn.Module, name: str, activation: str, after: torch.nn.Module | None) -> None:
-        self.linear = parent._modules[name]
+    def __init__(self, linear: nn.Linear, activation: str, after: torch.nn.Module | None, in_place: bool) -> None:
+        self.linear = linear
         self.activation = activation
+        #: Whether the residual is added in place.
+        self.in_place = in_place
         #: The activation's module, if it is one.
         self.after = after
-        self._place = parent._modules, name
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is None:
             return self.linear.forward_act(input, self.activation)
-        return self.linear.forward_add(input, residual)
+        return self.linear.forward_add(input, residual, self.in_place)
 
     def modules(self) -> list[torch.nn.Module]:
-        return [self.linear] if self.after is None else [self.linear, self.after]
+        return [self.linear]
+
+    def kept(self) -> list[torch.nn.Module]:
+        return [] if self.after is None else [self.after]
 
     def as_traced(self) -> bool:
-        """Whether it is still this layer, and of this class: it may have been quantized."""
-        modules, name = self._place
-        return modules.get(name) is self.linear and type(self.linear) is nn.Linear
+        return type(self.linear) is nn.Linear  # it may have been quantized
 
-    def places(self) -> list[tuple[dict[str, Any], str]]:
-        # Of its weights it knows itself whether a packed copy is that of this one.
-        return [self._place]
+    def places(self) -> list[Place]:
+        return []  # of its weights it knows itself whether a packed copy is that of this one
 
 
 class InvertedResidual:
@@ -227,34 +240,30 @@ class InvertedResidual:
         return (*first, layers[-2], self._calls[-2].conv.stride[0], layers[-1])
 
     def _compute(self, input: Tensor, residual: Tensor | None, *layers: FusedLayer) -> Tensor | None:
-        return inverted_residual(input, residual, *self._arguments(layers))
+        return inverted_residual(input, residual, *self._arguments(layers), self._calls[-1].in_place)
 
 
 class Pool:
     """A pooling within a chain."""
 
     any_layout, ends_residual = True, False
-    _NAMES = (
-        *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-        *("count_include_pad", "divisor_override", "output_size"),
-    )
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
-        self._windows = self.arguments()
+        self.module = module
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Pool | None:
         """None where the kernels take no such windows."""
         if type(module) not in (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d):
             return None
+        if getattr(module, "return_indices", False):
+            return None
         pool = cls(module)
-        numbers = [n for each in pool._windows[1] for n in (each if type(each) is tuple else (each,))]
-        plain = all(n is None or type(n) in (int, bool) for n in numbers)
-        return pool if plain and pool.as_traced() else None
+        numbers = [n for each in pool.arguments()[1] for n in (each if type(each) is tuple else (each,))]
+        return pool if all(n is None or type(n) in (int, bool) for n in numbers) else None
 
     def __call__(self, input: Tensor, residual: None = None) -> Tensor:
-        return self._module(input)
+        return self.module(input)
 
     def laid_out(self, result: Tensor) -> Tensor:
         return result
@@ -264,22 +273,13 @@ class Pool:
 
     def arguments(self) -> tuple[Any, ...]:
         """Those of a step of a chain."""
-        m = self._module
+        m = self.module
         if isinstance(m, nn.AdaptiveAvgPool2d):
             return AVERAGE, (m.output_size,)
         if isinstance(m, nn.AvgPool2d):
             counted = (m.count_include_pad, m.divisor_override)
             return AVERAGE, (m.kernel_size, m.stride, m.padding, 1, m.ceil_mode, *counted)
         return MAXIMUM, (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, True, None)
-
-    def modules(self) -> list[torch.nn.Module]:
-        return [self._module]
-
-    def as_traced(self) -> bool:
-        return self.arguments() == self._windows and not getattr(self._module, "return_indices", False)
-
-    def places(self) -> list[tuple[dict[str, Any], str]]:
-        return [(self._module.__dict__, name) for name in self._NAMES if name in self._module.__dict__]
 
 
 class Step(NamedTuple):
@@ -371,45 +371,45 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-#: Of a module: what unwatched asks, and the mode.
-_STATE = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    *("_compiled_call_impl", "forward", "training"),
-)
-
-
 class Calls:
     """All fused calls of a forward, and whether they are of the model as it is now."""
 
     def __init__(
         self,
+        guards: Guards,
         convolutions: list[FusedConv],
         linears: list[FusedLinear],
-        pools: list[Pool],
         chains: list[Chain],
-        passed: list[torch.nn.Module],
+        kept: list[torch.nn.Module],
     ) -> None:
+        """``kept``: modules that are not called any more, or of which it was assumed what they do."""
         self.convolutions = convolutions
         self.linears = linears
         self._chains = chains
-        self._calls = [*convolutions, *linears, *pools]
-        #: With those that hand their input on, and are not called.
-        self._modules = [module for call in self._calls for module in call.modules()] + passed
+        self._calls = [*convolutions, *linears]
+        self._guards = guards
+        guards.pin(module for call in self._calls for module in call.modules())
+        guards.keep([module for call in self._calls for module in call.kept()] + kept)
         self._seen = _steps
         self._watch: _cpu.Watch | None = None
 
+    def unchanged(self) -> bool:
+        """Whether the modules are what they were when they were traced, but for modes and hooks."""
+        return self._guards.unchanged() and all(call.as_traced() for call in self._calls)
+
+    def as_traced(self) -> bool:
+        """Whether they do what they did, and nobody watches."""
+        return self._guards.as_traced() and all(call.as_traced() for call in self._calls)
+
     def are_current(self) -> bool:
-        """Whether the modules do what they did when they were traced, and nobody watches; makes the filters then, if
-        anything has changed."""
+        """The same; makes the filters then, if anything has changed."""
         watch = self._watch
         if watch is not None and self._seen == _steps and watch.same():
             return True
-        if not all(not module.training and unwatched(module) for module in self._modules):
-            return False
-        if not all(call.as_traced() for call in self._calls):
-            return False
-        # Before the filters are made: a change meanwhile is seen by the next call.
+        # Before the rest: a change meanwhile is seen by the next call.
         seen, watch = _steps, _cpu.Watch(self._places())
+        if not self.as_traced():
+            return False
         for call in self.convolutions:
             call.see()
         for chain in self._chains:
@@ -424,7 +424,6 @@ class Calls:
         self._watch = None
         self.are_current()
 
-    def _places(self) -> list[tuple[dict[str, Any], str]]:
+    def _places(self) -> list[Place]:
         """Where all lies on which it depends whether and how these are run."""
-        state = [(module.__dict__, name) for module in self._modules for name in _STATE]
-        return state + [place for call in self._calls for place in call.places()]
+        return self._guards.places() + [place for call in self._calls for place in call.places()]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ._tracing import arguments_of
+
 
 class Half:
     """The half of such a class that is known beforehand; the other half is the module's own class."""
@@ -53,3 +55,33 @@ def maker(kind: type[torch.nn.Module]) -> tuple[Callable[..., torch.nn.Module], 
     if "_half" in kind.__dict__:
         return _new_of_both, (kind._half, kind._original_class)
     return new_module, (kind,)
+
+
+def graph_class(
+    kind: type[torch.nn.Module],
+    choose: Callable[[torch.nn.Module], Callable[..., Any] | None],
+    members: dict[str, Any],
+    otherwise: Callable[..., Any] | None = None,
+) -> type[torch.nn.Module]:
+    """The class of a module whose forward is a graph, with these members.
+
+    ``choose`` gives the graph's function for a call with the arguments that have no default, or None. Where that is None, and
+    for calls with other arguments, ``otherwise`` is called: by default kind's own forward.
+    """
+    arguments_of_call = arguments_of(kind.forward)
+
+    @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        chosen = choose(self)
+        arguments = None if chosen is None else arguments_of_call(self, *args, **kwargs)
+        if arguments is None:
+            return (otherwise or kind.forward)(self, *args, **kwargs)
+        return chosen(self, *arguments)
+
+    body = {
+        "forward": forward,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind,), {**body, **members})

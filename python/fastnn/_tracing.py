@@ -6,6 +6,7 @@ import collections
 import contextlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,19 @@ _SUMS_IN_PLACE = (_APPLIED["iadd"], "add_", "__iadd__")
 
 class _Proxy(fx.Proxy):
     """A proxy for which ``a += b`` changes a. For those of torch.fx it is another name for a + b; and in the code that torch.fx
-    writes for ``operator.iadd`` a number that is read again would be the sum, hence functions of our own."""
+    writes for ``operator.iadd`` a number that is read again would be the sum, hence functions of our own.
+
+    For ``isinstance`` in a forward it is the tensor that it stands for. Where it may stand for something else, that is refused.
+    """
+
+    @property
+    def __class__(self) -> type:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.startswith(("torch.fx", "torch.nn.parameter", __name__)):
+            return _Proxy
+        if asking.partition(".")[0] not in ("torch", "fastnn") and self.node.op not in ("placeholder", "get_attr"):
+            raise TypeError("a forward that asks what kind of object a result is")
+        return torch.Tensor
 
 
 for _name, _function in _APPLIED.items():
@@ -52,6 +65,9 @@ for _name, _function in _APPLIED.items():
 
 
 class _Tracer(fx.Tracer):
+    #: The graph reads a buffer when it runs, whatever the forward makes of it first.
+    proxy_buffer_attributes = True
+
     def __init__(self, inline: bool = True) -> None:
         super().__init__()
         self._inline = inline
@@ -123,7 +139,7 @@ def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] |
             _, *given = signature.bind(self, *args, **kwargs).arguments.items()
         except TypeError:
             return None  # the forward itself will say so
-        if not all(name in required or value is defaults[name] for name, value in given):
+        if not all(name in required or _is_default(value, defaults[name]) for name, value in given):
             return None
         return tuple(value for name, value in given if name in required)
 
@@ -133,6 +149,10 @@ def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] |
         return None if found is None or any(isinstance(value, _FLAGS) for value in found) else found
 
     return no_flags
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and isinstance(value, _FLAGS) and value == default)
 
 
 def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | None = None) -> fx.Graph | None:
@@ -165,7 +185,7 @@ def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | N
     return graph
 
 
-_CONSTANT = "_tensor_constant"  # how torch.fx calls the tensors of a graph
+CONSTANT = "_tensor_constant"  # how torch.fx calls the tensors of a graph
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -181,20 +201,20 @@ def _restored(attributes: dict[str, Any], kept: dict[str, Any]) -> bool:
     """Makes a module's attributes what they were. False if a forward has changed any of them."""
     same = True
     for name in attributes.keys() - kept.keys():
-        if not name.startswith(_CONSTANT):
+        if not name.startswith(CONSTANT):
             del attributes[name]
             same = False
     for name, (value, held) in kept.items():
         same &= name == "training" or attributes.get(name) is value
         attributes[name] = value
-        if held is not None and not _holds_the_same(value, held):
+        if held is not None and not holds_the_same(value, held):
             value.clear()
             value.extend(held) if type(value) is list else value.update(held)
             same = False
     return same
 
 
-def _holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
+def holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
     if len(value) != len(held):
         return False
     if isinstance(value, dict):
@@ -232,7 +252,12 @@ def other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
         return None
     if a is one:
         return b
-    return None if node.target in _SUMS_IN_PLACE else a
+    return None if is_in_place(node) else a
+
+
+def is_in_place(total: fx.Node) -> bool:
+    """Whether a sum is written over its first operand."""
+    return total.target in _SUMS_IN_PLACE
 
 
 def undisturbed(chain: list[fx.Node], modules: dict[str, torch.nn.Module]) -> bool:

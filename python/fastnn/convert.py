@@ -404,6 +404,9 @@ def original_class(kind: type) -> type | None:
     return None
 
 
+_CHANGED = "changed since its layers were made to run as one: they run one by one; convert or quantize it again"
+
+
 def _is_quantized_chain(kind: type) -> bool:
     """Whether the class is that of a model whose convolutions fastnn.quant has made integers, which dequantize_ undoes."""
     return "_is_chain" in kind.__dict__
@@ -419,13 +422,13 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
     original = original_class(kind)
     if is_fused(kind):
         calls = kind._fused_calls
-        reason = (
-            f"{len(calls.convolutions)} convolutions and {len(calls.linears)} linear layers run with what follows them, in eval"
-            " mode without gradients"
-        )
-        return Row(name, class_name(original), "note", "", reason, own)
+        counts = (len(calls.convolutions), "convolution"), (len(calls.linears), "linear layer")
+        several = " and ".join(f"{n} {noun}{'s' * (n > 1)}" for n, noun in counts if n)
+        reason = f"{several}, each with what follows it as one call, in eval mode without gradients"
+        return Row(name, class_name(original), "note", "", reason if calls.unchanged() else _CHANGED, own)
     if _is_quantized_chain(kind):
-        return Row(name, class_name(original), "note", "", "its convolutions hand integers to each other", own)
+        reason = "its convolutions hand integers to each other, in eval mode"
+        return Row(name, class_name(original), "note", "", reason if module.is_current_chain() else _CHANGED, own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
         fast = _fast_half(kind)

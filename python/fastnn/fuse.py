@@ -8,7 +8,6 @@ layers follow each other is found by ``torch.fx``; the calls that stand in their
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,10 +18,11 @@ from torch import Tensor, fx
 
 from . import nn
 from ._fused import Calls, Chain, FusedConv, FusedLinear, InvertedResidual, Pool, Step
-from ._made_classes import maker
-from ._tracing import arguments_of, count_calls, only_user, other_summand, trace_whole, undisturbed
+from ._guards import Guards
+from ._made_classes import graph_class, maker
+from ._tracing import count_calls, is_in_place, only_user, other_summand, trace_whole, undisturbed
 from .nn.activation import activation_name
-from .nn.hooks import unwatched
+from .nn.hooks import any_global_hook, unwatched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -74,21 +74,25 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
 
     ``allowed`` says which convolutions and batch norms may take part.
     """
-    if is_fused(type(model)):
-        type(model)._fused_calls.make_anew()
-        return
     convolutions = any(isinstance(inner, _CONVOLUTIONS) for inner in model.modules())
     if not convolutions and not any(isinstance(inner, nn.Linear) for inner in model.modules()):
         return
-    # Of a convolution's result the layout may be chosen if all that read it are seen, wherever they are. Linear layers are
-    # looked for module by module, each of which goes on being called.
-    graph = trace_whole(model, inline=convolutions)
-    if graph is None or not convolutions:
+    graph = None
+    current = is_fused(type(model)) and type(model)._fused_calls.as_traced()
+    if not current:
+        if is_fused(type(model)):
+            model.__class__ = type(model)._original_class
+        # Of a convolution's result the layout may be chosen if all that read it are seen, wherever they are. Linear layers are
+        # looked for module by module, each of which goes on being called.
+        graph = trace_whole(model, inline=convolutions)
+    if not convolutions or (graph is None and not current):
         for child in model.children():
             fuse_(child, allowed)
+    if current:
+        type(model)._fused_calls.make_anew()
     if graph is None:
         return
-    calls = _rewrite(graph, dict(model.named_modules()), allowed)
+    calls = _rewrite(graph, model, allowed)
     if calls.convolutions or calls.linears:
         code = graph.python_code(root_module="self")
         namespace = dict(code.globals)
@@ -102,8 +106,10 @@ def is_fused(kind: type) -> bool:
     return "_fused_calls" in kind.__dict__
 
 
-def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Callable[[torch.nn.Module], bool]) -> Calls:
+def _rewrite(graph: fx.Graph, model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) -> Calls:
     """Puts one call in the place of each layer and what follows it, and one in the place of several convolutions of these."""
+    modules = dict(model.named_modules())
+    guards = Guards(model, graph)
     fused: list[FusedConv] = []
     linears: list[FusedLinear] = []
     blocks: list[InvertedResidual] = []
@@ -121,10 +127,10 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
     def run_chain(index: int, *inputs: Tensor) -> Tensor:
         return chains[index](*inputs)
 
-    passed = _skip_passes(graph, modules)
+    kept = _skip_passes(graph, modules)
     _fuse_convolutions(graph, modules, allowed, fused, run_fused)
     _fuse_linears(graph, modules, allowed, linears, run_linear)
-    _find_layouts(graph, modules, fused, run_fused)
+    kept += _find_layouts(graph, modules, fused, run_fused)
     _fuse_inverted(graph, modules, fused, run_fused, blocks, run_inverted)
     _find_last_uses(graph, fused, run_fused, run_inverted)
     calls: dict[fx.Node, FusedConv | InvertedResidual | Pool] = {
@@ -136,8 +142,8 @@ def _rewrite(graph: fx.Graph, modules: dict[str, torch.nn.Module], allowed: Call
             pool = Pool.of(modules[node.target])
             if pool is not None and isinstance(node.args[0], fx.Node):
                 calls[node] = pool
-    pools = _fuse_chains(graph, calls, chains, run_chain)
-    return Calls(fused, linears, pools, chains, passed)
+    kept += _fuse_chains(graph, calls, chains, run_chain)
+    return Calls(guards, fused, linears, chains, kept)
 
 
 def _calls_of(graph: fx.Graph, *functions: Callable[..., Any]) -> list[fx.Node]:
@@ -203,12 +209,10 @@ def _fuse_convolutions(
             chain.append(only_user(node))
         else:
             norm = None
-        residual = None
-        after = only_user(chain[-1])
-        other = other_summand(after, chain[-1])
-        if other is not None:
-            residual = other
-            chain.append(after)
+        total = only_user(chain[-1])
+        residual = other_summand(total, chain[-1])
+        if residual is not None:
+            chain.append(total)
         activation = _activation_of(only_user(chain[-1]), modules)
         if activation is not None:
             chain.append(only_user(chain[-1]))
@@ -217,7 +221,7 @@ def _fuse_convolutions(
             continue
         arguments = (len(fused), node.args[0]) if residual is None else (len(fused), node.args[0], residual)
         _replace(graph, chain, run_fused, arguments)
-        fused.append(FusedConv(conv, norm, activation or "none", after))
+        fused.append(FusedConv(conv, norm, activation or "none", after, residual is not None and is_in_place(total)))
 
 
 def _fuse_linears(
@@ -238,8 +242,8 @@ def _fuse_linears(
             continue
         after = modules[following.target] if residual is None and following.op == "call_module" else None
         arguments = (len(linears), node.args[0]) if residual is None else (len(linears), node.args[0], residual)
-        parent, _, name = node.target.rpartition(".")
-        linears.append(FusedLinear(modules[parent], name, activation or "none", after))
+        in_place = residual is not None and is_in_place(following)
+        linears.append(FusedLinear(modules[node.target], activation or "none", after, in_place))
         _replace(graph, [node, following], run_linear, arguments)
 
 
@@ -248,8 +252,10 @@ def _find_layouts(
     modules: dict[str, torch.nn.Module],
     fused: list[FusedConv],
     run_fused: Callable[..., Tensor],
-) -> None:
-    """Of which results the kernels may choose the layout: those that are read by what takes any."""
+) -> list[torch.nn.Module]:
+    """Of which results the kernels may choose the layout: those that are read by what takes any. Returns the modules of these
+    that do."""
+    taking = []
 
     def takes_any_layout(node: fx.Node) -> bool:
         if node.op == "call_function" and node.target is run_fused:
@@ -259,12 +265,15 @@ def _find_layouts(
         module = modules[node.target] if node.op == "call_module" else None
         if module is None or not unwatched(module):
             return False
+        if module.training == modules[""].training:  # not dropout that is to go on in inference
+            taking.append(module)
         return type(module) is torch.nn.Flatten or (
             type(module) in _KEEPS_LAYOUT and all(map(takes_any_layout, node.users))
         )
 
     for node in _calls_of(graph, run_fused):
         fused[node.args[0]].any_layout = all(map(takes_any_layout, node.users))
+    return taking
 
 
 def _fuse_inverted(
@@ -318,10 +327,10 @@ def _fuse_chains(
     calls: dict[fx.Node, FusedConv | InvertedResidual | Pool],
     chains: list[Chain],
     run_chain: Callable[..., Tensor],
-) -> list[Pool]:
+) -> list[torch.nn.Module]:
     """One call for those that follow each other, where others read the last one's result alone. Returns the poolings among
     them."""
-    pools: list[Pool] = []
+    pools: list[torch.nn.Module] = []
 
     def replace(nodes: list[fx.Node]) -> None:
         read = [[arg for arg in node.args if isinstance(arg, fx.Node)] for node in nodes]
@@ -333,7 +342,7 @@ def _fuse_chains(
             ended = [number[value] for value in args if last_reader[value] == i]
             residual = number[args[1]] if len(args) > 1 else None
             steps.append(Step(calls[node], number[args[0]], residual, ended))
-        pools.extend(step.call for step in steps if isinstance(step.call, Pool))
+        pools.extend(step.call.module for step in steps if isinstance(step.call, Pool))
         _replace(graph, nodes, run_chain, (len(chains), *inputs))
         chains.append(Chain(len(inputs), steps))
 
@@ -389,37 +398,25 @@ def _fused_class(model: torch.nn.Module, forward: Callable[..., Any], calls: Cal
     made of that class."""
     kind, fused = type(model), weakref.ref(model)
 
-    arguments_of_call = arguments_of(kind.forward)
-
-    @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
-    def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def choose(self: torch.nn.Module) -> Callable[..., Any] | None:
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or self.training
             or self is not fused()
             or torch._C._is_any_autocast_enabled()
+            or any_global_hook()
             or not calls.are_current()
         ):
-            return kind.forward(self, *args, **kwargs)
-        arguments = arguments_of_call(self, *args, **kwargs)
-        return kind.forward(self, *args, **kwargs) if arguments is None else forward(self, *arguments)
+            return None
+        return forward
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         # A copy has parameters of its own, and a class made at run time cannot be pickled: copies are not fused.
         _, _, *rest = object.__reduce_ex__(self, protocol)
         return (*maker(kind), *rest)
 
-    body = {
-        "forward": dispatch,
-        "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "_original_class": kind,
-        "_fused_calls": calls,
-    }
-    return type(kind.__name__, (kind,), body)
+    return graph_class(kind, choose, {"__reduce_ex__": reduce, "_original_class": kind, "_fused_calls": calls})
 
 
 def fused_calls(model: torch.nn.Module) -> Iterator[FusedConv]:

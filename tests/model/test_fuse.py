@@ -1413,3 +1413,67 @@ def test_hooks_and_replacements_inside_of_linear_models():
         around.part = Perceptron(nn.ReLU()).eval()
         expected = torch.relu(F.linear(around.part(x, y), around.last.weight, around.last.bias))
         torch.testing.assert_close(around(x, y), expected)
+
+
+class SumInPlace(nn.Module):
+    """A sum with something else, that is written over the layer's result."""
+
+    def __init__(self, kind, add):
+        super().__init__()
+        widen = [nn.Conv2d(8, 16, 1), nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6()]
+        self.before = nn.Sequential(*widen if kind == "inverted" else [])
+        self.layer = nn.Linear(8, 8) if kind == "linear" else nn.Conv2d(16 if kind == "inverted" else 8, 8, 1)
+        self.add = add
+
+    def forward(self, x, other):
+        return self.add(self.layer(self.before(x)), other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepacked"), [("conv", False), ("inverted", False), ("linear", False), ("linear", True)]
+)
+@pytest.mark.parametrize("add", [operator.add, operator.iadd, lambda a, b: a.add_(b)], ids=["add", "iadd", "add_"])
+def test_a_sum_in_place_is_of_the_layers_dtype_and_shape(kind, prepacked, add):
+    plain = SumInPlace(kind, add).eval().bfloat16()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    if prepacked:
+        fastnn.prepack_(fused)
+    shape = (2, 8, 5, 8)
+    x = torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        for other in (torch.randn(shape), torch.randn(8, 1, 8), torch.randn(shape, dtype=torch.float64)):
+            for _ in range(2):
+                found, expected = fused(x, other), plain(x, other)
+                assert found.dtype is expected.dtype
+                torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        larger = torch.randn(3, *shape).bfloat16()
+        if add is operator.add:
+            assert fused(x, larger).shape == plain(x, larger).shape
+        else:
+            with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+                fused(x, larger)
+
+
+class Asking(nn.Module):
+    """A forward that asks what it was given, or (``result``) what a layer has returned."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.first, self.second, self.result = nn.Linear(8, 8), nn.Linear(8, 8), result
+
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            x = x[0]
+        y = self.first(x)
+        if self.result and isinstance(y, torch.Tensor):
+            y = y * 2
+        return torch.relu(self.second(y)) if torch.is_tensor(x) else y
+
+
+@pytest.mark.parametrize("result", [False, True])
+def test_a_forward_that_asks_for_types(result):
+    plain = Asking(result).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    assert is_fused(type(fused)) is not result
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(outputs(fused, x), outputs(plain, x))

@@ -256,7 +256,7 @@ def test_calls_as_one_are_the_calls_one_by_one():
             first = chain(x)  # one by one, and remembered
             assert torch.equal(chain(x), first)
             assert torch.equal(chain(x.clone()), first)
-        (calls,) = chain._integer_chain.runs
+        (calls,) = chain._fastnn_integer_chain.runs
         assert [type(made).__name__ for made in calls._made.values()] == ["_Program"] * 3
         # From several threads at once.
         expected = [chain(x) for x in inputs]
@@ -333,7 +333,7 @@ def test_numbers_come_in_and_go_out_between_calls():
         for _ in range(2):
             for y, wanted in zip(chain(x), exact, strict=True):
                 assert snr(y, wanted) > 25
-    assert len(chain._integer_chain.runs) == 2
+    assert len(chain._fastnn_integer_chain.runs) == 2
 
 
 def test_what_reads_integers_not_gets_numbers():
@@ -493,3 +493,35 @@ def test_bias_correction(computed):
         correct_bias_(chain, model, None if computed else [x])
         # A mean that is wrong by a batch norm would be heard.
         assert snr(chain(x), model(x)) > before - 1
+
+
+class Disturbed(nn.Module):
+    """A convolution whose input or shortcut is changed in place before what follows it, by ``kind``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.kind = nn.BatchNorm2d(8), kind
+
+    def forward(self, x):
+        x = x * 1
+        shortcut = F.relu(self.first(x)) * 2
+        y = self.second(x)
+        if self.kind == "before the norm":
+            x.mul_(3)
+        y = self.norm(y)
+        if self.kind == "before the sum":
+            shortcut -= 2
+        y = y + shortcut
+        if self.kind == "before the activation":
+            shortcut.mul_(-4)
+        return F.relu(y) + shortcut * 0
+
+
+@pytest.mark.parametrize("kind", ["before the norm", "before the sum", "before the activation"])
+def test_what_is_changed_in_place_between(kind):
+    x = torch.randn(2, 8, 9, 7)
+    model = settled(Disturbed(kind))
+    chain = quantized(model, x)
+    with torch.inference_mode():
+        assert snr(chain(x), model(x)) > 25

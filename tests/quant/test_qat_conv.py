@@ -245,9 +245,12 @@ def test_failures_leave_the_model():
 
 def test_a_model_that_has_changed_since():
     model = prepare_qat_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Int8Static(torch.randn(2, 3, 7, 7)))
-    model[0].register_forward_hook(lambda *_: None)
+    watching = model[0].register_forward_hook(lambda *_: None)
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="no longer calls the convolutions"):
         convert_qat_(model)
     assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(ValueError, match="is watched by hooks"):
+        model(torch.randn(2, 3, 7, 7))
+    watching.remove()
     assert model.eval()(torch.randn(2, 3, 7, 7)).shape == (2, 4, 5, 5)

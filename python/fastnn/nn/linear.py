@@ -81,8 +81,9 @@ class Linear(PackableWeight, torch.nn.Linear):
                 return output
         return functional.linear_act(input, weight, bias, activation)
 
-    def forward_add(self, input: Tensor, residual: Tensor) -> Tensor:
-        """``forward(input) + residual``: one call where the weight is packed (:func:`fastnn.prepack_`)."""
+    def forward_add(self, input: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
+        """``forward(input) + residual``, or ``+=`` if ``in_place``: one call where the weight is packed
+        (:func:`fastnn.prepack_`)."""
         packed = self._packed_weight
         if packed is not None and not torch.compiler.is_compiling():
             weight = self.weight
@@ -90,7 +91,8 @@ class Linear(PackableWeight, torch.nn.Linear):
                 output = packed.linear_add(input, weight, self.bias, residual)
                 if output is not None:
                     return output
-        return self.forward(input) + residual
+        output = self.forward(input)
+        return output.add_(residual) if in_place else output + residual
 
 
 class NonDynamicallyQuantizableLinear(Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -160,11 +160,13 @@ def conv_fused(
     residual: Tensor | None = None,
     prepared: _cpu.Prepared | None = None,
     overwrite: bool = False,
+    in_place: bool = False,
 ) -> Tensor | None:
     """activation(conv(input, weight) + bias + residual) in one pass, without gradients; as many dimensions as weight has.
 
     ``prepared`` keeps what the kernels make of weight for the next call with it: a new one where weight has changed.
-    ``overwrite`` says that nobody needs the residual any more: its memory may become the result's.
+    ``overwrite`` says that nobody needs the residual any more: its memory may become the result's. ``in_place``, that the
+    residual is added to the convolution's result in place, as ``+=`` does: whose shape and dtype it is, whatever the residual's.
     From the second call on weight may be None where ``prepared`` is given; the result is None where it is needed
     nevertheless, with nothing written.
 
@@ -214,7 +216,7 @@ def conv_fused(
     function = (conv1d, conv2d, conv3d)[rank - 1]
     y = function(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if in_place else y + residual
     return apply_activation(activation, y)
 
 
@@ -231,6 +233,7 @@ def inverted_residual(
     depthwise: FusedLayer,
     stride: int,
     project: FusedLayer,
+    in_place: bool = False,
 ) -> Tensor | None:
     """A convolution to many channels, a depthwise 3 × 3 one (padding 1) and a pointwise one to few, without gradients: what
     :func:`conv_fused` computes of each, one after the other (Sandler et al. 2018, arXiv:1801.04381, figure 3d).
@@ -255,9 +258,9 @@ def inverted_residual(
             return found
     y = input
     if expand is not None:
-        y = _one_layer(y, expand, expand_stride, expand_padding, 1, None)
-    y = _one_layer(y, depthwise, stride, 1, depthwise[0].shape[0], None)
-    return _one_layer(y, project, 1, 0, 1, residual)
+        y = _one_layer(y, expand, expand_stride, expand_padding, 1)
+    y = _one_layer(y, depthwise, stride, 1, depthwise[0].shape[0])
+    return _one_layer(y, project, 1, 0, 1, residual, in_place)
 
 
 def _inverted_residual(
@@ -307,12 +310,17 @@ _ACTIVATION_NAMES = {number: name or "none" for name, number in cpu.ACTIVATION.i
 
 
 def _one_layer(
-    input: Tensor, layer: FusedLayer, stride: _Numbers, padding: _Numbers, groups: int, residual: Tensor | None
+    input: Tensor,
+    layer: FusedLayer,
+    stride: _Numbers,
+    padding: _Numbers,
+    groups: int,
+    residual: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     weight, bias, activation, prepared = layer
-    return conv_fused(
-        *(input, weight, bias, stride, padding, 1, groups, _ACTIVATION_NAMES[activation], residual, prepared)
-    )
+    name = _ACTIVATION_NAMES[activation]
+    return conv_fused(*(input, weight, bias, stride, padding, 1, groups, name, residual, prepared), in_place=in_place)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

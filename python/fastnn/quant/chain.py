@@ -20,10 +20,11 @@ from torch import Tensor, fx
 
 from .. import nn
 from .._folding import fold_batch_norm
-from .._made_classes import maker
-from .._tracing import arguments_of, count_calls, only_user, other_summand, trace_whole, undisturbed
+from .._guards import OURS, Guards
+from .._made_classes import graph_class, maker
+from .._tracing import count_calls, only_user, other_summand, trace_whole, undisturbed
 from ..backends.reference.quantize import choose_scale
-from ..nn.hooks import unwatched
+from ..nn.hooks import any_global_hook, unwatched
 from .config import Int8Static
 from .conv import RESIDUAL, GlobalAverage, Parameters, QuantizedConv, Step
 from .modules import class_before
@@ -212,7 +213,7 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
             group.nodes.append(after)
         after = only_user(group.last)
         other = other_summand(after, group.last)
-        if other is not None and after not in taken and undisturbed([*group.nodes, after], modules):
+        if other is not None and after not in taken:
             group.sum = after
             group.nodes.append(after)
         after = only_user(group.last)
@@ -220,6 +221,8 @@ def find_groups(graph: fx.Graph, modules: dict[str, torch.nn.Module], chosen: se
         if activation is not None:
             group.activation = activation
             group.nodes.append(after)
+        if not undisturbed(group.nodes, modules):
+            group = Group([node], conv, None)
         taken.update(group.nodes)
         groups.append(group)
     return groups
@@ -313,6 +316,7 @@ def _quantize(group: Group, ranges: dict[fx.Node, Parameters], part: Part) -> Qu
         **dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups),
     )
     made.was, made.float_dtype = class_before(conv), conv.weight.dtype
+    made.train(conv.training)
     if group.residual is not None:
         for name, value in zip(RESIDUAL, of(group.residual), strict=True):
             made.register_buffer(name, value)
@@ -333,12 +337,19 @@ class _Chain:
         steps: list[tuple[str, str, torch.dtype, bool]],
         averages: list[tuple[str, torch.dtype]],
         runs: list[_Run],
+        guards: Guards,
     ) -> None:
-        self.layers = [model.get_submodule(name) for name, *_ in steps]
+        self.guards = guards
+        self._parts = model, steps, averages, runs
+
+    @functools.cached_property
+    def runs(self) -> list[Calls]:
+        model, steps, averages, runs = self._parts  # whose tensors may have had no values before
+        layers = [model.get_submodule(name) for name, *_ in steps]
         made: dict[type, list[Any]] = {}
         made[Step] = [
             Step(conv, activation, dtype, (conv._buffers, *RESIDUAL) if added else None)
-            for conv, (_, activation, dtype, added) in zip(self.layers, steps, strict=True)
+            for conv, (_, activation, dtype, added) in zip(layers, steps, strict=True)
         ]
         made[GlobalAverage] = [
             GlobalAverage((model.get_submodule(name)._buffers, "output_scale", "output_zero_point"), dtype)
@@ -348,7 +359,7 @@ class _Chain:
         def what(kind: type, argument: Any) -> Any:
             return made[kind][argument] if kind in made else argument
 
-        self.runs = [Calls([Call(what(*call[:2]), *call[2:]) for call in calls], wanted) for calls, wanted in runs]
+        return [Calls([Call(what(*call[:2]), *call[2:]) for call in calls], wanted) for calls, wanted in runs]
 
 
 def _run_calls(chain: _Chain, index: int, *inputs: Tensor) -> list[Tensor]:
@@ -361,6 +372,8 @@ _KINDS = (Step, GlobalAverage, tuple)
 
 def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
     model, graph, modules, whole = part.module, part.graph, part.modules, part.whole
+    guards = Guards(model, graph)
+    followed = activations_of(part.groups, modules)
     names = {id(module): name for name, module in reversed(modules.items())}
     producers = {group.last: group for group in part.groups}
     steps, averages = [], []
@@ -377,6 +390,7 @@ def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
             averages.append((names[id(of[node])], of[node].weight.dtype))
         else:
             continue
+        followed.append(modules[node.target])
         with graph.inserting_before(node):
             replacement = graph.call_function(kind, arguments)
         node.replace_all_uses_with(replacement)
@@ -389,10 +403,22 @@ def _rewrite(part: Part, made: list[QuantizedConv]) -> None:
     for group, conv in zip(part.groups, made, strict=True):
         model.set_submodule(names[id(group.conv)], conv)
         if group.norm_name is not None:
-            model.set_submodule(group.norm_name, torch.nn.Identity())
+            model.set_submodule(group.norm_name, torch.nn.Identity().train(group.norm.training))
+    guards.keep(followed)
+    guards.pin([*made, *(model.get_submodule(g.norm_name) for g in part.groups if g.norm_name is not None)])
     runs = _join(graph, chain)
-    forward = forward_of(graph)
-    model.__class__ = _chained_class(type(model), forward, lambda self: _Chain(self, steps, averages, runs))
+
+    def make_chain(model: torch.nn.Module, guards: Guards) -> _Chain:
+        return _Chain(model, steps, averages, runs, guards)
+
+    model.__class__ = _chained_class(type(model), forward_of(graph), make_chain)
+    model.__dict__[_CHAIN] = make_chain(model, guards)
+
+
+def activations_of(groups: list[Group], modules: dict[str, torch.nn.Module]) -> list[torch.nn.Module]:
+    """The activations that are modules."""
+    nodes = [group.last for group in groups if group.activation != "none"]
+    return [modules[node.target] for node in nodes if node.op == "call_module"]
 
 
 def first_node(graph: fx.Graph, attribute: str) -> fx.Node:
@@ -439,28 +465,21 @@ def _join(graph: fx.Graph, chain: fx.Node) -> list[_Run]:
 
 
 #: Where a model keeps what its forward calls.
-_CHAIN = "_integer_chain"
+_CHAIN = f"{OURS}integer_chain"
 
 
 def _chained_class(
-    kind: type, forward: Callable[..., Any], make_chain: Callable[[torch.nn.Module], _Chain]
+    kind: type, forward: Callable[..., Any], make_chain: Callable[[torch.nn.Module, Guards], _Chain]
 ) -> type[torch.nn.Module]:
     """The class of a model in integers. Its own forward, of layers that take and give floating-point numbers, is for those who
-    compile the model, watch its layers, or have unpickled it: a class that was made at run time cannot be pickled."""
+    compile the model, watch its layers, have changed it, or have unpickled it: a class that was made at run time cannot be
+    pickled."""
 
-    arguments_of_call = arguments_of(kind.forward)
-
-    @functools.wraps(kind.forward)  # whose parameters torch.export and others ask for
-    def dispatch(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return kind.forward(self, *args, **kwargs)
+    def choose(self: torch.nn.Module) -> Callable[..., Any] | None:
+        if torch.compiler.is_compiling() or any_global_hook():
+            return None
         chain = self.__dict__.get(_CHAIN)
-        if chain is None:
-            chain = self.__dict__[_CHAIN] = make_chain(self)
-        arguments = arguments_of_call(self, *args, **kwargs)
-        if arguments is None or not all(map(unwatched, chain.layers)):
-            return kind.forward(self, *args, **kwargs)
-        return forward(self, *arguments)
+        return forward if chain is not None and chain.guards.hold() else None
 
     def state(self: torch.nn.Module) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _CHAIN}
@@ -468,22 +487,23 @@ def _chained_class(
     def deepcopy(self: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(state(self), memo))
+        made.__dict__[_CHAIN] = make_chain(made, copy.deepcopy(self.__dict__[_CHAIN].guards, memo))
         return made
 
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         return *maker(kind), state(self)
 
-    body = {
-        "forward": dispatch,
+    def is_current_chain(self: torch.nn.Module) -> bool:
+        return self.__dict__[_CHAIN].guards.unchanged()
+
+    members = {
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
+        "is_current_chain": is_current_chain,
         "_original_class": kind,
         "_is_chain": True,
     }
-    return type(kind.__name__, (kind,), body)
+    return graph_class(kind, choose, members)
 
 
 def unchain(module: torch.nn.Module) -> None:

@@ -10,7 +10,6 @@ common).
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .._tracing import arguments_of, trace
+from .._guards import OURS, Guards
+from .._made_classes import graph_class
+from .._tracing import trace
 from ..ops.fake_quantize import fake_quantize
 from ..ops.quantize import choose_scale
-from .chain import AVERAGES, MAX_POOLS, Group, Part, find_groups, first_node, forward_of
+from .chain import AVERAGES, MAX_POOLS, Group, Part, activations_of, find_groups, first_node, forward_of
 from .config import Config, Int8Static
 from .layers import input_parameters
 from .observers import Observer
 from .weight_only_conv import filter_rows
 
 #: Of a module that is simulated: where its state lies, and the property that its forward reads.
-_STATE, _SIMULATED = "_qat_chain_state", "_qat_chain"
+_STATE, _SIMULATED = f"{OURS}qat_state", f"{OURS}qat_chain"
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -54,12 +55,16 @@ class _Call:
 
 
 class _State:
-    """Of one module: its calls, and the observers by the names of the nodes that they watch."""
+    """Of one module: its calls, the observers by the names of the nodes that they watch, and what the graphs of its forward hold
+    good for, in training and not."""
 
-    def __init__(self, calls: list[_Call], observers: dict[str, Observer], config: Int8Static) -> None:
+    def __init__(
+        self, calls: list[_Call], observers: dict[str, Observer], config: Int8Static, guards: dict[bool, Guards]
+    ) -> None:
         self.calls = calls
         self.observers = observers
         self.config = config
+        self.guards = guards
 
     def rounded(self, x: Tensor, place: _Place | None, training: bool) -> Tensor:
         """What uint8 leaves of a tensor, in float32."""
@@ -88,7 +93,13 @@ def simulate(part: Part, config: Int8Static) -> None:
         raise ValueError(
             f"prepare_qat_: what follows {', '.join(apart)} in training is not what follows in eval mode; leave them with skip="
         )
-    state = _State(_calls(part), part.observers, config)
+    # Parts of a model may be in eval mode while it is trained.
+    guards = {mode: Guards(module, graph, None) for mode, graph in ((True, graph), (False, part.graph))}
+    pools = [inner for inner in modules.values() if type(inner) in (*MAX_POOLS, *AVERAGES)]
+    for each in guards.values():
+        each.pin(layer for group in part.groups for layer in (group.conv, group.norm) if layer is not None)
+        each.keep([*activations_of(part.groups, modules), *pools])
+    state = _State(_calls(part), part.observers, config, guards)
     # Changes the graphs.
     forwards = {
         True: _forward(part, graph, [groups[group.layer] for group in part.groups]),
@@ -96,24 +107,24 @@ def simulate(part: Part, config: Int8Static) -> None:
     }
     kind = type(module)
 
-    arguments_of_call = arguments_of(kind.forward)
+    def choose(self: torch.nn.Module) -> Any:
+        return forwards[self.training] if self.__dict__[_STATE].guards[self.training].hold() else None
 
-    @functools.wraps(kind.forward)
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = arguments_of_call(self, *args, **kwargs)
-        if arguments is None:
+    def refuse(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if choose(self) is None:
             raise ValueError(
-                f"{kind.__name__}: in quantization-aware training, arguments that have a default must be left to it"
+                f"{kind.__name__}: a module of it was changed, or is watched by hooks, since prepare_qat_; call prepare_qat_"
+                " after that"
             )
-        return forwards[self.training](self, *arguments)
+        raise ValueError(
+            f"{kind.__name__}: in quantization-aware training, arguments that have a default must be left to it"
+        )
 
-    body = {
-        "forward": forward,
+    members = {
         _SIMULATED: property(lambda self: (self, self.__dict__[_STATE])),
         "was_before_qat": kind,
-        "__doc__": kind.__doc__,
     }
-    module.__class__ = type(f"QuantizationAware{kind.__name__}", (kind,), body)
+    module.__class__ = graph_class(kind, choose, members, refuse)
     module.__dict__[_STATE] = state
 
 

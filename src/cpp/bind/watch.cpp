@@ -10,18 +10,23 @@ using namespace fastnn;
 
 namespace {
 
-// What lay in some dictionaries (of modules) under some names when this was made.
+// What lay in some dictionaries (of modules) under some names, and the sizes of others, when this
+// was made.
 class Watch {
  public:
   explicit Watch(const py::list& places) {
     for (const py::handle& place : places) {
       const auto pair = py::cast<py::tuple>(place);
       held_.push_back(pair);
-      Entry e{pair[0].ptr(), pair[1].ptr(), nullptr, nullptr, kPlain, -1};
-      if (!PyDict_Check(e.place) || !PyUnicode_Check(e.name))
-        throw py::type_error("Watch: places: expected pairs of a dictionary and a name");
+      Entry e{pair[0].ptr(), pair[1].ptr(), nullptr, nullptr, nullptr, kPlain, -1};
+      const bool whole = e.name == Py_None;
+      if (!PyDict_Check(e.place) || !(whole || PyUnicode_Check(e.name)))
+        throw py::type_error("Watch: places: expected pairs of a dictionary and a name or None");
       if (entries_.empty() || entries_.back().place != e.place) e.table = table_of(e.place);
-      if ((e.object = get(e))) {
+      if (whole) {
+        e.kind = kSize, e.object = e.place, e.detail = PyDict_Size(e.place);
+      } else if ((e.object = get(e))) {
+        e.type = Py_TYPE(e.object);
         held_.push_back(py::reinterpret_borrow<py::object>(e.object));
         see(e);
       }
@@ -40,8 +45,8 @@ class Watch {
     std::vector<py::object>().swap(held_);
   }
 
-  // Whether the same objects lie there: tensors with the same memory, to which nothing was written,
-  // and dictionaries of the same size.
+  // Whether the same objects lie there, of the same classes: tensors with the same memory, to which
+  // nothing was written, dictionaries of the same size, and lists of the same objects.
   bool same() const {
     // Since the last call the layers' filters went through the caches, and each of these waits for
     // several lines, one found by the other: the first ones are asked for ahead.
@@ -60,7 +65,13 @@ class Watch {
         }
       }
       const Entry& e = entries_[i];
+      if (e.kind == kSize) {
+        if (PyDict_Size(e.place) != e.detail) return false;
+        continue;
+      }
       if (get(e) != e.object || e.kind == kUnknown) return false;
+      if (e.object && Py_TYPE(e.object) != e.type) return false;
+      if (e.kind == kList && !same_list(e.object, held_[size_t(e.detail)].ptr())) return false;
       if (e.kind == kDict && PyDict_Size(e.object) != e.detail) return false;
       if (e.kind == kTensor && !same_tensor(e.object, tensors_[size_t(e.detail)])) return false;
     }
@@ -69,12 +80,14 @@ class Watch {
 
  private:
   // A tensor that cannot be read in C is never the same.
-  enum Kind { kPlain, kDict, kTensor, kUnknown };
+  enum Kind { kPlain, kSize, kDict, kList, kTensor, kUnknown };
   struct Entry {
     PyObject *place, *name, *object;
+    PyTypeObject* type;
     const char* table;  // where the dictionary keeps what lies in it; null: the last entry's
     Kind kind;
-    int64_t detail;  // a dictionary's size, a tensor's index
+    int64_t
+        detail;  // a dictionary's size, a tensor's index, that of a list's copy among those held
   };
   struct Seen {
     char* data;
@@ -93,6 +106,13 @@ class Watch {
     PyObject* found = PyDict_GetItemWithError(e.place, e.name);
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     return found;
+  }
+  static bool same_list(PyObject* list, PyObject* before) {
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    if (size != PyTuple_GET_SIZE(before)) return false;
+    for (Py_ssize_t i = 0; i < size; i++)
+      if (PyList_GET_ITEM(list, i) != PyTuple_GET_ITEM(before, i)) return false;
+    return true;
   }
   static bool version_of(PyObject* tensor, int64_t& version) {
     static PyObject* name = PyUnicode_InternFromString("_version");
@@ -113,12 +133,15 @@ class Watch {
     tensors::Tensor t;
     if (PyDict_Check(e.object)) {
       e.kind = kDict, e.detail = PyDict_Size(e.object);
+    } else if (PyList_CheckExact(e.object)) {
+      e.kind = kList, e.detail = int64_t(held_.size());
+      held_.push_back(py::reinterpret_steal<py::object>(PyList_AsTuple(e.object)));
     } else if (tensors::readable() && tensors::read(e.object, t, true)) {
       Seen seen{t.data, reinterpret_cast<const char*>(t.shape), t.type, false, 0};
       seen.counts = version_of(e.object, seen.version);
       e.kind = kTensor, e.detail = int64_t(tensors_.size());
       tensors_.push_back(seen);
-    } else if (PyObject_HasAttrString(e.object, "_version")) {
+    } else if (PyObject_HasAttrString(e.object, "data_ptr")) {
       e.kind = kUnknown;
     }
   }
@@ -151,9 +174,13 @@ void collect(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 void bind_watch(py::module_& m) {
-  py::class_<Watch>(m, "Watch", py::custom_type_setup(collect),
-                    "What lies in these dictionaries under these names, [(dict, name), ...].")
+  py::class_<Watch>(
+      m, "Watch", py::custom_type_setup(collect),
+      "What lies in these dictionaries under these names, [(dict, name), ...], or their sizes, "
+      "[(dict, None), ...].")
       .def(py::init<const py::list&>())
       .def("same", &Watch::same,
-           "Whether the same lies there now: tensors unchanged, dictionaries of the same size.");
+           "Whether the same lies there now: classes and tensors unchanged, dictionaries of the "
+           "same size, lists "
+           "with the same objects.");
 }
