@@ -223,17 +223,19 @@ def convert(
         strict: raise, before anything is changed, if a module that was asked for computes something and cannot be
             replaced.
         fuse: for inference: run each convolution with the batch norm, the sum and the activation that follow it as one
-            call, and each linear layer with the sum or the activation that follows it. It holds in eval mode with gradients off (``torch.no_grad`` or ``torch.inference_mode``); in training, with
-            gradients, under autocast or ``torch.compile``, or with a hook on a layer in question, the layers run one by
-            one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
+            call, and each linear layer with the sum or the activation that follows it. It holds in eval mode with gradients
+            off (``torch.no_grad`` or ``torch.inference_mode``); in training, with gradients, under autocast or
+            ``torch.compile``, or with a hook on a module in question, the layers run one by one as ever. Parameters and ``state_dict`` stay as they are: the filters with the batch norm folded into them
             are kept beside them, made here where the model is in eval mode and else by the first forward, and anew when
             a parameter's address or version counter has changed or an optimizer has taken a step (writes through
             ``.data`` or numpy change neither: convert again after them). A forward has the kernels keep them in the
             order in which they read them, and lets go of them as they were; an input of another size, with which
             another kernel is called, has them folded once more.
             Which layers follow each other is found by ``torch.fx`` in eval mode; where a module's Python cannot be
-            followed, its children are tried, and :func:`report` says how many calls were fused. Copies (``deepcopy``,
-            pickle, ``torch.save``) are not fused.
+            followed, its children are tried, and :func:`report` says how many calls were fused. Where a module that was
+            followed is replaced later, or an attribute of one that is no parameter and no buffer changes, the layers run
+            one by one again, until the model is converted again. Copies (``deepcopy``, pickle, ``torch.save``) are not
+            fused.
 
     Raises:
         TypeError: ``model`` is no module, or ``only`` or ``skip`` none of the forms above.

@@ -1,7 +1,6 @@
 """Whatever of a model is changed after its forward became a graph, fused or of integers or of training for them, the graph follows
 or is not used."""
 
-import contextlib
 import copy
 import pickle
 
@@ -227,8 +226,7 @@ def test_global_hooks_are_called(make, x):
     with torch.no_grad():
         model(x)
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
-        with contextlib.closing(contextlib.ExitStack()) as stack:
-            stack.callback(handle.remove)
+        with handle:
             model(x)
         assert seen.count(Inner) == 2
 
@@ -300,4 +298,20 @@ def test_a_watch_of_lists_classes_and_dictionaries():
         seen = watch()
         assert seen.same()
         change()
+        assert not seen.same()
+
+
+def test_a_watch_sees_attributes_that_hot_code_stores():
+    module = Inner()
+
+    def store(value):
+        module.factor = value
+
+    for i in range(100):
+        seen = _cpu.Watch([(module.__dict__, "factor"), (module.__dict__, "added")])
+        store(module.factor)
+        assert seen.same()
+        store(float(i))
+        assert not seen.same()
+        store(module.factor)
         assert not seen.same()

@@ -1,5 +1,6 @@
-// What a fused model asks before each call, of a thousand places: whether all that it was made of
+// What a fused model asks before each call, of thousands of places: whether all that it was made of
 // is still there and as it was. From Python that takes longer than its small layers do.
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -10,27 +11,46 @@ using namespace fastnn;
 
 namespace {
 
+#if PY_VERSION_HEX < 0x030C0000
+// Python up to 3.11 gives a dictionary a new number with each change of it.
+constexpr bool kCountsChanges = true;
+uint64_t changes_of(PyObject* dict) {
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+}
+#else
+constexpr bool kCountsChanges = false;
+uint64_t changes_of(PyObject*) { return 0; }
+#endif
+
 // What lay in some dictionaries (of modules) under some names, and the sizes of others, when this
 // was made.
 class Watch {
  public:
   explicit Watch(const py::list& places) {
+    std::unordered_map<PyObject*, size_t> index;
+    std::vector<std::vector<Entry>> entries;
     for (const py::handle& place : places) {
       const auto pair = py::cast<py::tuple>(place);
-      held_.push_back(pair);
-      Entry e{pair[0].ptr(), pair[1].ptr(), nullptr, nullptr, nullptr, kPlain, -1};
-      const bool whole = e.name == Py_None;
-      if (!PyDict_Check(e.place) || !(whole || PyUnicode_Check(e.name)))
+      PyObject *dict = pair[0].ptr(), *name = pair[1].ptr();
+      if (!PyDict_Check(dict) || !(name == Py_None || PyUnicode_Check(name)))
         throw py::type_error("Watch: places: expected pairs of a dictionary and a name or None");
-      if (entries_.empty() || entries_.back().place != e.place) e.table = table_of(e.place);
-      if (whole) {
-        e.kind = kSize, e.object = e.place, e.detail = PyDict_Size(e.place);
-      } else if ((e.object = get(e))) {
-        e.type = Py_TYPE(e.object);
-        held_.push_back(py::reinterpret_borrow<py::object>(e.object));
-        see(e);
+      held_.push_back(pair);
+      const auto [found, fresh] = index.try_emplace(dict, dicts_.size());
+      if (fresh)
+        dicts_.push_back({dict, table_of(dict), changes_of(dict), -1, 0}), entries.emplace_back();
+      if (name == Py_None) {
+        dicts_[found->second].size = PyDict_Size(dict);
+        continue;
       }
-      entries_.push_back(e);
+      PyObject* object = get(dict, name);
+      entries[found->second].push_back({name, object});
+      if (!object) continue;
+      held_.push_back(py::reinterpret_borrow<py::object>(object));
+      see(object);
+    }
+    for (size_t i = 0; i < dicts_.size(); i++) {
+      entries_.insert(entries_.end(), entries[i].begin(), entries[i].end());
+      dicts_[i].end = entries_.size();
     }
   }
 
@@ -41,50 +61,63 @@ class Watch {
     return 0;
   }
   void clear() {
-    entries_.clear();
+    dicts_.clear(), contents_.clear();
     std::vector<py::object>().swap(held_);
   }
 
   // Whether the same objects lie there, of the same classes: tensors with the same memory, to which
   // nothing was written, dictionaries of the same size, and lists of the same objects.
-  bool same() const {
+  bool same() {
     // Since the last call the layers' filters went through the caches, and each of these waits for
     // several lines, one found by the other: the first ones are asked for ahead.
     constexpr size_t kAhead = 16;
-    for (size_t i = 0; i < entries_.size(); i++) {
-      if (i + kAhead < entries_.size()) {
-        const Entry& next = entries_[i + kAhead];
+    size_t begin = 0;
+    for (size_t i = 0; i < dicts_.size(); begin = dicts_[i++].end) {
+      if (i + kAhead < dicts_.size()) {
+        __builtin_prefetch(dicts_[i + kAhead].dict);
+        if (!kCountsChanges)
+          for (const int line : {0, 64, 128, 192})
+            __builtin_prefetch(dicts_[i + kAhead].table + line);
+      }
+      Dict& d = dicts_[i];
+      const uint64_t changes = changes_of(d.dict);
+      if (kCountsChanges && changes == d.changes) continue;
+      if (d.size >= 0 && PyDict_Size(d.dict) != d.size) return false;
+      for (size_t k = begin; k < d.end; k++)
+        if (get(d.dict, entries_[k].name) != entries_[k].object) return false;
+      d.changes = changes;
+    }
+    for (size_t i = 0; i < contents_.size(); i++) {
+      if (i + kAhead < contents_.size()) {
+        const Content& next = contents_[i + kAhead];
         __builtin_prefetch(next.object);
-        if (next.table) {
-          __builtin_prefetch(next.place);
-          for (const int line : {0, 64, 128, 192}) __builtin_prefetch(next.table + line);
-        }
         if (next.kind == kTensor) {
           const char* shape = tensors_[size_t(next.detail)].shape;
           for (const int line : {-64, 0, 64}) __builtin_prefetch(shape + line);
         }
       }
-      const Entry& e = entries_[i];
-      if (e.kind == kSize) {
-        if (PyDict_Size(e.place) != e.detail) return false;
-        continue;
-      }
-      if (get(e) != e.object || e.kind == kUnknown) return false;
-      if (e.object && Py_TYPE(e.object) != e.type) return false;
-      if (e.kind == kList && !same_list(e.object, held_[size_t(e.detail)].ptr())) return false;
-      if (e.kind == kDict && PyDict_Size(e.object) != e.detail) return false;
-      if (e.kind == kTensor && !same_tensor(e.object, tensors_[size_t(e.detail)])) return false;
+      if (!same_content(contents_[i])) return false;
     }
     return true;
   }
 
  private:
-  // A tensor that cannot be read in C is never the same.
-  enum Kind { kPlain, kSize, kDict, kList, kTensor, kUnknown };
+  struct Dict {
+    PyObject* dict;
+    const char* table;  // where it keeps what lies in it
+    uint64_t changes;
+    int64_t size;  // -1: whatever it is
+    size_t end;    // of its entries
+  };
   struct Entry {
-    PyObject *place, *name, *object;
+    PyObject *name, *object;
+  };
+  // Of objects that change while they stay the same ones. A tensor that cannot be read in C is
+  // never the same.
+  enum Kind { kClass, kDict, kList, kTensor, kUnknown };
+  struct Content {
+    PyObject* object;
     PyTypeObject* type;
-    const char* table;  // where the dictionary keeps what lies in it; null: the last entry's
     Kind kind;
     int64_t
         detail;  // a dictionary's size, a tensor's index, that of a list's copy among those held
@@ -102,8 +135,8 @@ class Watch {
     return d->ma_values ? reinterpret_cast<const char*>(d->ma_values)
                         : reinterpret_cast<const char*>(d->ma_keys);
   }
-  static PyObject* get(const Entry& e) {
-    PyObject* found = PyDict_GetItemWithError(e.place, e.name);
+  static PyObject* get(PyObject* dict, PyObject* name) {
+    PyObject* found = PyDict_GetItemWithError(dict, name);
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     return found;
   }
@@ -129,24 +162,46 @@ class Watch {
     return tensors::read(object, t, true) && t.data == seen.data && t.type == seen.type &&
            (!seen.counts || version_of(object, version)) && version == seen.version;
   }
-  void see(Entry& e) {
-    tensors::Tensor t;
-    if (PyDict_Check(e.object)) {
-      e.kind = kDict, e.detail = PyDict_Size(e.object);
-    } else if (PyList_CheckExact(e.object)) {
-      e.kind = kList, e.detail = int64_t(held_.size());
-      held_.push_back(py::reinterpret_steal<py::object>(PyList_AsTuple(e.object)));
-    } else if (tensors::readable() && tensors::read(e.object, t, true)) {
-      Seen seen{t.data, reinterpret_cast<const char*>(t.shape), t.type, false, 0};
-      seen.counts = version_of(e.object, seen.version);
-      e.kind = kTensor, e.detail = int64_t(tensors_.size());
-      tensors_.push_back(seen);
-    } else if (PyObject_HasAttrString(e.object, "data_ptr")) {
-      e.kind = kUnknown;
+  bool same_content(const Content& c) const {
+    if (Py_TYPE(c.object) != c.type) return false;
+    switch (c.kind) {
+      case kClass:
+        return true;
+      case kDict:
+        return PyDict_Size(c.object) == c.detail;
+      case kList:
+        return same_list(c.object, held_[size_t(c.detail)].ptr());
+      case kTensor:
+        return same_tensor(c.object, tensors_[size_t(c.detail)]);
+      case kUnknown:
+        break;
     }
+    return false;
+  }
+  void see(PyObject* object) {
+    tensors::Tensor t;
+    Content c{object, Py_TYPE(object), kClass, -1};
+    if (PyDict_Check(object)) {
+      c.kind = kDict, c.detail = PyDict_Size(object);
+    } else if (PyList_CheckExact(object)) {
+      c.kind = kList, c.detail = int64_t(held_.size());
+      held_.push_back(py::reinterpret_steal<py::object>(PyList_AsTuple(object)));
+    } else if (tensors::readable() && tensors::read(object, t, true)) {
+      Seen seen{t.data, reinterpret_cast<const char*>(t.shape), t.type, false, 0};
+      seen.counts = version_of(object, seen.version);
+      c.kind = kTensor, c.detail = int64_t(tensors_.size());
+      tensors_.push_back(seen);
+    } else if (PyObject_HasAttrString(object, "data_ptr")) {
+      c.kind = kUnknown;
+    } else if (!PyType_HasFeature(c.type, Py_TPFLAGS_HEAPTYPE)) {
+      return;  // whose class cannot change
+    }
+    contents_.push_back(c);
   }
 
-  std::vector<Entry> entries_;
+  std::vector<Dict> dicts_;
+  std::vector<Entry> entries_;  // those of the first dictionary, of the second, ...
+  std::vector<Content> contents_;
   std::vector<Seen> tensors_;
   std::vector<py::object> held_;  // what the entries point to
 };
