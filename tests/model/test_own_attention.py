@@ -222,7 +222,7 @@ def test_fused_with_the_convolutions_around_it(calls, no_fallback):
     theirs = Hybrid().eval()
     theirs.stem[1].running_mean.normal_()
     ours = fastnn.convert(copy.deepcopy(theirs), fuse=True)
-    assert any("1 convolutions and" in row.reason for row in fastnn.report(ours).rows)
+    assert any("1 convolution and" in row.reason for row in fastnn.report(ours).rows)
     x = torch.randn(2, 3, 5, 6)
     with torch.inference_mode():
         assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
