@@ -25,6 +25,10 @@ namespace fastnn {
 
 namespace {
 
+// How many times as many channels the other image has where turning one round is worth that dw is
+// written column by column.
+constexpr int64_t kTurned = 2;
+
 void want_filters(const Conv& c) { Prepared::want(c.w.data, c.w.count()); }
 
 double work(const Conv& c) {
@@ -124,13 +128,21 @@ void taps_outer(const char* w, int64_t m, int64_t channels, int64_t padded, int6
   });
 }
 
+// A dense matrix of these columns.
+Matrix dense(const char* data, int64_t columns) {
+  Matrix a;
+  a.data = const_cast<char*>(data);
+  a.rs = columns, a.cs = 1;
+  return a;
+}
+
 // out[m, (n, o)] = epilogue(sum over (c, t) of a[m, (c, t)] patches[(c, t), (n, o)])
-void correlate(const Patches& p, const char* a, int64_t m, const Conv& c, const Tensor5& out,
+void correlate(Patches p, const Matrix& a, int64_t m, const Conv& c, const Tensor5& out,
                const Tensor5& whole, int64_t first_channel, int threads) {
+  p.join_lines();
   Gemm g;
   g.m = m, g.n = p.images * p.positions(), g.k = p.depth();
-  g.a.data = const_cast<char*>(a);
-  g.a.rs = g.k, g.a.cs = 1;
+  g.a = a;
   g.a.type = g.b.type = g.c.type = c.type;
   g.c.data = out.data, g.c.rs = out.stride[1];
   place_columns(g, out);
@@ -342,13 +354,6 @@ bool scatter_input(const Conv& c) {
 
 // ---- the weight's gradient ---------------------------------------------------------------------
 
-bool is_pointwise_patches(const Patches& p) {
-  bool pointwise = p.tap_count() == 1;
-  for (int d = 0; d < kSpatial; d++)
-    pointwise = pointwise && p.step[d] == 1 && p.first[d] == 0 && p.size[d] == p.out[d];
-  return pointwise;
-}
-
 // Filters (m, t, c) as they are wanted: dense, (m, c, t) or any other order.
 void taps_inner(const char* from, const Patches& p, const Tensor5& w, int64_t element,
                 int threads) {
@@ -371,14 +376,10 @@ void taps_inner(const char* from, const Patches& p, const Tensor5& w, int64_t el
 // One group's dw by strips; `p` as for PatchRows. False where there is no kernel for it.
 bool weight_strips(Patches p, const Conv& c, const Tensor5& y, const Tensor5& dw, int threads) {
   Gemm g;
-  int64_t x_step, y_step;
+  int64_t y_step;
   Tensor5 lines = y;
   const bool neighbours = p.channel_stride == 1 || p.channels == 1;
-  if (is_pointwise_patches(p) && neighbours && flat(c.x, x_step) && flat(y, y_step)) {
-    // One long line an image.
-    p.size[2] = p.out[2] = p.positions();
-    p.stride[2] = x_step;
-    p.size[0] = p.size[1] = p.out[0] = p.out[1] = 1;
+  if (neighbours && flat(y, y_step) && p.join_lines()) {
     lines.size[4] = p.out[2], lines.size[2] = lines.size[3] = 1;
     lines.stride[4] = y_step;
   }
@@ -480,7 +481,7 @@ void conv_forward(const Conv& c) {
     }
     want_filters(c);
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
-    correlate(p, w, rows, c, y, c.y, group * rows, threads);
+    correlate(p, dense(w, p.depth()), rows, c, y, c.y, group * rows, threads);
   });
 }
 
@@ -558,16 +559,25 @@ void conv_input(const Conv& c) {
           weight += channels * p.depth() * size;
           parts.push_back(part);
         }
-    exchange(w, c.type, parts, step, threads);
     const int64_t filter_step = strips_step(c.type, c.precision, c.batch_invariant);
+    auto pays = [&](const PhaseOf& part) {
+      return filter_step && rows % filter_step == 0 &&
+             PatchStrips::pays(part.patches, channels, c.batch_invariant);
+    };
+    // Filters of one tap are read as they lie, with their dimensions exchanged.
+    Matrix turned;
+    turned.data = w.data, turned.rs = w.stride[1], turned.cs = w.stride[0];
+    const bool one_tap = w.spatial() == 1 && std::none_of(parts.begin(), parts.end(), pays);
+    if (!one_tap) exchange(w, c.type, parts, step, threads);
     for (const PhaseOf& part : parts) {
       const Patches& p = part.patches;
-      const bool by_strips = filter_step && rows % filter_step == 0 &&
-                             PatchStrips::pays(p, channels, c.batch_invariant) &&
-                             correlate_strips(p, part.weight, channels, c, part.out, c.x,
-                                              group * channels, nullptr, threads);
+      const bool by_strips =
+          !one_tap && pays(part) &&
+          correlate_strips(p, part.weight, channels, c, part.out, c.x, group * channels, nullptr,
+                           threads);
       if (!by_strips)
-        correlate(p, part.weight, channels, c, part.out, c.x, group * channels, threads);
+        correlate(p, one_tap ? turned : dense(part.weight, p.depth()), channels, c, part.out, c.x,
+                  group * channels, threads);
       if (in_rows && part.at[2] == &phases[2].of.back()) {
         PhaseOf first = part;
         first.out.data = dense_rows;
@@ -599,16 +609,35 @@ void conv_weight(const Conv& c) {
     const bool dense = channels_inner(c.w) || channels_outer(c.w);
     if (dense && PatchStrips::pays_summed(p, rows) && weight_strips(p, c, y, dw, threads)) return;
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
+    const bool lines = p.join_lines();
+    Gemm g;
+    g.a.type = g.b.type = g.c.type = c.type;
+    g.precision = c.precision, g.batch_invariant = c.batch_invariant;
+    if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
+    g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
+    int64_t y_step;
+    if (!flat(y, y_step) && c.y.count())
+      throw std::invalid_argument("conv: y: expected evenly spaced positions");
+    // Of the two images one is read as it lies, and the other turned round: that of fewer channels.
+    if (lines && p.stride[2] == 1 && y_step == 1 && rows * kTurned <= channels) {
+      Patches turned = patches_of(y, rows, c.type);
+      for (int d = 0; d < kSpatial; d++) {
+        turned.out[d] = y.size[2 + d], turned.step[d] = turned.taps[d] = turned.delta[d] = 1;
+        turned.first[d] = 0;
+      }
+      turned.join_lines();
+      g.m = channels, g.n = rows;
+      g.a.data = const_cast<char*>(p.data), g.a.rs = p.channel_stride, g.a.cs = 1;
+      g.a_segment = p.image_stride;
+      g.c.rs = c.w.stride[1], g.c.cs = c.w.stride[0];
+      const PatchRows patches(turned);
+      g.b_panels = &patches;
+      return gemm_panels(g, threads);
+    }
     // Channels are copied as they lie where they are neighbours, and so are the pieces of dw then.
     p.channels_inner = (p.channel_stride == 1 && channels > 1) || !channels_outer(c.w);
-    Gemm g;
     g.m = rows, g.n = p.depth();
-    if (c.y.count()) g.k = p.positions(), g.segments = c.y.size[0];  // else zeros
-    if (!flat(y, g.a.cs) && c.y.count())
-      throw std::invalid_argument("conv: y: expected evenly spaced positions");
-    g.a.data = y.data, g.a.rs = y.stride[1], g.a_segment = y.stride[0];
-    g.a.type = g.b.type = g.c.type = c.type;
-    g.c.data = c.w.data + group * rows * c.w.stride[0] * size;
+    g.a.data = y.data, g.a.rs = y.stride[1], g.a.cs = y_step, g.a_segment = y.stride[0];
     g.c.rs = c.w.stride[0], g.c.cs = 1;
     if (p.channels_inner && p.tap_count() > 1) {
       g.c.cs = c.w.stride[1];
@@ -618,7 +647,6 @@ void conv_weight(const Conv& c) {
     } else if (p.channels_inner) {
       g.c.cs = c.w.stride[1];
     }
-    g.precision = c.precision, g.batch_invariant = c.batch_invariant;
     const PatchRows patches(p);
     g.b_panels = &patches;
     gemm_panels(g, threads);

@@ -146,6 +146,24 @@ TapRange taps_of(const Patches& p, int64_t k0, int64_t k) {
 
 }  // namespace
 
+bool Patches::join_lines() {
+  if (tap_count() != 1 || remainder_stride) return false;
+  int64_t step_between = 1, seen = 1;
+  for (int d = kSpatial - 1; d >= 0; d--) {
+    if (step[d] != 1 || first[d] != 0 || size[d] != out[d]) return false;
+    if (size[d] == 1) continue;
+    if (seen == 1)
+      step_between = stride[d];
+    else if (stride[d] != step_between * seen)
+      return false;
+    seen *= size[d];
+  }
+  size[0] = size[1] = out[0] = out[1] = 1;
+  size[2] = out[2] = seen;
+  stride[2] = step_between;
+  return true;
+}
+
 bool SplitRows::pays(const Patches& p) {
   return p.step[2] > 1 && p.taps[2] > 1 && p.channels <= kFewChannels && p.size[2] > 0 &&
          View::fits(p);

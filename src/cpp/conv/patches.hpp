@@ -32,6 +32,9 @@ struct Patches {
   int64_t tap_count() const { return taps[0] * taps[1] * taps[2]; }
   int64_t positions() const { return out[0] * out[1] * out[2]; }
   int64_t depth() const { return channels * tap_count(); }
+  // Makes one line of all positions of an image where the filter is one element, which sees each,
+  // and they are evenly apart. False, and nothing, where it is not so.
+  bool join_lines();
 };
 
 // A copy of an image of few channels with its rows sorted by the remainder to the filter's step, so
