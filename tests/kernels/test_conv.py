@@ -229,11 +229,18 @@ def test_depthwise(machine, dtype, product):
 @dtypes
 def test_pointwise(machine, dtype, product):
     """Filters of one tap, which are a matrix product where they see every pixel, in images that follow each other and in
-    those that do not."""
-    for channels, stride in ((16, 1), (24, 2), (7, 1)):
-        x_shape, w_shape, y_shape, options = problem(
-            3, channels, 40, 1, (1, 6, 8), (1, 1, 1), stride=(1, stride, stride)
-        )
+    those that do not; with more filters than channels and with fewer, and so many pixels that panels are packed in groups."""
+    cases = [
+        problem(3, 16, 40, 1, (1, 6, 8), (1, 1, 1)),
+        problem(3, 24, 40, 1, (1, 6, 8), (1, 1, 1), stride=(1, 2, 2)),
+        problem(3, 7, 40, 1, (1, 6, 8), (1, 1, 1)),
+        problem(2, 93, 35, 1, (1, 7, 7), (1, 1, 1)),
+        problem(2, 66, 33, 2, (2, 5, 3), (1, 1, 1)),
+        problem(3, 71, 17, 1, (1, 31, 37), (1, 1, 1)),
+        problem(2, 17, 71, 1, (1, 31, 37), (1, 1, 1)),
+        problem(1, 300, 130, 1, (1, 1, 1), (1, 1, 1)),
+    ]
+    for x_shape, w_shape, y_shape, options in fewer(machine, cases):
         for layout in (dense, channels_last, interior):
             x, w, y = (layout(integers(shape, dtype)) for shape in (x_shape, w_shape, y_shape))
             w, y = dense(w), y if product != "weight" else evenly(layout)(y)
@@ -244,7 +251,8 @@ def test_pointwise(machine, dtype, product):
                 added = {"bias": integers((out.shape[1],), dtype), "residual": layout(integers(out.shape, dtype))}
                 expected = expected + added["bias"].double().view(-1, 1, 1, 1) + added["residual"].double()
             out.fill_(math.nan)
-            assert torch.equal(convolve(product, x, w, y, **options, **added).double(), expected), (channels, layout)
+            found = convolve(product, x, w, y, **options, **added)
+            assert torch.equal(found.double(), expected.to(dtype).double()), (x_shape, w_shape, layout)
             assert surroundings_are_nan(out)
 
 

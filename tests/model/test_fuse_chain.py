@@ -153,7 +153,9 @@ def test_the_same_bits_as_one_by_one(steps, size, last, data):
         found, expected, exact = (found,), (expected,), (exact,)
     for one, other, reference in zip(found, expected, exact, strict=True):
         assert torch.equal(one, other)
-        assert one.stride() == other.stride()
+        # Those of dimensions of one element mean nothing.
+        strides = [[s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] for y in (one, other)]
+        assert strides[0] == strides[1]
         assert relative_error(one, reference) < 1e-5
 
 

@@ -274,6 +274,16 @@ void PatchColumns::fill(void* dst_, int64_t, int64_t k0, int64_t k, int64_t j0, 
   }
 }
 
+MatrixRows PatchColumns::rows(int64_t, int64_t k0, int64_t j0, int64_t columns) const {
+  // Of one tap that sees whole lines; of these what begins in the first one.
+  if (p_.tap_count() != 1 || p_.step[2] * p_.stride[2] != 1 || p_.first[2] != 0) return {};
+  const Run r = run_at(p_, j0, 0, columns);
+  const Seen s = see(p_, r, Tap{});
+  if (s.lo >= s.hi) return {};
+  return {s.src + k0 * p_.channel_stride * p_.element, p_.channel_stride * p_.element,
+          (s.hi - s.lo) * p_.element};
+}
+
 void PatchRows::fill(void* dst_, int64_t segment, int64_t k0, int64_t k, int64_t j0, int columns,
                      int ld) const {
   char* dst = static_cast<char*>(dst_);

@@ -57,6 +57,7 @@ class PatchColumns final : public PanelSource {
   explicit PatchColumns(const Patches& p);
   void fill(void* dst, int64_t segment, int64_t k0, int64_t k, int64_t j0, int columns,
             int ld) const override;
+  MatrixRows rows(int64_t segment, int64_t k0, int64_t j0, int64_t columns) const override;
 
  private:
   const Patches& p_;

@@ -216,6 +216,15 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
       g.b_panels->fill(as_packed ? to : made, b.segment(block), k0, rows, j0, columns, kn.nr);
       return as_packed ? 0 : kn.pack_b(to, made, 1, kn.nr, columns, rows);
     };
+    // Where rows of B lie whose panels are packed after those of block `block` of panels [q0, q1).
+    auto rows_after = [&](int64_t block, int64_t q0, int64_t q1) {
+      int64_t next = block + 1;
+      if (next == sums.blocks) next = 0, q0 = q1, q1 = std::min(q1 + group, np);
+      const int64_t j0 = q0 * kn.nr, n = std::min(q1 * kn.nr, g.n) - j0, k0 = b.begin(next);
+      if (n <= 0) return MatrixRows{};
+      if (g.b_panels) return g.b_panels->rows(b.segment(next), k0, j0, n);
+      return MatrixRows{g.b.data + (j0 * g.b.cs + k0 * g.b.rs) * size_b, g.b.rs * size_b, n * size_b};
+    };
     for (Range r; (r = shares.take(thread, whole_panels ? group : mp * np)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
         const int64_t q0 = item / mp, p0 = item % mp;
@@ -232,10 +241,15 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
           const int64_t words = g.k ? b.padded(block) / kn.k_word : 0;
           tiles.block(block, words);
           const Source::Panels of_a = words ? a.panels(block) : Source::Panels{};
+          const MatrixRows next = group > 1 ? rows_after(block, q0, q1) : MatrixRows{};
+          int64_t asked = next.first ? 0 : length;
           for (int64_t q = q0; q < q1; q++) {
             if (kn.finish_b && words) kn.finish_b(panels + (q - q0) * panel_bytes, words);
             tiles.panel(panels + (q - q0) * panel_bytes, true, b_word, q);
-            for (int64_t p = p0; p < p1; p++) tiles.run(of_a.at(p), p, (q - q0) * mp + p - p0);
+            for (int64_t p = p0; p < p1; p++) {
+              if (asked < length) asked += tiles.ahead(next, asked, length - asked);
+              tiles.run(of_a.at(p), p, (q - q0) * mp + p - p0);
+            }
           }
         }
         item += (q1 - q0 - 1) * mp + (p1 - p0);

@@ -42,6 +42,12 @@ struct Matrix {
   int64_t batch[kMaxBatchDims] = {};
 };
 
+// Where pieces of a matrix's rows lie, if they do.
+struct MatrixRows {
+  const char* first = nullptr;
+  int64_t step = 0, bytes = 0;
+};
+
 // A matrix B that lies nowhere as such: its panels are made where they are needed. The patches of
 // an image that a convolution multiplies with are one.
 class PanelSource {
@@ -50,6 +56,11 @@ class PanelSource {
   // to dst[row * ld + column]; the columns up to `ld` as zeros.
   virtual void fill(void* dst, int64_t segment, int64_t k0, int64_t k, int64_t j0, int columns,
                     int ld) const = 0;
+  // Where rows from k0 on of segment `segment` are copied from, of columns [j0, j0 + columns) or
+  // the first of these, if each is a copy of what lies together.
+  virtual MatrixRows rows(int64_t segment, int64_t k0, int64_t j0, int64_t columns) const {
+    return (void)segment, (void)k0, (void)j0, (void)columns, MatrixRows{};
+  }
 
  protected:
   ~PanelSource() = default;

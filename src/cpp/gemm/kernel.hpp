@@ -84,9 +84,10 @@ struct TileArgs {
   bool add = false;                // to what acc holds, instead of replacing it
   const Finish* finish = nullptr;  // where the sums go instead of acc, by kernels that finish
   // What a later tile reads, asked for a part at a time by kernels that finish: so many lines with
-  // every line of words of K. In one go they would wait for each other, and the tile for them.
+  // every line of words of K, and then others, `ahead_skip` bytes on. In one go they would wait for
+  // each other, and the tile for them.
   const char* ahead = nullptr;
-  int64_t ahead_lines = 0;
+  int64_t ahead_lines = 0, ahead_skip = 0;
 };
 using TileFn = void (*)(const TileArgs&);
 // Rows [i0, i0+rows) and columns [j0, j0+cols) of C from a tile whose rows are `ld` apart.

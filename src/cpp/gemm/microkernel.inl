@@ -291,6 +291,7 @@ static void tile(const TileArgs& t) {
         for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + (i + ROWS) * a_row);
       for (const char* end = ahead + t.ahead_lines * 64; ahead < end; ahead += 64)
         __builtin_prefetch(ahead, 0, 2);
+      ahead += t.ahead_skip;
       steps(count);
     }
     if (++run == t.runs) break;

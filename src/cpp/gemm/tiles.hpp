@@ -219,17 +219,25 @@ class Tiles {
   // The next tile asks for what a later one reads.
   void ahead(const char* from, int64_t bytes) {
     if (kn_.finishes) {
-      t_.ahead = from, t_.ahead_lines = ceil_div(ceil_div(bytes, 64), lines_);
+      t_.ahead = from, t_.ahead_lines = ceil_div(ceil_div(bytes, 64), lines_), t_.ahead_skip = 0;
       asks_ = true;
     } else {
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
     }
   }
+  // The same of rows that lie apart. Returns how many of them it asks for.
+  int64_t ahead(const MatrixRows& rows, int64_t first, int64_t count) {
+    if (!kn_.finishes || lines_ > count) return count;  // the last few are left
+    t_.ahead = rows.first + first * rows.step;
+    t_.ahead_lines = ceil_div(rows.bytes, 64), t_.ahead_skip = rows.step - t_.ahead_lines * 64;
+    asks_ = true;
+    return lines_;
+  }
   // `slot` says which of the sums is this tile's.
   void run(const char* a, int64_t p, int64_t slot) {
     t_.a = a;
     t_.rows = int(std::min<int64_t>(mr_, m_ - p * mr_));
-    if (!std::exchange(asks_, false)) t_.ahead_lines = 0;
+    if (!std::exchange(asks_, false)) t_.ahead_lines = t_.ahead_skip = 0;
     const int64_t i = i0_ + p * mr_;
     if (straight_ && whole_ && t_.rows == kn_.mr && t_.cols == kn_.nr) {
       t_.acc = store_.c + (i * store_.c_rs + c_) * size_;
