@@ -571,10 +571,9 @@ void conv_input(const Conv& c) {
     if (!one_tap) exchange(w, c.type, parts, step, threads);
     for (const PhaseOf& part : parts) {
       const Patches& p = part.patches;
-      const bool by_strips =
-          !one_tap && pays(part) &&
-          correlate_strips(p, part.weight, channels, c, part.out, c.x, group * channels, nullptr,
-                           threads);
+      const bool by_strips = !one_tap && pays(part) &&
+                             correlate_strips(p, part.weight, channels, c, part.out, c.x,
+                                              group * channels, nullptr, threads);
       if (!by_strips)
         correlate(p, one_tap ? turned : dense(part.weight, p.depth()), channels, c, part.out, c.x,
                   group * channels, threads);

@@ -223,7 +223,8 @@ static void run_columns(const Kernel& kn, const Gemm& g, const Store& store, con
       const int64_t j0 = q0 * kn.nr, n = std::min(q1 * kn.nr, g.n) - j0, k0 = b.begin(next);
       if (n <= 0) return MatrixRows{};
       if (g.b_panels) return g.b_panels->rows(b.segment(next), k0, j0, n);
-      return MatrixRows{g.b.data + (j0 * g.b.cs + k0 * g.b.rs) * size_b, g.b.rs * size_b, n * size_b};
+      return MatrixRows{g.b.data + (j0 * g.b.cs + k0 * g.b.rs) * size_b, g.b.rs * size_b,
+                        n * size_b};
     };
     for (Range r; (r = shares.take(thread, whole_panels ? group : mp * np)).begin < r.end;) {
       for (int64_t item = r.begin * unit, end = r.end * unit; item < end;) {
