@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _cpu, nn
 from ._folding import empty_filters, fold_batch_norm
 from ._guards import Guards, Place
+from ._tracing import changes_of
 from .backends import cpu
 from .backends._conv import is_channels_last
 from .backends.cpu import empty_image
@@ -137,7 +138,7 @@ class FusedConv:
         else:
             sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
             eps = norm.eps
-        key = (_steps, eps, *[None if s is None else (s.data_ptr(), _version(s), s.dtype) for s in sources])
+        key = (_steps, eps, *[None if s is None else (s.data_ptr(), changes_of(s), s.dtype) for s in sources])
         if key == self._key:
             return
         self.folded = Folded(sources, eps, conv.weight.dim() == 4 and self.any_layout, self.activation)
@@ -367,10 +368,6 @@ def _computed(
     return result
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class Calls:
     """All fused calls of a forward, and whether they are of the model as it is now."""
 
@@ -416,6 +413,11 @@ class Calls:
             chain.forget()
         self._seen, self._watch = seen, watch
         return True
+
+    def refute(self) -> None:
+        """To be called where the graph has turned out not to hold good."""
+        self._guards.refute()
+        self._watch = None
 
     def make_anew(self) -> None:
         """Folds all filters again, where the model can be run so now."""

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from . import _cpu
-from ._tracing import CONSTANT, holds_the_same
+from ._tracing import CONSTANT, changes_of, holds_the_same
 from .nn.hooks import unwatched
 
 #: A dictionary (of a module) and a name in it; without one, the dictionary's size.
@@ -44,6 +44,11 @@ class Guards:
         self._edges: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self.pin(self._inside[1:])
         self._watch: _cpu.Watch | None = None
+        self._refuted = False
+
+    def refute(self) -> None:
+        """To be called where the graph has turned out not to hold good."""
+        self._refuted = True
 
     def pin(self, modules: Iterable[torch.nn.Module]) -> None:
         """These, that others have or that are one of the others, must go on to be where they are and to be watched by nobody."""
@@ -81,9 +86,8 @@ class Guards:
 
     def unchanged(self) -> bool:
         """Whether all is as it was but for modes and hooks."""
-        return all(children.get(name) is child for children, name, child in self._edges) and all(
-            seen.same() for seen in self._seen
-        )
+        in_place = all(children.get(name) is child for children, name, child in self._edges)
+        return not self._refuted and in_place and all(seen.same() for seen in self._seen)
 
     def places(self) -> list[Place]:
         """Where all lies that this depends on."""
@@ -175,7 +179,7 @@ def _names(module: torch.nn.Module) -> list[tuple[str, bool]]:
 def _held(value: Any) -> Any:
     """What of a value can change while it stays the same object."""
     if isinstance(value, torch.Tensor):
-        return 0 if value.is_inference() else value._version
+        return changes_of(value)
     return value.copy() if type(value) in (list, dict) else None
 
 

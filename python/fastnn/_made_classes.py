@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._tracing import arguments_of
+from ._tracing import UnexpectedDtype, arguments_of
 
 
 class Half:
@@ -62,11 +62,13 @@ def graph_class(
     choose: Callable[[torch.nn.Module], Callable[..., Any] | None],
     members: dict[str, Any],
     otherwise: Callable[..., Any] | None = None,
+    refuted: Callable[[], None] | None = None,
 ) -> type[torch.nn.Module]:
     """The class of a module whose forward is a graph, with these members.
 
     ``choose`` gives the graph's function for a call with the arguments that have no default, or None. Where that is None, and
-    for calls with other arguments, ``otherwise`` is called: by default kind's own forward.
+    for calls with other arguments, ``otherwise`` is called: by default kind's own forward. So it is where a value has not the
+    dtype that the graph was made for, which ``refuted`` is told.
     """
     arguments_of_call = arguments_of(kind.forward)
 
@@ -74,9 +76,12 @@ def graph_class(
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         chosen = choose(self)
         arguments = None if chosen is None else arguments_of_call(self, *args, **kwargs)
-        if arguments is None:
-            return (otherwise or kind.forward)(self, *args, **kwargs)
-        return chosen(self, *arguments)
+        if arguments is not None:
+            try:
+                return chosen(self, *arguments)
+            except UnexpectedDtype:
+                refuted()
+        return (otherwise or kind.forward)(self, *args, **kwargs)
 
     body = {
         "forward": forward,

@@ -55,6 +55,19 @@ class _Proxy(fx.Proxy):
             raise TypeError("a forward that asks what kind of object a result is")
         return torch.Tensor
 
+    @property
+    def dtype(self) -> Any:
+        return self.tracer.dtype_of(self)
+
+
+class UnexpectedDtype(Exception):
+    """A value has not the dtype that the forward's Python was followed for."""
+
+
+def expect_dtype(value: torch.Tensor, dtype: torch.dtype) -> None:
+    if value.dtype is not dtype:
+        raise UnexpectedDtype
+
 
 for _name, _function in _APPLIED.items():
     setattr(
@@ -68,9 +81,13 @@ class _Tracer(fx.Tracer):
     #: The graph reads a buffer when it runs, whatever the forward makes of it first.
     proxy_buffer_attributes = True
 
-    def __init__(self, inline: bool = True) -> None:
+    def __init__(self, inline: bool = True, dtype: torch.dtype | None = None) -> None:
+        """``dtype``: what a forward is told that asks for one, with a node of :func:`expect_dtype` that makes sure."""
         super().__init__()
         self._inline = inline
+        self._dtype = dtype
+        #: Tensors that forwards have made: themselves, what counts their changes, and the copies that the graph makes.
+        self._made: list[tuple[torch.Tensor, int, fx.Node]] = []
         self._state: tuple[bool, bool] | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -81,7 +98,34 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def dtype_of(self, proxy: fx.Proxy) -> Any:
+        if self._dtype is None:
+            return fx.proxy.Attribute(proxy, "dtype")
+        self.create_node("call_function", expect_dtype, (proxy.node, self._dtype), {})
+        return self._dtype
+
+    def _copied(self, tensor: torch.Tensor) -> fx.Node:
+        """A copy of a tensor that a forward has made: anew in each call, which may change it or return it."""
+        for made, _, node in self._made:
+            if made is tensor:
+                return node
+            if made.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and made.numel():
+                raise TypeError("a view of a tensor that the forward has made")
+        node = self.create_node("call_method", "clone", (super().create_arg(tensor),), {})
+        self._made.append((tensor, changes_of(tensor), node))
+        return node
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        graph = super().trace(*args, **kwargs)
+        if any(changes_of(tensor) != changes for tensor, changes, _ in self._made):
+            raise TypeError("a tensor that the forward has made, and goes on changing")
+        return graph
+
     def create_arg(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+            made = any(value is tensor for tensor, *_ in self._made)
+            of_module = value in self.tensor_attrs or any(value is buffer for buffer in self.root.buffers())
+            return self._copied(value) if made or not of_module else super().create_arg(value)
         # torch.fx would make a plain dict of all of them, also of what transformers' models return, which has attributes.
         if type(value) is collections.OrderedDict:
             pairs = [(key, self.create_arg(item)) for key, item in value.items()]
@@ -101,6 +145,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
         return ours or not self._inline or super().is_leaf_module(module, name)
+
+
+def changes_of(tensor: torch.Tensor) -> int:
+    """A number that is another after each change in place, where torch counts these."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _grad_and_autocast() -> tuple[bool, bool]:
@@ -222,11 +271,21 @@ def holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any
     return all(a is b for a, b in zip(value, held, strict=True))
 
 
-def trace_whole(model: torch.nn.Module, inline: bool = True) -> fx.Graph | None:
+def trace_whole(model: torch.nn.Module, inline: bool = True, expect: bool = False) -> fx.Graph | None:
     """As :func:`trace`; None as well for torch's layers around others, which do not run them one after the other, except for
-    Sequential. Modules inside of it are looked into if ``inline``."""
-    library = type(model).__module__.startswith(("torch.nn.", "fastnn.nn.", "fastnn.quant."))
-    return trace(model, tracer=_Tracer(inline)) if not library or isinstance(model, torch.nn.Sequential) else None
+    Sequential. Modules inside of it are looked into if ``inline``. If ``expect``, forwards that ask for a dtype are followed
+    for that of the model's parameters, and the graph raises :exc:`UnexpectedDtype` before it has changed anything if a value has
+    another."""
+    if type(model).__module__.startswith(("torch.nn.", "fastnn.nn.", "fastnn.quant.")) and not isinstance(
+        model, torch.nn.Sequential
+    ):
+        return None
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if expect else set()
+    graph = trace(model, tracer=_Tracer(inline, dtypes.pop() if len(dtypes) == 1 else None))
+    if graph is None or not any(node.target is expect_dtype for node in graph.nodes):
+        return graph
+    modules = dict(model.named_modules())
+    return graph if all(_is_alone(v, modules) for node in graph.nodes for v in _written(node, modules)) else None
 
 
 def count_calls(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> collections.Counter[int]:

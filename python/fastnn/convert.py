@@ -406,7 +406,7 @@ def original_class(kind: type) -> type | None:
     return None
 
 
-_CHANGED = "changed since its layers were made to run as one: they run one by one; convert or quantize it again"
+_CHANGED = "changed since, or not called as its layers were made to run as one: they run one by one; convert or quantize it again"
 
 
 def _is_quantized_chain(kind: type) -> bool:

@@ -20,7 +20,7 @@ from . import nn
 from ._fused import Calls, Chain, FusedConv, FusedLinear, InvertedResidual, Pool, Step
 from ._guards import Guards
 from ._made_classes import graph_class, maker
-from ._tracing import count_calls, is_in_place, only_user, other_summand, trace_whole, undisturbed
+from ._tracing import count_calls, expect_dtype, is_in_place, only_user, other_summand, trace_whole, undisturbed
 from .nn.activation import activation_name
 from .nn.hooks import any_global_hook, unwatched
 
@@ -84,7 +84,7 @@ def fuse_(model: torch.nn.Module, allowed: Callable[[torch.nn.Module], bool]) ->
             model.__class__ = type(model)._original_class
         # Of a convolution's result the layout may be chosen if all that read it are seen, wherever they are. Linear layers are
         # looked for module by module, each of which goes on being called.
-        graph = trace_whole(model, inline=convolutions)
+        graph = trace_whole(model, inline=convolutions, expect=True)
     if not convolutions or (graph is None and not current):
         for child in model.children():
             fuse_(child, allowed)
@@ -261,7 +261,7 @@ def _find_layouts(
         if node.op == "call_function" and node.target is run_fused:
             return True
         if node.op in ("call_function", "call_method"):
-            return node.target in _ENDS_LAYOUT
+            return node.target in _ENDS_LAYOUT or node.target is expect_dtype
         module = modules[node.target] if node.op == "call_module" else None
         if module is None or not unwatched(module):
             return False
@@ -416,7 +416,8 @@ def _fused_class(model: torch.nn.Module, forward: Callable[..., Any], calls: Cal
         _, _, *rest = object.__reduce_ex__(self, protocol)
         return (*maker(kind), *rest)
 
-    return graph_class(kind, choose, {"__reduce_ex__": reduce, "_original_class": kind, "_fused_calls": calls})
+    members = {"__reduce_ex__": reduce, "_original_class": kind, "_fused_calls": calls}
+    return graph_class(kind, choose, members, refuted=calls.refute)
 
 
 def fused_calls(model: torch.nn.Module) -> Iterator[FusedConv]:

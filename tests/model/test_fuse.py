@@ -1477,3 +1477,112 @@ def test_a_forward_that_asks_for_types(result):
     assert is_fused(type(fused)) is not result
     x = torch.randn(3, 8)
     torch.testing.assert_close(outputs(fused, x), outputs(plain, x))
+
+
+class Making(nn.Module):
+    """A forward that makes a tensor, and changes or returns it, by ``kind``."""
+
+    def __init__(self, kind, linear):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(8, 8) if linear else nn.Conv2d(8, 8, 1), kind
+
+    def forward(self, x):
+        y = torch.relu(self.layer(x))
+        made = torch.zeros(8)
+        if self.kind == "+=":
+            made += y.sum()
+        if self.kind == "method":
+            made.add_(y.sum())
+        if self.kind == "item":
+            made[0] = y.sum()
+            made[1] += 1
+        if self.kind == "view":
+            view = made.view(2, 4)
+            view += y.sum()
+        if self.kind == "changed after":
+            made.add_(y.sum())
+            made.fill_(3)
+        if self.kind == "changed between":
+            y = y + made.sum() + made[0]
+            made.fill_(3)
+        if self.kind == "of its dtype":
+            made = torch.ones(8, dtype=y.dtype) if y.dtype == torch.float32 else made + 5
+        return y, made
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolution", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "follows"),
+    [
+        ("returned", True),
+        ("+=", True),
+        ("method", True),
+        ("item", False),
+        ("view", False),
+        ("changed after", False),
+        ("changed between", False),
+        ("of its dtype", True),
+    ],
+)
+def test_tensors_that_a_forward_makes(kind, follows, linear):
+    plain = Making(kind, linear).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x = torch.randn(2, 8, 3, 8)
+    for _ in range(3):
+        found, expected = outputs(fused, x), outputs(plain, x)
+        torch.testing.assert_close(found, expected)
+        found[1].add_(1)  # which is the caller's
+    assert is_fused(type(fused)) is follows
+
+
+class Clamping(nn.Module):
+    """As layers of Hugging Face's that may run in float16; ``between`` stands before what is asked for."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+
+    def forward(self, x):
+        y = self.second(torch.nn.functional.gelu(self.first(x)))
+        if self.between is not None:
+            y = self.between(y, x)
+        if y.dtype == torch.float16:
+            y = y.clamp(-1, 1)
+        if x.dtype == torch.float64:
+            y = y * 2
+        return y.to(x.dtype) + x
+
+
+def test_a_forward_that_asks_for_dtypes():
+    plain = Clamping().eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    calls = type(fused)._fused_calls
+    assert len(calls.linears) == 1
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        torch.testing.assert_close(outputs(fused, x), outputs(plain, x))
+        assert calls.are_current()
+    for dtype in (torch.bfloat16, torch.float64):
+        plain.to(dtype), fused.to(dtype)
+        for _ in range(2):
+            found, expected = outputs(fused, x.to(dtype)), outputs(plain, x.to(dtype))
+            assert found.dtype is dtype
+            torch.testing.assert_close(found, expected)
+        assert not calls.are_current()
+        fastnn.convert(fused, fuse=True)
+        calls = type(fused)._fused_calls
+        torch.testing.assert_close(outputs(fused, x.to(dtype)), outputs(plain, x.to(dtype)))
+        assert calls.are_current()
+
+
+def test_an_unexpected_dtype_is_found_before_anything_has_changed():
+    changing = fastnn.convert(Clamping(lambda y, x: y.add_(x.mul_(2))).eval(), fuse=True)
+    assert not is_fused(type(changing))  # the caller's x would be doubled twice
+    plain = Clamping(lambda y, x: y.double()).eval()
+    fused = fastnn.convert(copy.deepcopy(plain), fuse=True)
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        found, expected = outputs(fused, x), outputs(plain, x)
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found, expected)
+    assert not type(fused)._fused_calls.unchanged()
