@@ -105,7 +105,7 @@ class _Tracer(fx.Tracer):
         return self._dtype
 
     def _copied(self, tensor: torch.Tensor) -> fx.Node:
-        """A copy of a tensor that a forward has made: anew in each call, which may change it or return it."""
+        """A copy of a tensor that a forward has made: anew in each call, whose caller may be given it."""
         for made, _, node in self._made:
             if made is tensor:
                 return node
@@ -119,6 +119,11 @@ class _Tracer(fx.Tracer):
         graph = super().trace(*args, **kwargs)
         if any(changes_of(tensor) != changes for tensor, changes, _ in self._made):
             raise TypeError("a tensor that the forward has made, and goes on changing")
+        # It may have been there before, in a list of the module's for example, and be there for the next call to read.
+        copies = {node for *_, node in self._made}
+        modules = dict(self.root.named_modules())
+        if any(value in copies for node in graph.nodes for value in _written(node, modules)):
+            raise TypeError("a tensor that is no module's, and is changed in place")
         return graph
 
     def create_arg(self, value: Any) -> Any:

@@ -1485,10 +1485,16 @@ class Making(nn.Module):
     def __init__(self, kind, linear):
         super().__init__()
         self.layer, self.kind = nn.Linear(8, 8) if linear else nn.Conv2d(8, 8, 1), kind
+        self.sums = [torch.zeros(8)]
 
     def forward(self, x):
         y = torch.relu(self.layer(x))
         made = torch.zeros(8)
+        if self.kind == "in a list":
+            self.sums[0] += y.sum()
+            made = self.sums[0] * 1
+        if self.kind == "in a list, read":
+            made = y.sum() + self.sums[0]
         if self.kind == "+=":
             made += y.sum()
         if self.kind == "method":
@@ -1515,13 +1521,15 @@ class Making(nn.Module):
     ("kind", "follows"),
     [
         ("returned", True),
-        ("+=", True),
-        ("method", True),
+        ("+=", False),
+        ("method", False),
         ("item", False),
         ("view", False),
         ("changed after", False),
         ("changed between", False),
         ("of its dtype", True),
+        ("in a list", False),
+        ("in a list, read", True),
     ],
 )
 def test_tensors_that_a_forward_makes(kind, follows, linear):
