@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, nn
 from ._folding import empty_filters, fold_batch_norm
-from ._guards import Guards, Place
-from ._tracing import changes_of
+from ._guards import Guards
+from ._snapshots import Place, changes_of
 from .backends import cpu
 from .backends._conv import is_channels_last
 from .backends.cpu import empty_image
@@ -100,6 +100,7 @@ class FusedConv:
         self.any_layout = False
         #: Whether this call is the last that sees its residual, whose memory may then be the result's.
         self.ends_residual = False
+        self._kind = type(conv)
         self._geometry = self._read_geometry()
         self._key: tuple[Any, ...] = ()
         self.folded: Folded
@@ -114,8 +115,13 @@ class FusedConv:
         return [self.conv.__dict__.get(name) for name in _GEOMETRY]
 
     def as_traced(self) -> bool:
-        """Whether the convolution has the geometry that it had, and parameters (not a parametrization's attributes)."""
-        return self._read_geometry() == self._geometry and all(name in place for place, name in self.places())
+        """Whether the convolution has the class and geometry that it had, and parameters (not a parametrization's attributes), and
+        the norm its statistics."""
+        if type(self.conv) is not self._kind or self._read_geometry() != self._geometry:
+            return False
+        norm = self.norm
+        there = norm is None or (norm.running_mean is not None and norm.running_var is not None)
+        return there and all(name in place for place, name in self.places())
 
     def places(self) -> list[Place]:
         """Where all lies that the filters are made of, and how they are used."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import _cpu
-from ._tracing import CONSTANT, changes_of, holds_the_same
+from ._snapshots import Place, places_of, same, snapshot
+from ._tracing import CONSTANT
 from .nn.hooks import unwatched
-
-#: A dictionary (of a module) and a name in it; without one, the dictionary's size.
-Place = tuple[dict[str, Any], str | None]
 
 #: How the attributes begin that fastnn gives to modules whose forward is a graph.
 OURS = "_fastnn_"
@@ -22,14 +21,14 @@ _STANDARD = frozenset(torch.nn.Module().__dict__)
 #: Of those the ones on which a graph depends: what unwatched asks (where it asks for others, they are new), and the mode.
 _STATE = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "training")
 _CHILDREN = ("_modules", "_parameters", "_buffers")
-_IMMUTABLE = (bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, torch.Size)
 
 
 class Guards:
     """The modules whose code lies within a graph, as they are now. Others the graph calls by name, whatever they have become.
 
-    Python numbers, flags and the like are in a graph as they were; parameters and buffers are read when it runs. (Of what such
-    attributes lead to, a configuration's fields for example, nothing is known.)
+    Attributes are in a graph as they were: numbers, flags, lists, tuples and dictionaries with what they hold. Parameters and
+    buffers are read when it runs. Nothing is known of what other objects hold (a configuration's fields for example), of
+    attributes of classes, and of global variables.
     """
 
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, training: bool | None = False) -> None:
@@ -40,8 +39,14 @@ class Guards:
         self._training = training
         # The root's class is to change: it gets the graph for its forward.
         self._seen = [_Seen(module, None if module is root else type(module)) for module in self._inside]
+        # Of the others what the code may read of them.
+        read = frozenset().union(*(_mentioned(type(module)) for module in self._inside))
+        others = [module for module in modules.values() if id(module) in called]
+        self._seen += [_Seen(module, None, read) for module in others if not read.isdisjoint(_attributes(module))]
+        self._ties = _ties(modules.values(), {id(module) for module in self._inside})
+        self._asking = [module for module in self._inside[1:] if "training" in _mentioned(type(module))]
         self._pinned: list[torch.nn.Module] = []
-        self._edges: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
+        self._edges: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
         self.pin(self._inside[1:])
         self._watch: _cpu.Watch | None = None
         self._refuted = False
@@ -55,7 +60,7 @@ class Guards:
         self._pinned += modules
         pinned = set(map(id, self._pinned))
         self._edges = [
-            (parent._modules, name, child)
+            (parent, name, child)
             for parent in self._inside
             for name, child in parent._modules.items()
             if id(child) in pinned
@@ -79,21 +84,25 @@ class Guards:
 
     def as_traced(self) -> bool:
         """The same, asked of everything."""
-        right_mode = self._training is None or all(
-            module.training is self._training for module in (self._inside[0], *self._pinned)
-        )
+        root = self._inside[0]
+        if self._training is None:
+            right_mode = all(module.training is root.training for module in self._asking)
+        else:
+            right_mode = all(module.training is self._training for module in (root, *self._pinned))
         return right_mode and all(map(unwatched, self._pinned)) and self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether all is as it was but for modes and hooks."""
-        in_place = all(children.get(name) is child for children, name, child in self._edges)
-        return not self._refuted and in_place and all(seen.same() for seen in self._seen)
+        in_place = all(parent._modules.get(name) is child for parent, name, child in self._edges)
+        tied = all(len({id(table.get(name)) for table, name in group}) == 1 for group in self._ties)
+        return not self._refuted and in_place and tied and all(seen.same() for seen in self._seen)
 
     def places(self) -> list[Place]:
         """Where all lies that this depends on."""
         found: list[Place] = [(module.__dict__, name) for module in self._pinned for name in (None, *_STATE)]
         found.append((self._inside[0].__dict__, "training"))
-        found += [(children, name) for children, name, _ in self._edges]
+        found += [(parent._modules, name) for parent, name, _ in self._edges]
+        found += [place for group in self._ties for place in group]
         return found + [place for seen in self._seen for place in seen.places()]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,47 +121,94 @@ def _inside(module: torch.nn.Module, called: set[int]) -> Iterator[torch.nn.Modu
     yield from found.values()
 
 
-class _Seen:
-    """A module's class, if that matters, and its attributes and names, as they are now."""
+def _ties(modules: Iterable[torch.nn.Module], inside: set[int]) -> list[list[Place]]:
+    """Where modules, parameters and buffers lie that have several names, which are one in a graph."""
+    places: dict[int, list[Place]] = {}
+    of_graph = set()
+    for module in modules:
+        for table in _CHILDREN:
+            for name, value in module.__dict__[table].items():
+                if value is not None:
+                    places.setdefault(id(value), []).append((module.__dict__[table], name))
+                    if id(module) in inside:
+                        of_graph.add(id(value))
+    return [group for key, group in places.items() if len(group) > 1 and key in of_graph]
 
-    def __init__(self, module: torch.nn.Module, kind: type | None) -> None:
+
+class _Seen:
+    """A module's class, if that matters, and its attributes and names, as they are now; ``names``: only of these attributes."""
+
+    def __init__(self, module: torch.nn.Module, kind: type | None, names: frozenset[str] | None = None) -> None:
         self._module = module
         self._kind = kind
-        self._attributes = {name: (value, _held(value)) for name, value in _attributes(module).items()}
-        self._names = _names(module)
+        self._some = names
+        self._attributes = {name: snapshot(value) for name, value in self._now().items()}
+        self._names = None if names is not None else _names(module)
+
+    def _now(self) -> dict[str, Any]:
+        found = _attributes(self._module)
+        return found if self._some is None else {name: found[name] for name in found.keys() & self._some}
 
     def same(self) -> bool:
-        module, kept = self._module, self._attributes
-        now = _attributes(module)
+        module, kept, now = self._module, self._attributes, self._now()
+        new = now.keys() - kept.keys()
         return (
             (self._kind is None or _alike(type(module), self._kind))
-            and now.keys() == kept.keys()
-            and all(_same(now[name], *kept[name]) for name in kept)
-            and _names(module) == self._names
+            and kept.keys() <= now.keys()
+            and not any(_may_be_read(module, name) for name in new)
+            and all(same(now[name], kept[name]) for name in kept)
+            and (self._names is None or _names(module) == self._names)
         )
 
     def places(self) -> list[Place]:
         module = self._module
         found: list[Place] = [(module.__dict__, None)]
-        found += [(module.__dict__[table], None) for table in _CHILDREN]
-        found += [(module._parameters, name) for name in module._parameters]
+        if self._some is None:
+            for table in _CHILDREN:
+                found += [(module.__dict__, table), (module.__dict__[table], None)]
+            found += [(module._parameters, name) for name in module._parameters]
         for name, (value, _) in self._attributes.items():
-            found.append((module.__dict__, name))
-            if type(value) is dict:
-                found += [(value, key) for key in value if type(key) is str]
+            found += places_of(module.__dict__, name, value)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied tensor counts what is written to it anew.
-        current = {name: _same(value, value, held) for name, (value, held) in self._attributes.items()}
+        current = {name: same(kept[0], kept) for name, kept in self._attributes.items()}
         return {**self.__dict__, "_current": current}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         current = state.pop("_current")
         self.__dict__.update(state)
         for name, (value, _) in self._attributes.items():
-            if isinstance(value, torch.Tensor):
-                self._attributes[name] = value, _held(value) if current[name] else -1
+            self._attributes[name] = snapshot(value if current[name] else object())
+
+
+def _mentioned(kind: type) -> frozenset[str]:
+    """All names and strings in the code of a class of modules: among them the attributes that it reads."""
+    names: set[str] = set()
+
+    def look(code: Any) -> None:
+        names.update(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, str):
+                names.add(constant)
+            elif inspect.iscode(constant):
+                look(constant)
+
+    for base in kind.__mro__:
+        if base is torch.nn.Module:
+            break
+        for member in vars(base).values():
+            for function in (member, *(getattr(member, name, None) for name in ("fget", "__func__", "func"))):
+                if isinstance(function, Callable) and hasattr(inspect.unwrap(function), "__code__"):
+                    look(inspect.unwrap(function).__code__)
+    return frozenset(names)
+
+
+def _may_be_read(module: torch.nn.Module, name: str) -> bool:
+    """Of an attribute that a module was given later: the code may ask whether it is there, or have read the class's."""
+    kind = type(module)
+    return not hasattr(torch.nn.Module, name) and (hasattr(kind, name) or name in _mentioned(kind))
 
 
 def _alike(kind: type, before: type) -> bool:
@@ -174,18 +230,3 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
 def _names(module: torch.nn.Module) -> list[tuple[str, bool]]:
     """Of children, parameters and buffers, and which there are not."""
     return [(name, value is None) for table in _CHILDREN for name, value in module.__dict__[table].items()]
-
-
-def _held(value: Any) -> Any:
-    """What of a value can change while it stays the same object."""
-    if isinstance(value, torch.Tensor):
-        return changes_of(value)
-    return value.copy() if type(value) in (list, dict) else None
-
-
-def _same(value: Any, before: Any, held: Any) -> bool:
-    if value is not before:
-        return type(value) is type(before) and type(value) in _IMMUTABLE and value == before
-    if isinstance(value, torch.Tensor):
-        return _held(value) == held
-    return held is None or holds_the_same(value, held)

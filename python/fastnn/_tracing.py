@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import inspect
 import operator
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from ._snapshots import changes_of, same, snapshot, tensors_in
 
 #: By their names in the module operator: what ``+=`` and its like call.
 _OPERATORS = tuple(
@@ -39,7 +43,31 @@ _SUM_METHODS = ("add", "add_", "__add__", "__iadd__")
 _SUMS_IN_PLACE = (_APPLIED["iadd"], "add_", "__iadd__")
 
 
-class _Proxy(fx.Proxy):
+class _Unwritten:
+    """What a forward cannot write down to see what it is."""
+
+    def __repr__(self) -> str:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.fx"):
+            raise TypeError("a forward that asks how a value is written")
+        return super().__repr__()
+
+    __str__ = __repr__
+
+    def __format__(self, how: str) -> str:
+        raise TypeError("a forward that asks how a value is written")
+
+
+class _Attribute(_Unwritten, fx.proxy.Attribute):
+    """Of a proxy, a shape for example; what kind of object it is nobody is told."""
+
+    @property
+    def __class__(self) -> type:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fastnn.")):
+            raise TypeError("a forward that asks what kind of object an attribute is")
+        return _Attribute
+
+
+class _Proxy(_Unwritten, fx.Proxy):
     """A proxy for which ``a += b`` changes a. For those of torch.fx it is another name for a + b; and in the code that torch.fx
     writes for ``operator.iadd`` a number that is read again would be the sum, hence functions of our own.
 
@@ -51,9 +79,16 @@ class _Proxy(fx.Proxy):
         asking = sys._getframe(1).f_globals.get("__name__", "")
         if asking.startswith(("torch.fx", "torch.nn.parameter", __name__)):
             return _Proxy
-        if asking.partition(".")[0] not in ("torch", "fastnn") and self.node.op not in ("placeholder", "get_attr"):
+        asked = not asking.startswith(("torch.", "fastnn."))  # by the forward, perhaps through torch.is_tensor
+        if asked and self.node.op not in ("placeholder", "get_attr"):
             raise TypeError("a forward that asks what kind of object a result is")
         return torch.Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        # What modules return may be anything.
+        if self.node.op != "call_module" and not hasattr(torch.Tensor, name):
+            raise AttributeError(f"a tensor has no {name}")
+        return _Attribute(self, name)
 
     @property
     def dtype(self) -> Any:
@@ -86,6 +121,8 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._inline = inline
         self._dtype = dtype
+        #: The addresses of tensors that modules hold otherwise than as attributes of theirs.
+        self.held: set[int] = set()
         #: Tensors that forwards have made: themselves, what counts their changes, and the copies that the graph makes.
         self._made: list[tuple[torch.Tensor, int, fx.Node]] = []
         self._state: tuple[bool, bool] | None = None
@@ -100,7 +137,7 @@ class _Tracer(fx.Tracer):
 
     def dtype_of(self, proxy: fx.Proxy) -> Any:
         if self._dtype is None:
-            return fx.proxy.Attribute(proxy, "dtype")
+            return _Attribute(proxy, "dtype")
         self.create_node("call_function", expect_dtype, (proxy.node, self._dtype), {})
         return self._dtype
 
@@ -109,6 +146,9 @@ class _Tracer(fx.Tracer):
         for made, _, node in self._made:
             if made is tensor:
                 return node
+        if tensor.untyped_storage().data_ptr() in self.held:
+            raise TypeError("a tensor that a module's attribute leads to")
+        for made, *_ in self._made:
             if made.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and made.numel():
                 raise TypeError("a view of a tensor that the forward has made")
         node = self.create_node("call_method", "clone", (super().create_arg(tensor),), {})
@@ -119,7 +159,7 @@ class _Tracer(fx.Tracer):
         graph = super().trace(*args, **kwargs)
         if any(changes_of(tensor) != changes for tensor, changes, _ in self._made):
             raise TypeError("a tensor that the forward has made, and goes on changing")
-        # It may have been there before, in a list of the module's for example, and be there for the next call to read.
+        # It may have been there before, and be there for the next call to read.
         copies = {node for *_, node in self._made}
         modules = dict(self.root.named_modules())
         if any(value in copies for node in graph.nodes for value in _written(node, modules)):
@@ -135,7 +175,7 @@ class _Tracer(fx.Tracer):
         if type(value) is collections.OrderedDict:
             pairs = [(key, self.create_arg(item)) for key, item in value.items()]
             return self.create_node("call_function", collections.OrderedDict, (pairs,), {})
-        if isinstance(value, dict) and type(value) is not dict:
+        if (isinstance(value, dict) and type(value) is not dict) or hasattr(type(value), "__dataclass_fields__"):
             raise TypeError(f"a {type(value).__name__} among the values")
         return super().create_arg(value)
 
@@ -150,11 +190,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         ours = module.__class__.__module__.startswith(("fastnn.nn.", "fastnn.quant."))
         return ours or not self._inline or super().is_leaf_module(module, name)
-
-
-def changes_of(tensor: torch.Tensor) -> int:
-    """A number that is another after each change in place, where torch counts these."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _grad_and_autocast() -> tuple[bool, bool]:
@@ -180,8 +215,8 @@ _FLAGS = (type(None), bool, int, float, str)
 
 def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] | None]:
     """A function that is called as the forward is, and gives the arguments without a default, but for self: what a graph of
-    :func:`trace` takes. None where the call gives others as well, or flags, with which the Python that was traced may go another
-    way."""
+    :func:`trace` takes. None where the call gives others as well, or no tensors, with which the Python that was traced may go
+    another way."""
     signature = inspect.signature(forward)
     required = _required(signature)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
@@ -197,12 +232,12 @@ def arguments_of(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...] |
             return None
         return tuple(value for name, value in given if name in required)
 
-    def no_flags(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+    def tensors(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
         # In place of which a proxy went the way of a tensor.
         found = arguments(*args, **kwargs)
-        return None if found is None or any(isinstance(value, _FLAGS) for value in found) else found
+        return found if found is not None and all(isinstance(value, torch.Tensor) for value in found) else None
 
-    return no_flags
+    return tensors
 
 
 def _is_default(value: Any, default: Any) -> bool:
@@ -216,7 +251,10 @@ def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | N
     default no layer of torch or fastnn is.
     """
     before = [(inner.__dict__, _state_of(inner)) for inner in module.modules()]
-    random = torch.get_rng_state()
+    tracer = tracer or _Tracer()
+    if isinstance(tracer, _Tracer):
+        tracer.held = _addresses_of(before)
+    states = _random_states()
     if training:
         module.train()  # which some models override, to leave a part in eval mode
     else:
@@ -224,14 +262,13 @@ def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | N
             inner.training = False  # not by eval(), in which some layers change their weights
     graph = None
     try:
-        with contextlib.nullcontext() if training else torch.no_grad():
-            graph = (tracer or _Tracer()).trace(module)
+        with contextlib.nullcontext() if training else torch.no_grad(), _no_parameters_as_such():
+            graph = tracer.trace(module)
     except Exception:  # whatever the model's code raises when it meets a proxy
         pass
     finally:
         # A graph keeps nothing from one call to the next, and draws no other numbers in the next.
-        if not torch.equal(random, torch.get_rng_state()):
-            torch.set_rng_state(random)
+        if not _same_random_states(states):
             graph = None
         for attributes, kept in before:
             if not _restored(attributes, kept):
@@ -242,33 +279,97 @@ def trace(module: torch.nn.Module, training: bool = False, tracer: fx.Tracer | N
 CONSTANT = "_tensor_constant"  # how torch.fx calls the tensors of a graph
 
 
+def _random_states() -> tuple[Any, ...]:
+    """Of torch's, Python's and NumPy's generators."""
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
+
+
+def _same_random_states(before: tuple[Any, ...]) -> bool:
+    """Whether nobody has drawn a number; else the states are those of before again."""
+    now = _random_states()
+    if torch.equal(now[0], before[0]) and now[1] == before[1] and str(now[2]) == str(before[2]):
+        return True
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    if before[2] is not None:
+        sys.modules["numpy"].random.set_state(before[2])
+    return False
+
+
+@contextlib.contextmanager
+def _no_parameters_as_such() -> Iterator[None]:
+    """Refuses forwards that go through parameters or buffers, which are tensors then and not what the graph reads."""
+    kind, names = torch.nn.Module, ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
+    methods = {name: getattr(kind, name) for name in names}
+
+    def refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fastnn.")):
+                raise TypeError("a forward that goes through its parameters")
+            return method(*args, **kwargs)
+
+        return ask
+
+    try:
+        for name, method in methods.items():
+            setattr(kind, name, refusing(method))
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(kind, name, method)
+
+
+def _addresses_of(states: list[tuple[dict[str, Any], dict[str, Any]]]) -> set[int]:
+    """Of the memory of all tensors that attributes are or lead to."""
+    found = set()
+    for _, state in states:
+        for name, (value, *_) in state.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                found |= {t.untyped_storage().data_ptr() for t in tensors_in(value) if t.layout is torch.strided}
+    return found - {0}
+
+
 def _state_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's attributes, but for its mode, and what those hold that are lists or dictionaries."""
+    """The module's attributes, but for its mode, with what those hold that are lists, dictionaries or tensors; and all of that as
+    it is."""
     state = {}
     for name, value in module.__dict__.items():
         held = value.copy() if type(value) in (list, dict) else None
-        state[name] = value, held
+        if isinstance(value, torch.Tensor):
+            held = value.detach().clone()
+        state[name] = value, held, None if name in _OF_MODULES else snapshot(value)
     return state
+
+
+#: Tables of a module, that hold what has states of its own.
+_OF_MODULES = frozenset(torch.nn.Module().__dict__)
 
 
 def _restored(attributes: dict[str, Any], kept: dict[str, Any]) -> bool:
     """Makes a module's attributes what they were. False if a forward has changed any of them."""
-    same = True
+    unchanged = True
     for name in attributes.keys() - kept.keys():
         if not name.startswith(CONSTANT):
             del attributes[name]
-            same = False
-    for name, (value, held) in kept.items():
-        same &= name == "training" or attributes.get(name) is value
+            unchanged = False
+    for name, (value, held, before) in kept.items():
+        unchanged &= name == "training" or attributes.get(name) is value
+        was = before is None or same(value, before)
+        unchanged &= was
         attributes[name] = value
-        if held is not None and not holds_the_same(value, held):
+        if isinstance(value, torch.Tensor):
+            if not was:
+                value.detach().copy_(held)
+        elif held is not None and not _holds_the_same(value, held):
             value.clear()
             value.extend(held) if type(value) is list else value.update(held)
-            same = False
-    return same
+            unchanged = False
+    return unchanged
 
 
-def holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
+def _holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
     if len(value) != len(held):
         return False
     if isinstance(value, dict):
@@ -285,7 +386,7 @@ def trace_whole(model: torch.nn.Module, inline: bool = True, expect: bool = Fals
         model, torch.nn.Sequential
     ):
         return None
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if expect else set()
+    dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} if expect else set()
     graph = trace(model, tracer=_Tracer(inline, dtypes.pop() if len(dtypes) == 1 else None))
     if graph is None or not any(node.target is expect_dtype for node in graph.nodes):
         return graph

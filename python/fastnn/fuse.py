@@ -23,6 +23,7 @@ from ._made_classes import graph_class, maker
 from ._tracing import count_calls, expect_dtype, is_in_place, only_user, other_summand, trace_whole, undisturbed
 from .nn.activation import activation_name
 from .nn.hooks import any_global_hook, unwatched
+from .ops._route import functorch_active
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -406,6 +407,7 @@ def _fused_class(model: torch.nn.Module, forward: Callable[..., Any], calls: Cal
             or self is not fused()
             or torch._C._is_any_autocast_enabled()
             or any_global_hook()
+            or functorch_active()
             or not calls.are_current()
         ):
             return None

@@ -108,7 +108,8 @@ def simulate(part: Part, config: Int8Static) -> None:
     kind = type(module)
 
     def choose(self: torch.nn.Module) -> Any:
-        return forwards[self.training] if self.__dict__[_STATE].guards[self.training].hold() else None
+        current = torch.compiler.is_compiling() or self.__dict__[_STATE].guards[self.training].hold()
+        return forwards[self.training] if current else None
 
     def refuse(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if choose(self) is None:

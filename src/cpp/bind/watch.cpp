@@ -22,7 +22,7 @@ constexpr bool kCountsChanges = false;
 uint64_t changes_of(PyObject*) { return 0; }
 #endif
 
-// What lay in some dictionaries (of modules) under some names, and the sizes of others, when this
+// What lay in some dictionaries (of modules) under some names, and others whole, when this
 // was made.
 class Watch {
  public:
@@ -32,7 +32,7 @@ class Watch {
     for (const py::handle& place : places) {
       const auto pair = py::cast<py::tuple>(place);
       PyObject *dict = pair[0].ptr(), *name = pair[1].ptr();
-      if (!PyDict_Check(dict) || !(name == Py_None || PyUnicode_Check(name)))
+      if (!PyDict_Check(dict))
         throw py::type_error("Watch: places: expected pairs of a dictionary and a name or None");
       held_.push_back(pair);
       const auto [found, fresh] = index.try_emplace(dict, dicts_.size());
@@ -82,6 +82,7 @@ class Watch {
       Dict& d = dicts_[i];
       const uint64_t changes = changes_of(d.dict);
       if (kCountsChanges && changes == d.changes) continue;
+      if (kCountsChanges && d.size >= 0) return false;
       if (d.size >= 0 && PyDict_Size(d.dict) != d.size) return false;
       for (size_t k = begin; k < d.end; k++)
         if (get(d.dict, entries_[k].name) != entries_[k].object) return false;
@@ -231,7 +232,7 @@ void collect(PyHeapTypeObject* heap_type) {
 void bind_watch(py::module_& m) {
   py::class_<Watch>(
       m, "Watch", py::custom_type_setup(collect),
-      "What lies in these dictionaries under these names, [(dict, name), ...], or their sizes, "
+      "What lies in these dictionaries under these names, [(dict, name), ...], or all of them, "
       "[(dict, None), ...].")
       .def(py::init<const py::list&>())
       .def("same", &Watch::same,
