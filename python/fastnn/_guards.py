@@ -40,11 +40,12 @@ class Guards:
         # The root's class is to change: it gets the graph for its forward.
         self._seen = [_Seen(module, None if module is root else type(module)) for module in self._inside]
         # Of the others what the code may read of them.
-        read = frozenset().union(*(_mentioned(type(module)) for module in self._inside))
+        names = {kind: _mentioned(kind) for kind in {type(module) for module in self._inside}}
+        read = frozenset().union(*names.values())
         others = [module for module in modules.values() if id(module) in called]
         self._seen += [_Seen(module, None, read) for module in others if not read.isdisjoint(_attributes(module))]
         self._ties = _ties(modules.values(), {id(module) for module in self._inside})
-        self._asking = [module for module in self._inside[1:] if "training" in _mentioned(type(module))]
+        self._asking = [module for module in self._inside[1:] if "training" in names[type(module)]]
         self._pinned: list[torch.nn.Module] = []
         self._edges: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
         self.pin(self._inside[1:])

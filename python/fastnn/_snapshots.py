@@ -13,7 +13,8 @@ Place = tuple[dict[Any, Any], Any]
 Snapshot = tuple[Any, Any]
 
 _IMMUTABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_DEEPEST = 8
+#: How deep lists, tuples and dictionaries within each other are looked into.
+DEEPEST = 8
 
 
 def changes_of(tensor: torch.Tensor) -> int:
@@ -24,9 +25,9 @@ def changes_of(tensor: torch.Tensor) -> int:
 def snapshot(value: Any, depth: int = 0) -> Snapshot:
     if isinstance(value, torch.Tensor):
         return value, changes_of(value)
-    if depth < _DEEPEST and isinstance(value, (list, tuple)):
+    if depth < DEEPEST and isinstance(value, (list, tuple)):
         return value, [snapshot(item, depth + 1) for item in value]
-    if depth < _DEEPEST and isinstance(value, dict):
+    if depth < DEEPEST and isinstance(value, dict):
         return value, [(key, snapshot(item, depth + 1)) for key, item in value.items()]
     return value, None
 
@@ -51,10 +52,20 @@ def same(value: Any, before: Snapshot) -> bool:
     return all(same(item, kept) for item, kept in zip(value, detail, strict=True))
 
 
+def put_back(value: Any, before: Snapshot) -> None:
+    """Gives a list or a dictionary what it held."""
+    _, detail = before
+    if isinstance(value, list):
+        value[:] = [item for item, _ in detail]
+    elif isinstance(value, dict):
+        value.clear()
+        value.update((key, item) for key, (item, _) in detail)
+
+
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif depth < _DEEPEST and isinstance(value, (list, tuple, dict)):
+    elif depth < DEEPEST and isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item, depth + 1)
 
@@ -62,7 +73,7 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 def places_of(holder: dict[Any, Any], key: Any, value: Any, depth: int = 0) -> Iterator[Place]:
     """Where a value lies, and all that it holds."""
     yield holder, key
-    if depth == _DEEPEST:
+    if depth == DEEPEST:
         return
     if isinstance(value, dict):
         yield value, None

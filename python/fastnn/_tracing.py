@@ -1,4 +1,4 @@
-"""Models as graphs of ``torch.fx``: which layers are computed one after the other."""
+"""Modules as graphs of ``torch.fx``: forwards that can be followed, and what refuses others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import collections
 import contextlib
 import functools
 import inspect
-import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -15,32 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._snapshots import changes_of, same, snapshot, tensors_in
-
-#: By their names in the module operator: what ``+=`` and its like call.
-_OPERATORS = tuple(
-    f"i{name}"
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
-        *("and", "or", "xor", "lshift", "rshift"),
-    )
-)
-
-
-def _in_place(name: str) -> Callable[[Any, Any], Any]:
-    function = getattr(operator, name)
-
-    def apply(value: Any, other: Any) -> Any:
-        return function(value, other)
-
-    apply.__name__ = apply.__qualname__ = name
-    return apply
-
-
-_APPLIED = {name: _in_place(name) for name in _OPERATORS}
-_SUMS = (operator.add, torch.add, _APPLIED["iadd"])
-_SUM_METHODS = ("add", "add_", "__add__", "__iadd__")
-_SUMS_IN_PLACE = (_APPLIED["iadd"], "add_", "__iadd__")
+from ._graphs import APPLIED, is_alone, written
+from ._snapshots import DEEPEST, changes_of, put_back, same, snapshot, tensors_in
 
 
 class _Unwritten:
@@ -104,7 +79,7 @@ def expect_dtype(value: torch.Tensor, dtype: torch.dtype) -> None:
         raise UnexpectedDtype
 
 
-for _name, _function in _APPLIED.items():
+for _name, _function in APPLIED.items():
     setattr(
         _Proxy,
         f"__{_name}__",
@@ -162,7 +137,7 @@ class _Tracer(fx.Tracer):
         # It may have been there before, and be there for the next call to read.
         copies = {node for *_, node in self._made}
         modules = dict(self.root.named_modules())
-        if any(value in copies for node in graph.nodes for value in _written(node, modules)):
+        if any(value in copies for node in graph.nodes for value in written(node, modules)):
             raise TypeError("a tensor that is no module's, and is changed in place")
         return graph
 
@@ -332,19 +307,16 @@ def _addresses_of(states: list[tuple[dict[str, Any], dict[str, Any]]]) -> set[in
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's attributes, but for its mode, with what those hold that are lists, dictionaries or tensors; and all of that as
-    it is."""
+    """The module's attributes as they are, with copies of those that are tensors."""
     state = {}
     for name, value in module.__dict__.items():
-        held = value.copy() if type(value) in (list, dict) else None
-        if isinstance(value, torch.Tensor):
-            held = value.detach().clone()
-        state[name] = value, held, None if name in _OF_MODULES else snapshot(value)
+        copied = value.detach().clone() if isinstance(value, torch.Tensor) else None
+        # The tables of a module hold what has a state of its own.
+        state[name] = value, snapshot(value, DEEPEST - 1 if name in _TABLES else 0), copied
     return state
 
 
-#: Tables of a module, that hold what has states of its own.
-_OF_MODULES = frozenset(torch.nn.Module().__dict__)
+_TABLES = frozenset(torch.nn.Module().__dict__)
 
 
 def _restored(attributes: dict[str, Any], kept: dict[str, Any]) -> bool:
@@ -354,27 +326,16 @@ def _restored(attributes: dict[str, Any], kept: dict[str, Any]) -> bool:
         if not name.startswith(CONSTANT):
             del attributes[name]
             unchanged = False
-    for name, (value, held, before) in kept.items():
+    for name, (value, before, copied) in kept.items():
         unchanged &= name == "training" or attributes.get(name) is value
-        was = before is None or same(value, before)
-        unchanged &= was
         attributes[name] = value
-        if isinstance(value, torch.Tensor):
-            if not was:
-                value.detach().copy_(held)
-        elif held is not None and not _holds_the_same(value, held):
-            value.clear()
-            value.extend(held) if type(value) is list else value.update(held)
+        if not same(value, before):
             unchanged = False
+            if copied is not None:
+                value.detach().copy_(copied)
+            else:
+                put_back(value, before)
     return unchanged
-
-
-def _holds_the_same(value: list[Any] | dict[Any, Any], held: list[Any] | dict[Any, Any]) -> bool:
-    if len(value) != len(held):
-        return False
-    if isinstance(value, dict):
-        return all(key in value and value[key] is item for key, item in held.items())
-    return all(a is b for a, b in zip(value, held, strict=True))
 
 
 def trace_whole(model: torch.nn.Module, inline: bool = True, expect: bool = False) -> fx.Graph | None:
@@ -391,72 +352,4 @@ def trace_whole(model: torch.nn.Module, inline: bool = True, expect: bool = Fals
     if graph is None or not any(node.target is expect_dtype for node in graph.nodes):
         return graph
     modules = dict(model.named_modules())
-    return graph if all(_is_alone(v, modules) for node in graph.nodes for v in _written(node, modules)) else None
-
-
-def count_calls(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> collections.Counter[int]:
-    """How often each module is called, by its id."""
-    return collections.Counter(id(modules[node.target]) for node in graph.nodes if node.op == "call_module")
-
-
-def only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
-    """b where the node is a + b of two tensors, and a is the given one. Not where the sum is written over b, which somebody
-    may read again."""
-    if node is None or node.kwargs or len(node.args) != 2:
-        return None
-    if not (node.op == "call_function" and node.target in _SUMS) and not (
-        node.op == "call_method" and node.target in _SUM_METHODS
-    ):
-        return None
-    a, b = node.args
-    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return None
-    if a is one:
-        return b
-    return None if is_in_place(node) else a
-
-
-def is_in_place(total: fx.Node) -> bool:
-    """Whether a sum is written over its first operand."""
-    return total.target in _SUMS_IN_PLACE
-
-
-def undisturbed(chain: list[fx.Node], modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether these calls can all be made where the last one is: nothing between changes in place what they may read."""
-    node = chain[0].next
-    while node is not chain[-1]:
-        if node not in chain and not all(_is_alone(value, modules) for value in _written(node, modules)):
-            return False
-        node = node.next
-    return True
-
-
-def _written(node: fx.Node, modules: dict[str, torch.nn.Module]) -> list[fx.Node]:
-    """What the node changes in place, if it does."""
-    given: list[fx.Node] = []
-    if node.op == "call_module":
-        in_place = getattr(modules[node.target], "inplace", False)
-    elif node.op in ("call_function", "call_method"):
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        bare = name.strip("_")
-        in_place = (name.endswith("_") and not name.endswith("__")) or bool(
-            bare in _OPERATORS or bare == "setitem" or node.kwargs.get("inplace")
-        )
-        if node.kwargs.get("out") is not None:
-            fx.node.map_arg(node.kwargs["out"], given.append)
-    else:
-        return []
-    if in_place:
-        fx.node.map_arg(node.args[0] if node.args else node.all_input_nodes, given.append)
-    return given
-
-
-def _is_alone(value: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether nobody else reads this value, or memory that it shares."""
-    makes_anew = (torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.Linear)
-    new = value.op == "call_module" and isinstance(modules[value.target], makes_anew)
-    return len(value.users) == 1 and (new or getattr(value.target, "__module__", None) == "fastnn.fuse")
+    return graph if all(is_alone(v, modules) for node in graph.nodes for v in written(node, modules)) else None

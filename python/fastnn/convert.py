@@ -430,7 +430,7 @@ def _row(names: list[str], module: torch.nn.Module) -> Row | None:
         return Row(name, class_name(original), "note", "", reason if calls.unchanged() else _CHANGED, own)
     if _is_quantized_chain(kind):
         reason = "its convolutions hand integers to each other, in eval mode"
-        return Row(name, class_name(original), "note", "", reason if module.is_current_chain() else _CHANGED, own)
+        return Row(name, class_name(original), "note", "", reason if module._is_current_chain() else _CHANGED, own)
     if original is not None:
         prepacked = "_packed_weight" in module.__dict__
         fast = _fast_half(kind)

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from . import nn
 from ._fused import Calls, Chain, FusedConv, FusedLinear, InvertedResidual, Pool, Step
+from ._graphs import count_calls, is_in_place, only_user, other_summand, undisturbed
 from ._guards import Guards
 from ._made_classes import graph_class, maker
-from ._tracing import count_calls, expect_dtype, is_in_place, only_user, other_summand, trace_whole, undisturbed
+from ._tracing import expect_dtype, trace_whole
 from .nn.activation import activation_name
 from .nn.hooks import any_global_hook, unwatched
 from .ops._route import functorch_active

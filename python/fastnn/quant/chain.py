@@ -20,9 +20,10 @@ from torch import Tensor, fx
 
 from .. import nn
 from .._folding import fold_batch_norm
+from .._graphs import count_calls, only_user, other_summand, undisturbed
 from .._guards import OURS, Guards
 from .._made_classes import graph_class, maker
-from .._tracing import count_calls, only_user, other_summand, trace_whole, undisturbed
+from .._tracing import trace_whole
 from ..backends.reference.quantize import choose_scale
 from ..nn.hooks import any_global_hook, unwatched
 from .config import Int8Static
@@ -493,13 +494,13 @@ def _chained_class(
     def reduce(self: torch.nn.Module, protocol: int) -> Any:
         return *maker(kind), state(self)
 
-    def is_current_chain(self: torch.nn.Module) -> bool:
+    def _is_current_chain(self: torch.nn.Module) -> bool:
         return self.__dict__[_CHAIN].guards.unchanged()
 
     members = {
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce,
-        "is_current_chain": is_current_chain,
+        "_is_current_chain": _is_current_chain,
         "_original_class": kind,
         "_is_chain": True,
     }

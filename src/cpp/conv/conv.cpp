@@ -129,7 +129,7 @@ void taps_outer(const char* w, int64_t m, int64_t channels, int64_t padded, int6
 }
 
 // A dense matrix of these columns.
-Matrix dense(const char* data, int64_t columns) {
+Matrix matrix_of(const char* data, int64_t columns) {
   Matrix a;
   a.data = const_cast<char*>(data);
   a.rs = columns, a.cs = 1;
@@ -481,7 +481,7 @@ void conv_forward(const Conv& c) {
     }
     want_filters(c);
     if (SplitRows::pays(p)) SplitRows::apply(p, threads);
-    correlate(p, dense(w, p.depth()), rows, c, y, c.y, group * rows, threads);
+    correlate(p, matrix_of(w, p.depth()), rows, c, y, c.y, group * rows, threads);
   });
 }
 
@@ -575,8 +575,8 @@ void conv_input(const Conv& c) {
                              correlate_strips(p, part.weight, channels, c, part.out, c.x,
                                               group * channels, nullptr, threads);
       if (!by_strips)
-        correlate(p, one_tap ? turned : dense(part.weight, p.depth()), channels, c, part.out, c.x,
-                  group * channels, threads);
+        correlate(p, one_tap ? turned : matrix_of(part.weight, p.depth()), channels, c, part.out,
+                  c.x, group * channels, threads);
       if (in_rows && part.at[2] == &phases[2].of.back()) {
         PhaseOf first = part;
         first.out.data = dense_rows;

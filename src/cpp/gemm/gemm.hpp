@@ -58,8 +58,9 @@ class PanelSource {
                     int ld) const = 0;
   // Where rows from k0 on of segment `segment` are copied from, of columns [j0, j0 + columns) or
   // the first of these, if each is a copy of what lies together.
-  virtual MatrixRows rows(int64_t segment, int64_t k0, int64_t j0, int64_t columns) const {
-    return (void)segment, (void)k0, (void)j0, (void)columns, MatrixRows{};
+  virtual MatrixRows rows(int64_t /*segment*/, int64_t /*k0*/, int64_t /*j0*/,
+                          int64_t /*columns*/) const {
+    return {};
   }
 
  protected:
